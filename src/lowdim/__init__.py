@@ -1,0 +1,50 @@
+"""lowdim: train, adapt, compress and explain neural networks in few dimensions.
+
+`lowdim.adapt(model, method)` and `lowdim.load_adapter(model, folder)` are the two calls most code needs; the families are
+`lowdim.adapters`, `optim`, `layers`, `compress`, `represent`, `diagnose` and `solve`. Nothing is imported before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_FUNCTIONS = {"adapt": "lowdim.adapters", "load_adapter": "lowdim.adapters"}
+_PACKAGES = (
+    "adapters", "calibrate", "catalogue", "compress", "diagnose", "errors", "export", "layers", "linalg", "modules",
+    "optim", "plan", "ranks", "report", "represent", "solve", "surgery", "train",
+)  # fmt: skip
+
+__all__ = ["__version__", *_FUNCTIONS, *_PACKAGES]  # noqa: PLE0604 (names, all strings)
+
+if TYPE_CHECKING:
+    from lowdim import (
+        adapters,
+        calibrate,
+        compress,
+        diagnose,
+        errors,
+        layers,
+        linalg,
+        modules,
+        optim,
+        ranks,
+        represent,
+        solve,
+        surgery,
+    )
+    from lowdim.adapters import adapt, load_adapter
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
+    if name in _PACKAGES:
+        return importlib.import_module(f"lowdim.{name}")
+    raise AttributeError(f"module 'lowdim' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,359 @@
+"""The interface of an adapter: a Method attaches a WeightUpdate to a layer and gives an AdaptedLayer.
+
+A new method is a frozen dataclass with `blank` (allocate from shapes) and `initialise` (fill from the weight), and a
+WeightUpdate with `forward` and `dense`. Everything else (convolutions, merging, saving, export) works from these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowdim.errors import CheckpointError, check_float
+from lowdim.linalg import low_rank_norm
+from lowdim.surgery import describe, is_conv1d, is_matrix_layer, weight_matrix, with_matrix
+
+__all__ = ["AdaptedLayer", "Method", "Stats", "WeightUpdate", "registered_methods"]
+
+Stats = Mapping[str, Any]
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+class WeightUpdate(nn.Module):
+    """The trained part of an adapted layer: a matrix `(out, in)` that is never built to be applied.
+
+    Subclasses hold their parameters and buffers under the names of their paper and write `forward` and `dense`; they
+    override the rest where the structure allows better than the default.
+    """
+
+    #: Names of parameters on which weight decay would pull the pre-trained weight itself towards zero.
+    no_decay: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, out_features: int, in_features: int):
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+
+    def forward(
+        self,
+        x: Tensor,  # (..., in_features)
+    ) -> Tensor:
+        """What the update adds to the layer's output, `(..., out_features)`."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(x)")
+
+    def dense(self) -> Tensor:
+        """The matrix `(out, in)` that `forward` applies, differentiable."""
+        raise NotImplementedError(f"{type(self).__name__} must define dense()")
+
+    def add_to(self, y: Tensor, x: Tensor, *, inplace: bool = False) -> Tensor:
+        """`y + forward(x)`; override to fuse the addition. `inplace=True` allows `y` to be overwritten."""
+        return y + self(x).to(y.dtype)
+
+    def rebase(self, weight: Tensor) -> Tensor | None:
+        """The frozen base matrix for this update when `weight (out, in)` is the layer's own, or None to keep it.
+
+        Called once after initialising and once after loading, so both give the same bits.
+        """
+        return None
+
+    def start(self) -> Tensor | None:
+        """What `rebase` took away from the weight, `(out, in)`; None where the base is the weight itself."""
+        return None
+
+    def delta(self) -> Tensor:
+        """`W_eff − W₀ (out, in)`, in float32 or better, without gradient."""
+        with torch.no_grad():
+            dense, start = _wide(self.dense()), self.start()
+            return dense if start is None else dense - _wide(start)
+
+    def low_rank_delta(self) -> tuple[Tensor, Tensor] | None:
+        """Factors `A (r, in)`, `B (out, r)` with `delta() = B A` exactly, or None where the delta has full rank."""
+        return None
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Rows `dense()[:, index].T`, `(*index, out)`, for embeddings; only some methods can."""
+        raise NotImplementedError(f"{type(self).__name__} cannot adapt an embedding")
+
+    def meta(self) -> dict[str, Any]:
+        """What `Method.blank` needs beside the shapes to allocate this very update again (JSON)."""
+        return {}
+
+    def saved(self) -> dict[str, Tensor]:
+        """Tensors of a checkpoint."""
+        return self.state_dict()
+
+    def restore(self, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
+        """Take the tensors of a checkpoint; `weight` is the layer's own, for what is recomputed from it."""
+        own = self.state_dict()
+        wrong = sorted(set(own) ^ set(tensors)) or [k for k, v in own.items() if v.shape != tensors[k].shape]
+        if wrong:
+            raise CheckpointError(
+                f"{type(self).__name__} does not fit the file: {', '.join(wrong)} missing, superfluous or misshapen"
+            )
+        self.load_state_dict(dict(tensors))
+
+    def step(self) -> None:
+        """After each optimizer step: schedules, proximal steps."""
+
+    def regularizer(self) -> Tensor | None:
+        """A scalar to add to the loss, or None."""
+        return None
+
+
+class Method:
+    """Hyperparameters of an adapter, as a frozen dataclass; makes updates, holds no tensors.
+
+    Subclass with `@dataclass(frozen=True)`. A subclass registers under its class name, which checkpoints refer to.
+    """
+
+    #: What `lowdim.calibrate` must collect before attaching (see `calibrate.KINDS`).
+    needs: ClassVar[frozenset[str]] = frozenset()
+    #: Layer kinds that the method takes, of "linear" (nn.Linear, Conv1D), "conv2d", "embedding".
+    takes: ClassVar[frozenset[str]] = frozenset({"linear", "conv2d"})
+
+    # Every method has these two fields; they are declared by each dataclass so that its own come in its paper's order.
+    target_modules: Any
+    dropout: float = 0.0
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        other = _REGISTRY.get(cls.__name__)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"a method named {cls.__name__!r} is already registered by {other.__module__}")
+        _REGISTRY[cls.__name__] = cls
+
+    def blank(
+        self, out_features: int, in_features: int, *, stats: Stats, dtype: torch.dtype, device: torch.device
+    ) -> WeightUpdate:
+        """Allocate the update from shapes alone (also on meta and fake tensors); check that the shapes allow it."""
+        raise NotImplementedError(f"{type(self).__name__} must define blank(...)")
+
+    def initialise(self, update: Any, weight: Tensor, stats: Stats, generator: torch.Generator | None) -> None:
+        """Fill a blank update from the layer's weight `(out, in)` and its statistics."""
+        raise NotImplementedError(f"{type(self).__name__} must define initialise(...)")
+
+    def prepare(self, layers: Mapping[str, nn.Module], *, seed: int, initialise: bool = True) -> dict[str, dict[str, Any]]:
+        """What the method decides over all layers at once (shared bases, ranks), added to each layer's stats.
+
+        `initialise=False` asks for shapes only: no decomposition, nothing read from the weights.
+        """
+        return {name: {} for name in layers}
+
+    def accepts(self, layer: nn.Module) -> bool:
+        """Whether this kind of layer can be adapted by the method."""
+        return kind_of(layer) in self.takes
+
+    def attach(
+        self,
+        layer: nn.Module,
+        *,
+        stats: Stats | None = None,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        initialise: bool = True,
+    ) -> AdaptedLayer:
+        """Wrap one layer. The given layer is frozen and otherwise left as it is.
+
+        Args:
+            stats: statistics of this layer, for methods that declare `needs`.
+            generator: source of random numbers; None draws from torch's default one.
+            dtype: of the update's tensors; None takes the weight's.
+            initialise: False leaves the numbers unset (planning, loading).
+
+        Raises:
+            TypeError: not a layer that the method takes.
+            ValueError: the shape does not allow the hyperparameters, or statistics are missing.
+        """
+        if not self.accepts(layer):
+            raise TypeError(f"{type(self).__name__} takes {', '.join(sorted(self.takes))} layers; got {describe(layer)}")
+        weight = weight_matrix(layer).detach()
+        out_features, in_features = weight.shape
+        given = {} if stats is None else stats
+        if initialise:
+            for need in sorted(self.needs):
+                self._check_stat(need, given, out_features, in_features)
+        update = self.blank(out_features, in_features, stats=given, dtype=dtype or weight.dtype, device=weight.device)
+        if initialise:
+            with torch.no_grad():
+                self.initialise(update, weight, given, generator)
+        return AdaptedLayer(layer, update, self.dropout)
+
+    def param_groups(self, parameters: Mapping[str, nn.Parameter], lr: float) -> list[dict[str, Any]]:
+        """Optimizer groups for the trained parameters (name -> parameter); override for several rates."""
+        return [{"params": list(parameters.values()), "lr": lr}]
+
+    def peft(self, adapted: Any) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """PEFT's config and tensors where PEFT has this very method, else None (then it goes as LoRA)."""
+        return None
+
+    def config(self) -> dict[str, Any]:
+        """The fields as JSON-able values."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(cast(Any, self))}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Method:
+        """The inverse of `config`."""
+        names = {f.name for f in dataclasses.fields(cast(Any, cls))}
+        extra = sorted(set(config) - names)
+        if extra:
+            raise CheckpointError(f"{cls.__name__} has no field {', '.join(extra)}; its fields are {', '.join(sorted(names))}")
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in config.items()})
+
+    def _check_stat(self, need: str, stats: Stats, out_features: int, in_features: int) -> None:
+        value = stats.get(need)
+        who = type(self).__name__
+        if value is None:
+            raise ValueError(
+                f"{who} needs stats[{need!r}]; collect it by lowdim.adapt(model, method, batches=..., loss_fn=...)"
+            )
+        shapes = {"gradient": (out_features, in_features), "covariance": (in_features, in_features), "norms": (in_features,)}
+        want = shapes.get(need)
+        if want is not None and tuple(value.shape) != want:
+            raise ValueError(f"stats[{need!r}] must have shape {want}; got {tuple(value.shape)}")
+        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"stats[{need!r}] has NaN or infinite entries")
+
+
+class AdaptedLayer(nn.Module):
+    """A frozen layer with a trained update beside it: `y = base(x) + update(dropout(x))`.
+
+    Works over nn.Linear, transformers' Conv1D, nn.Conv2d (the update acts on patches; with groups, through the small dense
+    kernel) and, where the update can look up columns, nn.Embedding.
+    """
+
+    def __init__(self, layer: nn.Module, update: WeightUpdate, dropout: float = 0.0):
+        super().__init__()
+        check_float("dropout", dropout, 0.0, 1.0, high_open=True)
+        for parameter in layer.parameters():
+            parameter.requires_grad_(False)
+        matrix = update.rebase(weight_matrix(layer).detach())
+        self.base = layer if matrix is None else with_matrix(layer, matrix)
+        self.update = update
+        self.dropout = dropout
+        self.kind = kind_of(layer)
+        self.rebased = matrix is not None
+        self.train(layer.training)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the update's."""
+        y = self.base(x, *args, **kwargs)
+        if self.kind == "embedding":
+            return y + self.update.columns(x).to(y.dtype)
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        if self.kind == "conv2d":
+            return y + self._convolve(x).to(y.dtype)
+        x = self._cast(x)
+        return self.update.add_to(y, x, inplace=self._may_overwrite())
+
+    def delta(self) -> Tensor:
+        """`W_eff − W₀` as a matrix `(out, in)`, in float32 or better."""
+        return self.update.delta()
+
+    def delta_norm(self) -> float:
+        """`‖W_eff − W₀‖_F`, from thin factors where the update has them."""
+        with torch.no_grad():
+            factors = self.update.low_rank_delta()
+            norm = torch.linalg.matrix_norm(self.delta()) if factors is None else low_rank_norm(*map(_wide, factors))
+            return float(norm)
+
+    def effective_weight(self) -> Tensor:
+        """`W_eff (out, in)` in float32 or better."""
+        with torch.no_grad():
+            return _wide(weight_matrix(self.base)) + _wide(self.update.dense())
+
+    def original_weight(self) -> Tensor:
+        """`W₀ (out, in)`, up to the rounding of a rebased weight."""
+        with torch.no_grad():
+            base, start = weight_matrix(self.base), self.update.start()
+            return base if start is None else (_wide(base) + _wide(start)).to(base.dtype)
+
+    def merged(self) -> nn.Module:
+        """A plain layer with `W_eff`, computed in float32 or better and rounded once."""
+        return with_matrix(self.base, self.effective_weight())
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen base weight in the layer's own layout; code that asks a layer for its dtype or device finds it here."""
+        return cast(Tensor, self.base.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return cast("Tensor | None", getattr(self.base, "bias", None))
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight matrix."""
+        return self.update.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight matrix."""
+        return self.update.out_features
+
+    def _cast(self, x: Tensor) -> Tensor:
+        parameter = next(self.update.parameters(), None)
+        if parameter is None or x.dtype == parameter.dtype or torch.is_autocast_enabled(x.device.type):
+            return x
+        return x.to(parameter.dtype)
+
+    def _may_overwrite(self) -> bool:
+        # nn.Linear's backward does not need its output; a hook or another class might.
+        return type(self.base) is nn.Linear and not self.base._forward_hooks and self.update_dtype() == self.weight.dtype
+
+    def update_dtype(self) -> torch.dtype:
+        """The dtype of the trained tensors."""
+        parameter = next(self.update.parameters(), None)
+        return self.weight.dtype if parameter is None else parameter.dtype
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        conv = cast(nn.Conv2d, self.base)
+        x = self._cast(x)
+        if conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            # Grouped kernels are small: the dense update costs less than applying it to every group's patches.
+            kernel = self.update.dense().view(conv.weight.shape)
+            return conv._conv_forward(x, kernel, None)
+        height, width = _conv_size(conv, x)
+        if conv.kernel_size == (1, 1) and conv.padding == (0, 0):
+            rows = x[..., :: conv.stride[0], :: conv.stride[1]].movedim(-3, -1)
+            return self.update(rows).movedim(-1, -3)
+        batch = x if x.ndim == 4 else x[None]
+        patches = F.unfold(batch, conv.kernel_size, conv.dilation, conv.padding, conv.stride).transpose(1, 2)  # type: ignore[arg-type]
+        out = self.update(patches).transpose(1, 2).unflatten(2, (height, width))
+        return out if x.ndim == 4 else out[0]
+
+
+def kind_of(layer: nn.Module) -> str:
+    """`"linear"`, `"conv2d"`, `"embedding"`, or `"other"`."""
+    if isinstance(layer, nn.Conv2d):
+        return "conv2d"
+    if isinstance(layer, nn.Embedding):
+        return "embedding"
+    return "linear" if isinstance(layer, nn.Linear) or is_conv1d(layer) or is_matrix_layer(layer) else "other"
+
+
+def registered_methods() -> dict[str, type[Method]]:
+    """Class name -> class of every method that has been imported."""
+    return dict(_REGISTRY)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, list, set, frozenset)) else value
+
+
+def _conv_size(conv: nn.Conv2d, x: Tensor) -> tuple[int, int]:
+    size = []
+    for i, length in enumerate(x.shape[-2:]):
+        reach = conv.dilation[i] * (conv.kernel_size[i] - 1)
+        size.append((length + 2 * cast(int, conv.padding[i]) - reach - 1) // conv.stride[i] + 1)
+    return size[0], size[1]

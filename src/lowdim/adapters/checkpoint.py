@@ -1,0 +1,202 @@
+"""Adapters on disk: `adapter.safetensors` holds the tensors and all that is needed to load them, `adapter.json` the same
+description for people and tools."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import lowdim
+from lowdim.adapters.adapted import Adapted, _context, fingerprint
+from lowdim.adapters.base import AdaptedLayer, registered_methods
+from lowdim.errors import CheckpointError, nearest
+from lowdim.files import read_json, read_tensors, write_json, write_tensors
+from lowdim.surgery import freeze, matrix_shape, replace_layer, weight_matrix
+
+__all__ = ["load_adapter", "save"]
+
+FORMAT, VERSION = "lowdim-adapter", 1
+TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+
+
+def save(adapted: Adapted, folder: str | Path) -> Path:
+    """Write the adapter. The tensors file is complete in itself and is written last, by one rename."""
+    if not adapted.layers:
+        raise ValueError("there is no adapter to save: the model has been merged")
+    folder = Path(folder)
+    tensors = adapted.state_dict()
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "lowdim": lowdim.__version__,
+        "method": type(adapted.method).__name__,
+        "config": adapted.method.config(),
+        "seed": adapted.seed,
+        "base_model": _base_model(adapted.model),
+        "modules_to_save": list(adapted.modules_to_save),
+        "layers": {
+            name: {
+                "shape": [layer.out_features, layer.in_features],
+                "fingerprint": adapted.fingerprints.get(name),
+                "meta": layer.update.meta(),
+            }
+            for name, layer in adapted.layers.items()
+        },
+        "digest": _digest(tensors),
+    }
+    write_json(folder / DESCRIPTION, description)
+    write_tensors(folder / TENSORS, tensors, {"lowdim": json.dumps(description)})
+    return folder
+
+
+def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = True) -> Adapted:
+    """Attach a saved adapter to its base model, in place.
+
+    Args:
+        model: the model that the adapter was trained on, without adapters.
+        folder: what `Adapted.save` wrote.
+        check_base: refuse a base model with other weights; False attaches anyway.
+
+    Returns:
+        An `Adapted` in the state in which it was saved, schedules included.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, foreign, of a newer version, or for another base model. The model is
+            untouched then.
+
+    Example:
+        >>> import tempfile, torch, lowdim
+        >>> make = lambda: torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> model, twin = make(), make()
+        >>> _ = twin.load_state_dict(model.state_dict())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = lowdim.adapt(model, lowdim.adapters.LoRA(rank=1)).save(folder)
+        ...     adapted = lowdim.load_adapter(twin, folder)
+        >>> x = torch.ones(2, 4)
+        >>> bool(torch.equal(model(x), twin(x)))
+        True
+    """
+    folder = Path(folder)
+    if any(isinstance(module, AdaptedLayer) for module in model.modules()):
+        raise ValueError("model is adapted already; merge() it first")
+    tensors, about = _read(folder)
+    cls = registered_methods().get(about["method"])
+    if cls is None:
+        close = ", ".join(nearest(about["method"], registered_methods()))
+        raise CheckpointError(
+            f"{folder}: no method {about['method']!r} is registered (nearest: {close}); import its module first"
+        )
+    try:
+        method = cls.from_config(about["config"])
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: the configuration of {about['method']} is not valid: {error}") from error
+    layers = {name: _find(model, name, entry, folder, check_base) for name, entry in about["layers"].items()}
+    prepared = method.prepare(layers, seed=about["seed"], initialise=False)
+    attached = {}
+    for name, layer in layers.items():
+        prefix = f"{name}.update."
+        own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+        stats = {**prepared[name], **about["layers"][name]["meta"]}
+        weight = weight_matrix(layer).detach()
+        dtype = next((t.dtype for t in own.values() if t.is_floating_point()), weight.dtype)
+        with _context(method, name, layer):
+            update = method.blank(*weight.shape, stats=stats, dtype=dtype, device=weight.device)
+            update.restore({key: value.to(weight.device) for key, value in own.items()}, weight)
+            attached[name] = (layer, update)
+    heads = _heads(model, about["modules_to_save"], tensors, folder)
+    freeze(model)
+    wrapped = {name: AdaptedLayer(layer, update, method.dropout) for name, (layer, update) in attached.items()}
+    for name, layer in wrapped.items():
+        replace_layer(model, name, layer)
+    for name, state in heads.items():
+        module = model.get_submodule(name)
+        module.load_state_dict(state)
+        for parameter in module.parameters():
+            parameter.requires_grad_(True)
+    fingerprints = {name: entry["fingerprint"] for name, entry in about["layers"].items()}
+    return Adapted(model, method, wrapped, fingerprints, about["modules_to_save"], about["seed"])
+
+
+def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not (folder / TENSORS).is_file() and (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"{folder} holds a PEFT adapter; load it with peft.PeftModel.from_pretrained")
+    tensors, metadata = read_tensors(folder / TENSORS)
+    try:
+        about = json.loads(metadata["lowdim"])
+    except (KeyError, ValueError):
+        raise CheckpointError(f"{folder / TENSORS} was not written by lowdim (no description in its header)") from None
+    if about.get("format") != FORMAT or not isinstance(about.get("version"), int):
+        raise CheckpointError(f"{folder / TENSORS} is not a lowdim adapter (format {about.get('format')!r})")
+    if about["version"] > VERSION:
+        raise CheckpointError(
+            f"{folder} has format version {about['version']}; this lowdim reads up to {VERSION}: upgrade lowdim"
+        )
+    if about.get("digest") != _digest(tensors):
+        raise CheckpointError(f"{folder / TENSORS} is damaged: its tensors do not match its digest")
+    if (folder / DESCRIPTION).exists():
+        beside = read_json(folder / DESCRIPTION)
+        if not isinstance(beside, dict) or beside.get("digest") != about["digest"]:
+            raise CheckpointError(
+                f"{folder / DESCRIPTION} does not belong to {TENSORS} (an interrupted save?); remove it to load the tensors as they are"
+            )
+    return tensors, about
+
+
+def _find(model: nn.Module, name: str, entry: Mapping[str, Any], folder: Path, check_base: bool) -> nn.Module:
+    modules = dict(model.named_modules())
+    layer = modules.get(name)
+    if layer is None:
+        raise CheckpointError(
+            f"{folder} adapts layer {name}, which the model lacks (nearest: {', '.join(nearest(name, modules))})"
+        )
+    shape = matrix_shape(layer)
+    if list(shape) != list(entry["shape"]):
+        raise CheckpointError(f"{folder} adapts layer {name} of shape {tuple(entry['shape'])}; the model's is {shape}")
+    if check_base and entry.get("fingerprint") and entry["fingerprint"] != fingerprint(weight_matrix(layer)):
+        raise CheckpointError(
+            f"{folder} was trained on another base model: the weight of layer {name} differs (check_base=False attaches anyway)"
+        )
+    return layer
+
+
+def _heads(model: nn.Module, names: list[str], tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:
+    heads = {}
+    for name in names:
+        own = {
+            key[len(name) + 1 :]: value
+            for key, value in tensors.items()
+            if key.startswith(name + ".") and ".update." not in key
+        }
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise CheckpointError(f"{folder} holds module {name}, which the model lacks") from None
+        want = module.state_dict()
+        for key in sorted(set(want) | set(own)):
+            if key not in own or key not in want or own[key].shape != want[key].shape:
+                got = tuple(own[key].shape) if key in own else "nothing"
+                need = tuple(want[key].shape) if key in want else "nothing"
+                raise CheckpointError(f"{folder}: {name}.{key} has shape {got} in the file and {need} in the model")
+        heads[name] = own
+    return heads
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    import torch
+
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _base_model(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    return {"class": type(model).__name__, "name_or_path": getattr(config, "_name_or_path", None) or None}

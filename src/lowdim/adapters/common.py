@@ -1,0 +1,36 @@
+"""Small things that several adapters need."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_rank", "draw_normal", "draw_uniform"]
+
+
+def check_rank(rank: int, out_features: int, in_features: int) -> int:
+    """`rank`, if the layer allows it.
+
+    Raises:
+        ValueError: rank above min(out, in).
+    """
+    limit = min(out_features, in_features)
+    if rank > limit:
+        raise ValueError(f"rank must be at most min(out_features, in_features) = {limit}; got {rank}")
+    return rank
+
+
+def draw_uniform(tensor: Tensor, bound: float, generator: torch.Generator | None) -> None:
+    """Fill with U(−bound, bound), drawn in float32 on the generator's device: the same numbers for every dtype."""
+    device = tensor.device if generator is None else generator.device
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    with torch.no_grad():
+        tensor.copy_(torch.empty(tensor.shape, dtype=wide, device=device).uniform_(-bound, bound, generator=generator))
+
+
+def draw_normal(tensor: Tensor, std: float, generator: torch.Generator | None) -> None:
+    """Fill with N(0, std²), drawn in float32 on the generator's device: the same numbers for every dtype."""
+    device = tensor.device if generator is None else generator.device
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    with torch.no_grad():
+        tensor.copy_(torch.empty(tensor.shape, dtype=wide, device=device).normal_(0.0, std, generator=generator))

@@ -1,0 +1,102 @@
+"""LoRA, the baseline of every comparison."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowdim.adapters.base import Method, Stats, WeightUpdate
+from lowdim.adapters.common import check_rank, draw_uniform
+from lowdim.errors import check_float, check_int
+from lowdim.linalg import add_low_rank, low_rank_product
+
+__all__ = ["LoRA", "LoRAUpdate"]
+
+
+class LoRAUpdate(WeightUpdate):
+    """`ΔW = scaling · B A`: `A (rank, in)`, `B (out, rank)`, both trained."""
+
+    def __init__(self, out_features: int, in_features: int, rank: int, scaling: float, *, dtype: Any, device: Any):
+        super().__init__(out_features, in_features)
+        self.rank, self.scaling = rank, scaling
+        self.A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
+        self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`scaling · B (A x)`."""
+        return low_rank_product(x, self.A, self.B, self.scaling)
+
+    def add_to(self, y: Tensor, x: Tensor, *, inplace: bool = False) -> Tensor:
+        """Fused: one multiply-add onto the base's output."""
+        return add_low_rank(y, x, self.A, self.B, self.scaling, inplace=inplace)
+
+    def dense(self) -> Tensor:
+        """`scaling · B A`."""
+        return self.scaling * (self.B @ self.A)
+
+    def low_rank_delta(self) -> tuple[Tensor, Tensor]:
+        """`A` and `scaling · B`."""
+        return self.A.detach(), self.scaling * self.B.detach()
+
+    def columns(self, index: Tensor) -> Tensor:
+        """`scaling · B A[:, index]` for an embedding."""
+        return F.linear(F.embedding(index, self.A.T), self.B) * self.scaling
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """Low-rank adaptation: the update of a frozen weight is a product of two thin trained matrices.
+
+    Formula: `y = W x + scaling · B (A x)`, `scaling = alpha / rank` (`alpha / √rank` with `rank_stabilized`),
+    `A ~ U(±1/√in)` (Kaiming uniform with a = √5), `B = 0`.
+
+    Args:
+        rank: inner size, in [1, min(out, in)].
+        alpha: numerator of the scale.
+        dropout: on the update's input, while training.
+        target_modules: which layers (see `lowdim.surgery.find_layers`); None takes every linear layer but the head.
+        rank_stabilized: divide alpha by √rank, which keeps the update's size at high ranks.
+
+    Raises:
+        ValueError: a hyperparameter out of range (here), or a rank beyond the layer (at attach).
+
+    Example:
+        >>> import torch, lowdim
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> adapted = lowdim.adapt(model, lowdim.adapters.LoRA(rank=2, target_modules=["0"]))
+        >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
+        32
+
+    Where memory is the limit and the frozen A is acceptable, LaMDA keeps less for the backward pass.
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv 2106.09685.
+    """
+
+    takes: ClassVar[frozenset[str]] = frozenset({"linear", "conv2d", "embedding"})
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    target_modules: Any = None
+    rank_stabilized: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("rank", self.rank, 1)
+        check_float("alpha", self.alpha, 0.0, low_open=True)
+        check_float("dropout", self.dropout, 0.0, 1.0, high_open=True)
+
+    def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> LoRAUpdate:
+        """Allocate `A` and `B`."""
+        rank = check_rank(self.rank, out_features, in_features)
+        scaling = self.alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+        return LoRAUpdate(out_features, in_features, rank, scaling, dtype=dtype, device=device)
+
+    def initialise(self, update: LoRAUpdate, weight: Tensor, stats: Stats, generator: torch.Generator | None) -> None:
+        """Draw `A`; `B` is zero, so the output does not change."""
+        draw_uniform(update.A, 1 / math.sqrt(update.in_features), generator)

@@ -1,0 +1,214 @@
+"""One pass over sample batches that collects what data-driven systems need, layer by layer.
+
+`collect(model, layers, needs, batches, loss_fn)` gives every layer a mapping with some of
+
+* `"covariance"`: `Σ x xᵀ` of the layer's inputs `(in, in)`, and `"count"`, the number of rows in it;
+* `"norms"`: `√(Σ x²)` of each input column `(in,)`;
+* `"output_mean"`, `"output_covariance"`: mean `(out,)` and centred covariance `(out, out)` of the layer's outputs;
+* `"gradient"`: `Σ_batches ∂L/∂W / batch_size`, `(out, in)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowdim.surgery import is_conv1d, weight_matrix
+
+__all__ = ["KINDS", "LossFn", "call_model", "collect"]
+
+KINDS = frozenset({"covariance", "norms", "output_covariance", "gradient"})
+LossFn = Callable[[nn.Module, Any], Tensor]
+Stats = dict[str, Any]
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """`model(**batch)` for a mapping, `model(*batch)` for a tuple or list, else `model(batch)`."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)
+
+
+def collect(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    needs: Iterable[str],
+    batches: Iterable[Any] | None,
+    loss_fn: LossFn | None = None,
+) -> dict[str, Stats]:
+    """Collect statistics of the named layers in one pass; the model is left as it was (mode, gradients, hooks).
+
+    Padding positions are left out where a batch has an `attention_mask` of the shape of the layer's rows. Sums run in
+    float64 on the CPU and CUDA, in float32 on devices without float64.
+
+    Args:
+        layers: name -> layer, as `surgery.find_layers` gives them.
+        needs: some of `KINDS`.
+        batches: an iterable, consumed once.
+        loss_fn: `loss_fn(model, batch) -> scalar`, a mean over the batch; needed for `"gradient"`.
+
+    Raises:
+        ValueError: no batches, no loss function where gradients are asked for, an unknown kind, a layer that saw no row, or
+            a layer whose gradient is all zero (each names the layer).
+    """
+    kinds = set(needs)
+    if kinds - KINDS:
+        raise ValueError(f"needs must be among {sorted(KINDS)}; got {sorted(kinds - KINDS)}")
+    if not kinds:
+        return {name: {} for name in layers}
+    if batches is None:
+        raise ValueError(f"batches is missing: {', '.join(sorted(kinds))} must be collected from sample data")
+    if "gradient" in kinds and loss_fn is None:
+        raise ValueError(
+            "loss_fn is missing: the gradient needs loss_fn(model, batch) -> scalar, inference batches are not enough"
+        )
+    collector = _Collector(layers, kinds)
+    seen = 0
+    with _as_it_was(model, layers, want_gradient="gradient" in kinds), collector.hooks():
+        for batch in batches:
+            seen += 1
+            collector.mask = _mask(batch)
+            if "gradient" in kinds:
+                assert loss_fn is not None
+                loss_fn(model, batch).backward()
+                collector.take_gradients(_batch_size(batch))
+            else:
+                with torch.no_grad():
+                    call_model(model, batch) if loss_fn is None else loss_fn(model, batch)
+    if seen == 0:
+        raise ValueError("batches is empty: at least one sample batch is needed")
+    return collector.result()
+
+
+class _Collector:
+    def __init__(self, layers: Mapping[str, nn.Module], kinds: set[str]):
+        self.layers, self.kinds = layers, kinds
+        self.sums: dict[str, Stats] = {name: {} for name in layers}
+        self.mask: Tensor | None = None
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        handles = []
+        if self.kinds - {"gradient"}:
+            for name, layer in self.layers.items():
+                handles.append(layer.register_forward_hook(self._hook(name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            with torch.no_grad():
+                if self.kinds & {"covariance", "norms"}:
+                    x = self._rows(_layer_rows(layer, args[0]))
+                    if "covariance" in self.kinds:
+                        self._add(name, "covariance", x.T @ x)
+                    self._add(name, "squares", x.square().sum(0))
+                    self._add(name, "count", x.shape[0])
+                if "output_covariance" in self.kinds:
+                    y = self._rows(output.movedim(1, -1) if isinstance(layer, nn.Conv2d) else output)
+                    self._add(name, "output_sum", y.sum(0))
+                    self._add(name, "output_square", y.T @ y)
+                    self._add(name, "output_count", y.shape[0])
+
+        return hook
+
+    def _rows(self, x: Tensor) -> Tensor:
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        if self.mask is not None and x.shape[:-1] == self.mask.shape:
+            x = x[self.mask.to(device=x.device, dtype=torch.bool)]
+        return x.detach().reshape(-1, x.shape[-1]).to(wide)
+
+    def _add(self, name: str, key: str, value: Any) -> None:
+        sums = self.sums[name]
+        sums[key] = value if key not in sums else sums[key] + value
+
+    def take_gradients(self, batch_size: int) -> None:
+        for name, layer in self.layers.items():
+            weight = layer.weight
+            assert isinstance(weight, Tensor)
+            if weight.grad is not None:
+                gradient = weight.grad.detach().float() if weight.dtype.itemsize < 4 else weight.grad.detach()
+                gradient = (
+                    gradient.T if is_conv1d(layer) or isinstance(layer, nn.Embedding) else gradient.reshape(len(gradient), -1)
+                )
+                self._add(name, "gradient", gradient / batch_size)
+                weight.grad = None
+
+    def result(self) -> dict[str, Stats]:
+        return {name: self._finish(name) for name in self.layers}
+
+    def _finish(self, name: str) -> Stats:
+        sums, out = self.sums[name], Stats()
+        if self.kinds - {"gradient"} and not sums.get("count", sums.get("output_count", 0)):
+            raise ValueError(f"layer {name} saw no token of the sample batches; it cannot be calibrated")
+        if "covariance" in self.kinds:
+            out["covariance"] = sums["covariance"]
+        if "norms" in self.kinds:
+            out["norms"] = sums["squares"].sqrt()
+        if "count" in sums:
+            out["count"] = sums["count"]
+        if "output_covariance" in self.kinds:
+            mean = sums["output_sum"] / sums["output_count"]
+            out["output_mean"] = mean
+            out["output_covariance"] = sums["output_square"] / sums["output_count"] - torch.outer(mean, mean)
+            out["output_count"] = sums["output_count"]
+        if "gradient" in self.kinds:
+            if "gradient" not in sums or not bool(sums["gradient"].any()):
+                raise ValueError(f"layer {name} got no gradient from the sample batches (all zero or none)")
+            out["gradient"] = sums["gradient"]
+        return out
+
+
+def _layer_rows(layer: nn.Module, x: Tensor) -> Tensor:
+    if not isinstance(layer, nn.Conv2d):
+        return x
+    if layer.groups != 1:
+        raise ValueError(f"input statistics of a grouped convolution are not defined; got {layer}")
+    assert not isinstance(layer.padding, str)
+    patches = nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+    return patches.transpose(1, 2)
+
+
+def _mask(batch: Any) -> Tensor | None:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) else None
+
+
+def _batch_size(batch: Any) -> int:
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
+    for value in values:
+        if isinstance(value, Tensor) and value.ndim:
+            return int(value.shape[0])
+    return 1
+
+
+@contextmanager
+def _as_it_was(model: nn.Module, layers: Mapping[str, nn.Module], *, want_gradient: bool) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    flags = {p: p.requires_grad for p in model.parameters()}
+    grads = {p: p.grad for p in model.parameters()}
+    model.eval()
+    for p in flags:
+        p.requires_grad_(False)
+        p.grad = None
+    if want_gradient:
+        for layer in layers.values():
+            weight_matrix(layer)  # a clear error for a layer without one
+            layer.weight.requires_grad_(True)  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+            p.grad = grads[p]

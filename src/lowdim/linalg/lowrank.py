@@ -1,0 +1,53 @@
+"""Products with thin factors that never build the dense matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["add_low_rank", "low_rank_norm", "low_rank_product"]
+
+
+def low_rank_product(
+    x: Tensor,  # (..., in)
+    A: Tensor,  # (rank, in)
+    B: Tensor,  # (out, rank)
+    scale: float = 1.0,
+) -> Tensor:
+    """`scale · B (A x)`, `(..., out)`. The scale is applied to the thin product."""
+    hidden = F.linear(x, A)
+    return F.linear(hidden if scale == 1.0 else hidden * scale, B)
+
+
+def add_low_rank(
+    y: Tensor,  # (..., out)
+    x: Tensor,  # (..., in)
+    A: Tensor,  # (rank, in)
+    B: Tensor,  # (out, rank)
+    scale: float = 1.0,
+    *,
+    inplace: bool = False,
+) -> Tensor:
+    """`y + scale · B (A x)` as one fused multiply-add onto `y`.
+
+    Autograd keeps `x` only where `A` is trained, and `A x`; never the product `(..., out)`. `inplace=True` overwrites `y`,
+    allowed where nothing else needs it (the output of a plain linear layer).
+    """
+    hidden = F.linear(x, A)
+    if y.ndim == 1:
+        return y + scale * F.linear(hidden, B)
+    flat, rows = y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+    if flat.dtype != rows.dtype:  # autocast: the base may answer in another dtype than the thin product
+        return y + (scale * F.linear(hidden, B)).to(y.dtype)
+    if inplace:
+        return flat.addmm_(rows, B.mT, alpha=scale).view(y.shape)
+    return torch.addmm(flat, rows, B.mT, alpha=scale).view(y.shape)
+
+
+def low_rank_norm(
+    A: Tensor,  # (rank, in)
+    B: Tensor,  # (out, rank)
+) -> Tensor:
+    """`‖B A‖_F` from the two Gram matrices, without the product."""
+    return ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt()

@@ -1,0 +1,223 @@
+"""Find layers by name, read their weight as a matrix, and swap them in place.
+
+Every family goes through here, so that a pattern means the same everywhere (as in PEFT: a name or a dotted
+suffix in a list, a regular expression as a string), and so that tied weights stay tied.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowdim.errors import NoMatchingModuleError, nearest
+
+__all__ = [
+    "HEAD_NAMES",
+    "describe",
+    "find_layers",
+    "is_conv1d",
+    "is_matrix_layer",
+    "matrix_shape",
+    "parent_and_child",
+    "replace_layer",
+    "tied_parameters",
+    "weight_matrix",
+    "with_matrix",
+]
+
+#: Last path components of modules that transformers uses as prediction heads; never touched by default.
+HEAD_NAMES = frozenset({"lm_head", "embed_out", "classifier", "score", "qa_outputs", "cls", "classification_head"})
+
+Patterns = str | Iterable[str] | None
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether `layer` is transformers' Conv1D (weight stored `(in, out)`), told without importing transformers."""
+    kind = type(layer)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def is_matrix_layer(layer: nn.Module) -> bool:
+    """Whether the layer applies one weight matrix: nn.Linear, transformers' Conv1D, nn.Conv2d."""
+    return isinstance(layer, (nn.Linear, nn.Conv2d)) or is_conv1d(layer)
+
+
+def weight_matrix(layer: nn.Module) -> Tensor:
+    """The layer's weight as a matrix `(out_features, in_features)`: a view where the layout allows.
+
+    A convolution's matrix is `(out_channels, in_channels / groups · kh · kw)`, an embedding's `(dim, num)`.
+
+    Raises:
+        TypeError: the layer has no weight matrix.
+    """
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor):
+        if isinstance(layer, nn.Embedding) or is_conv1d(layer):
+            return weight.T
+        if isinstance(layer, nn.Conv2d):
+            return weight.flatten(1)
+        if weight.ndim == 2:
+            return weight
+    raise TypeError(f"layer must have a weight matrix (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding); got {describe(layer)}")
+
+
+def matrix_shape(layer: nn.Module) -> tuple[int, int]:
+    """`(out_features, in_features)` of `weight_matrix(layer)`."""
+    out_features, in_features = weight_matrix(layer).shape
+    return out_features, in_features
+
+
+def with_matrix(layer: nn.Module, matrix: Tensor) -> nn.Module:
+    """A layer like `layer` with another weight matrix `(out, in)`; the given one is left as it is.
+
+    The new weight takes the old one's dtype, device, layout and `requires_grad`. Bias and hooks are shared.
+    """
+    old = cast(nn.Parameter, layer.weight)
+    if isinstance(layer, nn.Embedding) or is_conv1d(layer):
+        matrix = matrix.T
+    value = matrix.reshape(old.shape).to(device=old.device, dtype=old.dtype).contiguous()
+    copy = shallow_copy(layer)
+    copy.weight = nn.Parameter(value, requires_grad=old.requires_grad)
+    return copy
+
+
+def shallow_copy(layer: nn.Module) -> nn.Module:
+    """A module of the same class that shares tensors and children but can be changed on its own."""
+    copy = layer.__class__.__new__(layer.__class__)
+    copy.__dict__.update(layer.__dict__)
+    for name in ("_parameters", "_buffers", "_modules"):
+        copy.__dict__[name] = dict(layer.__dict__[name])
+    return copy
+
+
+def describe(layer: nn.Module) -> str:
+    """Class and weight shape, for messages."""
+    weight = getattr(layer, "weight", None)
+    shape = f" with weight {tuple(weight.shape)}" if isinstance(weight, Tensor) else ""
+    return f"{type(layer).__name__}{shape}"
+
+
+def find_layers(
+    model: nn.Module,
+    target_modules: Patterns = None,
+    *,
+    exclude: Iterable[str] = (),
+    accept: Callable[[nn.Module], bool] = is_matrix_layer,
+) -> dict[str, nn.Module]:
+    """The layers that patterns name, in model order.
+
+    Args:
+        target_modules: a list of module names or dotted suffixes (`"q_proj"`, `"layer.1.attention.query"`); a string is a
+            regular expression that must match the whole name, or a plain name; `"all-linear"` or None takes every layer that
+            `accept` lets through, except the model's prediction head.
+        exclude: skip a layer whose name contains one of these.
+        accept: which layers can be taken; a pattern that matches only others is an error.
+
+    Raises:
+        NoMatchingModuleError: a pattern matches nothing (the nearest names are listed), or only layers that cannot be taken.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowdim.surgery import find_layers
+        >>> list(find_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)), ["2"]))
+        ['2']
+    """
+    skip = tuple(exclude)
+    modules = dict(model.named_modules())
+    modules.pop("", None)
+    if target_modules is None or target_modules == "all-linear":
+        heads = _heads(model)
+        found = [n for n, m in modules.items() if accept(m) and m not in heads and n.rsplit(".", 1)[-1] not in HEAD_NAMES]
+    else:
+        patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+        if not patterns:
+            raise NoMatchingModuleError("target_modules must name at least one module; got an empty list")
+        hits: set[str] = set()
+        for pattern in patterns:
+            match = [n for n in modules if _matches(pattern, n)]
+            taken = [n for n in match if accept(modules[n])]
+            if not taken:
+                raise _no_match(pattern, match, modules, accept)
+            hits.update(taken)
+        found = [n for n in modules if n in hits]
+    found = [n for n in found if not any(part in n for part in skip)]
+    if not found:
+        raise NoMatchingModuleError(
+            f"no layer is left: target_modules={target_modules!r} with exclude={list(skip)!r} on {type(model).__name__}"
+        )
+    return {n: modules[n] for n in found}
+
+
+def parent_and_child(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds `name`, and the attribute under which it does."""
+    path, _, child = name.rpartition(".")
+    return model.get_submodule(path), child
+
+
+def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where `name` is. A module that stands at several names is replaced at each of them."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child, module in list(parent._modules.items()):
+            if module is old and parent is not new:
+                parent._modules[child] = new
+
+
+def tied_parameters(model: nn.Module) -> list[list[str]]:
+    """Groups of parameter names that are one tensor."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _heads(model: nn.Module) -> set[nn.Module]:
+    getter = getattr(model, "get_output_embeddings", None)
+    if not callable(getter):
+        return set()
+    try:
+        head = getter()
+    except (NotImplementedError, AttributeError):
+        return set()  # a transformers model without an output head
+    return {head} if isinstance(head, nn.Module) else set()
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if name == pattern or name.endswith("." + pattern):
+        return True
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error:
+        return False
+
+
+def _no_match(
+    pattern: str, match: list[str], modules: Mapping[str, nn.Module], accept: Callable[[nn.Module], Any]
+) -> NoMatchingModuleError:
+    if match:
+        return NoMatchingModuleError(
+            f"target_modules: {pattern!r} matches only layers that cannot be adapted, e.g. {match[0]} ({describe(modules[match[0]])})"
+        )
+    takeable = [n for n, m in modules.items() if accept(m)]
+    leaves = sorted({n.rsplit(".", 1)[-1] for n in takeable})
+    close = nearest(pattern, [*leaves, *takeable])
+    return NoMatchingModuleError(
+        f"target_modules: {pattern!r} matches no module; nearest names: {', '.join(close) or 'none (the model has no matrix layer)'}"
+    )
+
+
+def freeze(model: nn.Module) -> None:
+    """Switch off gradients for every parameter of the model."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Where the model's first parameter (or buffer) lies; the CPU for a model without any."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")

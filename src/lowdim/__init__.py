@@ -17,25 +17,11 @@ _PACKAGES = (
     "optim", "plan", "ranks", "report", "represent", "solve", "surgery", "train",
 )  # fmt: skip
 
-__all__ = ["__version__", *_FUNCTIONS, *_PACKAGES]  # noqa: PLE0604 (names, all strings)
+__all__ = ["__version__", *_FUNCTIONS, *_PACKAGES]
 
 if TYPE_CHECKING:
-    from lowdim import (
-        adapters,
-        calibrate,
-        compress,
-        diagnose,
-        errors,
-        layers,
-        linalg,
-        modules,
-        optim,
-        ranks,
-        represent,
-        solve,
-        surgery,
-    )
-    from lowdim.adapters import adapt, load_adapter
+    from lowdim.adapters import adapt as adapt
+    from lowdim.adapters import load_adapter as load_adapter
 
 
 def __getattr__(name: str) -> Any:

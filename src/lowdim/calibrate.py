@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +44,9 @@ def collect(
 ) -> dict[str, Stats]:
     """Collect statistics of the named layers in one pass; the model is left as it was (mode, gradients, hooks).
 
-    Padding positions are left out where a batch has an `attention_mask` of the shape of the layer's rows. Sums run in
-    float64 on the CPU and CUDA, in float32 on devices without float64.
+    Padding positions are left out where a batch has an `attention_mask` of the shape of the layer's rows, or as many
+    entries as the layer has rows in one dimension. Sums run in float64 on the CPU and CUDA, in float32 on devices without
+    float64. A module that is used several times in a pass sums over all its uses.
 
     Args:
         layers: name -> layer, as `surgery.find_layers` gives them.
@@ -54,8 +55,9 @@ def collect(
         loss_fn: `loss_fn(model, batch) -> scalar`, a mean over the batch; needed for `"gradient"`.
 
     Raises:
-        ValueError: no batches, no loss function where gradients are asked for, an unknown kind, a layer that saw no row, or
-            a layer whose gradient is all zero (each names the layer).
+        ValueError: no batches, no loss function where gradients are asked for, an unknown kind, a layer that saw no row, whose
+            gradient is all zero, or whose statistics are NaN or infinite (each names the layer).
+        TypeError: `batches` is one batch instead of an iterable of them.
     """
     kinds = set(needs)
     if kinds - KINDS:
@@ -64,6 +66,8 @@ def collect(
         return {name: {} for name in layers}
     if batches is None:
         raise ValueError(f"batches is missing: {', '.join(sorted(kinds))} must be collected from sample data")
+    if isinstance(batches, (Mapping, Tensor, str)):
+        raise TypeError(f"batches must be an iterable of batches; got one {type(batches).__name__}: put it into a list")
     if "gradient" in kinds and loss_fn is None:
         raise ValueError(
             "loss_fn is missing: the gradient needs loss_fn(model, batch) -> scalar, inference batches are not enough"
@@ -97,7 +101,7 @@ class _Collector:
         handles = []
         if self.kinds - {"gradient"}:
             for name, layer in self.layers.items():
-                handles.append(layer.register_forward_hook(self._hook(name)))
+                handles.append(layer.register_forward_hook(self._hook(name), with_kwargs=True))
         try:
             yield
         finally:
@@ -105,43 +109,60 @@ class _Collector:
                 handle.remove()
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             with torch.no_grad():
                 if self.kinds & {"covariance", "norms"}:
-                    x = self._rows(_layer_rows(layer, args[0]))
-                    if "covariance" in self.kinds:
-                        self._add(name, "covariance", x.T @ x)
-                    self._add(name, "squares", x.square().sum(0))
-                    self._add(name, "count", x.shape[0])
+                    x = args[0] if args else next(iter(kwargs.values()))
+                    self._take_inputs(name, self._rows(_layer_rows(layer, x)))
                 if "output_covariance" in self.kinds:
-                    y = self._rows(output.movedim(1, -1) if isinstance(layer, nn.Conv2d) else output)
-                    self._add(name, "output_sum", y.sum(0))
-                    self._add(name, "output_square", y.T @ y)
-                    self._add(name, "output_count", y.shape[0])
+                    self._take_outputs(name, self._rows(output.movedim(1, -1) if isinstance(layer, nn.Conv2d) else output))
 
         return hook
 
+    def _take_inputs(self, name: str, x: Tensor) -> None:
+        if "covariance" in self.kinds:
+            self._add_gram(name, "covariance", x)
+        self._add(name, "squares", x.square().sum(0))
+        self._add(name, "count", x.shape[0])
+
+    def _take_outputs(self, name: str, y: Tensor) -> None:
+        if not y.shape[0]:
+            return
+        # Sums are taken about the first rows' mean: E[y yᵀ] − μ μᵀ cancels where the mean is large beside the spread.
+        y = y - self.sums[name].setdefault("output_shift", y.mean(0))
+        self._add_gram(name, "output_square", y)
+        self._add(name, "output_sum", y.sum(0))
+        self._add(name, "output_count", y.shape[0])
+
     def _rows(self, x: Tensor) -> Tensor:
         wide = torch.float32 if x.device.type == "mps" else torch.float64
-        if self.mask is not None and x.shape[:-1] == self.mask.shape:
-            x = x[self.mask.to(device=x.device, dtype=torch.bool)]
+        if self.mask is not None and x.shape[:-1] in (self.mask.shape, (self.mask.numel(),)):
+            x = x[self.mask.to(device=x.device, dtype=torch.bool).view(x.shape[:-1])]
         return x.detach().reshape(-1, x.shape[-1]).to(wide)
 
     def _add(self, name: str, key: str, value: Any) -> None:
         sums = self.sums[name]
-        sums[key] = value if key not in sums else sums[key] + value
+        if key in sums:
+            sums[key] += value  # in place for tensors
+        else:
+            sums[key] = value
+
+    def _add_gram(self, name: str, key: str, rows: Tensor) -> None:
+        sums = self.sums[name]
+        if key in sums:
+            sums[key].addmm_(rows.T, rows)
+        else:
+            sums[key] = rows.T @ rows
 
     def take_gradients(self, batch_size: int) -> None:
         for name, layer in self.layers.items():
-            weight = layer.weight
-            assert isinstance(weight, Tensor)
-            if weight.grad is not None:
-                gradient = weight.grad.detach().float() if weight.dtype.itemsize < 4 else weight.grad.detach()
-                gradient = (
-                    gradient.T if is_conv1d(layer) or isinstance(layer, nn.Embedding) else gradient.reshape(len(gradient), -1)
-                )
-                self._add(name, "gradient", gradient / batch_size)
-                weight.grad = None
+            grad = cast(Tensor, layer.weight).grad
+            if grad is not None:
+                grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+                transposed = is_conv1d(layer) or isinstance(layer, nn.Embedding)
+                self._add(name, "gradient", (grad.T if transposed else grad.reshape(len(grad), -1)) / batch_size)
+        for layer in self.layers.values():  # only now: two layers may share one weight
+            layer.weight.grad = None  # type: ignore[union-attr]
 
     def result(self) -> dict[str, Stats]:
         return {name: self._finish(name) for name in self.layers}
@@ -158,17 +179,22 @@ class _Collector:
             out["count"] = sums["count"]
         if "output_covariance" in self.kinds:
             mean = sums["output_sum"] / sums["output_count"]
-            out["output_mean"] = mean
+            out["output_mean"] = sums["output_shift"] + mean
             out["output_covariance"] = sums["output_square"] / sums["output_count"] - torch.outer(mean, mean)
             out["output_count"] = sums["output_count"]
         if "gradient" in self.kinds:
             if "gradient" not in sums or not bool(sums["gradient"].any()):
                 raise ValueError(f"layer {name} got no gradient from the sample batches (all zero or none)")
             out["gradient"] = sums["gradient"]
+        for key, value in out.items():
+            if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+                raise ValueError(f"layer {name}: its {key} over the sample batches has NaN or infinite entries")
         return out
 
 
 def _layer_rows(layer: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(layer, nn.Embedding):
+        raise ValueError(f"input statistics of an embedding are not defined; got {layer}")
     if not isinstance(layer, nn.Conv2d):
         return x
     if layer.groups != 1:

@@ -1,23 +1,77 @@
-"""The few modules that more than one family swaps in."""
+"""The few modules that more than one family swaps in, and what every structured linear layer shares."""
 
 from __future__ import annotations
 
+import copy
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowdim.errors import check_choice, check_int
-from lowdim.linalg import Cost, chain_cost, truncated_svd
+from lowdim.errors import check_choice, check_float, check_int
+from lowdim.linalg import Cost, chain_cost, draw_normal, draw_uniform, truncated_svd
+from lowdim.surgery import make_linear
 
-__all__ = ["LowRankLinear"]
+__all__ = ["LowRankLinear", "StructuredLinear"]
 
-_INITS = ("kaiming", "orthogonal", "zero")
+_INITS = ("kaiming", "orthogonal", "zero", "svd", "random")
 
 
-class LowRankLinear(nn.Module):
+class StructuredLinear(nn.Module, ABC):
+    """A linear layer `y = W x + bias` whose weight follows from fewer numbers than it has entries.
+
+    A subclass sets `in_features`, `out_features` and `bias` (a parameter or None) and writes `forward`, `dense_weight` and
+    `products`; the rest works from these.
+    """
+
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+
+    @abstractmethod
+    def dense_weight(self) -> Tensor:
+        """The exact dense equivalent `(out, in)`, differentiable."""
+
+    @abstractmethod
+    def products(self) -> list[tuple[int, int, int]]:
+        """The chain of matrix products of one use: (weights, inputs, outputs) of each."""
+
+    @property
+    def weight(self) -> Tensor:
+        """`dense_weight()`, computed at every access, for code that reads the weight of any linear layer."""
+        return self.dense_weight()
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """A plain layer with the same function, dtype and device; its weight is computed in float32 or better."""
+        first = next(self.parameters())
+        wide = torch.promote_types(first.dtype, torch.float32)
+        source = self if first.dtype == wide else copy.deepcopy(self).to(wide)
+        with torch.autocast(first.device.type, enabled=False):
+            weight = source.dense_weight().to(first.dtype)
+        linear = make_linear(weight, self.bias, requires_grad=any(p.requires_grad for p in self.parameters()))
+        return linear.train(self.training)
+
+    def cost(self, tokens: int, *, itemsize: int = 4) -> Cost:
+        """What one use on `tokens` rows costs, from shapes alone."""
+        check_int("tokens", tokens, 0)
+        parameters = sum(p.numel() for p in self.parameters())
+        return chain_cost(self.products(), tokens, parameters=parameters, itemsize=itemsize)
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise ValueError unless the last dimension of `x` has `in_features` entries."""
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have {self.in_features} features in its last dimension; got shape {tuple(x.shape)}")
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(model)`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class LowRankLinear(StructuredLinear):
     """A linear layer whose weight is a product of two thin matrices.
 
     Formula: `y = c · B (A x) + bias`, `A (rank, in)`, `B (out, rank)`, `c = alpha / rank` (1 where alpha is None).
@@ -25,12 +79,17 @@ class LowRankLinear(nn.Module):
     Args:
         rank: inner size, in [1, min(in, out)].
         alpha: numerator of the scale; None means scale 1.
-        init: `"kaiming"`: each factor uniform in ±1/√fan_in, so that the product of two has the variance of a Kaiming layer
-            times the factors' own; `"orthogonal"`: A with orthonormal rows, B with orthonormal columns; `"zero"`: A Kaiming, B zero.
-        seed, generator: where random numbers come from; a generator wins.
+        init: how the factors start; the bias is uniform in ±1/√in with the first three and zero with the last two.
+            `"kaiming"`: each factor uniform in ±1/√fan_in, the factor's own last dimension.
+            `"orthogonal"`: A with orthonormal rows, B with orthonormal columns.
+            `"zero"`: A as in `"kaiming"`, B zero.
+            `"svd"`: a dense weight drawn normal with `std`, truncated to the rank, `√S` in each factor.
+            `"random"`: each factor normal with `std`.
+        std: for `"svd"` and `"random"`: a number, or `"xavier"` for 1/√fan_in of what is drawn.
+        seed, generator: where random numbers come from; a generator wins, without either torch's default one is used.
 
     Raises:
-        ValueError: sizes or rank out of range, unknown init.
+        ValueError: sizes or rank out of range, unknown init or std.
 
     Example:
         >>> import torch
@@ -39,7 +98,11 @@ class LowRankLinear(nn.Module):
         >>> layer(torch.zeros(3, 6)).shape, layer.dense_weight().shape
         (torch.Size([3, 4]), torch.Size([4, 6]))
 
-    Use it to shrink a layer; where the weight must stay full rank take a structured layer such as Monarch.
+    It pays off only where `rank < in · out / (in + out)`. Where the weight must keep full rank take a structured layer
+    such as Monarch instead.
+
+    Source: Wei et al., "Building on Efficient Foundations", NeurIPS 2024, arXiv 2406.16450 (init `"svd"`, `"random"`);
+    OptimAI-Lab's pretraining benchmark, arXiv 2505.22922 (`"kaiming"`, alpha).
     """
 
     def __init__(
@@ -51,6 +114,7 @@ class LowRankLinear(nn.Module):
         rank: int,
         alpha: float | None = None,
         init: str = "kaiming",
+        std: float | str = "xavier",
         seed: int | None = None,
         generator: torch.Generator | None = None,
         device: Any = None,
@@ -60,14 +124,14 @@ class LowRankLinear(nn.Module):
         check_int("in_features", in_features, 1)
         check_int("out_features", out_features, 1)
         check_int("rank", rank, 1, min(in_features, out_features))
-        check_choice("init", init, _INITS)
+        _check_alpha(alpha)
         self.in_features, self.out_features, self.rank, self.alpha = in_features, out_features, rank, alpha
         self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         if generator is None and seed is not None:
             generator = torch.Generator().manual_seed(seed)
-        self.reset_parameters(init, generator)
+        self.reset_parameters(init, generator, std=std)
 
     @property
     def scale(self) -> float:
@@ -75,87 +139,125 @@ class LowRankLinear(nn.Module):
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     @torch.no_grad()
-    def reset_parameters(self, init: str = "kaiming", generator: torch.Generator | None = None) -> None:
-        """Draw fresh factors (and a bias uniform in ±1/√in)."""
-        if init == "orthogonal":
-            for factor in (self.A.mT, self.B):
-                draw = torch.empty(factor.shape, dtype=torch.float32).normal_(generator=generator)
-                factor.copy_(torch.linalg.qr(draw).Q)
+    def reset_parameters(
+        self, init: str = "kaiming", generator: torch.Generator | None = None, *, std: float | str = "xavier"
+    ) -> None:
+        """Draw fresh factors and bias; see the class for `init` and `std`."""
+        check_choice("init", init, _INITS)
+        if std != "xavier":
+            check_float("std", std, 0.0, low_open=True)
+        bound = 1 / math.sqrt(self.in_features)
+        if init == "svd":
+            self._draw_svd(generator, bound if std == "xavier" else float(std))
+        elif init == "random":
+            for factor in (self.A, self.B):
+                draw_normal(factor, factor.shape[1] ** -0.5 if std == "xavier" else float(std), generator)
+        elif init == "orthogonal":
+            self._draw_orthogonal(generator)
         else:
-            _uniform(self.A, 1 / math.sqrt(self.in_features), generator)
-            _uniform(self.B, 1 / math.sqrt(self.rank), generator)
+            draw_uniform(self.A, bound, generator)
+            draw_uniform(self.B, 1 / math.sqrt(self.rank), generator)
             if init == "zero":
                 self.B.zero_()
         if self.bias is not None:
-            _uniform(self.bias, 1 / math.sqrt(self.in_features), generator)
+            draw_uniform(self.bias, 0.0 if init in ("svd", "random") else bound, generator)
+
+    def _draw_svd(self, generator: torch.Generator | None, std: float) -> None:
+        if self.A.is_meta:
+            return
+        draw = torch.empty(self.out_features, self.in_features, device=self.A.device)
+        draw_normal(draw, std, generator)
+        A, B = _balanced(draw, self.rank)
+        self.A.copy_(A)
+        self.B.copy_(B)
+
+    def _draw_orthogonal(self, generator: torch.Generator | None) -> None:
+        for factor in (self.A.mT, self.B):
+            draw = torch.empty(factor.shape, device=factor.device)
+            draw_normal(draw, 1.0, generator)
+            factor.copy_(torch.linalg.qr(draw).Q)
 
     def forward(
         self,
         x: Tensor,  # (..., in_features)
     ) -> Tensor:
         """`(..., out_features)`; the dense weight is never built."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have {self.in_features} features in its last dimension; got shape {tuple(x.shape)}")
+        self.check_input(x)
         hidden = F.linear(x, self.A)
         if self.scale != 1.0:
             hidden = hidden * self.scale
         return F.linear(hidden, self.B, self.bias)
 
     def dense_weight(self) -> Tensor:
-        """The exact dense equivalent `(out, in)`."""
-        return self.scale * (self.B @ self.A)
+        """`c · B A`, `(out, in)`."""
+        product = self.B @ self.A
+        return product if self.scale == 1.0 else self.scale * product
 
-    @torch.no_grad()
-    def to_linear(self) -> nn.Linear:
-        """A plain layer with the same function, dtype and device; the product is taken in float32 or better."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        wide = torch.promote_types(self.A.dtype, torch.float32)
-        product = self.scale * (self.B.to(wide) @ self.A.to(wide))
-        linear.weight = nn.Parameter(product.to(self.A.dtype))
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone())
-        return linear
-
-    def cost(self, tokens: int, *, itemsize: int = 4) -> Cost:
-        """What one use on `tokens` rows costs."""
-        r, n_in, n_out = self.rank, self.in_features, self.out_features
-        parameters = sum(p.numel() for p in self.parameters())
-        return chain_cost([(r * n_in, n_in, r), (n_out * r, r, n_out)], tokens, parameters=parameters, itemsize=itemsize)
+    def products(self) -> list[tuple[int, int, int]]:
+        """`A`, then `B`."""
+        return [(self.A.numel(), self.in_features, self.rank), (self.B.numel(), self.rank, self.out_features)]
 
     @classmethod
-    def from_factors(cls, A: Tensor, B: Tensor, bias: Tensor | None = None) -> LowRankLinear:
-        """A layer with these factors (`A (rank, in)`, `B (out, rank)`), copied, scale 1."""
-        if A.ndim != 2 or B.ndim != 2 or B.shape[1] != A.shape[0]:
+    def from_factors(
+        cls,
+        A: Tensor,  # (rank, in)
+        B: Tensor,  # (out, rank)
+        bias: Tensor | None = None,  # (out,)
+        *,
+        alpha: float | None = None,
+    ) -> LowRankLinear:
+        """A layer with these factors, copied; the rank is theirs.
+
+        Raises:
+            ValueError: shapes that do not fit each other.
+        """
+        if A.ndim != 2 or B.ndim != 2 or B.shape[1] != A.shape[0] or A.shape[0] < 1:
             raise ValueError(f"A must be (rank, in) and B (out, rank); got {tuple(A.shape)} and {tuple(B.shape)}")
         if bias is not None and bias.shape != (B.shape[0],):
             raise ValueError(f"bias must have shape ({B.shape[0]},); got {tuple(bias.shape)}")
-        layer = cls.__new__(cls)
+        _check_alpha(alpha)
+        layer = cls.__new__(cls)  # no random draw: the numbers are given
         nn.Module.__init__(layer)
-        layer.in_features, layer.out_features, layer.rank, layer.alpha = A.shape[1], B.shape[0], A.shape[0], None
-        layer.A, layer.B = nn.Parameter(A.detach().clone()), nn.Parameter(B.detach().clone())
-        layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        layer.in_features, layer.out_features, layer.rank, layer.alpha = A.shape[1], B.shape[0], A.shape[0], alpha
+        layer.A, layer.B = _parameter(A), _parameter(B)
+        layer.bias = None if bias is None else _parameter(bias)
         return layer
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, rank: int) -> LowRankLinear:
-        """The best rank-`rank` approximation of a trained layer: `A = √S Vᵀ`, `B = U √S`, bias copied."""
+    def from_linear(cls, linear: nn.Linear, *, rank: int, alpha: float | None = None) -> LowRankLinear:
+        """The best approximation of a trained layer at this rank: `A = √S Vᵀ`, `B = U √S` of `W / c`; the bias is copied.
+
+        Raises:
+            TypeError: not an nn.Linear.
+            ValueError: rank outside [1, min(in, out)], NaN or infinity in the weight.
+        """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be nn.Linear; got {type(linear).__name__}")
-        u, s, vh = truncated_svd(linear.weight, rank)
-        root = s.sqrt()
-        dtype = linear.weight.dtype
+        weight = linear.weight.detach()
+        check_int("rank", rank, 1, min(weight.shape))
+        _check_alpha(alpha)
+        scale = 1.0 if alpha is None else alpha / rank
+        A, B = _balanced(weight / scale if scale != 1.0 else weight, rank)
         bias = None if linear.bias is None else linear.bias.detach()
-        return cls.from_factors((root[:, None] * vh).to(dtype), (u * root).to(dtype), bias)
+        return cls.from_factors(A.to(weight.dtype), B.to(weight.dtype), bias, alpha=alpha).train(linear.training)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
-        )
+        scale = "" if self.alpha is None else f", alpha={self.alpha:g}"
+        return f"{super().extra_repr()}, rank={self.rank}{scale}"
 
 
-def _uniform(tensor: Tensor, bound: float, generator: torch.Generator | None) -> None:
-    if tensor.is_meta or generator is None or generator.device == tensor.device:
-        tensor.uniform_(-bound, bound, generator=generator)
-    else:
-        tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator))
+def _balanced(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`A (rank, in)`, `B (out, rank)` of the best approximation, each with singular values √S, in float32 or better."""
+    u, s, vh = truncated_svd(weight, rank, method="exact")
+    root = s.sqrt()
+    return root[:, None] * vh, u * root
+
+
+def _parameter(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.detach().clone(memory_format=torch.contiguous_format))
+
+
+def _check_alpha(alpha: float | None) -> None:
+    if alpha is not None:
+        check_float("alpha", alpha, 0.0, low_open=True)

@@ -7,6 +7,7 @@ suffix in a list, a regular expression as a string), and so that tied weights st
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -17,16 +18,21 @@ from lowdim.errors import NoMatchingModuleError, nearest
 
 __all__ = [
     "HEAD_NAMES",
+    "as_linear",
     "describe",
     "find_layers",
     "is_conv1d",
+    "is_linear",
     "is_matrix_layer",
+    "make_linear",
     "matrix_shape",
     "parent_and_child",
     "replace_layer",
+    "swap_layers",
     "tied_parameters",
     "weight_matrix",
     "with_matrix",
+    "without_tied",
 ]
 
 #: Last path components of modules that transformers uses as prediction heads; never touched by default.
@@ -39,6 +45,11 @@ def is_conv1d(layer: nn.Module) -> bool:
     """Whether `layer` is transformers' Conv1D (weight stored `(in, out)`), told without importing transformers."""
     kind = type(layer)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether the layer is nn.Linear or transformers' Conv1D."""
+    return isinstance(layer, nn.Linear) or is_conv1d(layer)
 
 
 def is_matrix_layer(layer: nn.Module) -> bool:
@@ -83,6 +94,35 @@ def with_matrix(layer: nn.Module, matrix: Tensor) -> nn.Module:
     copy = shallow_copy(layer)
     copy.weight = nn.Parameter(value, requires_grad=old.requires_grad)
     return copy
+
+
+def make_linear(
+    weight: Tensor,  # (out_features, in_features)
+    bias: Tensor | None = None,  # (out_features,)
+    *,
+    requires_grad: bool = True,
+) -> nn.Linear:
+    """A plain layer around these numbers, without a random draw; the weight is taken as it is, the bias copied."""
+    out_features, in_features = weight.shape
+    linear = nn.Linear(in_features, out_features, bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad)
+    return linear
+
+
+def as_linear(layer: nn.Module) -> nn.Linear:
+    """The layer itself if it is nn.Linear; for transformers' Conv1D an nn.Linear over the same numbers.
+
+    Raises:
+        TypeError: neither of the two.
+    """
+    if isinstance(layer, nn.Linear):
+        return layer
+    if not is_conv1d(layer):
+        raise TypeError(f"layer must be nn.Linear or Conv1D; got {describe(layer)}")
+    linear = make_linear(weight_matrix(layer), cast("Tensor | None", layer.bias))
+    return linear.train(layer.training)
 
 
 def shallow_copy(layer: nn.Module) -> nn.Module:
@@ -167,12 +207,79 @@ def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
                 parent._modules[child] = new
 
 
+def swap_layers(model: nn.Module, layers: Mapping[str, nn.Module], make: Callable[[str, Any], nn.Module]) -> None:
+    """Put `make(name, layer)` in the place of each layer, in place; layers that share their weight share it afterwards too.
+
+    Everything is made before anything is swapped: after an error the model is what it was.
+
+    Raises:
+        ValueError, TypeError: what `make` raised, with the layer's name before it.
+    """
+    made: dict[str, nn.Module] = {}
+    for name, layer in layers.items():
+        try:
+            made[name] = make(name, layer)
+        except (ValueError, TypeError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"layer {name}: {error}") from error
+    first: dict[frozenset[int], str] = {}
+    for name, layer in layers.items():
+        key = frozenset(id(p) for path, p in layer.named_parameters() if path != "bias")
+        twin = first.setdefault(key, name)
+        if twin != name and key:
+            same_bias = getattr(layer, "bias", None) is getattr(layers[twin], "bias", None)
+            _share(made[twin], made[name], bias=same_bias)
+    for name, new in made.items():
+        replace_layer(model, name, new)
+
+
+def without_tied(
+    model: nn.Module, layers: Mapping[str, nn.Module], *, named: bool, within: bool = False
+) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
+    """Separate the layers whose weight is also a parameter of another module, such as a head tied to an embedding.
+
+    Args:
+        layers: as `find_layers` gives them.
+        named: whether the user asked for these layers by name; then leaving one alone is a warning.
+        within: count ties among `layers` too; without it they may share a weight with each other.
+
+    Returns:
+        The free layers, and for each tied one the full names of the other parameters that are its weight.
+
+    Raises:
+        NoMatchingModuleError: no layer is free.
+    """
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            owners.setdefault(id(parameter), []).append((module, f"{path}.{name}"))
+    mine = set() if within else set(layers.values())
+    tied: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        others = [path for module, path in owners[id(layer.weight)] if module is not layer and module not in mine]
+        if others:
+            tied[name] = others
+    text = "; ".join(f"{name} shares its weight with {', '.join(others)}" for name, others in tied.items())
+    if len(tied) == len(layers):
+        raise NoMatchingModuleError(f"no layer is left: {text}. Untie it first, or name other layers in target_modules")
+    if tied and named:
+        warnings.warn(f"left alone because its weight is tied: {text}", UserWarning, stacklevel=3)
+    return {name: layer for name, layer in layers.items() if name not in tied}, tied
+
+
 def tied_parameters(model: nn.Module) -> list[list[str]]:
     """Groups of parameter names that are one tensor."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return [group for group in names.values() if len(group) > 1]
+
+
+def _share(source: nn.Module, target: nn.Module, *, bias: bool) -> None:
+    for path, parameter in source.named_parameters():
+        if path != "bias" or bias:
+            parent, child = parent_and_child(target, path)
+            setattr(parent, child, parameter)
 
 
 def _heads(model: nn.Module) -> set[nn.Module]:
@@ -200,13 +307,15 @@ def _no_match(
 ) -> NoMatchingModuleError:
     if match:
         return NoMatchingModuleError(
-            f"target_modules: {pattern!r} matches only layers that cannot be adapted, e.g. {match[0]} ({describe(modules[match[0]])})"
+            f"target_modules: {pattern!r} matches only layers that cannot be adapted, "
+            f"e.g. {match[0]} ({describe(modules[match[0]])})"
         )
     takeable = [n for n, m in modules.items() if accept(m)]
     leaves = sorted({n.rsplit(".", 1)[-1] for n in takeable})
     close = nearest(pattern, [*leaves, *takeable])
     return NoMatchingModuleError(
-        f"target_modules: {pattern!r} matches no module; nearest names: {', '.join(close) or 'none (the model has no matrix layer)'}"
+        f"target_modules: {pattern!r} matches no module; "
+        f"nearest names: {', '.join(close) or 'none (the model has no matrix layer)'}"
     )
 
 

@@ -3,17 +3,28 @@
 from lowdim.adapters.adapted import Adapted, LayerChange, MergeReport, adapt
 from lowdim.adapters.base import AdaptedLayer, Method, WeightUpdate, registered_methods
 from lowdim.adapters.checkpoint import load_adapter
+from lowdim.adapters.lamda import LaMDA
 from lowdim.adapters.lora import LoRA
+from lowdim.adapters.lora_sb import LoRASB, LoRAXS
 from lowdim.adapters.peft_format import PeftExport, to_peft
+from lowdim.adapters.randlora import RandLoRA
+from lowdim.adapters.svfit import SVFit
+from lowdim.adapters.thin import ThinUpdate
 
 __all__ = [
     "Adapted",
     "AdaptedLayer",
+    "LaMDA",
     "LayerChange",
     "LoRA",
+    "LoRASB",
+    "LoRAXS",
     "MergeReport",
     "Method",
     "PeftExport",
+    "RandLoRA",
+    "SVFit",
+    "ThinUpdate",
     "WeightUpdate",
     "adapt",
     "load_adapter",

@@ -68,6 +68,7 @@ class Adapted:
         method: the hyperparameters.
         modules_to_save: names of further modules that are trained and saved whole (a new head).
         fingerprints: name -> digest of the weight before attaching.
+        tied: names of adapted layers whose weight was another module's too before attaching.
         merge_report: what the last `merge()` changed.
     """
 
@@ -79,9 +80,11 @@ class Adapted:
         fingerprints: Mapping[str, str],
         modules_to_save: Iterable[str],
         seed: int,
+        tied: Iterable[str] = (),
     ):
         self.model, self.method, self.layers, self.seed = model, method, dict(layers), seed
         self.fingerprints, self.modules_to_save = dict(fingerprints), tuple(modules_to_save)
+        self.tied = frozenset(tied)
         self.merge_report: MergeReport | None = None
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -90,8 +93,13 @@ class Adapted:
             layer.update.step()
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Every trained parameter by its name in the model."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        """Every trained parameter by its name in the model.
+
+        A parameter that a schedule has frozen by now stays among them, so an optimizer made after a resume has the groups of
+        the run that it continues; without a gradient it is not touched.
+        """
+        own = {id(p) for layer in self.layers.values() for p in layer.update.parameters()}
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad or id(p) in own}
 
     def param_groups(self, lr: float, weight_decay: float | None = None) -> list[dict[str, Any]]:
         """Optimizer groups for all trained parameters, with the rates the method asks for.
@@ -163,10 +171,10 @@ class Adapted:
         """Put plain layers with `W_eff` back into the model, and return it. `merge_report` says what changed.
 
         Merging runs in float32 or better and rounds once. A weight that is tied to another (an output head to the
-        embedding) can no longer be shared: it is separated, `config.tie_word_embeddings` is set to False, and the report says so.
+        embedding) can no longer be shared: it is separated, `config.tie_word_embeddings` is set to False, and the report
+        says so.
         """
-        tied = {name for group in tied_parameters(self.model) for name in group}
-        changes, untied = [], []
+        changes: list[LayerChange] = []
         for name, layer in self.layers.items():
             before, after = layer.original_weight(), layer.effective_weight()
             plain = layer.merged()
@@ -180,26 +188,24 @@ class Adapted:
                     float((weight_matrix(plain).to(after.dtype) - after).abs().max()),
                 )
             )
-            if f"{name}.base.weight" in tied or (layer.rebased and self._was_tied(name)):
-                untied.append(name)
             for parameter in plain.parameters():
                 parameter.requires_grad_(True)
             replace_layer(self.model, name, plain)
         for parameter in self.model.parameters():
             parameter.requires_grad_(True)
-        config = getattr(self.model, "config", None)
-        if untied and getattr(config, "tie_word_embeddings", False):
+        config: Any = getattr(self.model, "config", None)
+        if getattr(config, "tie_word_embeddings", False) and self._head_stands_alone():
             config.tie_word_embeddings = False
-        self.merge_report = MergeReport(tuple(changes), tuple(untied))
+        self.merge_report = MergeReport(tuple(changes), tuple(name for name in self.layers if name in self.tied))
         self.layers = {}
         return self.model
 
-    def _was_tied(self, name: str) -> bool:
-        config = getattr(self.model, "config", None)
-        getter = getattr(self.model, "get_output_embeddings", None)
-        if not getattr(config, "tie_word_embeddings", False) or getter is None:
-            return False
-        return getter() is self.layers[name]
+    def _head_stands_alone(self) -> bool:
+        ends: list[Any] = []
+        for side in ("output", "input"):
+            getter = getattr(self.model, f"get_{side}_embeddings", None)
+            ends.append(getter() if callable(getter) else None)
+        return None not in ends and ends[0].weight is not ends[1].weight
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.trainable().values())
@@ -251,6 +257,7 @@ def adapt(
     layers = target_layers(model, method)
     kept = _saved_modules(model, modules_to_save, layers)
     fingerprints = {name: fingerprint(weight_matrix(layer)) for name, layer in layers.items()} if initialise else {}
+    tied = tied_layers(model, layers)
     stats = collect(model, layers, method.needs, batches, loss_fn) if initialise else {name: {} for name in layers}
     prepared = method.prepare(layers, seed=seed, initialise=initialise)
     freeze(model)
@@ -270,7 +277,7 @@ def adapt(
     for name in kept:
         for parameter in model.get_submodule(name).parameters():
             parameter.requires_grad_(True)
-    return Adapted(model, method, attached, fingerprints, kept, seed)
+    return Adapted(model, method, attached, fingerprints, kept, seed, tied)
 
 
 def target_layers(model: nn.Module, method: Method) -> dict[str, nn.Module]:
@@ -282,12 +289,18 @@ def target_layers(model: nn.Module, method: Method) -> dict[str, nn.Module]:
     )
 
 
+def tied_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Those of `layers` whose weight stands under another name too."""
+    tied = {name for group in tied_parameters(model) for name in group}
+    return tuple(name for name in layers if f"{name}.weight" in tied)
+
+
 def fingerprint(weight: Tensor) -> str:
     """A digest of a weight that survives a change between float32 and bfloat16: shape, and up to 65,536 rounded entries."""
     import hashlib
 
     flat = weight.detach().reshape(-1)
-    step = max(1, flat.numel() // 65536)
+    step = (flat.numel() // 65536) | 1  # odd: a power of two would see a few columns only
     sample = flat[::step].to(torch.bfloat16).cpu().view(torch.int16)
     return hashlib.blake2b(repr(tuple(weight.shape)).encode() + sample.numpy().tobytes(), digest_size=12).hexdigest()
 

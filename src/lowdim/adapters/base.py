@@ -6,6 +6,7 @@ WeightUpdate with `forward` and `dense`. Everything else (convolutions, merging,
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowdim.adapters.convolution import convolve
 from lowdim.errors import CheckpointError, check_float
 from lowdim.linalg import low_rank_norm
 from lowdim.surgery import describe, is_conv1d, is_matrix_layer, weight_matrix, with_matrix
 
-__all__ = ["AdaptedLayer", "Method", "Stats", "WeightUpdate", "registered_methods"]
+__all__ = ["AdaptedLayer", "Method", "Stats", "WeightUpdate", "kind_of", "registered_methods", "wide"]
 
 Stats = Mapping[str, Any]
 
@@ -33,7 +35,7 @@ class WeightUpdate(nn.Module):
     """
 
     #: Names of parameters on which weight decay would pull the pre-trained weight itself towards zero.
-    no_decay: ClassVar[frozenset[str]] = frozenset()
+    no_decay: frozenset[str] = frozenset()
 
     def __init__(self, out_features: int, in_features: int):
         super().__init__()
@@ -65,14 +67,24 @@ class WeightUpdate(nn.Module):
         """What `rebase` took away from the weight, `(out, in)`; None where the base is the weight itself."""
         return None
 
+    @torch.no_grad()
+    def exact(self) -> Tensor:
+        """`dense()` with its products taken in float32 or better, without gradient; for merging, where rounding comes last."""
+        narrow = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.parameters())
+        return wide((copy.deepcopy(self).float() if narrow else self).dense())
+
+    @torch.no_grad()
     def delta(self) -> Tensor:
         """`W_eff − W₀ (out, in)`, in float32 or better, without gradient."""
-        with torch.no_grad():
-            dense, start = _wide(self.dense()), self.start()
-            return dense if start is None else dense - _wide(start)
+        dense, start = self.exact(), self.start()
+        return dense if start is None else dense - wide(start)
 
     def low_rank_delta(self) -> tuple[Tensor, Tensor] | None:
         """Factors `A (r, in)`, `B (out, r)` with `delta() = B A` exactly, or None where the delta has full rank."""
+        return None
+
+    def convolve(self, x: Tensor, conv: nn.Conv2d) -> Tensor | None:
+        """What the update adds to a convolution's output, or None where `forward` on patches is the way."""
         return None
 
     def columns(self, index: Tensor) -> Tensor:
@@ -89,13 +101,13 @@ class WeightUpdate(nn.Module):
 
     def restore(self, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
         """Take the tensors of a checkpoint; `weight` is the layer's own, for what is recomputed from it."""
-        own = self.state_dict()
+        own = self.saved()
         wrong = sorted(set(own) ^ set(tensors)) or [k for k, v in own.items() if v.shape != tensors[k].shape]
         if wrong:
             raise CheckpointError(
                 f"{type(self).__name__} does not fit the file: {', '.join(wrong)} missing, superfluous or misshapen"
             )
-        self.load_state_dict(dict(tensors))
+        self.load_state_dict(dict(tensors), strict=False)
 
     def step(self) -> None:
         """After each optimizer step: schedules, proximal steps."""
@@ -202,7 +214,8 @@ class Method:
         extra = sorted(set(config) - names)
         if extra:
             raise CheckpointError(f"{cls.__name__} has no field {', '.join(extra)}; its fields are {', '.join(sorted(names))}")
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in config.items()})
+        # JSON has no tuples; target_modules stays the list that people write.
+        return cls(**{k: tuple(v) if isinstance(v, list) and k != "target_modules" else v for k, v in config.items()})
 
     def _check_stat(self, need: str, stats: Stats, out_features: int, in_features: int) -> None:
         value = stats.get(need)
@@ -246,9 +259,9 @@ class AdaptedLayer(nn.Module):
             return y + self.update.columns(x).to(y.dtype)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        if self.kind == "conv2d":
-            return y + self._convolve(x).to(y.dtype)
         x = self._cast(x)
+        if self.kind == "conv2d":
+            return y + convolve(self.update, cast(nn.Conv2d, self.base), x).to(y.dtype)
         return self.update.add_to(y, x, inplace=self._may_overwrite())
 
     def delta(self) -> Tensor:
@@ -259,19 +272,19 @@ class AdaptedLayer(nn.Module):
         """`‖W_eff − W₀‖_F`, from thin factors where the update has them."""
         with torch.no_grad():
             factors = self.update.low_rank_delta()
-            norm = torch.linalg.matrix_norm(self.delta()) if factors is None else low_rank_norm(*map(_wide, factors))
+            norm = torch.linalg.matrix_norm(self.delta()) if factors is None else low_rank_norm(*map(wide, factors))
             return float(norm)
 
     def effective_weight(self) -> Tensor:
         """`W_eff (out, in)` in float32 or better."""
         with torch.no_grad():
-            return _wide(weight_matrix(self.base)) + _wide(self.update.dense())
+            return wide(weight_matrix(self.base)) + self.update.exact()
 
     def original_weight(self) -> Tensor:
         """`W₀ (out, in)`, up to the rounding of a rebased weight."""
         with torch.no_grad():
             base, start = weight_matrix(self.base), self.update.start()
-            return base if start is None else (_wide(base) + _wide(start)).to(base.dtype)
+            return base if start is None else (wide(base) + wide(start)).to(base.dtype)
 
     def merged(self) -> nn.Module:
         """A plain layer with `W_eff`, computed in float32 or better and rounded once."""
@@ -304,29 +317,14 @@ class AdaptedLayer(nn.Module):
         return x.to(parameter.dtype)
 
     def _may_overwrite(self) -> bool:
-        # nn.Linear's backward does not need its output; a hook or another class might.
-        return type(self.base) is nn.Linear and not self.base._forward_hooks and self.update_dtype() == self.weight.dtype
+        # Nothing but a hook or another class needs a linear layer's output; under autograd the copy is cheaper than the
+        # bookkeeping of a change in place.
+        return not torch.is_grad_enabled() and type(self.base) is nn.Linear and not self.base._forward_hooks
 
     def update_dtype(self) -> torch.dtype:
         """The dtype of the trained tensors."""
         parameter = next(self.update.parameters(), None)
         return self.weight.dtype if parameter is None else parameter.dtype
-
-    def _convolve(self, x: Tensor) -> Tensor:
-        conv = cast(nn.Conv2d, self.base)
-        x = self._cast(x)
-        if conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-            # Grouped kernels are small: the dense update costs less than applying it to every group's patches.
-            kernel = self.update.dense().view(conv.weight.shape)
-            return conv._conv_forward(x, kernel, None)
-        height, width = _conv_size(conv, x)
-        if conv.kernel_size == (1, 1) and conv.padding == (0, 0):
-            rows = x[..., :: conv.stride[0], :: conv.stride[1]].movedim(-3, -1)
-            return self.update(rows).movedim(-1, -3)
-        batch = x if x.ndim == 4 else x[None]
-        patches = F.unfold(batch, conv.kernel_size, conv.dilation, conv.padding, conv.stride).transpose(1, 2)  # type: ignore[arg-type]
-        out = self.update(patches).transpose(1, 2).unflatten(2, (height, width))
-        return out if x.ndim == 4 else out[0]
 
 
 def kind_of(layer: nn.Module) -> str:
@@ -343,17 +341,10 @@ def registered_methods() -> dict[str, type[Method]]:
     return dict(_REGISTRY)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32 or better."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, (tuple, list, set, frozenset)) else value
-
-
-def _conv_size(conv: nn.Conv2d, x: Tensor) -> tuple[int, int]:
-    size = []
-    for i, length in enumerate(x.shape[-2:]):
-        reach = conv.dilation[i] * (conv.kernel_size[i] - 1)
-        size.append((length + 2 * cast(int, conv.padding[i]) - reach - 1) // conv.stride[i] + 1)
-    return size[0], size[1]

@@ -1,5 +1,4 @@
-"""Adapters on disk: `adapter.safetensors` holds the tensors and all that is needed to load them, `adapter.json` the same
-description for people and tools."""
+"""Adapters on disk: `adapter.safetensors` holds the tensors and how to load them, `adapter.json` the same for people."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import lowdim
-from lowdim.adapters.adapted import Adapted, _context, fingerprint
+from lowdim.adapters.adapted import Adapted, _context, fingerprint, tied_layers
 from lowdim.adapters.base import AdaptedLayer, registered_methods
 from lowdim.errors import CheckpointError, nearest
 from lowdim.files import read_json, read_tensors, write_json, write_tensors
@@ -109,6 +108,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
             update.restore({key: value.to(weight.device) for key, value in own.items()}, weight)
             attached[name] = (layer, update)
     heads = _heads(model, about["modules_to_save"], tensors, folder)
+    tied = tied_layers(model, layers)
     freeze(model)
     wrapped = {name: AdaptedLayer(layer, update, method.dropout) for name, (layer, update) in attached.items()}
     for name, layer in wrapped.items():
@@ -119,7 +119,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         for parameter in module.parameters():
             parameter.requires_grad_(True)
     fingerprints = {name: entry["fingerprint"] for name, entry in about["layers"].items()}
-    return Adapted(model, method, wrapped, fingerprints, about["modules_to_save"], about["seed"])
+    return Adapted(model, method, wrapped, fingerprints, about["modules_to_save"], about["seed"], tied)
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -142,7 +142,8 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         beside = read_json(folder / DESCRIPTION)
         if not isinstance(beside, dict) or beside.get("digest") != about["digest"]:
             raise CheckpointError(
-                f"{folder / DESCRIPTION} does not belong to {TENSORS} (an interrupted save?); remove it to load the tensors as they are"
+                f"{folder / DESCRIPTION} does not belong to {TENSORS} (an interrupted save?); "
+                "remove it to load the tensors as they are"
             )
     return tensors, about
 

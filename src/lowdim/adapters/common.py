@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_rank", "draw_normal", "draw_uniform"]
+from lowdim.linalg import compute_dtype, svd, truncated_svd
+
+__all__ = ["check_rank", "draw_normal", "draw_uniform", "top_triplets"]
 
 
 def check_rank(rank: int, out_features: int, in_features: int) -> int:
@@ -34,3 +36,20 @@ def draw_normal(tensor: Tensor, std: float, generator: torch.Generator | None) -
     wide = torch.promote_types(tensor.dtype, torch.float32)
     with torch.no_grad():
         tensor.copy_(torch.empty(tensor.shape, dtype=wide, device=device).normal_(0.0, std, generator=generator))
+
+
+def top_triplets(
+    weight: Tensor,  # (out, in)
+    rank: int,
+    generator: torch.Generator | None,
+    *,
+    power_iterations: int = 4,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `rank` largest singular triplets `u (out, rank)`, `s`, `vh (rank, in)`: exact for small matrices, else by a sketch.
+
+    Whatever the sketch missed, `u diag(s) = W vhᵀ` holds to rounding: the right vectors are taken from it and the weight is
+    read once more, so a residual `W − u diag(s) vh` is exactly what the vectors leave over.
+    """
+    _, _, vh = truncated_svd(weight, rank, power_iterations=power_iterations, generator=generator)
+    u, s, turn = svd(weight.detach().to(compute_dtype(weight.dtype)) @ vh.mT)
+    return u, s, turn @ vh

@@ -10,42 +10,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowdim.adapters.base import Method, Stats, WeightUpdate
+from lowdim.adapters.base import Method, Stats
 from lowdim.adapters.common import check_rank, draw_uniform
+from lowdim.adapters.thin import ThinUpdate
 from lowdim.errors import check_float, check_int
-from lowdim.linalg import add_low_rank, low_rank_product
 
 __all__ = ["LoRA", "LoRAUpdate"]
 
 
-class LoRAUpdate(WeightUpdate):
+class LoRAUpdate(ThinUpdate):
     """`ΔW = scaling · B A`: `A (rank, in)`, `B (out, rank)`, both trained."""
 
     def __init__(self, out_features: int, in_features: int, rank: int, scaling: float, *, dtype: Any, device: Any):
-        super().__init__(out_features, in_features)
-        self.rank, self.scaling = rank, scaling
+        super().__init__(out_features, in_features, rank, scaling)
         self.A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
         self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`scaling · B (A x)`."""
-        return low_rank_product(x, self.A, self.B, self.scaling)
+    def down(self) -> Tensor:
+        """`A`."""
+        return self.A
 
-    def add_to(self, y: Tensor, x: Tensor, *, inplace: bool = False) -> Tensor:
-        """Fused: one multiply-add onto the base's output."""
-        return add_low_rank(y, x, self.A, self.B, self.scaling, inplace=inplace)
-
-    def dense(self) -> Tensor:
-        """`scaling · B A`."""
-        return self.scaling * (self.B @ self.A)
-
-    def low_rank_delta(self) -> tuple[Tensor, Tensor]:
-        """`A` and `scaling · B`."""
-        return self.A.detach(), self.scaling * self.B.detach()
+    def up(self) -> Tensor:
+        """`B`."""
+        return self.B
 
     def columns(self, index: Tensor) -> Tensor:
         """`scaling · B A[:, index]` for an embedding."""
-        return F.linear(F.embedding(index, self.A.T), self.B) * self.scaling
+        return self.expand(F.embedding(index, self.A.T))
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowdim.adapters.adapted import Adapted
@@ -42,18 +44,23 @@ class PeftExport:
         return not any(self.errors.values())
 
 
-def to_peft(adapted: Adapted, folder: str | Path, *, rank: int | None = None, native: bool = True) -> PeftExport:
+def to_peft(
+    adapted: Adapted, folder: str | Path, *, rank: int | None = None, native: bool = True, root: str = ""
+) -> PeftExport:
     """Write a folder that `peft.PeftModel.from_pretrained(base_model, folder)` loads.
 
     Args:
-        rank: at which to truncate updates of full rank; None keeps a quarter of the smaller side. Exact factors are not truncated.
+        rank: at which to truncate updates of full rank; None keeps a quarter of the smaller side. Exact factors are not
+            truncated.
+        root: name of the submodule that the adapter is for by itself (an encoder inside a classifier); names are written
+            relative to it, and modules outside it are left to the caller.
         native: write PEFT's own method where it has it (RandLoRA), exact; False always writes LoRA.
 
     Returns:
         A `PeftExport` that states the error of each layer.
 
     Raises:
-        ValueError: the model has been merged, or rank is below 1.
+        ValueError: the model has been merged, rank is below 1, or a convolution is of a kind that PEFT cannot adapt.
     """
     if not adapted.layers:
         raise ValueError("there is no adapter to export: the model has been merged")
@@ -63,7 +70,7 @@ def to_peft(adapted: Adapted, folder: str | Path, *, rank: int | None = None, na
     own = adapted.method.peft(adapted) if native else None
     if own is not None:
         config, tensors = own
-        result = PeftExport(folder, {n: 0.0 for n in adapted.layers}, {n: int(config.get("r", 0)) for n in adapted.layers})
+        result = PeftExport(folder, dict.fromkeys(adapted.layers, 0.0), {n: int(config.get("r", 0)) for n in adapted.layers})
     else:
         config, tensors, result = _as_lora(adapted, folder, rank)
     config = {
@@ -71,16 +78,44 @@ def to_peft(adapted: Adapted, folder: str | Path, *, rank: int | None = None, na
         "task_type": task_type(adapted.model),
         "inference_mode": True,
         "bias": "none",
-        "target_modules": list(adapted.layers),
-        "modules_to_save": list(adapted.modules_to_save) or None,
+        "target_modules": _targets(adapted),
+        "modules_to_save": _inside(adapted.modules_to_save, root) or None,
         **config,
     }
-    for module in adapted.modules_to_save:
+    for module in _inside(adapted.modules_to_save, root):
         state = adapted.model.get_submodule(module).state_dict()
         tensors.update({f"base_model.model.{module}.{key}": value for key, value in state.items()})
+    if root:
+        config, tensors = _relative(config, tensors, root)
     write_json(folder / "adapter_config.json", config)
     write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     return result
+
+
+def _inside(names: Iterable[str], root: str) -> list[str]:
+    return [name for name in names if not root or name.startswith(root + ".")]
+
+
+def _relative(config: dict[str, Any], tensors: dict[str, Tensor], root: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Names relative to the submodule `root`, which stands alone where the adapter will be loaded."""
+    targets = config["target_modules"]
+    names = targets.split("|") if isinstance(targets, str) else targets  # a regular expression of alternatives, or a list
+    start = re.escape(root + ".") if isinstance(targets, str) else root + "."
+    outside = [name for name in names if not name.startswith(start)]
+    if outside:
+        raise ValueError(f"layer {outside[0]} lies outside {root!r}; the adapter cannot be written for {root!r} alone")
+    short = [name.removeprefix(start) for name in names]
+    saved = [name.removeprefix(root + ".") for name in config["modules_to_save"] or []]
+    config = {
+        **config,
+        "target_modules": "|".join(short) if isinstance(targets, str) else short,
+        "modules_to_save": saved or None,
+    }
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        config[key] = {"^" + name.removeprefix("^" + re.escape(root + ".")): r for name, r in patterns.items()}
+    long = f"base_model.model.{root}."
+    return config, {name.replace(long, "base_model.model.", 1): value for name, value in tensors.items()}
 
 
 def _as_lora(adapted: Adapted, folder: Path, rank: int | None) -> tuple[dict[str, Any], dict[str, Tensor], PeftExport]:
@@ -90,10 +125,12 @@ def _as_lora(adapted: Adapted, folder: Path, rank: int | None) -> tuple[dict[str
     wanted = 0
     for name, layer in adapted.layers.items():
         A, B, errors[name], enough = _factors(layer, rank)
-        wanted, ranks[name] = max(wanted, enough), A.shape[0]
-        tensors.update(_layout(f"base_model.model.{name}", layer, A, B))
+        placed = _layout(f"base_model.model.{name}", layer, A, B)
+        wanted, ranks[name] = max(wanted, enough), len(next(iter(placed.values())))
+        tensors.update(placed)
     common = Counter(ranks.values()).most_common(1)[0][0]
-    odd = {name: r for name, r in ranks.items() if r != common}
+    # PEFT looks a key up as a regular expression for the end of a name; the caret makes it the whole name.
+    odd = {"^" + re.escape(name): r for name, r in ranks.items() if r != common}
     config = {
         "peft_type": "LORA",
         "r": common,
@@ -110,11 +147,10 @@ def _as_lora(adapted: Adapted, folder: Path, rank: int | None) -> tuple[dict[str
 
 
 def _factors(layer: AdaptedLayer, rank: int | None) -> tuple[Tensor, Tensor, float, int]:
-    dtype = layer.update_dtype()
     exact = layer.update.low_rank_delta()
     if exact is not None and exact[0].shape[0] <= min(layer.out_features, layer.in_features):
-        return exact[0].to(dtype), exact[1].to(dtype), 0.0, exact[0].shape[0]
-    delta = layer.delta()
+        return exact[0], exact[1], 0.0, exact[0].shape[0]
+    dtype, delta = layer.update_dtype(), layer.delta()
     small = min(delta.shape)
     keep = min(rank if rank is not None else max(1, small // 4), small)
     spectrum = svd(delta)[1] if small <= 1024 else None
@@ -130,12 +166,36 @@ def _factors(layer: AdaptedLayer, rank: int | None) -> tuple[Tensor, Tensor, flo
 
 
 def _layout(prefix: str, layer: AdaptedLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """PEFT's two tensors for `ΔW = B A`, the one with the rank in front first."""
     if layer.kind == "embedding":
         return {f"{prefix}.lora_embedding_A": A, f"{prefix}.lora_embedding_B": B}
     if isinstance(layer.base, nn.Conv2d):
-        kernel = layer.base.weight
-        A, B = A.view(A.shape[0], *kernel.shape[1:]), B[..., None, None]
+        if layer.base.dilation != (1, 1) or layer.base.padding_mode != "zeros":
+            raise ValueError(
+                f"{prefix}: PEFT's LoRA has no dilation and pads with zeros only; got {layer.base}: merge() instead"
+            )
+        A, B = _grouped(A.view(len(A), *layer.base.weight.shape[1:]), layer.base.groups), B[..., None, None]
     return {f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B}
+
+
+def _grouped(
+    A: Tensor,  # (rank, in_channels / groups, kh, kw)
+    groups: int,
+) -> Tensor:
+    """PEFT's first convolution sees all channels and only its second one has groups: one copy of `A` for each group."""
+    if groups == 1:
+        return A
+    rank, channels, *size = A.shape
+    eye = torch.eye(groups, dtype=A.dtype, device=A.device)
+    return (eye[:, None, :, None, None, None] * A[None, :, None]).reshape(groups * rank, groups * channels, *size)
+
+
+def _targets(adapted: Adapted) -> list[str] | str:
+    """The adapted layers' names; as a regular expression where PEFT would take a name for the end of others, too."""
+    names = list(adapted.layers)
+    ends = tuple("." + name for name in names)
+    others = (name for name, _ in adapted.model.named_modules() if name not in adapted.layers)
+    return "|".join(map(re.escape, names)) if any(name.endswith(ends) for name in others) else names
 
 
 def task_type(model: nn.Module) -> str | None:

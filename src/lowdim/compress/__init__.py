@@ -1,1 +1,20 @@
+"""Systems that make trained weights, activations and the KV cache low-dimensional."""
 
+from lowdim.compress.load import load_low_rank
+from lowdim.compress.lord import LoRDConfig, lord, lord_factors, lord_rank, lord_spectra
+from lowdim.compress.report import CompressedLayer, CompressionReport, attach_report, last_report
+from lowdim.modules import LowRankLinear
+
+__all__ = [
+    "CompressedLayer",
+    "CompressionReport",
+    "LoRDConfig",
+    "LowRankLinear",
+    "attach_report",
+    "last_report",
+    "load_low_rank",
+    "lord",
+    "lord_factors",
+    "lord_rank",
+    "lord_spectra",
+]

@@ -1,1 +1,17 @@
+"""What is measured here: spectra, landscapes, dynamics; `model or weights -> result dataclass`."""
 
+from lowdim.diagnose.intruders import IntruderResult, LayerIntruders, intruder_dimensions, scale_intruders
+from lowdim.diagnose.reduce import Reduction, reduce_intruders, scale_intruders_lora
+from lowdim.diagnose.weights import Weights, weights_of
+
+__all__ = [
+    "IntruderResult",
+    "LayerIntruders",
+    "Reduction",
+    "Weights",
+    "intruder_dimensions",
+    "reduce_intruders",
+    "scale_intruders",
+    "scale_intruders_lora",
+    "weights_of",
+]

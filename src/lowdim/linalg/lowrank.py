@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["add_low_rank", "low_rank_norm", "low_rank_product"]
+__all__ = ["add_low_rank", "add_product", "low_rank_norm", "low_rank_product"]
 
 
 def low_rank_product(
@@ -31,14 +31,27 @@ def add_low_rank(
 ) -> Tensor:
     """`y + scale · B (A x)` as one fused multiply-add onto `y`.
 
-    Autograd keeps `x` only where `A` is trained, and `A x`; never the product `(..., out)`. `inplace=True` overwrites `y`,
-    allowed where nothing else needs it (the output of a plain linear layer).
+    Autograd keeps `x` only where `A` is trained, and `A x` only where `B` is; never the product `(..., out)`.
     """
-    hidden = F.linear(x, A)
+    return add_product(y, F.linear(x, A), B, scale, inplace=inplace)
+
+
+def add_product(
+    y: Tensor,  # (..., out)
+    hidden: Tensor,  # (..., rank)
+    B: Tensor,  # (out, rank)
+    scale: float = 1.0,
+    *,
+    inplace: bool = False,
+) -> Tensor:
+    """`y + scale · B hidden` as one fused multiply-add.
+
+    `inplace=True` overwrites `y`, allowed where nothing else needs it (the output of a plain linear layer).
+    """
     if y.ndim == 1:
         return y + scale * F.linear(hidden, B)
     flat, rows = y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
-    if flat.dtype != rows.dtype:  # autocast: the base may answer in another dtype than the thin product
+    if not flat.dtype == rows.dtype == B.dtype:  # autocast: the base may answer in another dtype than the thin product
         return y + (scale * F.linear(hidden, B)).to(y.dtype)
     if inplace:
         return flat.addmm_(rows, B.mT, alpha=scale).view(y.shape)

@@ -1,0 +1,170 @@
+"""SVFit: only the singular values of the weight are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowdim.adapters.base import AdaptedLayer, Method, Stats, wide
+from lowdim.adapters.common import check_rank, top_triplets
+from lowdim.adapters.thin import ThinUpdate
+from lowdim.errors import CheckpointError, check_float, check_int
+from lowdim.linalg import svd
+from lowdim.ranks import energy_rank
+from lowdim.surgery import weight_matrix
+
+__all__ = ["SVFit", "SVFitUpdate"]
+
+Triplets = tuple[Tensor, Tensor, Tensor]
+
+
+class SVFitUpdate(ThinUpdate):
+    """`U diag(s) Vh`: `U (out, r)` and `Vh (r, in)` frozen, `s (r,)` trained from `s0`, the weight's singular values."""
+
+    no_decay = frozenset({"s"})
+
+    def __init__(self, out_features: int, in_features: int, rank: int, *, dtype: Any, device: Any):
+        super().__init__(out_features, in_features, rank)
+        self.s = nn.Parameter(torch.empty(rank, dtype=dtype, device=device))
+        self.register_buffer("s0", torch.empty(rank, dtype=dtype, device=device))
+        self.register_buffer("U", torch.empty(out_features, rank, dtype=dtype, device=device))
+        self.register_buffer("Vh", torch.empty(rank, in_features, dtype=dtype, device=device))
+        self.unique = True  # whether the weight alone determines the triplets
+
+    s0: Tensor
+    U: Tensor
+    Vh: Tensor
+
+    def down(self) -> Tensor:
+        """`Vh`."""
+        return self.Vh
+
+    def inner(self, hidden: Tensor) -> Tensor:
+        """`s ⊙ h`."""
+        return hidden * self.s
+
+    def up(self) -> Tensor:
+        """`U`."""
+        return self.U
+
+    def start_up(self) -> Tensor:
+        """`U diag(s0)`."""
+        return wide(self.U) * wide(self.s0)
+
+    @torch.no_grad()
+    def low_rank_delta(self) -> tuple[Tensor, Tensor]:
+        """`Vh` and `U diag(s − s0)`: the difference is taken before the product, so nothing cancels."""
+        return wide(self.Vh), wide(self.U) * (wide(self.s) - wide(self.s0))
+
+    @torch.no_grad()
+    def take(self, triplets: Triplets, *, exact: bool) -> None:
+        """Take the triplets of a weight; those of a sketch are not determined by the weight alone."""
+        u, s, vh = triplets
+        self.U.copy_(u[:, : self.rank])
+        self.s0.copy_(s[: self.rank])
+        self.Vh.copy_(vh[: self.rank])
+        self.unique = exact and _unique(s, self.rank)
+
+    def meta(self) -> dict[str, Any]:
+        """The chosen rank."""
+        return {"rank": self.rank}
+
+    def saved(self) -> dict[str, Tensor]:
+        """`s`; with the frozen factors only where the weight does not determine them."""
+        state = self.state_dict()
+        return {"s": state["s"]} if self.unique else state
+
+    def restore(self, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
+        """Take `s`, and the triplets from the file or from the weight."""
+        if set(tensors) != {"s"}:
+            self.unique = False
+            return super().restore(tensors, weight)
+        if tensors["s"].shape != self.s.shape:
+            raise CheckpointError(f"s has shape {tuple(tensors['s'].shape)} in the file; this layer's is {tuple(self.s.shape)}")
+        self.take(_exact_triplets(weight), exact=True)
+        with torch.no_grad():
+            self.s.copy_(tensors["s"])
+
+
+@dataclass(frozen=True)
+class SVFit(Method):
+    """Only the singular values of the weight are trained; its singular vectors stay.
+
+    Formula: `W = U Σ Vᵀ`; `y = W_e x + U_r (s ⊙ (V_rᵀ x))`, `W_e = W − U_r diag(σ₁..σ_r) V_rᵀ`, `s` starts at `σ₁..σ_r`, so the
+    output does not change. `s` is not constrained.
+
+    Args:
+        rank: how many singular values are trained, in [1, min(out, in)]; None takes the fewest that hold `energy`.
+        energy: share of `Σ σ²` that the trained values must hold, in (0, 1], where rank is None.
+        dropout: on the update's input, while training. Leave it at 0: it would drop parts of the pre-trained weight.
+        target_modules: which layers (see `lowdim.surgery.find_layers`).
+
+    Raises:
+        ValueError: a hyperparameter out of range (here); a rank beyond the layer, or NaN in the weight (at attach).
+
+    Example:
+        >>> import torch, lowdim
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> adapted = lowdim.adapt(model, lowdim.adapters.SVFit(rank=3))
+        >>> sum(p.numel() for p in adapted.trainable().values())
+        3
+
+    Singular values want a rate ten to a hundred times that of LoRA (1e-2 to 3e-1) and no weight decay, which would pull the
+    pre-trained weight towards zero. The frozen factors take `r·(out + in)` numbers, twice the weight at full rank; where
+    memory counts take LoRA-XS or LaMDA. In bfloat16 small steps on a large `s` round away: adapt with `dtype=torch.float32`.
+
+    Source: Sun et al., "SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values",
+    arXiv 2409.05926.
+    """
+
+    rank: int | None = None
+    energy: float = 0.99
+    dropout: float = 0.0
+    target_modules: Any = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            check_int("rank", self.rank, 1)
+        check_float("energy", self.energy, 0.0, 1.0, low_open=True)
+        check_float("dropout", self.dropout, 0.0, 1.0, high_open=True)
+
+    def attach(self, layer: nn.Module, *, stats: Stats | None = None, initialise: bool = True, **kwargs: Any) -> AdaptedLayer:
+        """Wrap one layer; where the energy decides the rank, the decomposition comes first."""
+        if initialise and self.rank is None and self.accepts(layer):
+            triplets = _exact_triplets(weight_matrix(layer).detach())
+            stats = {**(stats or {}), "triplets": triplets, "rank": energy_rank(triplets[1], self.energy)}
+        return super().attach(layer, stats=stats, initialise=initialise, **kwargs)
+
+    def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> SVFitUpdate:
+        """Allocate `U`, `Vh`, `s0`, `s`; from shapes alone, where the energy decides, at the largest rank."""
+        rank = stats.get("rank", self.rank) or min(out_features, in_features)
+        return SVFitUpdate(out_features, in_features, check_rank(rank, out_features, in_features), dtype=dtype, device=device)
+
+    def initialise(self, update: SVFitUpdate, weight: Tensor, stats: Stats, generator: torch.Generator | None) -> None:
+        """Take the weight's triplets; `s` starts at its singular values."""
+        small = min(weight.shape)
+        if "triplets" in stats:
+            update.take(stats["triplets"], exact=True)
+        elif small > 512 and 4 * update.rank <= small:  # a few of many: a sketch takes seconds where the whole takes minutes
+            update.take(top_triplets(weight, update.rank, generator), exact=False)
+        else:
+            update.take(_exact_triplets(weight), exact=True)
+        update.s.copy_(update.s0)
+
+
+def _exact_triplets(weight: Tensor) -> Triplets:
+    # float64: a checkpoint holds only s, so another machine must find the same vectors; in float32 those of close singular
+    # values turn into each other by far more than rounding.
+    return svd(weight.double() if weight.device.type != "mps" else weight)
+
+
+def _unique(s: Tensor, rank: int) -> bool:
+    """Whether the first `rank` triplets are determined: no two neighbours agree to 1e-6, and none is lost in rounding."""
+    known = s[: rank + 1]
+    gaps = known[:-1] - known[1:]
+    apart = bool((gaps > 1e-6 * known[:-1]).all())
+    return apart and bool(s[rank - 1] > 1e-9 * s[0])

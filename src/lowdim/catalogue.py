@@ -1,0 +1,152 @@
+"""One row for each of the sixty systems: what it is, what it claims, how to build it, how to reproduce it.
+
+The rows are data (`catalogue_rows.py`); nothing here imports torch, so `lowdim list` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowdim.errors import unknown
+
+__all__ = ["BASELINES", "FAMILIES", "Entry", "Variant", "entries", "find", "variant"]
+
+FAMILIES = ("adapters", "optim", "layers", "compress", "represent", "diagnose", "solve", "train")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A named way to train with a system: what `lowdim compare`, `plan` and `run` call a method.
+
+    Attributes:
+        name: what the user types.
+        label: what tables print.
+        target: `"module:attribute"` of the class that is built; empty for baselines that need none.
+        options: its hyperparameters here; others keep the class's defaults.
+        rates: learning rates in the order in which they are tried.
+    """
+
+    name: str
+    label: str
+    target: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 3e-4, 1e-2, 1e-4)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", types.MappingProxyType(dict(self.options)))
+
+    def build(self) -> Any:
+        """The class or function itself (imports its module)."""
+        module, _, attribute = self.target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One system.
+
+    Attributes:
+        number: its place among the sixty; 0 for a baseline.
+        slug: names its vectors, docs page, reproduction and result file.
+        family: the package where it lives.
+        paper, arxiv: title, and identifier where there is one.
+        claim: what the paper says it achieves, in one sentence.
+        target: `"module:attribute"` of its main public name; empty while it is not built.
+        variants: the names under which it can be trained by `compare`, `plan` and `run`; the first is the default.
+        reproduction: `"module:function"`, or empty.
+    """
+
+    number: int
+    slug: str
+    name: str
+    family: str
+    paper: str
+    arxiv: str = ""
+    claim: str = ""
+    target: str = ""
+    variants: tuple[Variant, ...] = ()
+    reproduction: str = ""
+
+    @property
+    def available(self) -> bool:
+        """Whether it works today."""
+        return bool(self.target)
+
+
+def entries() -> tuple[Entry, ...]:
+    """The sixty, in order."""
+    from lowdim.catalogue_rows import ROWS
+
+    return ROWS
+
+
+#: What every comparison must hold up against.
+BASELINES: tuple[Variant, ...] = (
+    Variant("linear-probe", "Linear probe", rates=(1e-3, 3e-3, 1e-2, 3e-4, 1e-4)),
+    Variant("lora", "LoRA", "lowdim.adapters:LoRA", {"rank": 8, "alpha": 16}, (1e-3, 3e-3, 3e-4, 1e-2, 1e-4)),
+    Variant("full", "Full fine-tuning", rates=(5e-5, 2e-4, 1e-5, 5e-4, 2e-5)),
+)
+
+
+def find(slug: str) -> Entry:
+    """The entry of this slug (or of the variant of this name).
+
+    Raises:
+        UnknownNameError: there is none; the nearest names are listed.
+    """
+    rows = entries()
+    for row in rows:
+        if slug == row.slug or slug in (v.name for v in row.variants):
+            return row
+    raise unknown("system", slug, [row.slug for row in rows])
+
+
+def variants() -> dict[str, Variant]:
+    """Every trainable method by name: the baselines, then the systems that work today."""
+    found = {v.name: v for v in BASELINES}
+    for row in entries():
+        if row.available:
+            found.update({v.name: v for v in row.variants})
+    return found
+
+
+def variant(name: str) -> Variant:
+    """The trainable method of this name.
+
+    Raises:
+        UnknownNameError: unknown, or known but not built yet, or not something that is trained.
+    """
+    known = variants()
+    if name in known:
+        return known[name]
+    for row in entries():
+        if name == row.slug:
+            why = "is not built yet" if not row.available else f"is not a way to train a model (family {row.family})"
+            raise unknown(f"method ({row.name} {why})", name, known)
+    raise unknown("method", name, known)
+
+
+def methods(selection: str) -> list[Variant]:
+    """Methods from a comma-separated list of names, family names, or `all`.
+
+    Raises:
+        UnknownNameError: a name that is neither.
+    """
+    chosen: dict[str, Variant] = {}
+    for word in (part.strip() for part in selection.split(",")):
+        if not word:
+            continue
+        if word == "all":
+            chosen.update(variants())
+        elif word in FAMILIES or word == "training":
+            families = ("optim", "layers") if word == "training" else (word,)
+            for row in entries():
+                if row.available and row.family in families:
+                    chosen.update({v.name: v for v in row.variants})
+        else:
+            chosen[word] = variant(word)
+    return list(chosen.values())

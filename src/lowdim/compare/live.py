@@ -1,0 +1,138 @@
+"""What the user sees while a comparison runs: a table that fills, a bar, and the time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from lowdim.compare.runs import Run
+from lowdim.train.metrics import Metric
+
+__all__ = ["LiveTable"]
+
+
+class LiveTable:
+    """A live table on a terminal; one line per finished run elsewhere (logs, CI).
+
+    The time left is what the remaining runs of each method should take at the speed its finished runs had.
+    """
+
+    def __init__(self, console: Console, metric: Metric, runs: list[Run], steps: int):
+        self.console, self.metric, self.steps = console, metric, steps
+        self.todo: dict[str, int] = {}
+        self.labels: dict[str, str] = {}
+        for run in runs:
+            self.todo[run.variant.name] = self.todo.get(run.variant.name, 0) + 1
+            self.labels[run.variant.name] = run.variant.label
+        self.spent: dict[str, list[float]] = {name: [] for name in self.todo}
+        self.validation: dict[str, list[float]] = {name: [] for name in self.todo}
+        self.test: dict[str, list[float]] = {name: [] for name in self.todo}
+        self.state: dict[str, str] = dict.fromkeys(self.todo, "waiting")
+        self.total, self.done, self.begun = len(runs), 0, 0.0
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=32), TextColumn("{task.fields[left]}"), console=console
+        )
+        self.task = self.bar.add_task("", total=len(runs) * steps, left="")
+        self.live = Live(self._view(), console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> LiveTable:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def start(self, run: Run) -> None:
+        """A run begins."""
+        what = "rate" if run.phase == "trial" else "seed"
+        self.state[run.variant.name] = f"{what} {run.index + 1}, lr {run.lr:g}"
+        self.begun = time.monotonic()
+        self._refresh()
+
+    def tick(self) -> None:
+        """One optimizer step was made."""
+        self.bar.advance(self.task)
+        self._refresh()
+
+    def finish(self, run: Run, record: Mapping[str, Any], *, cached: bool = False) -> None:
+        """A run has ended (or was found finished)."""
+        name = run.variant.name
+        self.done += 1
+        self.todo[name] -= 1
+        if not cached:
+            self.spent[name].append(time.monotonic() - self.begun)
+        if record.get("failure"):
+            self.state[name] = f"failed: {record['failure']}"
+        else:
+            self.state[name] = "done" if not self.todo[name] else "waiting"
+            kept = self.test if run.phase == "seed" else self.validation
+            kept[name].append(float(record["test" if run.phase == "seed" else "validation"]))
+        self.bar.update(self.task, completed=self.done * self.steps)
+        self._refresh()
+        if self.live is None:
+            score = record.get("test", record.get("validation"))
+            shown = record["failure"] if record.get("failure") else f"{self.metric.name} {score:.4f}"
+            kind = "test" if run.phase == "seed" else "validation"
+            again = " (finished before)" if cached else ""
+            self.console.print(
+                f"[{self.done}/{self.total}] {run.variant.label}: {run.phase} {run.index + 1}, lr {run.lr:g}: {kind} {shown}{again}"
+                f"{self._left()}",
+                highlight=False,
+            )
+
+    def seconds_left(self) -> float | None:
+        """How long the remaining runs should take; None before the first has ended."""
+        known = [t for times in self.spent.values() for t in times]
+        if not known:
+            return None
+        overall = sum(known) / len(known)
+        return sum(count * (sum(t) / len(t) if (t := self.spent[name]) else overall) for name, count in self.todo.items())
+
+    def _left(self) -> str:
+        left = self.seconds_left()
+        return "" if left is None or not any(self.todo.values()) else f", about {_clock(left)} left"
+
+    def _refresh(self) -> None:
+        self.bar.update(
+            self.task, description=f"run {min(self.done + 1, self.total)} of {self.total}", left=self._left().lstrip(", ")
+        )
+        if self.live:
+            self.live.update(self._view())
+
+    def _view(self) -> Group:
+        table = Table(title=None, box=None, pad_edge=False, header_style="bold")
+        table.add_column("method")
+        table.add_column(f"validation {self.metric.name}", justify="right")
+        table.add_column(f"test {self.metric.name}", justify="right")
+        table.add_column("now")
+        for name, label in self.labels.items():
+            state = self.state[name]
+            style = (
+                "dim" if state == "waiting" else "green" if state == "done" else "red" if state.startswith("failed") else "bold"
+            )
+            table.add_row(label, _scores(self.validation[name], self.metric), _mean(self.test[name]), f"[{style}]{state}[/]")
+        return Group(table, self.bar)
+
+
+def _scores(values: list[float], metric: Metric) -> str:
+    if not values:
+        return "-"
+    best = max(values) if metric.higher_is_better else min(values)
+    return f"{best:.3f} (best of {len(values)})"
+
+
+def _mean(values: list[float]) -> str:
+    return "-" if not values else f"{sum(values) / len(values):.3f} ({len(values)})"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,326 @@
+"""The comparison itself: forecast, trials on the validation part, seeds on the test part, table, report, winner."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import shlex
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import lowdim
+from lowdim import models
+from lowdim.catalogue import Variant, methods
+from lowdim.compare.live import LiveTable
+from lowdim.compare.result import mark, summarise
+from lowdim.compare.runs import Bench, Run, load_run, perform
+from lowdim.compare.settings import DEFAULT_METHODS, CompareSettings
+from lowdim.compare.winner import hand_over
+from lowdim.errors import BudgetError, DataError, LowdimError
+from lowdim.files import read_json, write_json
+from lowdim.linalg import derive_seed
+from lowdim.train.environment import environment
+from lowdim.train.metrics import Metric, metric_for
+from lowdim.train.tasks import Task, classification, language_modelling
+from lowdim.units import format_bytes
+
+__all__ = ["compare"]
+
+
+def compare(
+    settings: CompareSettings,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Find out which method is best for a model, data and memory budget.
+
+    Every method gets the same number of learning-rate trials on the validation part, then the same number of seeds at its
+    chosen rate; the test part is looked at once per seed. Candidates that do not fit the budget are left out beforehand.
+
+    Args:
+        out: folder of the results: `comparison.json`, `report.html`, `runs/…/run.json`, `winner/`.
+        resume: go on with what is in `out`; finished runs are kept, the run that was interrupted starts over.
+
+    Returns:
+        The record that `comparison.json` holds.
+
+    Raises:
+        DataError, UnknownNameError: from the data or the model.
+        BudgetError: nothing fits.
+        FileExistsError: `out` holds another comparison.
+    """
+    console = console or Console()
+    begun = time.monotonic()
+    folder = Path(out)
+    _claim(folder, settings, resume)
+    metric = metric_for(settings.task, settings.metric)
+    chosen = [v for v in methods(",".join(settings.methods) or DEFAULT_METHODS) if _suits(v, settings.task)]
+    console.print(f"Reading {', '.join(settings.data)}", highlight=False)
+    tokenizer = models.load_tokenizer(settings.model)
+    task = _task(settings, tokenizer)
+    for note in task.notes:
+        console.print(f"  [yellow]note[/] {note}", highlight=False)
+    forecasts, skipped = _forecast(settings, task, chosen, console)
+    write_json(folder / "settings.json", {**settings.to_dict(), "command": command})
+    bench = _bench(settings, task, metric, folder, tokenizer, console)
+    able = [v for v in chosen if v.name not in skipped]
+    trials = [Run(v, "trial", i, rate, settings.seed) for v in able for i, rate in enumerate(v.rates[: settings.trials])]
+    records, rounds, notes = _run_all(settings, bench, able, trials, begun, console)
+    rows = [
+        summarise(
+            v,
+            records["trial"].get(v.name, []),
+            records["seed"].get(v.name, [])[:rounds],
+            forecasts.get(v.name),
+            skipped.get(v.name),
+        )
+        for v in chosen
+    ]
+    best = mark(rows, metric)
+    result: dict[str, Any] = {
+        "schema": 1,
+        "title": f"{task.name}: {models.resolve(settings.model).label}",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "lowdim": lowdim.__version__,
+        "command": command,
+        "environment": environment(),
+        "task": settings.task,
+        "metric": {"name": metric.name, "higher_is_better": metric.higher_is_better},
+        "model": {
+            "name": models.resolve(settings.model).label,
+            "parameters": sum(p.numel() for p in bench.model.parameters()),
+            "dtype": str(next(bench.model.parameters()).dtype).removeprefix("torch."),
+        },
+        "data": {"name": task.name, **task.sizes(), "labels": list(task.classes), "notes": list(task.notes)},
+        "settings": settings.to_dict(),
+        "budget_bytes": settings.budget,
+        "methods": rows,
+        "winner": None,
+        "notes": [*notes, *_remarks(best, rows, metric, rounds)],
+    }
+    if best is not None:
+        result["winner"] = hand_over(bench, settings, tokenizer, best, folder)
+    _finish(result, folder, console, begun)
+    if best is None:
+        reasons = "; ".join(f"{r['label']}: {r['reason']}" for r in rows)
+        raise LowdimError(f"no method finished ({reasons}); the runs are in {folder / 'runs'}")
+    return result
+
+
+def _claim(folder: Path, settings: CompareSettings, resume: bool) -> None:
+    earlier = folder / "settings.json"
+    if not earlier.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise FileExistsError(f"--out {folder} is not empty and holds no comparison; name another folder")
+        return
+    if not resume:
+        raise FileExistsError(f"--out {folder} holds a comparison; go on with --resume, or name another folder")
+    differs = settings.differs_from(read_json(earlier))
+    if differs:
+        old = read_json(earlier)
+        shown = ", ".join(f"--{key.replace('_', '-')} was {old.get(key)!r}" for key in differs)
+        raise ValueError(f"--resume: {folder} was made with other settings: {shown}")
+
+
+def _suits(variant: Variant, task: str) -> bool:
+    return not (variant.name == "linear-probe" and task != "classify")  # a language model has no new head to probe
+
+
+def _task(settings: CompareSettings, tokenizer: Any) -> Task:
+    if settings.task == "classify":
+        return classification(
+            tokenizer,
+            settings.data,
+            evaluation=settings.evaluation,
+            text=settings.text,
+            label=settings.label,
+            max_length=settings.max_length,
+            seed=settings.seed,
+            limit=settings.limit,
+        )
+    if settings.label is not None:
+        raise DataError("--label is for --task classify; a language model has no labels")
+    return language_modelling(
+        tokenizer,
+        settings.data,
+        evaluation=settings.evaluation,
+        text=settings.text,
+        max_length=settings.max_length,
+        seed=settings.seed,
+        limit=settings.limit,
+    )
+
+
+def _forecast(
+    settings: CompareSettings, task: Task, chosen: list[Variant], console: Console
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Peak bytes by method, and why some are left out. Batches are taken at the longest length that the data has."""
+    from lowdim.plan import forecast
+
+    longest = max(len(row) for part in (task.train, task.validation) for row in part["input_ids"])
+    config = models.load_config(settings.model)
+    found, skipped = {}, {}
+    for variant in chosen:
+        try:
+            outlook = forecast(
+                config,
+                variant,
+                batch_size=settings.batch_size,
+                sequence_length=longest,
+                task=settings.task,
+                num_labels=task.num_labels,
+                steps=settings.steps,
+                budget_bytes=settings.budget,
+                device="cuda" if torch.cuda.is_available() else "cpu",
+            )
+        except (ValueError, TypeError) as error:
+            skipped[variant.name] = str(error)
+        else:
+            found[variant.name] = outlook.total
+            if outlook.fits is False:
+                assert settings.budget is not None
+                skipped[variant.name] = (
+                    f"needs {format_bytes(outlook.total)} at the peak by forecast; the budget is {format_bytes(settings.budget)}"
+                )
+        if variant.name in skipped:
+            console.print(f"  [yellow]left out[/] {variant.label}: {skipped[variant.name]}", highlight=False)
+    if len(skipped) == len(chosen):
+        if found:
+            least = min(found, key=lambda name: found[name])
+            raise BudgetError(
+                f"--budget {format_bytes(settings.budget or 0)}: nothing fits; {least} needs least, {format_bytes(found[least])} "
+                "(try a smaller --batch-size or --max-length)"
+            )
+        raise LowdimError(f"no method can be run: {'; '.join(f'{k}: {v}' for k, v in skipped.items())}")
+    return found, skipped
+
+
+def _bench(settings: CompareSettings, task: Task, metric: Metric, folder: Path, tokenizer: Any, console: Console) -> Bench:
+    from lowdim.train.head import fit_head
+
+    model = models.load_model(
+        settings.model, settings.task, num_labels=task.num_labels, seed=settings.seed, pad_token_id=tokenizer.pad_token_id
+    )
+    head = models.head_modules(model, settings.task)
+    if torch.cuda.is_available():
+        model.cuda()
+    score = fit_head(model, head, task)
+    if score is not None:
+        console.print(
+            f"The head starts as a logistic regression on the frozen model's features: validation accuracy {score:.3f}",
+            highlight=False,
+        )
+    # Everything that decides a run's numbers, and nothing that does not (how many seeds there will be, say).
+    decisive = {k: v for k, v in settings.to_dict().items() if k not in ("seeds", "trials", "time_limit", "budget", "methods")}
+    digest = hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return Bench(model, task, head, metric, settings.steps, settings.batch_size, settings.max_length, folder, digest)
+
+
+def _run_all(
+    settings: CompareSettings, bench: Bench, able: list[Variant], trials: list[Run], begun: float, console: Console
+) -> tuple[dict[str, dict[str, list[dict[str, Any]]]], int, list[str]]:
+    """All trials, then round after round of seeds, so that a time limit leaves every method with as many."""
+    records: dict[str, dict[str, list[dict[str, Any]]]] = {"trial": {}, "seed": {}}
+    notes: list[str] = []
+    later = [Run(v, "seed", i, 0.0, 0) for v in able for i in range(settings.seeds)]
+    with LiveTable(console, bench.metric, trials + later, bench.steps) as live:
+        for run in trials:
+            _one(bench, run, live, records)
+        rates = {v.name: _best_rate(records["trial"][v.name], bench.metric) for v in able}
+        rounds = 0
+        for index in range(settings.seeds):
+            ready = [v for v in able if rates[v.name] is not None]
+            left = live.seconds_left()
+            spent = time.monotonic() - begun
+            if index and settings.time_limit and left and spent + left / (settings.seeds - index) > settings.time_limit:
+                notes.append(f"the time limit of {settings.time_limit:.0f} s left room for {index} of {settings.seeds} seeds")
+                break
+            for v in ready:
+                rate = rates[v.name]
+                assert rate is not None
+                # The same seed for every method: same order of data, so differences are paired.
+                _one(bench, Run(v, "seed", index, rate, derive_seed(settings.seed, "run", index) % 2**31), live, records)
+            rounds += 1
+    return records, rounds, notes
+
+
+def _one(bench: Bench, run: Run, live: LiveTable, records: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
+    live.start(run)
+    record = load_run(bench, run)
+    cached = record is not None
+    if record is None:
+        record = perform(bench, run, on_step=live.tick)
+        gc.collect()
+    live.finish(run, record, cached=cached)
+    records[run.phase].setdefault(run.variant.name, []).append(record)
+
+
+def _best_rate(trials: list[dict[str, Any]], metric: Metric) -> float | None:
+    good = [r for r in trials if r.get("failure") is None]
+    if not good:
+        return None
+    best = good[0]
+    for record in good[1:]:
+        if metric.better(record["validation"], best["validation"]):
+            best = record
+    return float(best["lr"])
+
+
+def _remarks(best: dict[str, Any] | None, rows: list[dict[str, Any]], metric: Metric, rounds: int) -> list[str]:
+    if best is None:
+        return []
+    notes = []
+    near = [row for row in rows if row["within_noise"]]
+    if near:
+        names = ", ".join(row["label"] for row in near)
+        notes.append(f"the difference to {best['label']} is within noise for: {names} ({rounds} seeds)")
+    lean = [r for r in near if (r["measured_peak_bytes"] or 0) < 0.9 * (best["measured_peak_bytes"] or 0)]
+    if lean:
+        least = min(lean, key=lambda r: r["measured_peak_bytes"])
+        share = least["measured_peak_bytes"] / best["measured_peak_bytes"]
+        notes.append(f"{least['label']} does as well, within noise, at {share:.2f} x the memory of {best['label']}")
+    if rounds < 3:
+        notes.append(f"{rounds} seeds say little of the spread; --seeds 3 or more is better")
+    edge = [
+        row["label"]
+        for row in rows
+        if row["status"] == "ok" and len(row["trials"]) > 1 and row["lr"] in (_extreme(row, min), _extreme(row, max))
+    ]
+    if edge:
+        notes.append(f"the chosen rate is at the edge of those tried for: {', '.join(edge)}; more --trials may help them")
+    return notes
+
+
+def _extreme(row: dict[str, Any], pick: Any) -> float:
+    return pick(t["lr"] for t in row["trials"])
+
+
+def _finish(result: dict[str, Any], folder: Path, console: Console, begun: float) -> None:
+    from lowdim.report import table, write
+
+    result["seconds"] = round(time.monotonic() - begun, 1)
+    write_json(folder / "comparison.json", result)
+    write(result, folder / "report.html")
+    console.print(table(result))
+    for note in result["notes"]:
+        console.print(f"[dim]-[/] {note}", highlight=False)
+    winner = result["winner"]
+    if winner:
+        console.print(f"[bold]{winner['why']}[/]", highlight=False)
+        console.print(f"winner  {folder / winner['folder']} ({winner['format']})", highlight=False, soft_wrap=True)
+    console.print(f"report  {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"took    {result['seconds']:.0f} s", highlight=False)
+
+
+def quote(arguments: list[str]) -> str:
+    """The command line as the user typed it, for the record."""
+    return shlex.join(["lowdim", *arguments])

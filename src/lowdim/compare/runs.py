@@ -1,0 +1,155 @@
+"""One run of a comparison: train a method at one rate from one seed, score it, write it down."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowdim import strategies
+from lowdim.catalogue import Variant
+from lowdim.files import read_json, write_json, write_tensors
+from lowdim.train.environment import environment
+from lowdim.train.loop import FitSettings, fit
+from lowdim.train.metrics import Metric
+from lowdim.train.tasks import Task
+
+__all__ = ["Bench", "Run", "load_run", "perform"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A point of the comparison: which method, at which rate, from which seed, for which purpose."""
+
+    variant: Variant
+    phase: str  # "trial" (scored on the validation part) or "seed" (scored on the test part, once)
+    index: int
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder below `runs/`."""
+        return f"{self.variant.name}/{self.phase}-{self.index}"
+
+
+@dataclass
+class Bench:
+    """What all runs share: the model to copy, the data, and how long to train."""
+
+    model: nn.Module
+    task: Task
+    head: tuple[str, ...]
+    metric: Metric
+    steps: int
+    batch_size: int
+    max_length: int
+    folder: Path
+    fingerprint: str
+    sample_batches: int = 4
+
+
+def perform(bench: Bench, run: Run, *, on_step: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Train, score and write `run.json`; returns its record. A run that diverges is recorded with its reason, not raised."""
+    model = copy.deepcopy(bench.model)
+    record: dict[str, Any] = {
+        "schema": 1,
+        "fingerprint": bench.fingerprint,
+        "method": run.variant.name,
+        "label": run.variant.label,
+        "phase": run.phase,
+        "seed": run.seed,
+        "lr": run.lr,
+        "steps": bench.steps,
+        "batch_size": bench.batch_size,
+        "metric": bench.metric.name,
+        "environment": environment(),
+    }
+    torch.manual_seed(run.seed)
+    try:
+        applied = strategies.apply(
+            run.variant,
+            model,
+            lr=run.lr,
+            steps=bench.steps,
+            head=bench.head,
+            batches=bench.task.sample_batches(bench.sample_batches, bench.batch_size, next(model.parameters()).device),
+            loss_fn=bench.task.loss_fn,
+            seed=run.seed,
+        )
+        record["config"] = {key: _jsonable(value) for key, value in applied.options.items()}
+        record["trained_parameters"] = applied.trained()
+        with tempfile.TemporaryDirectory() as scratch:
+            result = fit(
+                applied,
+                bench.task,
+                FitSettings(steps=bench.steps, batch_size=bench.batch_size, lr=run.lr, seed=run.seed),
+                Path(scratch),
+                measure_memory=run.phase == "trial" and run.index == 0,
+                callbacks=(_step_callback(on_step),),
+            )
+        record.update(
+            losses=result.losses,
+            loss_steps=result.steps,
+            seconds_per_step=result.seconds_per_step,
+            measured_peak_bytes=result.peak_bytes,
+            failure=result.failure,
+        )
+        if result.failure is None:
+            record["validation"] = bench.task.evaluate(model, bench.task.validation, bench.metric)
+            if run.phase == "seed":
+                hits: list[int] = []
+                record["test"] = bench.task.evaluate(model, bench.task.test, bench.metric, hits)
+                record["hits"] = "".join(map(str, hits))  # right or wrong, text by text: paired comparisons need it
+            if not math.isfinite(record.get("test", record["validation"])):
+                record["failure"] = "the trained model's outputs are not finite"
+        if run.phase == "seed" and record["failure"] is None:
+            record["file_bytes"] = _save(applied, run, bench)
+    except (ValueError, TypeError) as error:
+        record["failure"] = str(error)
+    write_json(bench.folder / "runs" / run.name / "run.json", record)
+    return json.loads(json.dumps(record))
+
+
+def load_run(bench: Bench, run: Run) -> dict[str, Any] | None:
+    """The record of a run that was finished before, or None; one from other settings is not taken."""
+    path = bench.folder / "runs" / run.name / "run.json"
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    same = record.get("fingerprint") == bench.fingerprint and record.get("lr") == run.lr and record.get("seed") == run.seed
+    return record if same else None
+
+
+def _save(applied: strategies.Applied, run: Run, bench: Bench) -> int:
+    """Keep what was trained. Whole models are kept from the first seed only; the size is that of what would be shipped."""
+    folder = bench.folder / "runs" / run.name
+    if applied.adapted is not None:
+        applied.adapted.save(folder / "adapter")
+        return (folder / "adapter" / "adapter.safetensors").stat().st_size
+    trained = {name: p for name, p in applied.model.named_parameters() if p.requires_grad}
+    if applied.kind == "probe" or run.index == 0:
+        write_tensors(folder / "weights.safetensors", trained)
+    return sum(p.numel() * p.element_size() for p in trained.values())
+
+
+def _step_callback(on_step: Callable[[], None]) -> Any:
+    from transformers import TrainerCallback
+
+    class Tick(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            on_step()
+
+    return Tick()
+
+
+def _jsonable(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, set, frozenset)) else value

@@ -1,0 +1,100 @@
+"""The winner in a form that other tools load, checked by loading it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowdim import models
+from lowdim.adapters import load_adapter
+from lowdim.compare.runs import Bench
+from lowdim.compare.settings import CompareSettings
+from lowdim.export import ExportResult, export
+from lowdim.files import read_json, read_tensors
+
+__all__ = ["hand_over", "restore"]
+
+
+def hand_over(bench: Bench, settings: CompareSettings, tokenizer: Any, best: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Export the best method's model (of its first seed) to `winner/`; returns what the report says of it.
+
+    An adapter whose update is low-rank (or that PEFT has itself) goes out as a PEFT folder, everything else merged.
+    """
+    runs = folder / "runs" / best["name"]
+    index = next(i for i in range(len(best["scores"]) + 8) if _usable(runs / f"seed-{i}"))
+    run = runs / f"seed-{index}"
+    model = restore(bench, run)
+    kind = "peft" if _exact_in_peft(model) else "merged"
+    result = export(model, folder / "winner", kind, tokenizer=tokenizer, source=models.resolve(settings.model))
+    where = "seed " + str(index + 1)
+    spread = best["interval"]
+    shown = f" [{spread[0]:.3f}, {spread[1]:.3f}]" if spread else ""
+    return {
+        "method": best["name"],
+        "why": f"{best['label']} is best: {bench.metric.name} {best['mean']:.3f}{shown} over {len(best['scores'])} seeds",
+        "folder": "winner",
+        "format": "PEFT adapter" if kind == "peft" else "merged model",
+        "exported": where,
+        "largest_difference": _check(model, bench, settings, result, folder / "winner"),
+        "how_to_load": result.how_to_load,
+    }
+
+
+def restore(bench: Bench, run: Path) -> Any:
+    """The trained model of a run: an `Adapted`, or a plain module."""
+    base = copy.deepcopy(bench.model)
+    if (run / "adapter").is_dir():
+        return load_adapter(base, run / "adapter")
+    tensors, _ = read_tensors(run / "weights.safetensors")
+    record = read_json(run / "run.json")
+    _swap_back(base, record)
+    missing = base.load_state_dict(tensors, strict=False).unexpected_keys
+    if missing:
+        raise ValueError(f"{run} does not fit the model: {', '.join(missing[:3])}")
+    return base
+
+
+def _swap_back(model: nn.Module, record: dict[str, Any]) -> None:
+    """Structured layers are put in place again before their weights are loaded."""
+    from lowdim import catalogue, strategies
+
+    variant = catalogue.variant(record["method"])
+    if strategies.kind_of(variant) == "layer":
+        strategies.apply(variant, model, lr=record["lr"], steps=record["steps"])
+
+
+def _usable(run: Path) -> bool:
+    if not (run / "run.json").is_file() or read_json(run / "run.json").get("failure") is not None:
+        return False
+    return (run / "adapter").is_dir() or (run / "weights.safetensors").is_file()
+
+
+def _exact_in_peft(model: Any) -> bool:
+    layers = getattr(model, "layers", None)
+    if not isinstance(layers, dict):
+        return False
+    thin = all(
+        (f := layer.update.low_rank_delta()) is not None and f[0].shape[0] <= min(layer.out_features, layer.in_features)
+        for layer in layers.values()
+    )
+    return thin or model.method.peft(model) is not None
+
+
+@torch.no_grad()
+def _check(model: Any, bench: Bench, settings: CompareSettings, result: ExportResult, folder: Path) -> float | None:
+    """Largest difference of logits between what was trained and what other tools load from the folder."""
+    rows = [bench.task.test[i] for i in range(min(8, len(bench.task.test)))]
+    batch = bench.task.collate(rows)
+    trained: nn.Module = getattr(model, "model", model)
+    device = next(trained.parameters()).device
+    want = trained.eval()(**{k: v.to(device) for k, v in batch.items()}).logits.cpu()
+    try:
+        again = result.reload()
+    except ImportError:
+        return None
+    got = again.eval()(**batch).logits
+    return float((got - want).abs().max())

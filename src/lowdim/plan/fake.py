@@ -1,0 +1,167 @@
+"""Models without memory: built, or copied, under torch's fake tensors, which have shapes and no numbers."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lowdim.errors import check_choice, check_int
+
+__all__ = ["Subject", "fake_batch", "fake_mode"]
+
+TASKS = ("classify", "causal-lm")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a forecast is about: how to build the model at a depth, and what to call it.
+
+    Attributes:
+        source: as the caller gave it: a name, a folder, a transformers config, a function, or a module.
+        label: for tables.
+        config: the transformers config, where there is one.
+    """
+
+    source: Any
+    label: str
+    config: Any
+    task: str
+    num_labels: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls,
+        source: Any,
+        *,
+        task: str = "classify",
+        num_labels: int = 2,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> Subject:
+        """Resolve a name, folder, config, function or module.
+
+        Raises:
+            UnknownNameError: no such model, or no such task.
+            TypeError: something else was given.
+        """
+        check_choice("task", task, TASKS)
+        check_int("num_labels", num_labels, 1)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating torch.dtype such as torch.bfloat16; got {dtype!r}")
+        config, label = None, type(source).__name__
+        if isinstance(source, (str, Path)):
+            from lowdim.models import load_config, resolve
+
+            config, label = load_config(str(source)), resolve(str(source)).label
+        elif isinstance(source, nn.Module):
+            config = None  # its depth is what it is
+        elif hasattr(source, "to_dict") and hasattr(source, "model_type"):
+            config, label = source, f"{source.model_type} config"
+        elif callable(source):
+            label = getattr(source, "__name__", label)
+        else:
+            raise TypeError(
+                f"model must be a name, a folder, a transformers config, a module, or a function that builds one; got {source!r}"
+            )
+        return cls(source, label, config, task, num_labels, dtype, torch.device(device))
+
+    @property
+    def depth(self) -> int | None:
+        """Number of like blocks in the model, where the config says so and they are all of one kind."""
+        layers = getattr(self.config, "num_hidden_layers", None)
+        kinds = getattr(self.config, "layer_types", None) or ()
+        return layers if isinstance(layers, int) and len(set(kinds)) <= 1 else None
+
+    def build(self, depth: int | None = None) -> nn.Module:
+        """The model in training mode; call it under `fake_mode`. `depth` overrides the number of blocks."""
+        if self.config is not None:
+            from lowdim.models import build
+
+            config = copy.deepcopy(self.config)
+            config.dtype = self.dtype
+            if depth is not None:
+                if getattr(config, "layer_types", None):
+                    config.layer_types = [config.layer_types[0]] * depth
+                config.num_hidden_layers = depth
+            with self.device:
+                model = build(config, self.task, num_labels=self.num_labels)
+        elif isinstance(self.source, nn.Module):
+            model = _fake_copy(self.source)
+        else:
+            with self.device:
+                model = self.source()
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"model: the function must return an nn.Module; got {type(model).__name__}")
+            if not all(isinstance(p, torch._subclasses.FakeTensor) for p in model.parameters()):
+                raise TypeError(
+                    "model: the function must build the model when it is called; this one returned a model that exists already"
+                )
+        return model.train()
+
+
+@contextmanager
+def fake_mode():
+    """Inside, new tensors have shapes and no memory; the random state outside stays as it was."""
+    with _without_packing(), torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+@contextmanager
+def _without_packing():
+    """Where transformers would look into the numbers for packed sequences, say that there are none.
+
+    It cannot look into fake tensors and would allow for packing by a mask of `length²` entries that training does not have.
+    """
+    if "transformers" not in sys.modules:  # no config was read: a model of another kind
+        yield
+        return
+    masks = importlib.import_module("transformers.masking_utils")
+    name = "find_packed_sequence_indices"
+    find = getattr(masks, name, None)
+    setattr(masks, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masks, name, find)
+
+
+def fake_batch(subject: Subject, batch_size: int, sequence_length: int) -> dict[str, Tensor]:
+    """A batch of the task: for classification with a mask that may hide tokens, for language modelling full blocks."""
+    ids = torch.zeros(batch_size, sequence_length, dtype=torch.long, device=subject.device)
+    if subject.task == "causal-lm":
+        return {"input_ids": ids, "labels": ids.clone()}
+    labels = torch.zeros(batch_size, dtype=torch.long, device=subject.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The loss as transformers models return it."""
+    out = model(**batch)
+    return out["loss"] if isinstance(out, Mapping) else out.loss
+
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+def _fake_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model over fake tensors; ties stay ties, nothing is allocated."""
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        fake = nn.Parameter(mode.from_tensor(parameter.detach()), requires_grad=parameter.requires_grad)
+        memo[id(parameter)] = fake
+    for buffer in model.buffers():
+        memo[id(buffer)] = mode.from_tensor(buffer.detach())
+    return copy.deepcopy(model, memo)

@@ -1,0 +1,265 @@
+"""Forecasts: what training a model one way will take, before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+
+from lowdim.catalogue import Variant, variant
+from lowdim.errors import BudgetError, LowdimError, check_int
+from lowdim.plan.fake import LossFn, Subject, fake_mode, model_loss
+from lowdim.plan.rehearse import Plan, Rehearsal, rehearse
+from lowdim.plan.tracker import KINDS, Peak, unique_bytes
+from lowdim.units import format_bytes, parse_bytes
+
+__all__ = ["Forecast", "affordable", "forecast"]
+
+#: Deeper stacks than this are rehearsed at two small depths and continued along the line.
+SHALLOW = (2, 4)
+_EVERYTHING = ("all-linear", None)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What training takes at its peak, by what it is taken for.
+
+    Attributes:
+        method, label: name of the method, and for tables.
+        model: label of the model.
+        weights: bytes of parameters and buffers, the adapter's included.
+        gradients, optimizer_state, activations: bytes at the moment of the peak.
+        workspace: bytes of tensors that live within one operation, or between two of the backward pass.
+        total: the sum: the peak of the run.
+        usual: the peak of a step that refreshes nothing and creates no state; equals `total` for most methods.
+        peak_at: `"forward"`, `"backward"` or `"optimizer"`: where in the step the peak is.
+        trained_parameters: how many numbers are trained.
+        file_bytes: what is saved at the end (the adapter, or the model).
+        flops: floating-point operations of one step, matrix products and convolutions only.
+        seconds_per_step: a rough estimate from this machine's speed; see `lowdim.plan.work`.
+        budget_bytes, fits: the budget that was given, and whether `total` is within it.
+        depths: the depths that were rehearsed, where the model's own was reached by a line through them.
+    """
+
+    method: str
+    label: str
+    model: str
+    weights: int
+    gradients: int
+    optimizer_state: int
+    activations: int
+    workspace: int
+    total: int
+    usual: int
+    peak_at: str
+    trained_parameters: int
+    file_bytes: int
+    flops: int
+    seconds_per_step: float
+    batch_size: int
+    sequence_length: int
+    budget_bytes: int | None = None
+    depths: tuple[int, ...] = ()
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak is within the budget; None without a budget."""
+        return None if self.budget_bytes is None else self.total <= self.budget_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able record."""
+        return {**asdict(self), "depths": list(self.depths), "fits": self.fits}
+
+    def __str__(self) -> str:
+        return f"{self.label}: {format_bytes(self.total)} at the peak, {self.trained_parameters:,} trained parameters"
+
+
+def forecast(
+    model: Any,
+    method: str | Variant,
+    *,
+    batch_size: int = 16,
+    sequence_length: int = 128,
+    task: str = "classify",
+    num_labels: int = 2,
+    dtype: torch.dtype = torch.float32,
+    gradient_checkpointing: bool = False,
+    layerwise: bool = False,
+    steps: int = 100,
+    budget_bytes: int | str | None = None,
+    device: str | torch.device = "cpu",
+    batch: Callable[[], Any] | None = None,
+    loss_fn: LossFn = model_loss,
+) -> Forecast:
+    """Memory and time of training `model` by `method`, from shapes alone: nothing of the model is allocated.
+
+    A real training run of two or three steps goes through the method and the optimizer themselves on tensors that have
+    shapes and no numbers, and every storage is counted while it lives. On a CPU this is exact for what torch's allocator
+    gives out. A deep stack of like blocks is rehearsed with 2 and 4 blocks, and each stretch of the step continued along
+    its line, which is exact as well.
+
+    Not in it: the interpreter and torch themselves (about 300 MB), what libraries allocate on their own, the data, the
+    copy that is read from disk, and what a method needs once before training (a decomposition, a look at data).
+
+    Args:
+        model: a name, a folder, a transformers config, an nn.Module (of which a fake copy is made), or a function without
+            arguments that builds one.
+        method: a name from the catalogue, or a `Variant`.
+        batch_size, sequence_length: of one forward pass.
+        task: `"classify"` or `"causal-lm"`.
+        dtype: of the weights, where the model is built from its configuration.
+        gradient_checkpointing: recompute each block in the backward pass.
+        layerwise: `lowdim.optim` methods only: update each parameter as soon as its gradient is known, and drop it.
+        steps: optimizer steps in all, for methods with schedules.
+        budget_bytes: a number or a text such as `"8GiB"`; sets `fits`.
+        device: where it will be trained. Attention kernels differ between devices, and a forecast for another kind of
+            device than the one at hand needs a torch that was built for it.
+        batch: a function that makes a batch, for models that take other inputs (called under the fake mode).
+        loss_fn: `loss_fn(model, batch) -> scalar`, where it is not `model(**batch).loss`.
+
+    Raises:
+        UnknownNameError: no such model or method.
+        ValueError: the method cannot train this model (the message is its own).
+
+    Example:
+        >>> import torch
+        >>> from lowdim.plan import forecast
+        >>> build = lambda: torch.nn.Sequential(torch.nn.Linear(1000, 1000), torch.nn.Linear(1000, 2))
+        >>> f = forecast(build, "full", batch=lambda: torch.ones(8, 1000), loss_fn=lambda m, x: m(x).sum())
+        >>> f.trained_parameters, f.optimizer_state // f.weights
+        (1003002, 2)
+    """
+    check_int("batch_size", batch_size, 1)
+    check_int("sequence_length", sequence_length, 1)
+    check_int("steps", steps, 1)
+    chosen = method if isinstance(method, Variant) else variant(method)
+    subject = Subject.of(model, task=task, num_labels=num_labels, dtype=dtype, device=device)
+    plan = Plan(
+        chosen, batch_size, sequence_length, steps, chosen.rates[0], gradient_checkpointing, layerwise, batch, loss_fn
+    )
+    rehearsal, depths = _rehearse(subject, plan)
+    stretch = max(rehearsal.peaks, key=lambda key: rehearsal.peaks[key].total)
+    peak = rehearsal.peaks[stretch]
+    usual = max(p.total for key, p in rehearsal.peaks.items() if key[0] == 2)
+    amounts = rehearsal.amounts
+    return Forecast(
+        method=chosen.name,
+        label=chosen.label,
+        model=subject.label,
+        **peak.by_kind,
+        total=peak.total,
+        usual=usual,
+        peak_at=stretch[1],
+        trained_parameters=int(amounts["trained"]),
+        file_bytes=int(amounts["file_bytes"]),
+        flops=int(amounts["flops"]),
+        seconds_per_step=float(f"{amounts['seconds']:.3g}"),
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        budget_bytes=parse_bytes(budget_bytes) if isinstance(budget_bytes, str) else budget_bytes,
+        depths=depths,
+    )
+
+
+def affordable(forecasts: Iterable[Forecast], budget: int | str) -> list[Forecast]:
+    """The forecasts whose peak is within the budget, least memory first.
+
+    Raises:
+        BudgetError: none is; says which needs least, and what would make it smaller.
+    """
+    limit = parse_bytes(budget) if isinstance(budget, str) else budget
+    ordered = sorted(forecasts, key=lambda f: f.total)
+    chosen = [f for f in ordered if f.total <= limit]
+    if not chosen and ordered:
+        least = ordered[0]
+        parts = {kind: getattr(least, kind) for kind in KINDS}
+        largest = max(parts, key=lambda kind: parts[kind])
+        raise BudgetError(
+            f"nothing fits {format_bytes(limit)}: the smallest need is {format_bytes(least.total)} ({least.label}), of which "
+            f"{largest.replace('_', ' ')} take {format_bytes(parts[largest])}; {_ADVICE[largest]}"
+        )
+    return chosen
+
+
+_ADVICE = {
+    "weights": "try bfloat16 weights or a smaller model",
+    "gradients": "try an adapter, or a lowdim.optim method with layerwise updates",
+    "optimizer_state": "try an adapter, or galore",
+    "activations": "try a smaller batch, shorter sequences or gradient checkpointing",
+    "workspace": "try a smaller batch or shorter sequences",
+}
+
+
+def _rehearse(subject: Subject, plan: Plan) -> tuple[Rehearsal, tuple[int, ...]]:
+    depth = subject.depth
+    if depth is None or depth <= 2 * SHALLOW[1] or _names_layers(plan.variant):
+        return rehearse(subject, plan), ()
+    try:
+        small, large = (rehearse(subject, plan, d) for d in SHALLOW)
+    except (LowdimError, ValueError, IndexError):  # a config that cannot be that shallow
+        return rehearse(subject, plan), ()
+    if small.depth != SHALLOW[0] or large.depth != SHALLOW[1]:
+        return rehearse(subject, plan), ()
+    extended = _extend(small, large, depth)
+    if int(extended.amounts["weight_bytes"]) != _weight_bytes(subject):
+        return rehearse(subject, plan), ()  # the blocks are not all alike
+    return extended, SHALLOW
+
+
+def _extend(small: Rehearsal, large: Rehearsal, depth: int) -> Rehearsal:
+    """The rehearsal at `depth`: every stretch and amount along the line through two depths.
+
+    Memory rises or falls from block to block by the same amount, so its largest value is at the first block or the last:
+    the stretches in between are left out.
+    """
+
+    def line(a: float, b: float) -> float:
+        return a + (b - a) * (depth - small.depth) / (large.depth - small.depth)
+
+    peaks = {}
+    for key, a in small.peaks.items():
+        step, phase, place = key
+        if place == small.depth - 1:
+            place = large.depth - 1
+        b = large.peaks.get((step, phase, place))
+        if b is None:
+            continue
+        by_kind = {kind: round(line(a.by_kind[kind], b.by_kind[kind])) for kind in KINDS}
+        peaks[key] = Peak(round(line(a.total, b.total)), 0, by_kind)
+    amounts = {name: line(value, large.amounts[name]) for name, value in small.amounts.items()}
+    return Rehearsal(peaks, amounts, depth)
+
+
+def _names_layers(variant: Variant) -> bool:
+    """Whether the target patterns hold a digit, so that they may single out blocks."""
+    patterns = variant.options.get("target_modules")
+    if patterns in _EVERYTHING:
+        return False
+    text = patterns if isinstance(patterns, str) else " ".join(map(str, patterns))
+    return any(c.isdigit() for c in text)
+
+
+def _weight_bytes(subject: Subject) -> int:
+    key = subject.config.to_json_string(use_diff=False)
+    return _cached_weight_bytes(key, subject.task, subject.num_labels, subject.dtype, _Hidden(subject))
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """Carries a value through a cache without being part of its key."""
+
+    subject: Subject = dataclasses.field(compare=False, hash=False)
+
+
+@lru_cache(maxsize=8)
+def _cached_weight_bytes(key: str, task: str, num_labels: int, dtype: torch.dtype, hidden: _Hidden) -> int:
+    with fake_mode():
+        model = hidden.subject.build()
+        return unique_bytes([*model.parameters(), *model.buffers()])
+
+

@@ -1,0 +1,222 @@
+"""A training run of three steps on fake tensors, and what it would have taken."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowdim.catalogue import Variant
+from lowdim.plan.fake import LossFn, Subject, fake_batch, fake_mode, model_loss
+from lowdim.plan.measuring import optimizer_tensors
+from lowdim.plan.tracker import KINDS, Peak, Tracker, unique_bytes
+from lowdim.plan.work import Work, speed
+from lowdim.strategies import Applied, apply, kind_of
+
+__all__ = ["Plan", "Rehearsal", "rehearse"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one would train: everything about a forecast except the model."""
+
+    variant: Variant
+    batch_size: int
+    sequence_length: int
+    steps: int = 100
+    lr: float = 1e-3
+    gradient_checkpointing: bool = False
+    layerwise: bool = False
+    batch: Callable[[], Any] | None = None
+    loss_fn: LossFn = model_loss
+
+
+@dataclass
+class Rehearsal:
+    """What a rehearsed run took.
+
+    Attributes:
+        peaks: the peak of each stretch. A stretch is `(step, phase, place)`: the phase is `"forward"`, `"backward"` or
+            `"optimizer"`, the place `"before"` the blocks, a block's index, or `"after"` them.
+        amounts: `trained`, `weight_bytes`, `file_bytes`, `flops` and `seconds` of one step.
+        depth: how many blocks the model had, 0 if it has no stack of like blocks.
+    """
+
+    peaks: dict[tuple[int, str, Any], Peak]
+    amounts: dict[str, float] = field(default_factory=dict)
+    depth: int = 0
+
+
+def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsal:
+    """Build the model without memory, make it ready, and run steps on it.
+
+    Three steps where the method refreshes something now and then (a projection): the first creates the optimizer's state,
+    the second is as most are, the third refreshes with all state in place. Else two.
+    """
+    variant, steps = _variant(plan)
+    device = subject.device.type
+    work = Work(speed(subject.dtype, device, torch.get_num_threads()))
+    tracker = Tracker(granularity=512 if device == "cuda" else 1, work=work.count)
+    with fake_mode():
+        model = subject.build(depth)
+        weight_bytes = unique_bytes([*model.parameters(), *model.buffers()])
+        head = _head(model, subject.task)
+        applied = apply(variant, model, lr=plan.lr, steps=plan.steps, head=head, initialise=False)
+        applied.model.train()
+        if plan.gradient_checkpointing:
+            _checkpoint(applied.model)
+        tracker.add([*applied.model.parameters(), *applied.model.buffers()], "weights")
+        hooks = [
+            p.register_post_accumulate_grad_hook(lambda p: tracker.add([p.grad], "gradients"))
+            for p in applied.model.parameters()
+            if p.requires_grad
+        ]
+        optimizer = applied.make_optimizer(plan.lr)
+        tracker.add(optimizer_tensors(optimizer), "optimizer_state")
+        batch = fake_batch(subject, plan.batch_size, plan.sequence_length) if plan.batch is None else plan.batch()
+        tracker.add([t for t in batch.values() if isinstance(t, Tensor)] if isinstance(batch, dict) else [], "activations")
+        stack = _stack(applied.model, depth if depth is not None else subject.depth)
+        marks = _Marks(tracker, stack)
+        with tracker:
+            for step in range(1, steps + 1):
+                work.on = step == 2
+                _step(applied, optimizer, batch, plan.loss_fn, tracker, marks, step)
+        for handle in (*hooks, *marks.handles):
+            handle.remove()
+        amounts = {
+            "trained": applied.trained(),
+            "weight_bytes": weight_bytes,
+            "file_bytes": _file_bytes(applied, head),
+            "flops": work.flops,
+            "seconds": work.seconds,
+        }
+    peaks = {key: peak for key, peak in tracker.peaks.items() if isinstance(key, tuple)}
+    return Rehearsal(peaks, amounts, len(stack))
+
+
+def _step(
+    applied: Applied,
+    optimizer: torch.optim.Optimizer,
+    batch: Any,
+    loss_fn: LossFn,
+    tracker: Tracker,
+    marks: _Marks,
+    step: int,
+) -> None:
+    marks.begin(step, "forward", "before", "activations")
+    loss = loss_fn(applied.model, batch)
+    if applied.adapted is not None:
+        loss = loss + applied.adapted.regularizer()
+    marks.begin(step, "backward", "after", "workspace")
+    loss.backward()
+    tracker.add(optimizer_tensors(optimizer), "optimizer_state")
+    marks.begin(step, "optimizer", "before", "workspace")
+    optimizer.step()
+    tracker.add(optimizer_tensors(optimizer), "optimizer_state")
+    if applied.adapted is not None:
+        applied.adapted.step(optimizer)
+    optimizer.zero_grad()
+
+
+class _Marks:
+    """Tells the tracker which stretch of the step it is in, by hooks on the stack of blocks."""
+
+    def __init__(self, tracker: Tracker, stack: list[nn.Module]):
+        self.tracker, self.count = tracker, len(stack)
+        self.now: tuple[int, str, Any] = (0, "forward", "before")
+        self.handles: list[Any] = []
+        for index, block in enumerate(stack):
+            self.handles.append(block.register_forward_pre_hook(self._entering(index), with_kwargs=True))
+            self.handles.append(block.register_forward_hook(self._leaving(index)))
+
+    def begin(self, step: int, phase: str, place: Any, kind: str | None = None) -> None:
+        self.now = (step, phase, place)
+        self.tracker.enter(self.now, kind)
+
+    def _entering(self, index: int) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self.now[1] != "forward":
+                return  # checkpointing runs it again
+            self.begin(self.now[0], "forward", index)
+            if index == 0:
+                self._on_gradient([*args, *kwargs.values()], "before")
+
+        return hook
+
+    def _leaving(self, index: int) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            if self.now[1] != "forward":
+                return
+            self._on_gradient(out if isinstance(out, (tuple, list)) else [out], index)
+            if index == self.count - 1:
+                self.begin(self.now[0], "forward", "after")
+
+        return hook
+
+    def _on_gradient(self, values: Any, place: Any) -> None:
+        first = next((v for v in values if isinstance(v, Tensor) and v.requires_grad), None)
+        if first is not None:
+            first.register_hook(lambda grad: self.begin(self.now[0], "backward", place))
+
+
+def _variant(plan: Plan) -> tuple[Variant, int]:
+    """The variant with what forecasting changes in it, and how many steps show all of it."""
+    options = dict(plan.variant.options)
+    kind = kind_of(plan.variant)
+    if plan.layerwise:
+        if kind != "optimizer":
+            raise ValueError(
+                f"layerwise updates need a lowdim.optim method such as galore; {plan.variant.name} trains with one AdamW"
+            )
+        options["layerwise"] = True
+    if kind == "optimizer":
+        import inspect
+
+        refresh = inspect.signature(plan.variant.build()).parameters.get("update_interval")
+        if refresh is not None:
+            options["update_interval"] = 2
+            return dataclasses.replace(plan.variant, options=options), 3
+    return dataclasses.replace(plan.variant, options=options), 2
+
+
+def _head(model: nn.Module, task: str) -> tuple[str, ...]:
+    from lowdim.models import head_modules
+
+    return head_modules(model, task)
+
+
+def _stack(model: nn.Module, depth: int | None) -> list[nn.Module]:
+    """The blocks: the first ModuleList of this length."""
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    return list(next(lists, ())) if depth else []
+
+
+def _checkpoint(model: nn.Module) -> None:
+    # transformers 5 renames it
+    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise ValueError(
+            f"gradient_checkpointing: {type(model).__name__} cannot do it (it has no gradient_checkpointing_enable)"
+        )
+    if getattr(getattr(model, "config", None), "use_cache", False):
+        model.config.use_cache = False  # type: ignore[union-attr]
+    enable({"use_reentrant": False})
+
+
+def _file_bytes(applied: Applied, head: tuple[str, ...]) -> int:
+    """What is saved at the end: the adapter with its head, the head alone, or all weights."""
+    if applied.adapted is not None:
+        return unique_bytes(applied.adapted.state_dict().values())
+    if applied.kind == "probe":
+        return unique_bytes(t for name in head for t in applied.model.get_submodule(name).state_dict().values())
+    return unique_bytes(applied.model.state_dict().values())
+
+
+def combine(peaks: list[Peak]) -> Peak:
+    """The largest of several peaks."""
+    best = max(peaks, key=lambda p: p.total, default=Peak())
+    return Peak(best.total, best.clock, {kind: best.by_kind[kind] for kind in KINDS})

@@ -1,0 +1,129 @@
+"""What a forecast looks like on a terminal, and which layers a method would touch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lowdim.catalogue import Variant, variant
+from lowdim.plan.fake import Subject, fake_mode
+from lowdim.plan.forecasting import Forecast
+from lowdim.strategies import apply
+from lowdim.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Touched", "shows", "table"]
+
+_COLUMNS = ("weights", "gradients", "optimizer_state", "activations", "workspace")
+
+
+def table(forecasts: Sequence[Forecast], budget: int | str | None = None) -> Table:
+    """The forecasts as a table, least memory first, each with the verdict on the budget.
+
+    Args:
+        budget: bytes, or a text such as `"8GiB"`; None takes each forecast's own.
+    """
+    from rich.table import Table
+
+    limit = parse_bytes(budget) if isinstance(budget, str) else budget
+    limits = {limit} if limit is not None else {f.budget_bytes for f in forecasts} - {None}
+    title = f"{forecasts[0].model}: peak memory of training" if forecasts else "peak memory of training"
+    shown = Table(title=title, caption=_caption(forecasts))
+    shown.add_column("method")
+    shown.add_column("trained", justify="right")
+    for name in _COLUMNS:
+        shown.add_column({"optimizer_state": "optimizer"}.get(name, name), justify="right")
+    shown.add_column("peak", justify="right", style="bold")
+    if limits:
+        shown.add_column("fits " + format_bytes(limits.pop()) if len(limits) == 1 else "fits")
+    shown.add_column("file", justify="right")
+    shown.add_column("≈ s/step", justify="right")
+    for f in sorted(forecasts, key=lambda f: f.total):
+        allowed = limit if limit is not None else f.budget_bytes
+        row = [f.label, f"{f.trained_parameters:,}", *(format_bytes(getattr(f, name)) for name in _COLUMNS)]
+        row.append(format_bytes(f.total))
+        if "fits" in str(shown.columns[len(row)].header):
+            row.append("" if allowed is None else "[green]yes[/]" if f.total <= allowed else "[red]no[/]")
+        row += [format_bytes(f.file_bytes), f"{f.seconds_per_step:.2g}"]
+        shown.add_row(*row)
+    return shown
+
+
+def _caption(forecasts: Sequence[Forecast]) -> str:
+    if not forecasts:
+        return ""
+    f = forecasts[0]
+    return (
+        f"batch {f.batch_size}, {f.sequence_length} tokens. Not counted: the program itself, the data, and what a method "
+        "computes once before training. Times are rough."
+    )
+
+
+@dataclass(frozen=True)
+class Touched:
+    """A module that a method changes or trains: its name, class, weight's shape, and how many of its numbers are trained."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    trained: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able record."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+
+def shows(
+    model: Any,
+    method: str | Variant,
+    *,
+    task: str = "classify",
+    num_labels: int = 2,
+) -> list[Touched]:
+    """The modules that `method` would swap, project or train, in model order; nothing is allocated.
+
+    Args:
+        model: as for `forecast`.
+
+    Raises:
+        ValueError: the method cannot train this model; `NoMatchingModuleError` for a pattern that matches nothing.
+
+    Example:
+        >>> import torch
+        >>> from lowdim.plan import shows
+        >>> [(t.name, t.shape, t.trained) for t in shows(torch.nn.Sequential(torch.nn.Linear(30, 20)), "lora")]
+        [('0', (20, 30), 400)]
+    """
+    chosen = method if isinstance(method, Variant) else variant(method)
+    subject = Subject.of(model, task=task, num_labels=num_labels)
+    with fake_mode():
+        from lowdim.models import head_modules
+
+        built = subject.build()
+        before = {name: (type(m).__name__, _shape(m)) for name, m in built.named_modules()}
+        head = head_modules(built, task)
+        applied = apply(chosen, built, lr=chosen.rates[0], steps=100, head=head, initialise=False)
+        if applied.adapted is not None:
+            names = {*applied.adapted.layers, *head}
+        elif applied.kind == "layer":
+            names = {n for n, m in built.named_modules() if n in before and type(m).__name__ != before[n][0]}
+        elif applied.kind == "optimizer":
+            projected = {id(p) for g in applied.make_optimizer(1e-3).param_groups if g.get("rank") for p in g["params"]}
+            names = {n for n, m in built.named_modules() if any(id(p) in projected for p in m.parameters(recurse=False))}
+        else:
+            names = {n for n, m in built.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))}
+        return [
+            Touched(name, *before[name], sum(p.numel() for p in module.parameters() if p.requires_grad))
+            for name, module in built.named_modules()
+            if name in names
+        ]
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    weight = getattr(module, "weight", None)
+    return tuple(weight.shape) if weight is not None and hasattr(weight, "shape") else ()

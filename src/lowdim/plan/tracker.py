@@ -1,0 +1,158 @@
+"""Which tensors are alive, and what for: watches every operation of a (fake or real) training step.
+
+torch has such a tool of its own (`torch.distributed._tools.mem_tracker`), which looks at every module again at every
+operation; this one costs the same per operation whatever the model's depth, and counts work as well as bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["KINDS", "Peak", "Tracker", "tensors_in"]
+
+#: What memory is taken for. `workspace` is what lives within one operation, or between two of the backward pass.
+KINDS = ("weights", "gradients", "optimizer_state", "activations", "workspace")
+
+_DEVICE = torch.ops.prim.device.default
+
+
+@dataclass
+class _Storage:
+    """One live storage: its size, what it is for, and the operation at which it came."""
+
+    size: int
+    kind: str
+    born: int
+    reference: Any = None
+
+
+@dataclass
+class Peak:
+    """The largest sum of live bytes within one stretch of the step, by kind."""
+
+    total: int = 0
+    clock: int = 0
+    by_kind: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+
+
+class Tracker(TorchDispatchMode):
+    """Sums the bytes of live storages by kind, and keeps the peak of each stretch that `enter` names.
+
+    Args:
+        granularity: allocators hand out blocks; sizes are rounded up to a multiple of it (512 on CUDA).
+        hidden: `hidden(operation, args, out) -> bytes` that a kernel allocates and frees inside.
+        work: `work(operation, args, kwargs, out, tensors_of_out) -> None`, called for each operation.
+    """
+
+    def __init__(
+        self,
+        granularity: int = 1,
+        hidden: Callable[[Any, Any, Any], int] | None = None,
+        work: Callable[[Any, Any, Any, Any, list[Tensor]], None] | None = None,
+    ):
+        super().__init__()
+        self.granularity, self.hidden, self.work = granularity, hidden, work
+        self.live: dict[int, _Storage] = {}
+        self.by_kind = dict.fromkeys(KINDS, 0)
+        self.total = 0
+        self.clock = 0
+        self.peaks: dict[Any, Peak] = {}
+        self.kind = "activations"
+        self.stretch: Any = "start"
+
+    def enter(self, stretch: Any, kind: str | None = None) -> None:
+        """What follows belongs to this stretch; new tensors are of this kind (None: as before)."""
+        self.stretch = stretch
+        if kind is not None:
+            self.kind = kind
+        self._record(0)
+
+    def add(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Count tensors that exist already, or say what they are for."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            entry = self.live.get(storage._cdata)
+            if entry is None:
+                self._track(storage, kind)
+            elif entry.kind != kind:
+                self._relabel(entry, kind)
+        self._record(0)
+
+    def _track(self, storage: Any, kind: str) -> None:
+        size = -(-storage.nbytes() // self.granularity) * self.granularity
+        if not size:
+            return
+        key = storage._cdata
+        entry = _Storage(size, kind, self.clock)
+        entry.reference = weakref.ref(storage, lambda _: self._drop(key))
+        self.live[key] = entry
+        self.by_kind[kind] += size
+        self.total += size
+
+    def _drop(self, key: int) -> None:
+        entry = self.live.pop(key, None)
+        if entry is not None:
+            self.by_kind[entry.kind] -= entry.size
+            self.total -= entry.size
+
+    def _relabel(self, entry: _Storage, kind: str) -> None:
+        """Move a storage to another kind, in the peaks that it was part of as well."""
+        for counts in itertools.chain(
+            [self.by_kind], (peak.by_kind for peak in self.peaks.values() if peak.clock >= entry.born)
+        ):
+            counts[entry.kind] -= entry.size
+            counts[kind] += entry.size
+        entry.kind = kind
+
+    def _record(self, extra: int) -> None:
+        peak = self.peaks.get(self.stretch)
+        if peak is None:
+            peak = self.peaks[self.stretch] = Peak()
+        if self.total + extra > peak.total:
+            peak.total, peak.clock, peak.by_kind = self.total + extra, self.clock, dict(self.by_kind)
+            peak.by_kind["workspace"] += extra
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is _DEVICE:  # fake tensors are asked for it all the time
+            return out
+        self.clock += 1
+        live = self.live
+        tensors = tensors_in(out)
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in live:
+                self._track(storage, self.kind)
+        self._record(0 if self.hidden is None else self.hidden(func, args, out))
+        if self.work is not None:
+            self.work(func, args, kwargs, out, tensors)
+        return out
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested lists, tuples, mappings and dataclass-like objects' tensors."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [t for item in value for t in tensors_in(item)]
+    if isinstance(value, dict):
+        return [t for item in value.values() for t in tensors_in(item)]
+    return []
+
+
+def unique_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind these tensors, each counted once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if _has_storage(t)}.values())
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.device.type != "meta"

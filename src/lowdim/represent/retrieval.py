@@ -1,0 +1,204 @@
+"""Nearest neighbours with nested embeddings: search at a small size, then reorder a shortlist at larger ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lowdim.errors import check_int
+from lowdim.linalg import compute_dtype
+
+__all__ = ["RetrievalResult", "adaptive_retrieve", "funnel_retrieve"]
+
+_BLOCK_NUMBERS = 1 << 22  # numbers in the largest temporary of a block: 16 MB in float32
+_ROWS = 8192  # database rows searched at a time
+
+
+@dataclass(frozen=True)
+class RetrievalResult:
+    """Neighbours of each query, nearest first."""
+
+    indices: Tensor  # (Q, k) int64, rows of the database
+    distances: Tensor  # (Q, k) L2 between unit vectors at the last size, ascending
+    mflops: float  # per query
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able record."""
+        return {"indices": self.indices.tolist(), "distances": self.distances.tolist(), "mflops": self.mflops}
+
+
+def adaptive_retrieve(
+    queries: Tensor,  # (Q, D)
+    database: Tensor,  # (N, D)
+    *,
+    retrieval_dim: int,
+    rerank_dim: int,
+    shortlist: int = 200,
+    k: int | None = None,
+) -> RetrievalResult:
+    """Search at `retrieval_dim`, reorder the shortlist at `rerank_dim`.
+
+    Formula: exact L2 search between `normalize(q[:m])` and `normalize(d[:m])`, then the shortlist is sorted by the same
+    distance at the larger size (stable: ties keep their order).
+    `MFLOPs/query = (N · retrieval_dim + shortlist · rerank_dim) / 1e6`.
+
+    Args:
+        queries: `(Q, D)`. numpy arrays are taken as well.
+        database: `(N, D)`.
+        retrieval_dim: size of the first search, in [1, D].
+        rerank_dim: size of the reordering, in [1, D].
+        shortlist: candidates kept by the first search; at most N are.
+        k: how many of them to return, at most `shortlist`; None returns the whole list.
+
+    Returns:
+        RetrievalResult with `indices (Q, k)`, `distances (Q, k)` in float32 or better, `mflops`. Memory stays at
+        blocks of queries times blocks of database rows.
+
+    Raises:
+        ValueError: shapes that do not fit, sizes beyond D, `k` beyond the shortlist, NaN or infinite entries.
+
+    Example:
+        >>> import torch
+        >>> from lowdim.represent import adaptive_retrieve
+        >>> database = torch.eye(6)
+        >>> adaptive_retrieve(database[:2], database, retrieval_dim=4, rerank_dim=6, shortlist=3, k=1).indices.tolist()
+        [[0], [1]]
+
+    Not for embeddings that were not trained to be cut: there project with PCA first. For millions of rows put an index
+    (faiss, hnswlib) in place of the first search.
+
+    Source: Kusupati et al., NeurIPS 2022, arXiv 2205.13147, section 4.3.
+    """
+    check_int("shortlist", shortlist, 1)
+    if k is not None:
+        check_int("k", k, 1, shortlist)
+    return _retrieve(queries, database, retrieval_dim, [rerank_dim], [shortlist], k, "rerank_dim")
+
+
+def funnel_retrieve(
+    queries: Tensor,  # (Q, D)
+    database: Tensor,  # (N, D)
+    *,
+    retrieval_dim: int = 8,
+    rerank_dims: Sequence[int] = (16, 32, 64, 128, 2048),
+    shortlists: Sequence[int] = (200, 100, 50, 25, 10),
+) -> RetrievalResult:
+    """Search at `retrieval_dim`, then shrink the list while the size grows.
+
+    Formula: for i = 1, 2, …: keep the first `shortlists[i]`, reorder them at `rerank_dims[i]`.
+    `MFLOPs/query = (N · retrieval_dim + Σ_i shortlists[i] · rerank_dims[i]) / 1e6`.
+
+    Args:
+        queries, database, retrieval_dim: as in adaptive_retrieve.
+        rerank_dims: one size per stage.
+        shortlists: one length per stage, never growing; at most N rows are kept.
+
+    Returns:
+        RetrievalResult with `k = shortlists[-1]` columns.
+
+    Raises:
+        ValueError: `rerank_dims` and `shortlists` empty, of unlike length, or shortlists that grow; sizes beyond D.
+
+    Example:
+        >>> import torch
+        >>> from lowdim.represent import funnel_retrieve
+        >>> x = torch.eye(8)
+        >>> funnel_retrieve(x[:1], x, retrieval_dim=4, rerank_dims=[6, 8], shortlists=[4, 1]).indices.tolist()
+        [[0]]
+
+    Use adaptive_retrieve where there are only two sizes to choose from.
+
+    Source: Kusupati et al., NeurIPS 2022, arXiv 2205.13147, section 4.3.1.
+    """
+    sizes, lengths = list(rerank_dims), list(shortlists)
+    if not sizes or len(sizes) != len(lengths):
+        raise ValueError(
+            f"rerank_dims and shortlists must have the same length, at least 1; got {len(sizes)} and {len(lengths)}: "
+            f"{sizes} and {lengths}"
+        )
+    for length in lengths:
+        check_int("shortlists", length, 1)
+    if any(a < b for a, b in pairwise(lengths)):
+        raise ValueError(f"shortlists must not grow; got {lengths}")
+    return _retrieve(queries, database, retrieval_dim, sizes, lengths, None, "rerank_dims")
+
+
+@torch.no_grad()
+def _retrieve(
+    queries: Tensor, database: Tensor, retrieval_dim: int, sizes: list[int], lengths: list[int], k: int | None, sizes_name: str
+) -> RetrievalResult:
+    q, d = torch.as_tensor(queries), torch.as_tensor(database)
+    if q.ndim != 2 or d.ndim != 2 or q.shape[1] != d.shape[1]:
+        raise ValueError(
+            f"queries (Q, D) and database (N, D) must be matrices of one D; got {tuple(q.shape)} and {tuple(d.shape)}"
+        )
+    rows, width = d.shape
+    if rows == 0 or len(q) == 0:
+        raise ValueError(f"queries and database must not be empty; got {len(q)} and {rows} rows")
+    check_int("retrieval_dim", retrieval_dim, 1, width)
+    for size in sizes:
+        check_int(sizes_name, size, 1, width)
+    if not (q.is_floating_point() and d.is_floating_point()):
+        raise TypeError(f"queries and database must be floating point; got {q.dtype} and {d.dtype}")
+    dtype = compute_dtype(torch.promote_types(q.dtype, d.dtype))
+    lengths = [min(length, rows) for length in lengths]
+
+    indices = _search(q, d, retrieval_dim, lengths[0], dtype)
+    distances = torch.empty(0)
+    for size, length in zip(sizes, lengths):
+        indices, distances = _rerank(q, d, indices[:, :length], size, dtype)
+    mflops = (rows * retrieval_dim + sum(n * m for n, m in zip(lengths, sizes))) / 1e6
+    return RetrievalResult(indices[:, :k], distances[:, :k], mflops)
+
+
+def _unit(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Cut, widen, scale to length 1; zero stays zero."""
+    return F.normalize(x[..., :size].to(dtype), dim=-1)
+
+
+def _search(q: Tensor, d: Tensor, size: int, count: int, dtype: torch.dtype) -> Tensor:
+    """Indices `(Q, count)` of the exact L2 neighbours at `size`, nearest first, one database block after another."""
+    query = _unit(q, size, dtype)
+    step = max(1, _BLOCK_NUMBERS // min(_ROWS, len(d)))
+    best, index = query.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
+    for start in range(0, len(d), _ROWS):
+        block = _unit(d[start : start + _ROWS], size, dtype)
+        if not bool(torch.isfinite(block).all()):
+            raise ValueError("database has NaN or infinite entries")
+        # |q - d|² without |q|², which is the same for all rows of the database.
+        half = block.square().sum(-1) / 2
+        found, where = [], []
+        for part in query.split(step):
+            score = torch.addmm(half, part, block.T, alpha=-1)
+            value, position = score.topk(min(count, len(block)), dim=1, largest=False)
+            found.append(value)
+            where.append(position + start)
+        value, position = torch.cat(found), torch.cat(where)
+        value, position = torch.cat([best, value], 1), torch.cat([index, position], 1)
+        best, order = value.topk(min(count, value.shape[1]), dim=1, largest=False)
+        index = position.gather(1, order)
+    if not bool(torch.isfinite(best).all()):
+        raise ValueError("queries has NaN or infinite entries")
+    # topk leaves ties in any order: by row first, then by distance, so that equal distances come in row order.
+    by_row = index.argsort(dim=1)
+    index, best = index.gather(1, by_row), best.gather(1, by_row)
+    return index.gather(1, best.argsort(dim=1, stable=True))
+
+
+def _rerank(q: Tensor, d: Tensor, indices: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The list `(Q, k)` sorted by distance at `size`; differences, not products: no cancellation between near neighbours."""
+    step = max(1, _BLOCK_NUMBERS // (indices.shape[1] * size))
+    parts = []
+    for query, index in zip(_unit(q, size, dtype).split(step), indices.split(step)):
+        parts.append((_unit(d[:, :size][index], size, dtype) - query[:, None]).norm(dim=-1))
+    distance = torch.cat(parts)
+    if not bool(torch.isfinite(distance).all()):
+        raise ValueError(f"queries or database have NaN or infinite entries among their first {size} coordinates")
+    distance, order = distance.sort(dim=1, stable=True)
+    return indices.gather(1, order), distance

@@ -1,0 +1,194 @@
+"""How a model is trained under one name: what is swapped in, what is trained, and by which optimizer.
+
+`compare`, `plan` and `run` all go through `apply`, so what is forecast is what is trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lowdim.catalogue import Variant
+from lowdim.errors import UnknownNameError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lowdim.adapters import Adapted
+    from lowdim.calibrate import LossFn
+
+__all__ = ["Applied", "apply", "kind_of", "with_options"]
+
+
+@dataclass
+class Applied:
+    """A model made ready to be trained one way.
+
+    Attributes:
+        kind: `"probe"`, `"full"`, `"adapter"`, `"optimizer"` or `"layer"`.
+        make_optimizer: `lr -> torch.optim.Optimizer` over the trained parameters, weight decay 0 unless the options say so.
+        adapted: for adapters; its `step()` must run after each optimizer step, its `regularizer()` be added to the loss.
+    """
+
+    model: nn.Module
+    kind: str
+    variant: Variant
+    make_optimizer: Callable[[float], torch.optim.Optimizer]
+    adapted: Adapted | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def trained(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+
+def kind_of(variant: Variant) -> str:
+    """Which of the five ways to train this is, from where its class lives."""
+    if not variant.target:
+        return "probe" if variant.name == "linear-probe" else "full"
+    family = variant.target.partition(":")[0].split(".")[1]
+    return {"adapters": "adapter", "optim": "optimizer", "layers": "layer"}[family]
+
+
+def with_options(variant: Variant, options: Mapping[str, Any]) -> Variant:
+    """The variant with further hyperparameters.
+
+    Raises:
+        UnknownNameError: the method has no such hyperparameter.
+    """
+    if not options:
+        return variant
+    known = _option_names(variant)
+    for name in options:
+        if name not in known:
+            close = ", ".join(nearest(name, known)) or "none"
+            raise UnknownNameError(f"method {variant.name} has no option {name!r}; nearest: {close}")
+    return dataclasses.replace(variant, options={**variant.options, **options})
+
+
+def apply(
+    variant: Variant,
+    model: nn.Module,
+    *,
+    lr: float,
+    steps: int,
+    head: Iterable[str] = (),
+    batches: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
+    initialise: bool = True,
+) -> Applied:
+    """Make `model` ready to be trained by `variant`, in place.
+
+    Args:
+        lr: the rate that it will be trained with (some methods start from it).
+        steps: optimizer steps in all (some methods have schedules).
+        head: modules of the model that are new and always trained, e.g. `("classifier",)`.
+        batches, loss_fn: sample data for methods that look at it first.
+        initialise: False allocates only, for forecasts.
+
+    Raises:
+        ValueError, TypeError: from the method, naming the layer.
+    """
+    kind = kind_of(variant)
+    if kind == "adapter":
+        return _adapter(variant, model, lr, steps, tuple(head), batches, loss_fn, seed, initialise)
+    if kind == "probe":
+        return _probe(variant, model, tuple(head))
+    if kind == "optimizer":
+        return _optimizer(variant, model)
+    if kind == "layer":
+        _swap_layers(variant, model, initialise)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return Applied(model, kind, variant, lambda rate: _adamw(model.parameters(), rate), options=dict(variant.options))
+
+
+def fill(variant: Variant, *, lr: float, steps: int) -> dict[str, Any]:
+    """The variant's options, with `lr` and `total_steps` filled in where the method has such fields and they are open."""
+    names = _option_names(variant)
+    options = dict(variant.options)
+    if "total_steps" in names and options.get("total_steps") is None:
+        options["total_steps"] = steps
+    if "lr" in names and "lr" not in options:
+        options["lr"] = lr
+    return options
+
+
+def _adapter(
+    variant: Variant,
+    model: nn.Module,
+    lr: float,
+    steps: int,
+    head: tuple[str, ...],
+    batches: Iterable[Any] | None,
+    loss_fn: LossFn | None,
+    seed: int,
+    initialise: bool,
+) -> Applied:
+    from lowdim.adapters import adapt
+
+    options = fill(variant, lr=lr, steps=steps)
+    method = variant.build()(**options)
+    adapted = adapt(model, method, batches=batches, loss_fn=loss_fn, modules_to_save=head, seed=seed, initialise=initialise)
+    return Applied(model, "adapter", variant, lambda rate: _adamw(adapted.param_groups(rate), rate), adapted, options)
+
+
+def _probe(variant: Variant, model: nn.Module, head: tuple[str, ...]) -> Applied:
+    from lowdim.surgery import freeze
+
+    if not head:
+        raise ValueError("linear-probe needs a head: the model has no module that is trained on top of frozen features")
+    freeze(model)
+    for name in head:
+        for parameter in model.get_submodule(name).parameters():
+            parameter.requires_grad_(True)
+    return Applied(model, "probe", variant, lambda rate: _adamw([p for p in model.parameters() if p.requires_grad], rate))
+
+
+def _optimizer(variant: Variant, model: nn.Module) -> Applied:
+    from lowdim.optim import param_groups
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    options = dict(variant.options)
+    rank = options.pop("rank")
+    cls = variant.build()
+
+    def make(rate: float) -> torch.optim.Optimizer:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return cls(param_groups(model, rank=rank), lr=rate, **options)
+
+    return Applied(model, "optimizer", variant, make, options=dict(variant.options))
+
+
+def _swap_layers(variant: Variant, model: nn.Module, initialise: bool) -> None:
+    from lowdim.layers import swap_linear
+
+    options = dict(variant.options)
+    swap_linear(model, variant.build(), options.pop("target_modules", None), fresh=not initialise, **options)
+
+
+def _adamw(parameters: Any, lr: float) -> torch.optim.Optimizer:
+    import torch
+
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
+
+
+def _option_names(variant: Variant) -> list[str]:
+    if not variant.target:
+        return []
+    import inspect
+
+    kind, cls = kind_of(variant), variant.build()
+    if kind == "adapter":
+        return [f.name for f in dataclasses.fields(cls)]
+    names = list(inspect.signature(cls).parameters)
+    if kind == "layer":
+        return ["target_modules", *(n for n in names if n not in ("in_features", "out_features", "bias", "device", "dtype"))]
+    return [n for n in names if n not in ("params", "lr", "layerwise")]

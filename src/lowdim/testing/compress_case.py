@@ -1,0 +1,282 @@
+"""What every compression of a trained model owes: `model -> model` with layers swapped in place.
+
+A system's test says how to compress, and gets all of these::
+
+    class TestLoRD(CompressCase):
+        options = {"rank_ratio": 0.5}
+        lossless = {"rank_ratio": 1.0, "skip_unprofitable": False}
+
+        def compress(self, model, batches, **options):
+            return lord(model, LoRDConfig(**options), batches)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowdim.compress import LowRankLinear, load_low_rank
+from lowdim.files import read_tensors, write_tensors
+from lowdim.testing.elsewhere import run_elsewhere
+
+__all__ = ["CompressCase", "small_net"]
+
+
+def small_net(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Two linear layers with a batch norm and dropout between them, and a head named as transformers names it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            OrderedDict(
+                up=nn.Linear(12, 48),
+                norm=nn.BatchNorm1d(48),
+                drop=nn.Dropout(0.5),
+                act=nn.ReLU(),
+                down=nn.Linear(48, 12),
+                classifier=nn.Linear(12, 3),
+            )
+        )
+    return net.to(dtype)
+
+
+class CompressCase:
+    """Base of a compressor's test class.
+
+    Attributes:
+        options: hyperparameters with which `small_net` shrinks.
+        lossless: hyperparameters with which the outputs stay, or None.
+        needs_data: the system looks at sample batches.
+        compressed: the classes that may stand where a linear layer stood.
+    """
+
+    options: ClassVar[dict[str, Any]] = {}
+    lossless: ClassVar[dict[str, Any] | None] = None
+    needs_data: ClassVar[bool] = True
+    compressed: ClassVar[tuple[type[nn.Module], ...]] = (LowRankLinear,)
+
+    def compress(self, model: nn.Module, batches: Any, **options: Any) -> nn.Module:
+        """The system's function; `options` includes `target_modules` in some tests."""
+        raise AssertionError(f"{type(self).__name__} must define compress(model, batches, **options)")
+
+    def reload(self, model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+        """A freshly built dense model with the compressed model's tensors; must be importable behaviour, not state."""
+        return load_low_rank(model, tensors)
+
+    def batches(self, count: int = 8, rows: int = 128, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """Sample inputs of `small_net`."""
+        return [torch.randn(rows, 12, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(count)]
+
+    def run(self, model: nn.Module, **options: Any) -> nn.Module:
+        """Compress with the default options and batches."""
+        return self.compress(model, self.batches(), **{**self.options, **options})
+
+    # What it does
+
+    def test_swaps_in_place_and_shrinks(self) -> None:
+        """The same object, fewer numbers, finite outputs; the head stays."""
+        model = small_net().eval()
+        before, x = sum(p.numel() for p in model.parameters()), self.batches()[0]
+        want = model(x).detach()
+        assert self.run(model) is model
+        assert isinstance(model.up, self.compressed)
+        assert isinstance(model.down, self.compressed)
+        assert type(model.classifier) is nn.Linear
+        assert sum(p.numel() for p in model.parameters()) < before
+        got = model(x).detach()
+        assert bool(torch.isfinite(got).all())
+        assert 0 < float((got - want).norm() / want.norm()) < 1
+
+    def test_lossless(self) -> None:
+        """With enough freedom the function stays."""
+        if self.lossless is not None:
+            model, x = small_net(dtype=torch.float64).eval(), self.batches(dtype=torch.float64)
+            want = model(x[0]).detach()
+            self.compress(model, x, **self.lossless)
+            assert isinstance(model.up, self.compressed)
+            torch.testing.assert_close(model(x[0]).detach(), want, rtol=1e-8, atol=1e-8)
+
+    def test_same_input_same_bits(self) -> None:
+        """Two runs give equal tensors."""
+        one, two = (self.run(small_net()).state_dict() for _ in range(2))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+    def test_names_select(self) -> None:
+        """Only what is asked for is touched, bit by bit."""
+        model = small_net()
+        before = copy.deepcopy(model.state_dict())
+        self.run(model, target_modules=["down"])
+        assert isinstance(model.down, self.compressed)
+        assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items() if not n.startswith("down."))
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_model_is_otherwise_as_it_was(self, training: bool) -> None:
+        """Mode, gradients, buffers and hooks of the rest; the new layers take over the mode."""
+        model = small_net().train(training)
+        model.classifier.bias.requires_grad_(False)
+        model.norm.weight.grad = torch.ones(48)
+        mean = model.norm.running_mean.clone()
+        self.run(model)
+        assert {module.training for module in model.modules()} == {training}
+        assert torch.equal(model.norm.running_mean, mean)
+        assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["classifier.bias"]
+        assert torch.equal(model.norm.weight.grad, torch.ones(48))
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+    def test_new_parameters_train(self) -> None:
+        """Fine-tuning can follow: every new number gets a gradient."""
+        model = self.run(small_net())
+        model.eval()
+        model(self.batches()[0]).square().sum().backward()
+        for name in ("up", "down"):
+            for path, parameter in model.get_submodule(name).named_parameters():
+                assert parameter.grad is not None, path
+                assert bool(parameter.grad.any()), path
+
+    def test_batches_are_consumed_once(self) -> None:
+        """A generator serves, and gives the same as a list."""
+        if self.needs_data:
+            drawn: list[int] = []
+
+            def batches() -> Any:
+                for i, batch in enumerate(self.batches()):
+                    drawn.append(i)
+                    yield batch
+
+            got = self.compress(small_net(), batches(), **self.options).state_dict()
+            assert drawn == list(range(8))
+            want = self.run(small_net()).state_dict()
+            assert all(torch.equal(value, want[name]) for name, value in got.items())
+
+    # Files, dtypes, copies
+
+    def test_loads_in_another_process(self, tmp_path: Path) -> None:
+        """The saved tensors suffice to rebuild the model around them."""
+        model, x = self.run(small_net()).eval(), self.batches()[0]
+        write_tensors(tmp_path / "model.safetensors", model.state_dict())
+        write_tensors(tmp_path / "x.safetensors", {"x": x})
+        run_elsewhere(_answer, type(self), str(tmp_path))
+        assert torch.equal(read_tensors(tmp_path / "answer.safetensors")[0]["y"], model(x).detach())
+
+    def test_half_precision_model(self) -> None:
+        """Stays half; the decomposition itself loses no more than the rounding of its result."""
+        half = small_net(dtype=torch.bfloat16).eval()
+        wide = copy.deepcopy(half).float()
+        self.compress(half, self.batches(dtype=torch.bfloat16), **self.options)
+        self.compress(wide, [batch.bfloat16().float() for batch in self.batches()], **self.options)
+        assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+        x = self.batches()[0]
+        got, want = half(x.bfloat16()).float().detach(), wide(x).detach()
+        assert float((got - want).norm() / want.norm()) < 0.05
+
+    def test_deepcopy_is_independent(self) -> None:
+        """A copy of a compressed model is a compressed model."""
+        model, x = self.run(small_net()).eval(), self.batches()[0]
+        other, want = copy.deepcopy(model), model(x).detach()
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.add_(1)
+        assert torch.equal(model(x).detach(), want)
+
+    # Ties and other layer classes
+
+    def test_a_module_under_two_names_stays_one(self) -> None:
+        """And is calibrated on all its uses."""
+        net = small_net()
+        model = nn.ModuleDict({"a": net, "b": nn.ModuleDict({"again": net.up})})
+        self.compress(_Call(model, "a"), self.batches(), **self.options)
+        assert isinstance(net.up, self.compressed)
+        assert model["b"]["again"] is net.up
+
+    def test_a_layer_tied_to_an_embedding_is_left_alone(self) -> None:
+        """Decomposing it would untie it."""
+        model = _Tied()
+        batches = [torch.arange(16).view(2, 8)] * 100
+        self.compress(model, batches, **self.options)
+        assert isinstance(model.up, self.compressed)
+        assert model.out.weight is model.emb.weight
+        with pytest.raises(ValueError, match=r"out shares its weight with emb\.weight"):
+            self.compress(_Tied(), batches, **{**self.options, "target_modules": ["out"]})
+
+    def test_transposed_layers_of_transformers(self) -> None:
+        """Conv1D is taken as the linear layer that it is."""
+        conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+        plain, model = small_net().eval(), small_net().eval()
+        for name in ("up", "down"):
+            linear = plain.get_submodule(name)
+            layer = conv1d(linear.out_features, linear.in_features)
+            layer.load_state_dict({"weight": linear.weight.T, "bias": linear.bias})
+            setattr(model, name, layer.eval())
+        self.run(plain)
+        self.run(model)
+        assert isinstance(model.up, self.compressed)
+        x = self.batches()[0]
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+
+    # Wrong input: an error that says so, and a model that is still whole
+
+    def test_wrong_name(self) -> None:
+        """The nearest names are listed."""
+        with pytest.raises(ValueError, match=r"'dwn' matches no module; nearest names: down"):
+            self.run(small_net(), target_modules=["dwn"])
+        with pytest.raises(ValueError, match="only layers that cannot"):
+            self.run(small_net(), target_modules=["norm"])
+
+    @pytest.mark.parametrize("batches", [None, []])
+    def test_no_batches(self, batches: Any) -> None:
+        """None and an empty list are told apart from data."""
+        if self.needs_data:
+            with pytest.raises(ValueError, match="batches is (missing|empty)"):
+                self.compress(small_net(), batches, **self.options)
+
+    def test_an_error_leaves_the_model_as_it_was(self) -> None:
+        """NaN in a batch or a weight names the layer, and nothing has changed."""
+        model = small_net()
+        batches = self.batches()
+        if self.needs_data:
+            batches[3][0, 0] = torch.nan
+        else:
+            with torch.no_grad():
+                model.up.weight[0, 0] = torch.nan
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=r"layer up.*NaN"):
+            self.compress(model, batches, **self.options)
+        after = model.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(value.nan_to_num(7), before[name].nan_to_num(7)) for name, value in after.items())
+        assert not any(m._forward_hooks for m in model.modules())
+
+
+class _Call(nn.Module):
+    def __init__(self, modules: nn.ModuleDict, name: str):
+        super().__init__()
+        self.held, self.called = modules, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.held[self.called](x)
+
+
+class _Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(16, 12)
+        self.up, self.down = nn.Linear(12, 48), nn.Linear(48, 12)
+        self.out = nn.Linear(12, 16, bias=False)
+        self.out.weight = self.emb.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.down(F.relu(self.up(self.emb(ids)))))
+
+
+def _answer(case: type[CompressCase], folder: str) -> None:
+    tensors, _ = read_tensors(Path(folder) / "model.safetensors")
+    x = read_tensors(Path(folder) / "x.safetensors")[0]["x"]
+    model = case().reload(small_net(seed=99), tensors).eval()
+    write_tensors(Path(folder) / "answer.safetensors", {"y": model(x).detach()})

@@ -1,0 +1,38 @@
+"""Training through `transformers.Trainer`: data, tasks, recipes, callbacks, exact resume."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__all__ = [
+    "AdaptedCallback",
+    "FitResult",
+    "FitSettings",
+    "Recipe",
+    "Task",
+    "classification",
+    "fit",
+    "language_modelling",
+    "load_recipe",
+    "run_recipe",
+]
+
+_HOMES = {
+    "AdaptedCallback": "callbacks",
+    "FitResult": "loop",
+    "FitSettings": "loop",
+    "fit": "loop",
+    "Task": "tasks",
+    "classification": "tasks",
+    "language_modelling": "tasks",
+    "Recipe": "recipes",
+    "load_recipe": "recipes",
+    "run_recipe": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"lowdim.train.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'lowdim.train' has no attribute {name!r}")

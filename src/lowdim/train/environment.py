@@ -1,0 +1,43 @@
+"""Versions and hardware: a number without its circumstances is none."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lowdim
+
+__all__ = ["environment"]
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """Versions and hardware, as every result states them."""
+    import accelerate
+    import transformers
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    memory = None
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        memory = int(meminfo.read_text().split()[1]) * 1024
+    return {
+        "lowdim": lowdim.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "os": platform.platform(terse=True),
+        "cpu": cpu,
+        "cores": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "memory_bytes": memory,
+    }

@@ -1,0 +1,202 @@
+"""One training run: `transformers.Trainer` over a model that a strategy has made ready."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lowdim.strategies import Applied
+from lowdim.train.callbacks import AdaptedCallback
+
+if TYPE_CHECKING:
+    from lowdim.train.tasks import Task
+
+__all__ = ["FitResult", "FitSettings", "fit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """How long and how fast: everything about the loop that does not depend on the method."""
+
+    steps: int
+    batch_size: int = 16
+    lr: float = 1e-3
+    warmup: float = 0.1  # share of the steps
+    schedule: str = "linear"  # any name that transformers.get_scheduler knows
+    max_grad_norm: float = 1.0
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    bf16: bool = False  # autocast; weights stay as they are
+    seed: int = 0
+    save_steps: int = 0  # 0: no checkpoints
+    log_steps: int = 1
+    report_to: str = "none"
+
+
+@dataclass
+class FitResult:
+    """What one run gave: the loss of each logged step, its time and memory, and why it ended."""
+
+    steps: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    seconds_per_step: float = math.nan
+    peak_bytes: int | None = None
+    failure: str | None = None
+
+
+def fit(
+    applied: Applied,
+    task: Task,
+    settings: FitSettings,
+    folder: Path,
+    *,
+    resume: bool = False,
+    measure_memory: bool = False,
+    callbacks: tuple[Any, ...] = (),
+) -> FitResult:
+    """Train `applied.model` on the task's training part.
+
+    Args:
+        folder: where the trainer keeps its checkpoints, if any.
+        resume: go on from the newest checkpoint in `folder`.
+        measure_memory: record the peak of one real step (the third), which makes that step slower.
+
+    Returns:
+        A `FitResult`; a loss that is not finite ends the run and is reported as `failure`, not raised.
+    """
+    from transformers import TrainingArguments
+
+    result = FitResult()
+    recorder = _recorder(result, applied, measure_memory)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=round(settings.warmup * settings.steps),
+        max_grad_norm=settings.max_grad_norm,
+        weight_decay=0.0,
+        bf16=settings.bf16,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        logging_strategy="steps",
+        logging_steps=settings.log_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,
+        save_total_limit=2 if settings.save_steps else None,
+        report_to=settings.report_to,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+    )
+    own = [AdaptedCallback(applied.adapted)] if applied.adapted is not None else []
+    trainer = _trainer_class()(
+        applied,
+        settings.lr,
+        model=applied.model,
+        args=arguments,
+        train_dataset=task.train,
+        data_collator=task.collate,
+        callbacks=[*own, recorder, *callbacks],
+    )
+    _silence(trainer)
+    try:
+        trainer.train(resume_from_checkpoint=_newest(folder) if resume else None)
+    except FloatingPointError as error:
+        result.failure = str(error)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]  # includes what a resumed run did before
+    result.steps = [int(entry["step"]) for entry in history]
+    result.losses = [float(entry["loss"]) for entry in history]
+    result.grad_norms = [float(entry["grad_norm"]) for entry in history if "grad_norm" in entry]
+    if recorder.times:
+        result.seconds_per_step = statistics.median(recorder.times)
+    applied.model.zero_grad(set_to_none=True)
+    return result
+
+
+def _trainer_class() -> Any:
+    """The Trainer with the strategy's optimizer and regularizer; made late, so that importing lowdim.train stays cheap."""
+    from transformers import Trainer
+
+    class StrategyTrainer(Trainer):
+        def __init__(self, applied: Applied, lr: float, **kwargs: Any):
+            self.applied, self.applied_lr = applied, lr
+            super().__init__(**kwargs)
+
+        def create_optimizer(self, model: Any = None) -> Any:
+            if self.optimizer is None:
+                self.optimizer = self.applied.make_optimizer(self.applied_lr)
+            return self.optimizer
+
+        def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            if self.applied.adapted is not None:
+                loss = loss + self.applied.adapted.regularizer()
+            return (loss, outputs) if return_outputs else loss
+
+    return StrategyTrainer
+
+
+def _recorder(result: FitResult, applied: Applied, measure: bool) -> Any:
+    from transformers import TrainerCallback
+
+    class Recorder(TrainerCallback):
+        """Losses, step times, one memory reading; stops at a loss that is not finite."""
+
+        measured_step = 2
+
+        def __init__(self) -> None:
+            self.times: list[float] = []
+            self.start = 0.0
+            self.peak: Any = None
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if measure and state.global_step == self.measured_step:
+                from lowdim.plan import PeakMemory
+
+                self.peak = PeakMemory(applied.model, kwargs.get("optimizer"))
+                self.peak.__enter__()
+            self.start = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seconds = time.perf_counter() - self.start
+            if self.peak is not None:
+                self.peak.__exit__(None, None, None)
+                result.peak_bytes, self.peak = self.peak.bytes, None
+            elif state.global_step > 2:  # the first two allocate and warm up
+                self.times.append(seconds)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+            if not logs or "loss" not in logs:
+                return
+            if not math.isfinite(float(logs["loss"])):
+                result.failure = f"the loss became {logs['loss']} at step {state.global_step}"
+                control.should_training_stop = True
+
+    return Recorder()
+
+
+def _silence(trainer: Any) -> None:
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+def _newest(folder: Path) -> str | None:
+    found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    complete = [p for p in found if (p / "trainer_state.json").is_file()]
+    return str(max(complete, key=lambda p: int(p.name.rpartition("-")[2]))) if complete else None

@@ -1,0 +1,95 @@
+"""Scores by name, and what can be said of a mean over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lowdim.errors import check_choice
+
+__all__ = ["METRICS", "Metric", "classification_score", "difference_is_noise", "interval", "metric_for"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score: its name, which tasks have it, and which direction is better."""
+
+    name: str
+    task: str
+    higher_is_better: bool
+
+    def better(self, a: float, b: float) -> bool:
+        """Whether `a` beats `b`; a NaN beats nothing."""
+        if math.isnan(a) or math.isnan(b):
+            return math.isnan(b) and not math.isnan(a)
+        return a > b if self.higher_is_better else a < b
+
+
+METRICS = {
+    m.name: m
+    for m in (
+        Metric("accuracy", "classify", True),
+        Metric("f1", "classify", True),
+        Metric("mcc", "classify", True),
+        Metric("perplexity", "causal-lm", False),
+        Metric("loss", "causal-lm", False),
+    )
+}
+
+
+def metric_for(task: str, name: str | None = None) -> Metric:
+    """The metric of this name, or the task's first.
+
+    Raises:
+        UnknownNameError: not a metric of this task.
+    """
+    names = [m.name for m in METRICS.values() if m.task == task]
+    if name is None:
+        return METRICS[names[0]]
+    check_choice(f"metric for {task}", name, names)
+    return METRICS[name]
+
+
+def classification_score(metric: str, labels: Sequence[int], predictions: Sequence[int]) -> float:
+    """Accuracy, macro F1 or Matthews correlation."""
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    if metric == "accuracy":
+        return float(accuracy_score(labels, predictions))
+    if metric == "f1":
+        return float(f1_score(labels, predictions, average="macro", zero_division=0))
+    return float(matthews_corrcoef(labels, predictions))
+
+
+def interval(scores: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """The t interval of the mean over seeds; None for fewer than two scores.
+
+    It speaks of the spread over seeds only, not of the size of the test set.
+    """
+    if len(scores) < 2:
+        return None
+    from scipy.stats import t
+
+    mean = sum(scores) / len(scores)
+    spread = math.sqrt(sum((s - mean) ** 2 for s in scores) / (len(scores) - 1))
+    half = float(t.ppf(0.5 + level / 2, len(scores) - 1)) * spread / math.sqrt(len(scores))
+    return mean - half, mean + half
+
+
+def difference_is_noise(best: Sequence[float], other: Sequence[float], sampling_error: float = 0.0) -> bool:
+    """Whether the difference of two means is within its 95 % interval.
+
+    The seeds are paired (same split, same order of data), so the interval is of the paired differences; the error of
+    measuring both on the same finite test set, `sampling_error` (one standard error of the difference), is added in quadrature.
+    With fewer than two seeds in common everything is noise.
+    """
+    n = min(len(best), len(other))
+    if n < 2:
+        return True
+    from scipy.stats import t
+
+    gaps = [a - b for a, b in zip(best[:n], other[:n])]
+    mean = sum(gaps) / n
+    seeds = math.sqrt(sum((g - mean) ** 2 for g in gaps) / (n - 1) / n) * float(t.ppf(0.975, n - 1))
+    return abs(mean) <= math.hypot(seeds, 1.96 * sampling_error)

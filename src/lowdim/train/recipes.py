@@ -1,0 +1,82 @@
+"""Recipes: one YAML file says everything about a run. Unknown keys are errors with the nearest name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lowdim.errors import DataError, UnknownNameError, nearest
+
+__all__ = ["Recipe", "load_recipe"]
+
+
+class Recipe(BaseModel):
+    """A training run. `lowdim run FILE --check` prints it filled in."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str = Field(description="A folder, a hub id, or minilm, stories260k, smollm2-135m")
+    task: Literal["classify", "causal-lm"] = Field("classify", description="What is learnt")
+    pretrained: bool = Field(True, description="False starts from random weights: pretraining")
+    method: str = Field("lora", description="A name from `lowdim list`, or linear-probe, lora, full")
+    options: dict[str, Any] = Field(default_factory=dict, description="Hyperparameters of the method")
+
+    data: list[str] = Field(min_length=1, description="Files; lowdim:shakespeare and lowdim:sentence-polarity are shipped")
+    eval: str | None = Field(None, description="A test file of its own")
+    text: str | None = Field(None, description="Name of the text column")
+    label: str | None = Field(None, description="Name of the label column")
+    limit: int | None = Field(None, ge=1, description="Training texts or blocks to use at most")
+    max_length: int = Field(128, ge=4, description="Tokens of a text or block")
+    metric: str | None = Field(None, description="accuracy, f1, mcc; perplexity, loss")
+
+    steps: int = Field(100, ge=1, description="Optimizer steps")
+    batch_size: int = Field(16, ge=1, description="Texts of a forward pass, per device")
+    gradient_accumulation: int = Field(1, ge=1, description="Forward passes of an optimizer step")
+    lr: float | None = Field(None, gt=0, description="Peak learning rate; the method's own first choice if left out")
+    warmup: float = Field(0.1, ge=0, le=1, description="Share of the steps")
+    schedule: str = Field("linear", description="A name that transformers.get_scheduler knows")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 switches it off")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the weights")
+    bf16: bool = Field(False, description="Compute in bfloat16 by autocast")
+    seed: int = Field(0, ge=0, description="Of everything that is drawn")
+    save_steps: int = Field(0, ge=0, description="A checkpoint every so many steps; 0: none")
+    report_to: str = Field("none", description="A tracker that transformers knows, e.g. tensorboard")
+
+    out: str = Field("lowdim-run", description="Folder of the results")
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+def load_recipe(path: str | Path, **changes: Any) -> Recipe:
+    """Read a recipe; `changes` that are not None replace its values.
+
+    Raises:
+        DataError: the file is missing or not YAML.
+        UnknownNameError: a key that no recipe has.
+        ValueError: a value out of range (the key is named).
+    """
+    from lowdim.train.data import read_text
+
+    path = Path(path)
+    try:
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise DataError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} must hold keys and values; got {type(content).__name__}")
+    known = list(Recipe.model_fields)
+    for key in content:
+        if key not in known:
+            raise UnknownNameError(f"{path}: no recipe has a key {key!r}; nearest: {', '.join(nearest(str(key), known))}")
+    try:
+        return Recipe(**{**content, **{key: value for key, value in changes.items() if value is not None}})
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        raise ValueError(f"{path}: {'; '.join(lines)}") from None

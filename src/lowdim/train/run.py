@@ -1,0 +1,192 @@
+"""Run a recipe: one model, one method, one folder of results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+import lowdim
+from lowdim import models, strategies
+from lowdim.catalogue import Variant, variant
+from lowdim.errors import CheckpointError, LowdimError
+from lowdim.files import read_json, write_json, write_text
+from lowdim.train.environment import environment
+from lowdim.train.loop import FitSettings, fit
+from lowdim.train.metrics import metric_for
+from lowdim.train.recipes import Recipe
+from lowdim.train.tasks import Task, classification, language_modelling
+
+__all__ = ["load_run", "run_recipe"]
+
+RECORD = "run.json"
+
+
+def run_recipe(
+    recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] = lambda line: None, callbacks: tuple[Any, ...] = ()
+) -> dict[str, Any]:
+    """Train as the recipe says; returns the record that `run.json` holds.
+
+    Writes `recipe.yaml`, `run.json`, `adapter/` (or `model/` for methods without an adapter) and, with `save_steps`,
+    `checkpoints/`. Resuming from a checkpoint gives the same bits as a run that was never interrupted.
+
+    Raises:
+        FileExistsError: the folder holds a run, and `resume` is False.
+        CheckpointError: it holds another recipe's run.
+        LowdimError: the loss became NaN or infinite.
+    """
+    folder = Path(recipe.out)
+    _claim(folder, recipe, resume)
+    chosen = strategies.with_options(variant(recipe.method), recipe.options)
+    metric = metric_for(recipe.task, recipe.metric)
+    tokenizer = models.load_tokenizer(recipe.model)
+    task = load_task(recipe, tokenizer)
+    for note in task.notes:
+        say(f"note: {note}")
+    torch.manual_seed(recipe.seed)
+    model = load_base(recipe, task.num_labels, tokenizer.pad_token_id)
+    head = models.head_modules(model, recipe.task)
+    if recipe.pretrained and recipe.task == "classify":
+        from lowdim.train.head import fit_head
+
+        fit_head(model, head, task)
+    lr = recipe.lr if recipe.lr is not None else chosen.rates[0]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    before = task.evaluate(model, task.validation, metric)
+    say(f"before: validation {metric.name} {before:.4f}")
+    applied = strategies.apply(
+        chosen,
+        model,
+        lr=lr,
+        steps=recipe.steps,
+        head=head,
+        batches=task.sample_batches(4, recipe.batch_size, device),
+        loss_fn=task.loss_fn,
+        seed=recipe.seed,
+    )
+    say(f"{chosen.label}: {applied.trained():,} trained parameters, learning rate {lr:g}")
+    write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))
+    result = fit(
+        applied, task, _settings(recipe, lr), folder / "checkpoints", resume=resume, measure_memory=True, callbacks=callbacks
+    )
+    if result.failure:
+        raise LowdimError(
+            f"{result.failure}; try a smaller learning rate than {lr:g}. Nothing was written to {folder / 'adapter'}"
+        )
+    record = {
+        "schema": 1,
+        "method": chosen.name,
+        "label": chosen.label,
+        "recipe": recipe.model_dump(),
+        "config": json.loads(json.dumps(applied.options, default=list)),
+        "lr": lr,
+        "seed": recipe.seed,
+        "trained_parameters": applied.trained(),
+        "metric": metric.name,
+        "before": before,
+        "validation": task.evaluate(model, task.validation, metric),
+        "test": task.evaluate(model, task.test, metric),
+        "data": {"name": task.name, **task.sizes(), "notes": list(task.notes), "labels": list(task.classes)},
+        "losses": result.losses,
+        "loss_steps": result.steps,
+        "seconds_per_step": result.seconds_per_step,
+        "measured_peak_bytes": result.peak_bytes,
+        "environment": environment(),
+        "lowdim": lowdim.__version__,
+    }
+    if applied.adapted is not None:
+        applied.adapted.save(folder / "adapter")
+    else:
+        save_plain(model, folder / "model", tokenizer)
+    write_json(folder / RECORD, record)
+    return record
+
+
+def load_task(recipe: Recipe, tokenizer: Any) -> Task:
+    """The recipe's data, tokenised."""
+    keywords: dict[str, Any] = {
+        "evaluation": recipe.eval,
+        "text": recipe.text,
+        "max_length": recipe.max_length,
+        "seed": recipe.seed,
+        "limit": recipe.limit,
+    }
+    if recipe.task == "classify":
+        return classification(tokenizer, recipe.data, label=recipe.label, **keywords)
+    return language_modelling(tokenizer, recipe.data, **keywords)
+
+
+def load_base(recipe: Recipe, num_labels: int, pad_token_id: int | None) -> nn.Module:
+    """The model that the recipe starts from: pre-trained, or random weights drawn from its seed."""
+    dtype = getattr(torch, recipe.dtype)
+    if recipe.pretrained:
+        return models.load_model(
+            recipe.model, recipe.task, num_labels=num_labels, seed=recipe.seed, dtype=dtype, pad_token_id=pad_token_id
+        )
+    torch.manual_seed(recipe.seed)
+    return models.build(models.load_config(recipe.model), recipe.task, num_labels=num_labels).to(dtype)
+
+
+def load_run(folder: str | Path) -> tuple[Any, Recipe, Variant]:
+    """The trained model of a finished run (an `Adapted`, or a plain model), its recipe and its method.
+
+    Raises:
+        CheckpointError: the folder holds no finished run.
+    """
+    from lowdim.adapters import load_adapter
+
+    folder = Path(folder)
+    record = read_json(folder / RECORD)
+    recipe = Recipe(**record["recipe"])
+    labels = max(2, len(record["data"].get("labels", ())))
+    chosen = strategies.with_options(variant(recipe.method), recipe.options)
+    if not (folder / "adapter").is_dir():
+        raise CheckpointError(f"{folder} holds no adapter; its model is in {folder / 'model'}, ready to use")
+    base = load_base(recipe, labels, models.load_tokenizer(recipe.model).pad_token_id)
+    return load_adapter(base, folder / "adapter"), recipe, chosen
+
+
+def save_plain(model: nn.Module, folder: Path, tokenizer: Any) -> None:
+    """A whole model, as other tools load it."""
+    from lowdim.export import export
+
+    export(model, folder, "merged", tokenizer=tokenizer)
+
+
+def _settings(recipe: Recipe, lr: float) -> FitSettings:
+    return FitSettings(
+        steps=recipe.steps,
+        batch_size=recipe.batch_size,
+        lr=lr,
+        warmup=recipe.warmup,
+        schedule=recipe.schedule,
+        max_grad_norm=recipe.max_grad_norm,
+        gradient_accumulation=recipe.gradient_accumulation,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        bf16=recipe.bf16,
+        seed=recipe.seed,
+        save_steps=recipe.save_steps,
+        report_to=recipe.report_to,
+    )
+
+
+def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
+    earlier = folder / "recipe.yaml"
+    if not earlier.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise FileExistsError(f"{folder} is not empty and holds no run; name another folder with --out")
+        return
+    if not resume:
+        raise FileExistsError(f"{folder} holds a run; go on with --resume, or name another folder with --out")
+    old = yaml.safe_load(earlier.read_text(encoding="utf-8"))
+    now = recipe.model_dump()
+    differs = [key for key in now if old.get(key) != now[key] and key not in ("out", "save_steps", "report_to")]
+    if differs:
+        shown = ", ".join(f"{key} was {old.get(key)!r} and is {now[key]!r}" for key in differs)
+        raise CheckpointError(f"--resume: {folder} was made by another recipe: {shown}")

@@ -1,0 +1,237 @@
+"""What is learnt from the data: classification of texts, or language modelling. Datasets, loss and score in one object."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowdim.errors import DataError, MissingExtraError
+from lowdim.surgery import model_device
+from lowdim.train.data import read_examples, read_texts, split
+from lowdim.train.metrics import Metric, classification_score
+
+__all__ = ["Task", "classification", "language_modelling"]
+
+
+@dataclass
+class Task:
+    """Tokenised parts of the data, and how a model is scored on them.
+
+    Attributes:
+        kind: `"classify"` or `"causal-lm"`.
+        train, validation, test: `datasets.Dataset` with `input_ids` (and `labels`, `attention_mask`).
+        collate: rows -> batch of tensors.
+        classes: names of the classes (empty for language models).
+        notes: what was left out or cut, in words.
+    """
+
+    kind: str
+    train: Any
+    validation: Any
+    test: Any
+    collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+    max_length: int
+    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    name: str = ""
+    evaluation_batch: int = field(default=50)
+
+    @property
+    def num_labels(self) -> int:
+        """How many outputs the head has."""
+        return max(2, len(self.classes))
+
+    def sizes(self) -> dict[str, int]:
+        """Rows in each part."""
+        return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
+
+    def sample_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+        """The first training rows, for methods that look at data before they start."""
+        for start in range(0, min(count * batch_size, len(self.train)), batch_size):
+            stop = min(start + batch_size, len(self.train))
+            batch = self.collate([self.train[i] for i in range(start, stop)])
+            yield {key: value.to(device) for key, value in batch.items()}
+
+    @staticmethod
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The model's own loss on a batch with labels."""
+        return model(**batch).loss
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, part: Any, metric: Metric, hits: list[int] | None = None) -> float:
+        """The score of a model on one part, in evaluation mode; NaN where an output is not finite.
+
+        `hits`, if given, is filled with 1 or 0 for each row, right or wrong, in the order of the part (classification only).
+        """
+        device, was_training = model_device(model), model.training
+        model.eval()
+        order = sorted(range(len(part)), key=lambda i: len(part[i]["input_ids"]))
+        labels, predictions, loss, tokens = [], [], 0.0, 0
+        try:
+            for start in range(0, len(order), self.evaluation_batch):
+                rows = [part[i] for i in order[start : start + self.evaluation_batch]]
+                batch = {key: value.to(device) for key, value in self.collate(rows).items()}
+                output = model(**batch)
+                if not bool(torch.isfinite(output.logits).all()):
+                    return math.nan
+                if self.kind == "classify":
+                    labels += batch["labels"].tolist()
+                    predictions += output.logits.argmax(-1).tolist()
+                else:
+                    count = int((batch["labels"][:, 1:] != -100).sum())
+                    loss, tokens = loss + float(output.loss) * count, tokens + count
+        finally:
+            model.train(was_training)
+        if self.kind == "classify":
+            if hits is not None:
+                right = dict(zip(order, (int(a == b) for a, b in zip(labels, predictions))))
+                hits[:] = [right[i] for i in range(len(part))]
+            return classification_score(metric.name, labels, predictions)
+        mean = loss / max(1, tokens)
+        return mean if metric.name == "loss" else math.exp(min(mean, 50.0))
+
+
+def classification(
+    tokenizer: Any,
+    files: Sequence[str | Path],
+    *,
+    evaluation: str | Path | None = None,
+    text: str | None = None,
+    label: str | None = None,
+    max_length: int = 128,
+    seed: int = 0,
+    limit: int | None = None,
+) -> Task:
+    """A classification task from labelled files.
+
+    Args:
+        evaluation: a test file of its own; otherwise part of the data is held out.
+        max_length: tokens kept of each text; longer ones are cut and counted.
+        limit: use at most this many training texts.
+
+    Raises:
+        DataError, UnknownNameError: see `lowdim.train.data`.
+    """
+    datasets = _datasets()
+    examples = read_examples(files, text=text, label=label)
+    held = None if evaluation is None else read_examples([evaluation], text=text, label=label, classes=examples.classes)
+    parts = split(examples, test=held, seed=seed)
+    train = parts.train if limit is None else parts.train.take(range(min(limit, len(parts.train))))
+    notes = [*examples.notes, *(held.notes if held else ()), *parts.notes]
+    tables, cut, total = {}, 0, 0
+    for name, part in (("train", train), ("validation", parts.validation), ("test", parts.test)):
+        ids = tokenizer(list(part.texts), truncation=False, verbose=False)["input_ids"]
+        long = sum(len(row) > max_length for row in ids)
+        cut, total = cut + long, total + len(ids)
+        if long:
+            ids = tokenizer(list(part.texts), truncation=True, max_length=max_length)["input_ids"]
+        tables[name] = datasets.Dataset.from_dict({"input_ids": ids, "labels": list(part.labels)})
+    if cut:
+        notes.append(f"{cut} of {total} texts are longer than {max_length} tokens and were cut (--max-length)")
+    return Task(
+        "classify",
+        tables["train"],
+        tables["validation"],
+        tables["test"],
+        _Pad(tokenizer.pad_token_id or 0, tokenizer.padding_side),
+        max_length,
+        examples.classes,
+        tuple(notes),
+        _name(files),
+    )
+
+
+def language_modelling(
+    tokenizer: Any,
+    files: Sequence[str | Path],
+    *,
+    evaluation: str | Path | None = None,
+    text: str | None = None,
+    max_length: int = 128,
+    seed: int = 0,
+    limit: int | None = None,
+) -> Task:
+    """Language modelling on text files: documents are joined by the end token and cut into blocks of `max_length`.
+
+    Held-out blocks are consecutive stretches at the end of the text, so that neighbours do not leak.
+
+    Raises:
+        DataError: no text, or less than three blocks of it.
+    """
+    datasets = _datasets()
+    documents, notes = read_texts(files, text=text)
+    blocks = _blocks(tokenizer, documents, max_length)
+    if evaluation is None:
+        if len(blocks) < 3:
+            raise DataError(
+                f"{_name(files)} gives {len(blocks)} blocks of {max_length} tokens; at least 3 are needed (--max-length)"
+            )
+        test_count, validation_count = max(1, len(blocks) // 5), max(1, len(blocks) // 8)
+        held = blocks[len(blocks) - test_count :]
+        rest = blocks[: len(blocks) - test_count]
+    else:
+        held_documents, held_notes = read_texts([evaluation], text=text)
+        notes += held_notes
+        held = _blocks(tokenizer, held_documents, max_length)
+        rest, validation_count = blocks, max(1, len(blocks) // 8)
+        if len(rest) < 2 or not held:
+            raise DataError(
+                f"{_name(files)} and {evaluation} give too little text for blocks of {max_length} tokens (--max-length)"
+            )
+    train, chosen = rest[: len(rest) - validation_count], rest[len(rest) - validation_count :]
+    random.Random(f"{seed}/blocks").shuffle(train)
+    tables = [datasets.Dataset.from_dict({"input_ids": part, "labels": part}) for part in (train[:limit], chosen, held)]
+    return Task("causal-lm", *tables, _stack, max_length, (), tuple(notes), _name(files), evaluation_batch=16)
+
+
+class _Pad:
+    """Pads rows to the longest of the batch."""
+
+    def __init__(self, pad: int, side: str):
+        self.pad, self.side = pad, side
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        ids = torch.full((len(rows), longest), self.pad)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            count = len(row["input_ids"])
+            where = slice(longest - count, None) if self.side == "left" else slice(0, count)
+            ids[i, where] = torch.tensor(row["input_ids"])
+            mask[i, where] = 1
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["labels"] for row in rows])}
+
+
+def _stack(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def _blocks(tokenizer: Any, documents: list[str], length: int) -> list[list[int]]:
+    stream: list[int] = []
+    end = tokenizer.eos_token_id
+    for document in documents:
+        stream += tokenizer(document, truncation=False, add_special_tokens=False, verbose=False)["input_ids"]
+        if end is not None:
+            stream.append(end)
+    return [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+
+
+def _name(files: Sequence[str | Path]) -> str:
+    names = [Path(f).name for f in files]
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise MissingExtraError("datasets", "train", "training") from None
+    return datasets

@@ -1,0 +1,53 @@
+"""Sizes as people write them: `parse_bytes("8GiB")`, `format_bytes(8 * 2**30)`."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["format_bytes", "parse_bytes"]
+
+_BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_PATTERN = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:([KMGT])(I?)(B?)|B)?\s*", re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in a size: `"8GiB"` and `"8Gi"` count in 1024s, `"500MB"` and `"500M"` in 1000s, a bare number in bytes.
+
+    Raises:
+        ValueError: not a size, or not above zero.
+
+    Example:
+        >>> from lowdim.units import parse_bytes
+        >>> parse_bytes("8GiB"), parse_bytes("1.5 GB"), parse_bytes("512")
+        (8589934592, 1500000000, 512)
+    """
+    match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(f"a size must be a number and a unit, such as 8GiB, 500MB or 4096; got {text!r}")
+    number, prefix, binary, _ = match.groups()
+    scale = 1 if not prefix else (_BINARY if binary else _DECIMAL)[prefix.upper()]
+    size = int(float(number) * scale)
+    if size <= 0:
+        raise ValueError(f"a size must be above zero, such as 8GiB; got {text!r}")
+    return size
+
+
+def format_bytes(count: float) -> str:
+    """A count of bytes with three digits and a binary unit.
+
+    Example:
+        >>> from lowdim.units import format_bytes
+        >>> format_bytes(8 * 2**30), format_bytes(1_500_000), format_bytes(12)
+        ('8.00 GiB', '1.43 MiB', '12 B')
+    """
+    size, sign = abs(float(count)), "-" if count < 0 else ""
+    if size < 1024:
+        return f"{sign}{size:.0f} B"
+    unit = "KiB"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        size /= 1024
+        if size < 999.5 or unit == "TiB":
+            break
+    digits = 0 if size >= 99.95 else 1 if size >= 9.995 else 2
+    return f"{sign}{size:.{digits}f} {unit}"

@@ -1,0 +1,66 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lowdim.compress import LowRankLinear, load_low_rank
+from lowdim.errors import CheckpointError
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.mid = nn.Linear(4, 4)
+        self.twice = nn.ModuleDict({"mid": self.mid})
+        self.out = nn.Linear(4, 7, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.out(self.mid(self.embed(ids)))
+
+
+def compressed():
+    model = Tied()
+    model.mid = model.twice["mid"] = LowRankLinear(4, 4, rank=2, dtype=torch.float64)
+    return model
+
+
+@pytest.mark.parametrize("drop", [(), ("out.weight",), ("embed.weight",)])
+def test_ties_survive_also_where_the_file_holds_one_of_them(drop):
+    small = compressed()
+    tensors = {name: value.clone() for name, value in small.state_dict().items() if name not in drop}
+    model = load_low_rank(Tied(), tensors)
+    assert model.twice["mid"] is model.mid
+    assert model.out.weight is model.embed.weight
+    assert torch.equal(model.embed.weight, small.embed.weight)
+    assert torch.equal(model.mid.A, small.mid.A)
+    assert model.mid.A.dtype == torch.float64  # the file's
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_bias_is_the_files(bias):
+    small = nn.Sequential(LowRankLinear(6, 4, bias, rank=2))
+    model = load_low_rank(nn.Sequential(nn.Linear(6, 4, bias=not bias)), small.state_dict())
+    assert torch.equal(model(torch.ones(6)), small(torch.ones(6)))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.pop("embed.weight") is t.pop("out.weight"), "embed.weight, out.weight missing"),
+        (lambda t: t.update({"extra.weight": torch.zeros(1)}), "extra.weight missing, superfluous"),
+        (lambda t: t.update({"embed.weight": torch.zeros(7, 5)}), "embed.weight missing, superfluous or misshapen"),
+        (lambda t: t.update({"mid.A": torch.zeros(2, 5)}), r"layer mid is \(4, 4\); the file's factors are B \(4, 2\) and A \(2, 5\)"),
+        (lambda t: t.update({"mid.B": torch.zeros(4, 3)}), r"layer mid is .* B \(4, 3\)"),
+    ],
+)
+def test_another_models_file_changes_nothing(change, match):
+    tensors, model = dict(compressed().state_dict()), Tied()
+    change(tensors)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CheckpointError, match=match):
+        load_low_rank(model, tensors)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,0 +1,100 @@
+"""Small models and real training runs that the tests of lowdim.plan share."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from lowdim.catalogue import Variant, variants
+from lowdim.models import build, head_modules
+from lowdim.plan import measure
+from lowdim.strategies import apply
+
+BATCH, LENGTH = 8, 64
+
+
+def llama(layers: int = 3, **more):
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaConfig(num_hidden_layers=layers, vocab_size=500, **{**sizes, **more})
+
+
+def bert(layers: int = 3, **more):
+    """The shape of MiniLM, thinner."""
+    from transformers import BertConfig
+
+    sizes = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 12}
+    return BertConfig(num_hidden_layers=layers, vocab_size=1000, **{**sizes, **more})
+
+
+def task_of(config) -> str:
+    return "causal-lm" if config.model_type == "llama" else "classify"
+
+
+def built_methods() -> list[Variant]:
+    """The methods of the catalogue that can be imported today."""
+    found = []
+    for chosen in variants().values():
+        try:
+            chosen.build() if chosen.target else None
+        except (ImportError, AttributeError):
+            continue
+        found.append(chosen)
+    return found
+
+
+def batch_of(config, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, config.vocab_size, (BATCH, LENGTH), generator=generator)
+    if task_of(config) == "causal-lm":
+        return {"input_ids": ids, "labels": ids.clone()}
+    mask = torch.ones_like(ids)
+    mask[0, LENGTH // 2 :] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.randint(0, 2, (BATCH,), generator=generator)}
+
+
+def loss_of(model, batch):
+    return model(**batch).loss
+
+
+def train(config, chosen: Variant, steps: int = 2, *, checkpointing: bool = False, dtype: torch.dtype = torch.float32):
+    """Really train for a few steps; returns what it took."""
+    task = task_of(config)
+    model = build(config, task).to(dtype).train()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    batches = [batch_of(config, seed) for seed in range(2)]
+    applied = apply(
+        chosen, model, lr=1e-3, steps=100, head=head_modules(model, task), batches=iter(batches), loss_fn=loss_of
+    )
+    applied.model.train()
+    optimizer = applied.make_optimizer(1e-3)
+    applied.model.zero_grad(set_to_none=True)
+    batch = batches[0]
+
+    def run():
+        for _ in range(steps):
+            loss = loss_of(model, batch)
+            if applied.adapted is not None:
+                loss = loss + applied.adapted.regularizer()
+            loss.backward()
+            optimizer.step()
+            if applied.adapted is not None:
+                applied.adapted.step(optimizer)
+            optimizer.zero_grad()
+
+    return measure(run, model=applied.model, optimizer=optimizer, tensors=batch.values()), applied
+
+
+class Convolutions(torch.nn.Module):
+    """A model that is no transformer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Conv2d(3, 16, 3, padding=1)
+        self.second = torch.nn.Conv2d(16, 16, 3, padding=1)
+        self.classifier = torch.nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.classifier(F.relu(self.second(F.relu(self.first(x)))).mean((2, 3)))

@@ -1,0 +1,244 @@
+"""Forecasts against what training really takes."""
+
+import dataclasses
+
+import pytest
+import torch
+from subjects import BATCH, LENGTH, Convolutions, bert, built_methods, llama, task_of, train
+
+from lowdim.catalogue import variant
+from lowdim.errors import BudgetError, NoMatchingModuleError, UnknownNameError
+from lowdim.plan import affordable, forecast, measure
+from lowdim.plan.fake import Subject
+from lowdim.plan.forecasting import _rehearse
+from lowdim.plan.rehearse import Plan, rehearse
+from lowdim.strategies import with_options
+
+pytest.importorskip("transformers")
+
+
+def predict(config, method, **more):
+    return forecast(config, method, task=task_of(config), batch_size=BATCH, sequence_length=LENGTH, **more)
+
+
+#: Ranks that are chosen from the weights' spectra are planned at their largest.
+RANK_FROM_DATA = {"svfit", "lamda++"}
+#: A kernel's own buffers and scalars, which no tensor shows: attention on a CPU, per thread.
+HIDDEN = 0.005
+
+
+def pairs():
+    """Every method on an encoder, and the usual ones on a decoder; the rest is slow."""
+    for chosen in built_methods():
+        yield pytest.param(bert(2), chosen, id=f"bert-{chosen.name}")
+        if chosen.name != "linear-probe":  # a language model has no new head
+            marks = () if chosen.name in ("lora", "full", "galore") else pytest.mark.slow
+            yield pytest.param(llama(2), chosen, id=f"llama-{chosen.name}", marks=marks)
+
+
+@pytest.mark.parametrize(("config", "chosen"), pairs())
+def test_forecast_is_what_training_takes(config, chosen):
+    got = predict(config, chosen)
+    real, applied = train(config, chosen)
+    from_data = chosen.name in RANK_FROM_DATA
+    assert got.total == pytest.approx(real.bytes, rel=0.1 if from_data or got.usual != got.total else HIDDEN)
+    if from_data:
+        assert applied.trained() <= got.trained_parameters <= 1.3 * applied.trained()
+    else:
+        assert got.trained_parameters == applied.trained()
+    assert got.total == sum((got.weights, got.gradients, got.optimizer_state, got.activations, got.workspace))
+
+
+def test_checkpointing_is_seen():
+    config = llama(layers=4)
+    plain, thrifty = predict(config, "lora"), predict(config, "lora", gradient_checkpointing=True)
+    assert thrifty.total < 0.8 * plain.total
+    assert thrifty.total == pytest.approx(train(config, variant("lora"), checkpointing=True)[0].bytes, rel=HIDDEN)
+
+
+def test_bfloat16_weights():
+    got = predict(llama(), "full", dtype=torch.bfloat16)
+    assert got.weights == pytest.approx(predict(llama(), "full").weights / 2, rel=0.01)
+    assert got.total == pytest.approx(train(llama(), variant("full"), dtype=torch.bfloat16)[0].bytes, rel=HIDDEN)
+
+
+def deep():
+    for chosen in built_methods():
+        marks = () if chosen.name in ("lora", "galore", "lamda++") else pytest.mark.slow
+        yield pytest.param(chosen, id=chosen.name, marks=marks)
+
+
+@pytest.mark.parametrize("chosen", deep())
+def test_a_deep_stack_continued_from_two_depths_is_exact(chosen):
+    config = llama(layers=10, hidden_size=32, intermediate_size=64)
+    subject = Subject.of(config, task="classify")
+    options = {name: 8 for name in ("rank",) if "rank" in chosen.options}
+    if "rank_choices" in chosen.options:
+        options["rank_choices"] = (4, 8)
+    plan = Plan(with_options(chosen, options), 2, 16)
+    short, depths = _rehearse(subject, plan)
+    whole = rehearse(subject, plan)
+    assert depths == (2, 4)
+    for name, value in whole.amounts.items():
+        assert short.amounts[name] == pytest.approx(value, rel=1e-9)
+    # Where state comes into being while the first step goes, the line is a close guess; afterwards it is exact.
+    for step, rel in ((1, 0.05), (2, 0), (3, 0)):
+        peaks = [max((p.total for k, p in r.peaks.items() if k[0] == step), default=0) for r in (short, whole)]
+        assert peaks[0] == pytest.approx(peaks[1], rel=rel, abs=0)
+
+
+def test_patterns_that_single_out_layers_are_rehearsed_whole():
+    config = llama(layers=10, hidden_size=32, intermediate_size=64)
+    one = with_options(variant("lora"), {"target_modules": ["layers.9.self_attn.q_proj"]})
+    got = predict(config, one)
+    assert got.depths == ()
+    assert got.trained_parameters == 8 * (32 + 32)
+
+
+def test_layers_of_two_kinds_are_rehearsed_whole():
+    from transformers import Qwen2Config
+
+    config = Qwen2Config(
+        num_hidden_layers=10, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=100, use_sliding_window=True, max_window_layers=5,
+    )  # fmt: skip
+    assert forecast(config, "lora", task="causal-lm", batch_size=2, sequence_length=16).depths == ()
+
+
+def test_seven_billion_parameters_need_no_memory():
+    config = llama(32, hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32)
+    config.vocab_size = 32000
+    got = forecast(config, "full", task="causal-lm", batch_size=1, sequence_length=512, dtype=torch.bfloat16)
+    assert got.trained_parameters == 6_738_415_616
+    # weights, gradients and two moments, two bytes each
+    assert got.total == pytest.approx(8 * got.trained_parameters, rel=0.01)
+    assert got.peak_at == "backward"
+    assert got.file_bytes == pytest.approx(2 * got.trained_parameters, rel=0.01)
+
+
+def test_an_adapter_file_holds_the_adapter_and_the_head(tmp_path):
+    got = predict(bert(), "lora")
+    saved = train(bert(), variant("lora"), steps=1)[1].adapted.save(tmp_path / "adapter")
+    real = (saved / "adapter.safetensors").stat().st_size
+    assert real - 40_000 < got.file_bytes <= real  # the file has a header
+
+
+def test_a_model_that_is_no_transformer():
+    inputs, labels = (8, 3, 16, 16), (8,)
+
+    def loss(model, batch):
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    def make():
+        return torch.zeros(inputs), torch.zeros(labels, dtype=torch.long)
+
+    got = forecast(Convolutions, "full", batch=make, loss_fn=loss)
+    model, batch = Convolutions(), make()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def run():
+        for _ in range(2):
+            loss(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert got.total == pytest.approx(measure(run, model=model, tensors=batch).bytes, rel=0.1)
+    assert got.flops > 3 * 2 * 8 * 16 * 16 * (3 * 16 * 9 + 16 * 16 * 9) * 0.8
+
+
+def test_a_module_is_left_as_it_is():
+    model = Convolutions()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    got = forecast(
+        model, "lora", batch=lambda: torch.zeros(2, 3, 8, 8), loss_fn=lambda m, x: m(x).sum(), budget_bytes="1GiB"
+    )
+    assert got.fits
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_forecasting_leaves_the_random_state():
+    torch.manual_seed(3)
+    want = torch.rand(4)
+    torch.manual_seed(3)
+    forecast(Convolutions, "full", batch=lambda: torch.zeros(2, 3, 8, 8), loss_fn=lambda m, x: m(x).sum())
+    assert torch.equal(torch.rand(4), want)
+
+
+def test_flops_of_full_training_are_six_per_weight_and_token():
+    config = llama(hidden_size=256, intermediate_size=688)
+    got = predict(config, "full")
+    products = got.trained_parameters - 500 * 256  # the embedding is looked up
+    assert got.flops == pytest.approx(6 * products * BATCH * LENGTH, rel=0.1)
+    assert got.seconds_per_step > 0
+
+
+def test_freezing_saves_the_products_for_frozen_weights():
+    assert predict(llama(), "lora").flops < 0.8 * predict(llama(), "full").flops
+
+
+def test_layerwise_is_for_optimizers_only():
+    with pytest.raises(ValueError, match=r"layerwise .* lowdim.optim"):
+        predict(llama(), "lora", layerwise=True)
+
+
+def test_what_fits_is_listed_by_need():
+    found = [predict(bert(), name) for name in ("full", "lora", "linear-probe")]
+    assert [f.method for f in affordable(found, "1GiB")] == ["linear-probe", "lora", "full"]
+    limit = max(f.total for f in found if f.method != "full")
+    assert [f.method for f in affordable(found, limit)] == ["linear-probe", "lora"]
+
+
+def test_a_budget_that_is_too_small_names_the_smallest_need():
+    found = [predict(bert(), name) for name in ("full", "linear-probe")]
+    with pytest.raises(BudgetError, match=r"nothing fits 1\.00 MiB: the smallest need is .* MiB \(Linear probe\)"):
+        affordable(found, "1MiB")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be an int >= 1; got 0"),
+        ({"sequence_length": -1}, "sequence_length"),
+        ({"steps": 0}, "steps"),
+        ({"task": "translate"}, "task must be one of classify, causal-lm"),
+        ({"dtype": torch.int8}, "floating"),
+        ({"budget_bytes": "much"}, "a size must be a number and a unit"),
+    ],
+)
+def test_wrong_arguments(more, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        forecast(bert(), "lora", **more)
+
+
+def test_unknown_models_and_methods(tmp_path):
+    with pytest.raises(UnknownNameError, match="no such folder"):
+        forecast(str(tmp_path / "nowhere"), "lora")
+    with pytest.raises(UnknownNameError, match=r"config\.json"):
+        forecast(tmp_path, "lora")
+    with pytest.raises(UnknownNameError, match="nearest: .*lora"):
+        forecast(bert(), "lorra")
+    with pytest.raises(TypeError, match="a name, a folder, a transformers config"):
+        forecast(3, "lora")
+    with pytest.raises(TypeError, match="must return an nn.Module"):
+        forecast(lambda: 3, "lora")
+    model = Convolutions()
+    with pytest.raises(TypeError, match="exists already"):
+        forecast(lambda: model, "lora")
+
+
+def test_errors_of_the_method_come_through():
+    with pytest.raises(NoMatchingModuleError, match="nearest names"):
+        predict(bert(), with_options(variant("lora"), {"target_modules": ["q_proj"]}))
+    with pytest.raises(ValueError, match="linear-probe needs a head"):
+        predict(llama(), "linear-probe")
+
+
+def test_a_record_of_a_forecast_is_plain_data():
+    import json
+
+    got = predict(bert(), "lora", budget_bytes="1GiB")
+    record = json.loads(json.dumps(got.to_dict()))
+    assert record["fits"] is True
+    assert record["total"] == got.total
+    assert set(record) == {f.name for f in dataclasses.fields(got)} | {"fits"}

@@ -1,0 +1,70 @@
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from subjects import bert, built_methods, llama
+
+from lowdim.catalogue import variant
+from lowdim.errors import NoMatchingModuleError
+from lowdim.plan import forecast, shows, table
+from lowdim.strategies import with_options
+
+pytest.importorskip("transformers")
+
+
+def text(shown) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(shown)
+    return console.export_text()
+
+
+def few():
+    return [forecast(bert(2), name, batch_size=2, sequence_length=8) for name in ("full", "lora")]
+
+
+def test_table_lists_by_need_with_the_verdict():
+    found = few()
+    limit = min(f.total for f in found)
+    shown = text(table(found, limit))
+    assert shown.index("LoRA") < shown.index("Full fine-tuning")
+    least, most = (next(line for line in shown.splitlines() if label in line) for label in ("LoRA", "Full"))
+    assert "yes" in least
+    assert "no" in most
+    assert "Not counted" in shown
+
+
+def test_table_without_a_budget_has_no_verdict():
+    assert "fits" not in text(table(few()))
+
+
+def test_empty_table():
+    assert "peak" in text(table([], "1GiB"))
+
+
+def test_layers_of_lora():
+    found = shows(bert(2), with_options(variant("lora"), {"target_modules": ["query", "value"]}))
+    names = [t.name for t in found]
+    assert names[0] == "bert.encoder.layer.0.attention.self.query"
+    assert len(found) == 5
+    assert names[-1] == "classifier"
+    assert found[0].to_dict() == {
+        "name": names[0], "kind": "Linear", "shape": [192, 192], "trained": 8 * (192 + 192)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("chosen", [v for v in built_methods() if v.name != "linear-probe"], ids=lambda v: v.name)
+def test_every_method_shows_something(chosen):
+    found = shows(llama(1), chosen, task="causal-lm")
+    assert found
+    assert len({t.name for t in found}) == len(found)
+
+
+def test_probe_shows_its_head():
+    (head,) = shows(bert(1), "linear-probe", num_labels=5)
+    assert (head.name, head.shape, head.trained) == ("classifier", (5, 192), 5 * 192 + 5)
+
+
+def test_nothing_matched_is_an_error():
+    with pytest.raises(NoMatchingModuleError, match="nearest names"):
+        shows(torch.nn.Sequential(torch.nn.Linear(3, 3)), with_options(variant("lora"), {"target_modules": ["q"]}))

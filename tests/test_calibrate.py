@@ -1,0 +1,228 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lowdim.calibrate import call_model, collect
+
+
+class Net(nn.Module):
+    """Attention-mask aware only in that it accepts one."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.up, self.down = nn.Dropout(0.5), nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x, attention_mask=None):
+        return self.down(torch.relu(self.up(self.drop(x))))
+
+
+@pytest.fixture
+def net():
+    return Net()
+
+
+def layers(model, *names):
+    return {name: model.get_submodule(name) for name in names}
+
+
+def rows(count=50, seed=0):
+    return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def test_input_statistics_are_pooled_over_batches_of_any_shape(net):
+    x = rows(60)
+    stats = collect(net, layers(net, "up", "down"), {"covariance", "norms"}, [x[:7], x[7:12].view(1, 5, 4), x[12:].view(6, 8, 4)])
+    torch.testing.assert_close(stats["up"]["covariance"], x.double().T @ x.double())
+    torch.testing.assert_close(stats["up"]["norms"], x.double().norm(dim=0))
+    hidden = torch.relu(net.up(x)).detach().double()
+    torch.testing.assert_close(stats["down"]["covariance"], hidden.T @ hidden, rtol=1e-6, atol=1e-6)
+    assert stats["up"]["count"] == stats["down"]["count"] == 60
+    assert stats["up"]["covariance"].dtype == torch.float64
+    assert set(stats["up"]) == {"covariance", "norms", "count"}
+
+
+def test_output_statistics(net):
+    x = rows(60)
+    stats = collect(net, layers(net, "up"), {"output_covariance"}, iter([x[:20], x[20:]]))["up"]
+    y = net.up(x).detach().double()
+    torch.testing.assert_close(stats["output_mean"], y.mean(0))
+    torch.testing.assert_close(stats["output_covariance"], torch.cov(y.T, correction=0))
+    assert stats["output_count"] == 60
+
+
+def test_output_covariance_survives_a_large_mean():
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    x = rows(80).double()
+    want = torch.cov((x @ model[0].weight.detach().T).T, correction=0)
+    with torch.no_grad():
+        model[0].bias.fill_(1e8)
+    got = collect(model, layers(model, "0"), {"output_covariance"}, [x[:30], x[30:]])["0"]["output_covariance"]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)  # about 0 the sums would cancel to no digit at all
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_masked_rows_are_left_out(flat):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(4, 3)
+
+        def forward(self, x, attention_mask):
+            return self.up(x.flatten(0, 1) if flat else x)
+
+    model, x, mask = Model(), rows(10).view(2, 5, 4), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+    batch = {"x": x, "attention_mask": mask}
+    stats = collect(model, layers(model, "up"), {"covariance", "output_covariance"}, [batch])["up"]
+    kept = x[mask.bool()].double()
+    torch.testing.assert_close(stats["covariance"], kept.T @ kept)
+    torch.testing.assert_close(stats["output_mean"], model.up(kept.float()).detach().double().mean(0))
+    assert stats["count"] == stats["output_count"] == 7
+
+
+def test_a_mask_of_another_shape_is_not_the_rows(net):
+    x = rows(6).view(2, 3, 4)
+    batch = {"x": x, "attention_mask": torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0]])}
+    assert collect(net, layers(net, "up"), {"norms"}, [batch])["up"]["count"] == 6
+
+
+def test_gradients_are_summed_and_divided_by_the_batch_size(net):
+    batches = [(rows(8), torch.randn(8, 3)), (rows(5, seed=1), torch.randn(5, 3))]
+    got = collect(net, layers(net, "up"), {"gradient"}, batches, lambda m, b: F.mse_loss(m(b[0]), b[1]))["up"]["gradient"]
+    net.eval()
+    want = torch.zeros(6, 4)
+    for x, y in batches:
+        want += torch.autograd.grad(F.mse_loss(net(x), y), net.up.weight)[0] / len(x)
+    torch.testing.assert_close(got, want)
+
+
+def test_gradients_beside_other_statistics(net):
+    x = rows(8)
+    stats = collect(net, layers(net, "down"), {"gradient", "norms"}, [x], lambda m, b: m(b).square().mean())["down"]
+    assert set(stats) == {"gradient", "norms", "count"}
+    assert stats["norms"].requires_grad is False
+
+
+def test_layers_that_share_a_weight_share_its_gradient():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    stats = collect(model, layers(model, "0", "1"), {"gradient"}, [rows(8)], lambda m, b: m(b).square().mean())
+    assert torch.equal(stats["0"]["gradient"], stats["1"]["gradient"])
+
+
+def test_half_precision_gradients_are_summed_wide():
+    model = nn.Linear(4, 3).bfloat16()
+    net = nn.Sequential(model)
+    stats = collect(net, layers(net, "0"), {"gradient"}, [rows(8).bfloat16()], lambda m, b: m(b).square().mean())
+    assert stats["0"]["gradient"].dtype == torch.float32
+
+
+def test_transposed_layers_and_convolutions():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.Sequential(conv1d(3, 4))
+    stats = collect(model, layers(model, "0"), {"gradient", "covariance"}, [rows(8)], lambda m, b: m(b).square().mean())["0"]
+    assert stats["gradient"].shape == (3, 4)
+    assert stats["covariance"].shape == (4, 4)
+
+    conv = nn.Sequential(nn.Conv2d(2, 5, 3, padding=1, stride=2))
+    x = torch.randn(3, 2, 6, 6)
+    stats = collect(conv, layers(conv, "0"), {"covariance", "output_covariance"}, [x])["0"]
+    patches = F.unfold(x, 3, padding=1, stride=2).transpose(1, 2).reshape(-1, 18).double()
+    torch.testing.assert_close(stats["covariance"], patches.T @ patches)
+    outputs = conv(x).detach().movedim(1, -1).reshape(-1, 5).double()
+    torch.testing.assert_close(stats["output_covariance"], torch.cov(outputs.T, correction=0), rtol=1e-6, atol=1e-7)
+
+
+def test_a_layer_called_by_keyword_and_one_used_twice():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.up(input=self.up(x))
+
+    model, x = Model(), rows(5)
+    stats = collect(model, layers(model, "up"), {"covariance"}, [x])["up"]
+    second = model.up(x).detach().double()
+    torch.testing.assert_close(stats["covariance"], x.double().T @ x.double() + second.T @ second, rtol=1e-6, atol=1e-6)
+    assert stats["count"] == 10
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("needs", [{"covariance"}, {"gradient"}])
+def test_the_model_is_left_as_it_was(net, needs, fails):
+    net.down.eval()
+    net.up.bias.requires_grad_(False)
+    grad = net.down.weight.grad = torch.ones(3, 6)
+    state = copy.deepcopy(net.state_dict())
+    modes = {name: module.training for name, module in net.named_modules()}
+    batches = [rows(4), torch.zeros(2, 99)] if fails else [rows(4)]
+    try:
+        collect(net, layers(net, "up"), needs, batches, lambda m, b: m(b).square().mean())
+    except RuntimeError:
+        assert fails
+    else:
+        assert not fails
+    assert {name: module.training for name, module in net.named_modules()} == modes
+    assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["up.bias"]
+    assert net.down.weight.grad is grad
+    assert torch.equal(grad, torch.ones(3, 6))
+    assert net.up.weight.grad is None
+    assert not any(module._forward_hooks for module in net.modules())
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+
+
+def test_batches_are_consumed_once_and_seen_without_dropout(net):
+    drawn = []
+
+    def batches():
+        for i in range(3):
+            drawn.append(i)
+            yield rows(5, seed=i)
+
+    stats = collect(net.train(), layers(net, "up"), {"norms"}, batches())["up"]
+    assert drawn == [0, 1, 2]
+    want = torch.cat([rows(5, seed=i) for i in range(3)]).double().norm(dim=0)
+    torch.testing.assert_close(stats["norms"], want)  # dropout would have doubled or zeroed entries
+
+
+def test_call_model():
+    def model(*args, **kwargs):
+        return args, kwargs
+
+    assert call_model(model, 3) == ((3,), {})
+    assert call_model(model, (3, 4)) == call_model(model, [3, 4]) == ((3, 4), {})
+    assert call_model(model, {"a": 3}) == ((), {"a": 3})
+
+
+def test_nothing_needed_reads_nothing(net):
+    assert collect(net, layers(net, "up"), (), None) == {"up": {}}
+
+
+@pytest.mark.parametrize(
+    ("needs", "batches", "loss", "error", "match"),
+    [
+        ({"fisher"}, [], None, ValueError, r"needs must be among .*; got \['fisher'\]"),
+        ({"norms"}, None, None, ValueError, "batches is missing: norms"),
+        ({"norms"}, [], None, ValueError, "batches is empty"),
+        ({"norms"}, {"x": rows(3)}, None, TypeError, "got one dict: put it into a list"),
+        ({"norms"}, rows(3), None, TypeError, "got one Tensor: put it into a list"),
+        ({"gradient"}, [rows(3)], None, ValueError, "loss_fn is missing"),
+        ({"gradient"}, [rows(3)], lambda m, b: m.down.weight.sum() + 0 * m(b).sum(), ValueError, "layer up got no gradient"),
+        ({"gradient"}, [rows(3)], lambda m, b: m(b).sum() * torch.nan, ValueError, "layer up: its gradient .* NaN"),
+        ({"norms"}, [rows(3) * torch.inf], None, ValueError, "layer up: its norms .* NaN or infinite"),
+        ({"output_covariance"}, [rows(3)[:0]], None, ValueError, "layer up saw no token"),
+    ],
+)
+def test_wrong_input(net, needs, batches, loss, error, match):
+    with pytest.raises(error, match=match):
+        collect(net, layers(net, "up"), needs, batches, loss)
+
+
+def test_embeddings_have_no_input_statistics():
+    model = nn.Sequential(nn.Embedding(5, 4))
+    with pytest.raises(ValueError, match="input statistics of an embedding"):
+        collect(model, layers(model, "0"), {"covariance"}, [torch.tensor([1, 2])])

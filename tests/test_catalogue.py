@@ -1,0 +1,135 @@
+"""The catalogue is complete, and every row that says "available" has all that a system owes."""
+
+import dataclasses
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowdim.catalogue import BASELINES, FAMILIES, Entry, entries, find, methods, variant, variants
+from lowdim.errors import UnknownNameError
+
+ROOT = Path(__file__).parents[1]
+AVAILABLE = [row for row in entries() if row.available]
+
+available = pytest.mark.parametrize("row", AVAILABLE, ids=[row.slug for row in AVAILABLE])
+
+
+def test_sixty_rows_in_order():
+    assert [row.number for row in entries()] == list(range(1, 61))
+
+
+def test_names_are_unique_and_slugs_kebab_case():
+    rows = entries()
+    names = [v.name for v in BASELINES] + [v.name for row in rows for v in row.variants]
+    for values in ([row.slug for row in rows], [row.name for row in rows], names):
+        assert len(set(values)) == len(values)
+    for row in rows:
+        assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", row.slug), row.slug
+
+
+@pytest.mark.parametrize("row", entries(), ids=lambda row: row.slug)
+def test_row_says_what_it_is(row):
+    assert row.family in FAMILIES
+    assert row.paper
+    assert re.fullmatch(r"\d{4}\.\d{5}", row.arxiv)
+    assert row.claim.endswith(".")
+    assert len(row.claim) <= 120  # one line of `lowdim list`
+    assert row.available or not (row.variants or row.reproduction), "a row that cannot be built promises something"
+
+
+@available
+def test_target_is_a_public_name_of_its_family(row):
+    module, _, name = row.target.partition(":")
+    assert module == f"lowdim.{row.family}"
+    family = importlib.import_module(module)
+    assert callable(getattr(family, name))
+    assert name in family.__all__
+
+
+@available
+def test_variants_name_things_that_exist(row):
+    from lowdim.strategies import with_options
+
+    for chosen in row.variants:
+        assert chosen.target.startswith(f"lowdim.{row.family}:")
+        assert callable(chosen.build())
+        assert len(set(chosen.rates)) == len(chosen.rates) == 5
+        options = dict(chosen.options)
+        with_options(dataclasses.replace(chosen, options={}), options)  # an option that the class lacks raises
+
+
+@available
+def test_available_system_has_docs_vectors_tests_and_reproduction(row):
+    assert (ROOT / "docs" / "systems" / f"{row.slug}.md").is_file()
+    assert list((ROOT / "tests" / "vectors" / row.slug).glob("*.safetensors"))
+    slug = row.slug.replace("-", "_")
+    assert row.reproduction == f"lowdim.reproduce.{slug}:run"
+    assert callable(importlib.import_module(f"lowdim.reproduce.{slug}").run)
+    folder = ROOT / "tests" / row.family
+    tests = {path.name for path in folder.glob("test_*.py")}
+    module = importlib.import_module(row.target.partition(":")[0])
+    home = getattr(module, row.target.partition(":")[2]).__module__.rsplit(".", 1)[-1]
+    assert f"test_{home}.py" in tests or f"test_{slug}.py" in tests
+
+
+def test_docs_vectors_and_reproductions_belong_to_available_systems():
+    slugs = {row.slug for row in AVAILABLE}
+    assert {path.stem for path in (ROOT / "docs" / "systems").glob("*.md")} <= slugs | {"index", "README"}
+    assert {path.name for path in (ROOT / "tests" / "vectors").iterdir() if path.is_dir()} <= slugs
+
+
+def test_every_method_class_is_reachable_from_the_catalogue():
+    from lowdim.adapters import Method, registered_methods
+
+    targets = {v.target for v in variants().values()} | {row.target for row in AVAILABLE}
+    missing = [c.__name__ for c in registered_methods().values() if f"lowdim.adapters:{c.__name__}" not in targets]
+    assert not missing
+    assert all(issubclass(c, Method) for c in registered_methods().values())
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "train"])
+def test_public_names_resolve(family):
+    module = importlib.import_module(f"lowdim.{family}")
+    names = getattr(module, "__all__", [])
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert getattr(module, name).__doc__, f"lowdim.{family}.{name} has no docstring"
+
+
+def test_find_by_slug_and_by_variant():
+    assert find("galore").number == 50
+    assert find("galore-8bit").number == 50
+    assert isinstance(find("lora-xs"), Entry)
+
+
+def test_unknown_names_list_the_nearest():
+    with pytest.raises(UnknownNameError, match=r"nearest: .*lamda"):
+        variant("lamdaa")
+    with pytest.raises(UnknownNameError, match=r"nearest: .*galore"):
+        methods("lora,galor")
+    with pytest.raises(UnknownNameError, match=r"nearest: .*randlora"):
+        find("ranlora")
+
+
+def test_a_system_that_is_not_trained_says_so():
+    with pytest.raises(UnknownNameError, match="LoRD is not a way to train"):
+        variant("lord")
+    waiting = next(row for row in entries() if not row.available)
+    with pytest.raises(UnknownNameError, match="not built yet"):
+        variant(waiting.slug)
+
+
+def test_methods_by_family_and_all():
+    assert [v.name for v in methods("linear-probe, lora")] == ["linear-probe", "lora"]
+    assert {v.name for v in methods("adapters")} == {v.name for r in AVAILABLE if r.family == "adapters" for v in r.variants}
+    assert {v.name for v in methods("all")} == set(variants())
+    assert [v.name for v in methods("lora,lora")] == ["lora"]
+
+
+def test_listing_the_catalogue_does_not_import_torch():
+    code = "import sys, lowdim.catalogue as c; c.entries(); c.methods('all'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

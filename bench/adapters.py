@@ -2,9 +2,10 @@
 
     python bench/adapters.py [--quick] [--out results/bench-adapters.json]
 
-Both run in one process, turn by turn, so that other load on the machine falls on both; the figure is the median of the ratios of
-neighbouring steps. A step is forward, backward and one AdamW step of four square layers with GELU between them, on 512 tokens in
-float32 on one thread. Kept bytes are the distinct storages that autograd saves, without the model's own parameters and buffers.
+Both run in one process, turn by turn, so that other load on the machine falls on both; the figure is the median of the
+ratios of neighbouring steps. A step is forward, backward and one AdamW step of four square layers with GELU between them, on
+512 tokens in float32 on one thread. Kept bytes are the distinct storages that autograd saves, without the model's own
+parameters and buffers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import nn
 
 import lowdim
 from lowdim.adapters import LaMDA, LoRA, LoRAXS, RandLoRA, SVFit
+from lowdim.testing.kept import kept_bytes
 
 TOKENS, LAYERS = 512, 4
 TARGETS = {"time": 1.0, "kept": 1.0, "LaMDA kept of LoRA's": 0.65}
@@ -61,21 +63,6 @@ def stepper(model: nn.Module, width: int):
     return step
 
 
-def kept_bytes(model: nn.Module, width: int) -> int:
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def note(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        loss = model(torch.randn(4, TOKENS // 4, width)).square().mean()
-    total = sum(s.nbytes() for pointer, s in storages.items() if pointer not in own)
-    del loss
-    return total
-
-
 def compare(width: int, mine: nn.Module, other: nn.Module, steps: int) -> dict[str, float]:
     a, b = stepper(mine, width), stepper(other, width)
     a(), b(), a(), b()
@@ -84,7 +71,8 @@ def compare(width: int, mine: nn.Module, other: nn.Module, steps: int) -> dict[s
         first, second = (a, b) if i % 2 == 0 else (b, a)
         t = first(), second()
         pairs.append(t if i % 2 == 0 else t[::-1])
-    kept = kept_bytes(mine, width), kept_bytes(other, width)
+    x = torch.randn(4, TOKENS // 4, width)
+    kept = kept_bytes(mine, x), kept_bytes(other, x)
     return {
         "ours_ms": round(1e3 * statistics.median(p[0] for p in pairs), 2),
         "peft_ms": round(1e3 * statistics.median(p[1] for p in pairs), 2),
@@ -99,7 +87,7 @@ def compare(width: int, mine: nn.Module, other: nn.Module, steps: int) -> dict[s
 def run(widths: list[int]) -> list[dict]:
     rows = []
     for width in widths:
-        steps = {768: 41, 2048: 15}.get(width, 7)
+        steps = {768: 41, 2048: 25}.get(width, 15)
         lora = theirs(width, peft.LoraConfig(r=8, lora_alpha=16, target_modules=names()))
         row = {"method": "LoRA", "rank": 8, "width": width, "against": "peft LoRA r=8"}
         rows.append({**row, **compare(width, ours(width, LoRA(rank=8)), lora, steps)})

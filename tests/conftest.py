@@ -15,3 +15,27 @@ sys.path.insert(0, str(Path(__file__).parent))
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory):
+    """A tiny random BERT and its tokenizer."""
+    import tiny
+
+    return tiny.save_bert(tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+@pytest.fixture(scope="session")
+def pooled_folder(tmp_path_factory):
+    """The same as a sentence-transformers folder that averages its token states."""
+    import tiny
+
+    return tiny.save_bert(tmp_path_factory.mktemp("models") / "tiny-pooled", pooled=True)
+
+
+@pytest.fixture(scope="session")
+def two_classes(tmp_path_factory):
+    """96 labelled sentences in a jsonl file."""
+    import tiny
+
+    return tiny.write_jsonl(tmp_path_factory.mktemp("data") / "two.jsonl", tiny.sentences(96))

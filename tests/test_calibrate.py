@@ -34,7 +34,9 @@ def rows(count=50, seed=0):
 
 def test_input_statistics_are_pooled_over_batches_of_any_shape(net):
     x = rows(60)
-    stats = collect(net, layers(net, "up", "down"), {"covariance", "norms"}, [x[:7], x[7:12].view(1, 5, 4), x[12:].view(6, 8, 4)])
+    stats = collect(
+        net, layers(net, "up", "down"), {"covariance", "norms"}, [x[:7], x[7:12].view(1, 5, 4), x[12:].view(6, 8, 4)]
+    )
     torch.testing.assert_close(stats["up"]["covariance"], x.double().T @ x.double())
     torch.testing.assert_close(stats["up"]["norms"], x.double().norm(dim=0))
     hidden = torch.relu(net.up(x)).detach().double()

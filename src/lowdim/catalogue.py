@@ -134,7 +134,7 @@ def methods(selection: str) -> list[Variant]:
     """Methods from a comma-separated list of names, family names, or `all`.
 
     Raises:
-        UnknownNameError: a name that is neither.
+        UnknownNameError: a name that is neither, or nothing that can be trained.
     """
     chosen: dict[str, Variant] = {}
     for word in (part.strip() for part in selection.split(",")):
@@ -149,4 +149,6 @@ def methods(selection: str) -> list[Variant]:
                     chosen.update({v.name: v for v in row.variants})
         else:
             chosen[word] = variant(word)
+    if not chosen:
+        raise unknown("--methods (nothing that trains a model)", selection, variants())
     return list(chosen.values())

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lowdim.adapters import Adapted, to_peft
 from lowdim.errors import check_choice
-from lowdim.files import read_tensors, write_tensors, write_text
-from lowdim.models import Source
+from lowdim.files import read_tensors, whole_folder, write_tensors, write_text
+from lowdim.layers import densify
+from lowdim.models import Source, encoder_options, quiet
 from lowdim.sentence_classifier import SentenceClassifier
 
 __all__ = ["FORMATS", "ExportResult", "export"]
@@ -49,10 +49,11 @@ def export(
     source: Source | None = None,
     rank: int | None = None,
 ) -> ExportResult:
-    """Write a trained model for other tools.
+    """Write a trained model for other tools. Nothing is left in `folder` where it fails.
 
     Args:
-        model: an `Adapted`, or a plain transformers model (which can only be written merged).
+        model: an `Adapted`, or a transformers model (which can only be written merged). Writing it merged merges it, in place;
+            structured layers become dense ones.
         format: `"peft"`: `adapter_config.json` and `adapter_model.safetensors`; `"merged"`: a checkpoint that
             `from_pretrained` loads. A mean-pooled classifier is written as its encoder (a sentence-transformers folder stays
             one) with `head.safetensors` beside it.
@@ -65,7 +66,8 @@ def export(
 
     Raises:
         UnknownNameError: unknown format.
-        ValueError: PEFT export of a model without an adapter.
+        ValueError: PEFT export of a model without an adapter, or a model that transformers cannot write.
+        OSError: no space or no permission.
     """
     check_choice("--format", format, FORMATS)
     folder = Path(folder)
@@ -73,94 +75,97 @@ def export(
         if not isinstance(model, Adapted):
             raise ValueError("only an adapted model can be written as a PEFT adapter; export it as 'merged'")
         return _peft(model, folder, source, rank)
-    plain = model.merge() if isinstance(model, Adapted) else model
-    return _merged(plain, folder, tokenizer, source)
+    return _merged(model.merge() if isinstance(model, Adapted) else model, folder, tokenizer, source)
 
 
 def _peft(adapted: Adapted, folder: Path, source: Source | None, rank: int | None) -> ExportResult:
-    model = adapted.model
-    root = getattr(model, "export_root", "")
-    written = to_peft(adapted, folder, rank=rank, root=root)
-    base = source.path if source else getattr(model.config, "_name_or_path", "BASE_MODEL")
-    options = f", gguf_file={source.gguf!r}" if source and source.gguf else ""
-    if isinstance(model, SentenceClassifier):
-        write_tensors(folder / "head.safetensors", model.classifier.state_dict())
-        extra = ", add_pooling_layer=False" if model.config.model_type in ("bert", "roberta", "xlm-roberta", "mpnet") else ""
-        snippet = (
-            "from peft import PeftModel\nfrom safetensors.torch import load_file\nfrom transformers import AutoModel, AutoTokenizer\n\n"
-            f'base = {base!r}\nencoder = PeftModel.from_pretrained(AutoModel.from_pretrained(base{extra}), "{folder.name}")\n'
-            f"{_head_lines(folder, 'AutoTokenizer.from_pretrained(base)')}"
-        )
-        count = model.num_labels
+    model: Any = adapted.model
+    base = source.path if source else getattr(model.config, "_name_or_path", None) or "BASE_MODEL"
+    options = _options(model, **({"gguf_file": source.gguf} if source and source.gguf else {}))
+    with whole_folder(folder) as draft:
+        written = to_peft(adapted, draft, rank=rank, root=getattr(model, "export_root", ""))
+        if isinstance(model, SentenceClassifier):
+            write_tensors(draft / "head.safetensors", model.classifier.state_dict())
+            snippet = (
+                "from peft import PeftModel\nfrom safetensors.torch import load_file\n"
+                "from transformers import AutoModel, AutoTokenizer\n\n"
+                f"base = {base!r}\n"
+                f'encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(base, {_typed(options)}), "{folder.name}")\n'
+                f"{_head_lines(folder, 'base')}"
+            )
+        else:
+            snippet = (
+                f"from peft import PeftModel\nfrom transformers import {_auto(model)}\n\n"
+                f"base = {_auto(model)}.from_pretrained({base!r}, {_typed(options)})\n"
+                f'model = PeftModel.from_pretrained(base, "{folder.name}")\n'
+            )
+        write_text(draft / "README.md", _readme("A PEFT adapter written by lowdim", snippet))
 
-        def reload() -> nn.Module:
-            from peft import PeftModel
-            from transformers import AutoModel
+    def reload() -> nn.Module:
+        import transformers
+        from peft import PeftModel
 
-            encoder = AutoModel.from_pretrained(base, **({"add_pooling_layer": False} if extra else {}))
-            return _with_head(PeftModel.from_pretrained(encoder, str(folder)), folder, count)
-    else:
-        cls = (
-            "AutoModelForSequenceClassification" if "SequenceClassification" in type(model).__name__ else "AutoModelForCausalLM"
-        )
-        labels = f", num_labels={model.config.num_labels}" if cls.endswith("SequenceClassification") else ""
-        snippet = (
-            f"from peft import PeftModel\nfrom transformers import {cls}\n\n"
-            f'model = PeftModel.from_pretrained({cls}.from_pretrained({base!r}{options}{labels}), "{folder.name}")\n'
-        )
+        with quiet():
+            bare = getattr(transformers, _auto(model)).from_pretrained(base, **options)
+            return _with_head(PeftModel.from_pretrained(bare, str(folder)), folder, model)
 
-        def reload() -> nn.Module:
-            import transformers
-            from peft import PeftModel
-
-            keywords: dict[str, Any] = dict(source.options) if source else {}
-            if labels:
-                keywords["num_labels"] = model.config.num_labels
-            return PeftModel.from_pretrained(getattr(transformers, cls).from_pretrained(base, **keywords), str(folder))
-
-    write_text(folder / "README.md", _readme("A PEFT adapter written by lowdim", snippet))
     return ExportResult(folder, "peft", snippet, reload, {k: v for k, v in written.errors.items() if v})
 
 
-@torch.no_grad()
 def _merged(model: nn.Module, folder: Path, tokenizer: Any, source: Source | None) -> ExportResult:
-    folder.mkdir(parents=True, exist_ok=True)
+    model = densify(model)
     inner: Any = model.encoder if isinstance(model, SentenceClassifier) else model
     if not hasattr(inner, "save_pretrained"):
         raise ValueError(f"only transformers models can be written merged; got {type(model).__name__}")
-    inner.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    if isinstance(model, SentenceClassifier):
-        write_tensors(folder / "head.safetensors", model.classifier.state_dict())
-        if source is not None:
-            _copy_pooling(Path(source.path), folder)
-        extra = ", add_pooling_layer=False" if inner.config.model_type in ("bert", "roberta", "xlm-roberta", "mpnet") else ""
-        snippet = (
-            "from safetensors.torch import load_file\nfrom transformers import AutoModel, AutoTokenizer\n\n"
-            f'encoder = AutoModel.from_pretrained("{folder.name}"{extra})\n'
-            f"{_head_lines(folder, f'AutoTokenizer.from_pretrained({folder.name!r})')}"
-        )
-        count = model.num_labels
+    options = _options(model, for_merged=True)
+    with whole_folder(folder) as draft, quiet():
+        inner.save_pretrained(draft)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
+        if isinstance(model, SentenceClassifier):
+            write_tensors(draft / "head.safetensors", model.classifier.state_dict())
+            if source is not None:
+                _copy_pooling(Path(source.path), draft)
+            snippet = (
+                "from safetensors.torch import load_file\nfrom transformers import AutoModel, AutoTokenizer\n\n"
+                f'encoder = AutoModel.from_pretrained("{folder.name}", {_typed(options)})\n'
+                f"{_head_lines(folder, repr(folder.name))}"
+            )
+        else:
+            snippet = (
+                f"from transformers import {_auto(model)}\n\n"
+                f'model = {_auto(model)}.from_pretrained("{folder.name}", {_typed(options)})\n'
+            )
+        write_text(draft / "README.md", _readme("A merged model written by lowdim", snippet))
 
-        def reload() -> nn.Module:
-            from transformers import AutoModel
+    def reload() -> nn.Module:
+        import transformers
 
-            options = {"add_pooling_layer": False} if extra else {}
-            return _with_head(AutoModel.from_pretrained(folder, **options), folder, count)
-    else:
-        cls = (
-            "AutoModelForSequenceClassification" if "SequenceClassification" in type(model).__name__ else "AutoModelForCausalLM"
-        )
-        snippet = f'from transformers import {cls}\n\nmodel = {cls}.from_pretrained("{folder.name}")\n'
+        with quiet():
+            return _with_head(getattr(transformers, _auto(model)).from_pretrained(folder, **options), folder, model)
 
-        def reload() -> nn.Module:
-            import transformers
-
-            return getattr(transformers, cls).from_pretrained(folder)
-
-    write_text(folder / "README.md", _readme("A merged model written by lowdim", snippet))
     return ExportResult(folder, "merged", snippet, reload)
+
+
+def _auto(model: nn.Module) -> str:
+    """The class of transformers that loads it."""
+    if isinstance(model, SentenceClassifier):
+        return "AutoModel"
+    return "AutoModelForSequenceClassification" if "SequenceClassification" in type(model).__name__ else "AutoModelForCausalLM"
+
+
+def _options(model: Any, *, for_merged: bool = False, **more: Any) -> dict[str, Any]:
+    """Keywords with which `from_pretrained` gives this very model."""
+    options = {**more, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    if isinstance(model, SentenceClassifier):
+        return {**options, **encoder_options(model.config)}
+    if _auto(model).endswith("SequenceClassification") and not for_merged:
+        options |= {"num_labels": model.config.num_labels, "pad_token_id": model.config.pad_token_id}
+    return options
+
+
+def _typed(options: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in options.items())
 
 
 def _copy_pooling(source: Path, folder: Path) -> None:
@@ -170,15 +175,17 @@ def _copy_pooling(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def _with_head(encoder: nn.Module, folder: Path, num_labels: int) -> nn.Module:
-    model = SentenceClassifier(encoder, num_labels)
-    model.classifier.load_state_dict(read_tensors(folder / "head.safetensors")[0])
-    return model
+def _with_head(loaded: nn.Module, folder: Path, like: nn.Module) -> nn.Module:
+    if not isinstance(like, SentenceClassifier):
+        return loaded
+    whole = SentenceClassifier(loaded, like.num_labels)
+    whole.classifier.load_state_dict(read_tensors(folder / "head.safetensors")[0])
+    return whole
 
 
-def _head_lines(folder: Path, tokenizer: str) -> str:
+def _head_lines(folder: Path, base: str) -> str:
     return (
-        f'head = load_file("{folder.name}/head.safetensors")\ntokenizer = {tokenizer}\n\n'
+        f'head = load_file("{folder.name}/head.safetensors")\ntokenizer = AutoTokenizer.from_pretrained({base})\n\n'
         'batch = tokenizer(["a text"], padding=True, truncation=True, return_tensors="pt")\n'
         "states, mask = encoder(**batch).last_hidden_state, batch['attention_mask'].unsqueeze(-1)\n"
         'logits = ((states * mask).sum(1) / mask.sum(1)) @ head["weight"].T + head["bias"]\n'

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from lowdim.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["read_json", "read_tensors", "write_bytes", "write_json", "write_tensors", "write_text"]
+__all__ = ["read_json", "read_tensors", "whole_folder", "write_bytes", "write_json", "write_tensors", "write_text"]
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:
@@ -41,6 +42,53 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
             raise OSError(error.errno, f"could not write {path} ({error.strerror}); nothing was changed") from error
         raise
     return path
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder to write into, whose files take their places in `folder` when all are complete, and none if anything fails.
+
+    Other files that `folder` holds stay.
+
+    Raises:
+        OSError: no space or no permission; `folder` is as it was.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> from lowdim.files import whole_folder
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     with whole_folder(pathlib.Path(place) / "model") as draft:
+        ...         _ = (draft / "config.json").write_text("{}")
+        ...     [file.name for file in (pathlib.Path(place) / "model").iterdir()]
+        ['config.json']
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; name a folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+    try:
+        yield draft
+        files = sorted(path for path in draft.rglob("*") if path.is_file())
+        for path in files:
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        if not folder.exists():
+            os.chmod(draft, 0o755)
+            os.replace(draft, folder)
+        else:
+            for path in files:
+                place = folder / path.relative_to(draft)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, place)
+    except Exception as error:
+        # safetensors reports a full disk by an error of its own.
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            reason = getattr(error, "strerror", None) or str(error)
+            raise OSError(f"could not write {folder} ({reason}); nothing was changed") from error
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +32,13 @@ __all__ = [
     "Source",
     "assets",
     "build",
+    "encoder_options",
     "head_modules",
     "load_config",
     "load_model",
     "load_tokenizer",
+    "longest_text",
+    "quiet",
     "resolve",
 ]
 
@@ -55,11 +58,21 @@ class Source:
     path: str
     label: str
     gguf: str | None = None
+    hub: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         """Further keywords of `from_pretrained`."""
+        if self.hub and not _hub_answers():
+            return {"local_files_only": True}  # what was fetched before; half a minute of retries would not bring more
         return {"gguf_file": self.gguf} if self.gguf else {}
+
+    def failure(self, name: str, what: str, error: BaseException) -> UnknownNameError:
+        """The error for a model that was found, or might be on the hub, and could not be read."""
+        lines = str(error).strip().splitlines()
+        reason = lines[0][:200] if lines else type(error).__name__
+        where = "no such folder, and from the hub " if self.hub else ""
+        return UnknownNameError(f"--model {name}: {where}{what} ({reason})")
 
 
 def resolve(name: str) -> Source:
@@ -92,16 +105,18 @@ def resolve(name: str) -> Source:
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1:
             return Source(str(path), ggufs[0].stem, ggufs[0].name)
-        raise UnknownNameError(f"--model {name}: the folder has no config.json, so it is not a transformers model")
+        raise UnknownNameError(f"--model {name!r}: the folder has no config.json, so it is not a transformers model")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        there = path.parent.iterdir() if path.parent.is_dir() else ()
+        siblings = sorted(p.name for p in there if p.is_dir() and not p.name.startswith("."))
         close = f" (nearest there: {', '.join(nearest(path.name, siblings))})" if siblings else ""
         raise UnknownNameError(f"--model {name}: no such folder{close}")
     if "/" not in name:
         raise UnknownNameError(
-            f"--model {name!r} is no folder, no hub id (owner/name), and none of {', '.join(NAMES)} (nearest: {nearest(name, NAMES, 1)[0]})"
+            f"--model {name!r} is no folder, no hub id (owner/name), and none of {', '.join(NAMES)} "
+            f"(nearest: {nearest(name, NAMES, 1)[0]})"
         )
-    return Source(name, name.split("/")[-1])
+    return Source(name, name.split("/")[-1], hub=True)
 
 
 def load_config(name: str) -> Any:
@@ -112,24 +127,30 @@ def load_config(name: str) -> Any:
     """
     transformers = _transformers()
     source = resolve(name)
-    with _quiet():
+    with quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(source.path, **source.options)
-        except (OSError, ValueError) as error:
-            raise UnknownNameError(f"--model {name}: its configuration cannot be read ({_first_line(error)})") from error
+        except Exception as error:  # whatever a damaged folder makes transformers stumble over
+            raise source.failure(name, "its configuration cannot be read", error) from error
     config.mean_pooled = _mean_pooled(source)
     return config
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model, with a padding token (the end token where it has none)."""
+    """The tokenizer of a model, with a padding token (the end token where it has none).
+
+    Raises:
+        UnknownNameError: the model cannot be found, or has no tokenizer that can be read.
+    """
     transformers = _transformers()
     source = resolve(name)
-    with _quiet():
+    with quiet():
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, **source.options)
-        except (OSError, ValueError) as error:
-            raise UnknownNameError(f"--model {name}: it has no tokenizer ({_first_line(error)})") from error
+        except Exception as error:
+            raise source.failure(name, "its tokenizer cannot be read", error) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where it finds no files
+        raise UnknownNameError(f"--model {name}: it has no tokenizer (no vocabulary was found)")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -151,7 +172,7 @@ def load_model(
         dtype: of the weights; None takes float32.
 
     Raises:
-        UnknownNameError: the model cannot be found or read, or has no such task.
+        UnknownNameError: the model cannot be found or read, lacks weights, or has no such task.
     """
     import torch
 
@@ -161,18 +182,34 @@ def load_model(
     pooled = task == "classify" and _mean_pooled(source)
     cls, options = (transformers.AutoModel, {}) if pooled else _auto(transformers, task, num_labels)
     if pooled:
-        options = _without_pooler(transformers, source)
-    with _quiet(), torch.random.fork_rng(devices=[]):
+        options = encoder_options(load_config(name))
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = cls.from_pretrained(source.path, dtype=dtype or torch.float32, **source.options, **options)
+            model, info = cls.from_pretrained(
+                source.path,
+                dtype=dtype or torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # a head for other classes is a new head; anything else is told below
+                **source.options,
+                **options,
+            )
+            absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+            new = _new_modules(model, absent)
             if pooled:
                 model = SentenceClassifier(model, num_labels)
-        except (OSError, ValueError) as error:
-            raise UnknownNameError(f"--model {name}: cannot be loaded for {task} ({_first_line(error)})") from error
+        except Exception as error:
+            raise source.failure(name, f"cannot be loaded for {task}", error) from error
+    broken = sorted(key for key in absent if task != "classify" or pooled or not key.startswith(new))
+    if broken:
+        raise UnknownNameError(
+            f"--model {name}: {len(broken)} tensors of a model for {task} are not in its weights, or of another shape there, "
+            f"such as {broken[0]}"
+        )
+    model.new_modules = tuple(sorted(new))
     if pad_token_id is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = pad_token_id
-    model.config._name_or_path = name if "/" in name and not Path(name).exists() else source.path
+    model.config._name_or_path = source.path
     return model
 
 
@@ -184,7 +221,7 @@ def build(config: Any, task: str, *, num_labels: int = 2) -> nn.Module:
     transformers = _transformers()
     own = copy.deepcopy(config)
     if task == "classify" and getattr(config, "mean_pooled", False):
-        return SentenceClassifier(transformers.AutoModel.from_config(own, **_pooler_option(own)), num_labels)
+        return SentenceClassifier(transformers.AutoModel.from_config(own, **encoder_options(own)), num_labels)
     cls, options = _auto(transformers, task, num_labels)
     for key, value in options.items():
         setattr(own, key, value)
@@ -197,7 +234,25 @@ def head_modules(model: nn.Module, task: str) -> tuple[str, ...]:
     """Names of the modules that are new for the task and always trained: the classification head; none for language models."""
     if task != "classify":
         return ()
-    return tuple(name for name, _ in model.named_children() if name in HEAD_NAMES)
+    heads = [name for name, _ in model.named_children() if name in HEAD_NAMES]
+    return tuple(dict.fromkeys([*heads, *getattr(model, "new_modules", ())]))
+
+
+def longest_text(name: str) -> int | None:
+    """How many tokens the model can read at once; None where its configuration does not say."""
+    config = load_config(name)
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    # RoBERTa and its kin count positions from behind the padding token.
+    skipped = (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
+    return limit - skipped
+
+
+def encoder_options(config: Any) -> dict[str, Any]:
+    """Keywords of `AutoModel`: a mean-pooled model never runs BERT's pooler, so it is left out, neither adapted nor counted."""
+    poolers = ("albert", "bert", "camembert", "mpnet", "roberta", "xlm-roberta")
+    return {"add_pooling_layer": False} if config.model_type in poolers else {}
 
 
 def _mean_pooled(source: Source) -> bool:
@@ -206,13 +261,33 @@ def _mean_pooled(source: Source) -> bool:
     return path.is_file() and bool(read_json(path).get("pooling_mode_mean_tokens"))
 
 
-def _pooler_option(config: Any) -> dict[str, Any]:
-    # A mean-pooled model never runs BERT's pooler: leave it out, so that it is neither adapted nor counted.
-    return {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta", "mpnet") else {}
+def _new_modules(model: Any, missing: Iterable[str]) -> tuple[str, ...]:
+    """Modules that the checkpoint does not have and the task needs: whatever stands outside the backbone, and its pooler."""
+    found = set()
+    for key in missing:
+        first, _, rest = key.partition(".")
+        if first != model.base_model_prefix:
+            found.add(first)
+        elif rest.startswith("pooler."):
+            found.add(f"{first}.pooler")
+    return tuple(found)
 
 
-def _without_pooler(transformers: Any, source: Source) -> dict[str, Any]:
-    return _pooler_option(transformers.AutoConfig.from_pretrained(source.path))
+def _hub_answers() -> bool:
+    """Whether the hub's name can be resolved; behind a proxy that is the proxy's matter."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants
+
+    if getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
 
 
 def _auto(transformers: Any, task: str, num_labels: int) -> tuple[Any, dict[str, Any]]:
@@ -237,7 +312,7 @@ def _transformers() -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and its note that a head is new, which is what was asked for."""
     import transformers
 
@@ -250,7 +325,3 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

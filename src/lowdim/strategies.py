@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -59,15 +60,24 @@ def with_options(variant: Variant, options: Mapping[str, Any]) -> Variant:
 
     Raises:
         UnknownNameError: the method has no such hyperparameter.
+        ValueError, TypeError: a value that it refuses whatever the model.
     """
     if not options:
         return variant
     known = _option_names(variant)
     for name in options:
         if name not in known:
-            close = ", ".join(nearest(name, known)) or "none"
-            raise UnknownNameError(f"method {variant.name} has no option {name!r}; nearest: {close}")
-    return dataclasses.replace(variant, options={**variant.options, **options})
+            close = f"; nearest: {', '.join(nearest(str(name), known))}" if known else " (it has none)"
+            raise UnknownNameError(f"method {variant.name} has no option {name!r}{close}")
+    changed = dataclasses.replace(variant, options={**variant.options, **options})
+    kind = kind_of(changed)
+    if kind == "adapter":
+        changed.build()(**fill(changed, lr=1e-3, steps=1))
+    elif kind == "optimizer":
+        import torch
+
+        _make_optimizer(changed, torch.nn.Linear(2, 2), 1e-3)
+    return changed
 
 
 def apply(
@@ -100,7 +110,7 @@ def apply(
     if kind == "probe":
         return _probe(variant, model, tuple(head))
     if kind == "optimizer":
-        return _optimizer(variant, model)
+        return _optimizer(variant, model, lr)
     if kind == "layer":
         _swap_layers(variant, model, initialise)
     for parameter in model.parameters():
@@ -133,9 +143,20 @@ def _adapter(
     from lowdim.adapters import adapt
 
     options = fill(variant, lr=lr, steps=steps)
-    method = variant.build()(**options)
+    method = _beside(variant.build()(**options), model, head)
     adapted = adapt(model, method, batches=batches, loss_fn=loss_fn, modules_to_save=head, seed=seed, initialise=initialise)
     return Applied(model, "adapter", variant, lambda rate: _adamw(adapted.param_groups(rate), rate), adapted, options)
+
+
+def _beside(method: Any, model: nn.Module, head: tuple[str, ...]) -> Any:
+    """The method, kept off the layers of a head that is trained whole (a new pooler, say) where it would take every layer."""
+    from lowdim.adapters.adapted import target_layers
+
+    if method.target_modules not in (None, "all-linear"):
+        return method
+    found = list(target_layers(model, method))
+    outside = [name for name in found if not any(name == h or name.startswith(f"{h}.") for h in head)]
+    return method if outside == found else dataclasses.replace(method, target_modules=outside)
 
 
 def _probe(variant: Variant, model: nn.Module, head: tuple[str, ...]) -> Applied:
@@ -150,21 +171,22 @@ def _probe(variant: Variant, model: nn.Module, head: tuple[str, ...]) -> Applied
     return Applied(model, "probe", variant, lambda rate: _adamw([p for p in model.parameters() if p.requires_grad], rate))
 
 
-def _optimizer(variant: Variant, model: nn.Module) -> Applied:
-    from lowdim.optim import param_groups
-
+def _optimizer(variant: Variant, model: nn.Module, lr: float) -> Applied:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    _make_optimizer(variant, model, lr)  # what it refuses, it refuses now, and not when the training has begun
+    make = functools.partial(_make_optimizer, variant, model)
+    return Applied(model, "optimizer", variant, make, options=dict(variant.options))
+
+
+def _make_optimizer(variant: Variant, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    from lowdim.optim import param_groups
+
     options = dict(variant.options)
     rank = options.pop("rank")
-    cls = variant.build()
-
-    def make(rate: float) -> torch.optim.Optimizer:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            return cls(param_groups(model, rank=rank), lr=rate, **options)
-
-    return Applied(model, "optimizer", variant, make, options=dict(variant.options))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a model without a matrix to project
+        return variant.build()(param_groups(model, rank=rank), lr=lr, **options)
 
 
 def _swap_layers(variant: Variant, model: nn.Module, initialise: bool) -> None:

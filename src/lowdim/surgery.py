@@ -48,13 +48,18 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether the layer is nn.Linear or transformers' Conv1D."""
+    """Whether the layer is nn.Linear or transformers' Conv1D.
+
+    The output projection inside nn.MultiheadAttention does not count: attention reads its weight and never calls it.
+    """
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
     return isinstance(layer, nn.Linear) or is_conv1d(layer)
 
 
 def is_matrix_layer(layer: nn.Module) -> bool:
-    """Whether the layer applies one weight matrix: nn.Linear, transformers' Conv1D, nn.Conv2d."""
-    return isinstance(layer, (nn.Linear, nn.Conv2d)) or is_conv1d(layer)
+    """Whether the layer applies one weight matrix: what `is_linear` takes, and nn.Conv2d."""
+    return is_linear(layer) or isinstance(layer, nn.Conv2d)
 
 
 def weight_matrix(layer: nn.Module) -> Tensor:
@@ -86,8 +91,13 @@ def with_matrix(layer: nn.Module, matrix: Tensor) -> nn.Module:
     """A layer like `layer` with another weight matrix `(out, in)`; the given one is left as it is.
 
     The new weight takes the old one's dtype, device, layout and `requires_grad`. Bias and hooks are shared.
+
+    Raises:
+        TypeError: the weight is not a parameter but computed from others (weight_norm, a parametrization).
     """
-    old = cast(nn.Parameter, layer.weight)
+    old = layer._parameters.get("weight")
+    if old is None:
+        raise TypeError(f"the weight of {describe(layer)} is computed (weight_norm or a parametrization?); remove that first")
     if isinstance(layer, nn.Embedding) or is_conv1d(layer):
         matrix = matrix.T
     value = matrix.reshape(old.shape).to(device=old.device, dtype=old.dtype).contiguous()
@@ -151,9 +161,10 @@ def find_layers(
     """The layers that patterns name, in model order.
 
     Args:
-        target_modules: a list of module names or dotted suffixes (`"q_proj"`, `"layer.1.attention.query"`); a string is a
-            regular expression that must match the whole name, or a plain name; `"all-linear"` or None takes every layer that
-            `accept` lets through, except the model's prediction head.
+        target_modules: a list of module names or dotted suffixes (`"q_proj"`, `"layer.1.attention.query"`); a string is such a
+            name, or a regular expression that must match the whole name; `"all-linear"` or None takes every layer that
+            `accept` lets through, except the model's prediction head. A module with two names is found by either and
+            listed once, by its first.
         exclude: skip a layer whose name contains one of these.
         accept: which layers can be taken; a pattern that matches only others is an error.
 
@@ -167,7 +178,7 @@ def find_layers(
         ['2']
     """
     skip = tuple(exclude)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     modules.pop("", None)
     if target_modules is None or target_modules == "all-linear":
         heads = _heads(model)
@@ -178,7 +189,7 @@ def find_layers(
             raise NoMatchingModuleError("target_modules must name at least one module; got an empty list")
         hits: set[str] = set()
         for pattern in patterns:
-            match = [n for n in modules if _matches(pattern, n)]
+            match = [n for n in modules if _matches(pattern, n, isinstance(target_modules, str))]
             taken = [n for n in match if accept(modules[n])]
             if not taken:
                 raise _no_match(pattern, match, modules, accept)
@@ -189,7 +200,10 @@ def find_layers(
         raise NoMatchingModuleError(
             f"no layer is left: target_modules={target_modules!r} with exclude={list(skip)!r} on {type(model).__name__}"
         )
-    return {n: modules[n] for n in found}
+    first: dict[nn.Module, str] = {}
+    for name, module in modules.items():
+        first.setdefault(module, name)
+    return {first[m]: m for m in dict.fromkeys(modules[n] for n in found)}
 
 
 def parent_and_child(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -256,7 +270,7 @@ def without_tied(
     mine = set() if within else set(layers.values())
     tied: dict[str, list[str]] = {}
     for name, layer in layers.items():
-        others = [path for module, path in owners[id(layer.weight)] if module is not layer and module not in mine]
+        others = [path for module, path in owners.get(id(layer.weight), []) if module is not layer and module not in mine]
         if others:
             tied[name] = others
     text = "; ".join(f"{name} shares its weight with {', '.join(others)}" for name, others in tied.items())
@@ -293,13 +307,13 @@ def _heads(model: nn.Module) -> set[nn.Module]:
     return {head} if isinstance(head, nn.Module) else set()
 
 
-def _matches(pattern: str, name: str) -> bool:
+def _matches(pattern: str, name: str, expression: bool) -> bool:
     if name == pattern or name.endswith("." + pattern):
         return True
     try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error:
-        return False
+        return expression and re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise NoMatchingModuleError(f"target_modules: {pattern!r} is not a valid regular expression ({error})") from None
 
 
 def _no_match(

@@ -14,6 +14,7 @@ from lowdim.adapters import LaMDA, LoRA
 from lowdim.ranks import by_energy
 from lowdim.surgery import weight_matrix
 from lowdim.testing.adapter_case import AdapterCase, make_layer, relative_error, sample_input, small_model
+from lowdim.testing.kept import kept_bytes, kept_tensors
 
 
 class TestLaMDA(AdapterCase):
@@ -230,41 +231,24 @@ def test_going_back_to_an_earlier_checkpoint_unfreezes():
     assert adapted.layers["0"].update.frozen_columns() == 1
 
 
-def _kept(run):
-    storages = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: _note(storages, t), lambda t: t):
-        out = run()
-    return out, storages
-
-
-def _note(storages, tensor):
-    storages[tensor.untyped_storage().data_ptr()] = tensor
-    return tensor
-
-
 def test_the_backward_pass_keeps_thin_products_only():
     adapted = LaMDA(rank=2, total_steps=4).attach(make_layer("linear"))
     x = torch.randn(40, 12, dtype=torch.float64)
-    _, kept = _kept(lambda: adapted(x))
-    assert max(t.numel() for t in kept.values()) == 40 * 2
+    assert max(t.numel() for t in kept_tensors(lambda: adapted(x))) == 40 * 2
     for _ in range(4):
         adapted.update.step()
     assert adapted.update.frozen_columns() == 2
-    _, kept = _kept(lambda: adapted(x))
-    # for S alone: A x, and the small S and B; nothing else of 40 rows
-    assert sum(t.shape[0] == 40 for t in kept.values()) == 1
+    # for S alone: A x, and nothing else of 40 rows
+    assert sum(t.shape[0] == 40 for t in kept_tensors(lambda: adapted(x))) == 1
 
 
 def test_memory_against_lora():
-    def kept_bytes(method):
-        torch.manual_seed(0)
+    def kept(method):
         model = nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(384, 384), nn.GELU())])
         lowdim.adapt(model, method)
-        mine = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-        _, kept = _kept(lambda: model(torch.randn(512, 384)))
-        return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in mine)
+        return kept_bytes(model, torch.randn(512, 384))
 
-    assert kept_bytes(LaMDA(rank=32)) <= 0.65 * kept_bytes(LoRA(rank=32))
+    assert kept(LaMDA(rank=32)) <= 0.65 * kept(LoRA(rank=32))
 
 
 def test_ranks_by_energy_vector():

@@ -10,6 +10,7 @@ import vectors
 from lowdim.adapters import LoRASB, LoRAXS
 from lowdim.surgery import weight_matrix
 from lowdim.testing.adapter_case import AdapterCase, make_layer, relative_error, sample_input, small_model
+from lowdim.testing.kept import kept_tensors
 
 
 class TestLoRASB(AdapterCase):
@@ -107,10 +108,8 @@ def test_large_sign_matrix_is_approximated_as_well_as_by_the_exact_decomposition
 
 def test_the_backward_pass_keeps_thin_products_only():
     adapted = LoRAXS(rank=2).attach(make_layer("linear"))
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        adapted(torch.randn(40, 12, dtype=torch.float64))
-    assert max(t.numel() for t in kept) == 40 * 2
+    x = torch.randn(40, 12, dtype=torch.float64)
+    assert max(t.numel() for t in kept_tensors(lambda: adapted(x))) == 40 * 2
 
 
 def test_bad_input():

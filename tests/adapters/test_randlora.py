@@ -10,6 +10,7 @@ import lowdim
 import vectors
 from lowdim.adapters import AdaptedLayer, RandLoRA
 from lowdim.testing.adapter_case import AdapterCase, make_layer, relative_error, sample_input, small_model
+from lowdim.testing.kept import kept_tensors
 
 
 class TestRandLoRA(AdapterCase):
@@ -142,13 +143,9 @@ def test_the_backward_pass_does_not_keep_the_scaled_factor(name):
     layer = make_layer(name)
     adapted = RandLoRA(rank=2).attach(layer)
     x = torch.randn(1, layer.in_features, dtype=torch.float64, requires_grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        adapted(x)
-    own = {p.untyped_storage().data_ptr() for p in (*adapted.parameters(), *adapted.buffers())}
-    fresh = [t for t in kept if t.untyped_storage().data_ptr() not in own]
-    # x itself, or B♭ᵀx, for this one row; A♭ would be n·rank times d
-    assert sum(t.numel() for t in fresh) <= 12
+    fresh = kept_tensors(lambda: adapted(x), adapted)
+    # for this one row x itself, or B♭ᵀx, and the scaled lam; A♭ would be n·rank times d
+    assert sum(t.numel() for t in fresh) <= 12 + adapted.update.lam.numel()
 
 
 def test_a_layer_larger_than_the_shared_bases_is_refused():

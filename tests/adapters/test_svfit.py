@@ -13,6 +13,7 @@ from lowdim.errors import CheckpointError
 from lowdim.files import read_tensors
 from lowdim.surgery import weight_matrix
 from lowdim.testing.adapter_case import AdapterCase, make_layer, relative_error, sample_input, small_model
+from lowdim.testing.kept import kept_tensors
 
 
 class TestSVFit(AdapterCase):
@@ -72,10 +73,8 @@ def test_values_may_cross_zero_and_lose_their_order():
 
 def test_the_backward_pass_keeps_the_thin_product_only():
     adapted = SVFit(rank=2).attach(make_layer("linear"))
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        adapted(torch.randn(40, 12, dtype=torch.float64))
-    assert max(t.numel() for t in kept) == 40 * 2
+    x = torch.randn(40, 12, dtype=torch.float64)
+    assert max(t.numel() for t in kept_tensors(lambda: adapted(x))) == 40 * 2
 
 
 def test_a_checkpoint_holds_only_s(tmp_path):

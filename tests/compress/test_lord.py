@@ -3,11 +3,11 @@ import math
 
 import pytest
 import torch
-import vectors
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import vectors
 from lowdim.compress import (
     LoRDConfig,
     LowRankLinear,
@@ -211,9 +211,7 @@ def test_ranks_by_hand():
     assert lord_rank(3, 3, param_ratio=0.01) == 1
 
 
-@given(
-    st.integers(1, 5000), st.integers(1, 5000), st.floats(0.001, 1.0), st.sampled_from([1, 8, 64]), st.booleans()
-)
+@given(st.integers(1, 5000), st.integers(1, 5000), st.floats(0.001, 1.0), st.sampled_from([1, 8, 64]), st.booleans())
 def test_rank_properties(out_features, in_features, ratio, multiple, by_parameters):
     name = "param_ratio" if by_parameters else "rank_ratio"
     rank = lord_rank(out_features, in_features, **{name: ratio}, multiple=multiple)
@@ -337,3 +335,40 @@ def test_factors_take_the_weights_dtype(dtype):
 def test_a_model_without_a_report():
     with pytest.raises(ValueError, match="Linear carries no compression report"):
         last_report(nn.Linear(2, 2))
+
+
+def test_rank_table_by_a_second_name_or_a_suffix_of_others():
+    shared = nn.Linear(12, 40)
+    model = nn.ModuleDict({"a": nn.ModuleDict({"up": shared}), "b": nn.ModuleDict({"up": shared, "more": nn.Linear(40, 12)})})
+    model["up"] = nn.Linear(12, 40)
+
+    class Call(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x):
+            return self.parts["b"]["more"](self.parts["a"]["up"](x) + self.parts["up"](x))
+
+    whole = lord(Call(), LoRDConfig(rank={"parts.b.up": 4}), [torch.randn(500, 12)])
+    assert model["a"]["up"] is model["b"]["up"]
+    assert model["a"]["up"].rank == 4
+    assert type(whole.parts["up"]) is nn.Linear
+    lord(whole, LoRDConfig(rank={"parts.up": 3}), [torch.randn(500, 12)])
+    assert whole.parts["up"].rank == 3
+    assert model["a"]["up"].rank == 4
+
+
+def test_inside_torchs_own_attention():
+    model = nn.TransformerEncoderLayer(12, 2, 48, batch_first=True)  # its out_proj is read, never called
+    lord(model, LoRDConfig(rank=4), [torch.randn(50, 10, 12)])
+    assert [row.name for row in last_report(model).layers] == ["linear1", "linear2"]
+
+
+def test_layers_that_share_a_weight_are_left_alone():
+    model = nn.Sequential(nn.Linear(12, 40), nn.Linear(40, 12), nn.Linear(12, 40))
+    model[2].weight = model[0].weight  # each has its own outputs, so one pair of factors cannot serve both
+    lord(model, LoRDConfig(rank=3), [torch.randn(500, 12)])
+    assert model[2].weight is model[0].weight
+    assert isinstance(model[1], LowRankLinear)
+    assert last_report(model).left_dense[0].note == "left dense: tied to 2.weight"

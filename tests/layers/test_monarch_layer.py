@@ -1,8 +1,8 @@
 import pytest
 import torch
-import vectors
 from torch import nn
 
+import vectors
 from lowdim.layers import Monarch
 from lowdim.testing.layer_case import LayerCase
 

@@ -165,8 +165,18 @@ def test_inside_torchs_own_transformer_layer():
     with torch.no_grad():
         want = layer.eval()(x)
         swap_linear(layer, Monarch, nblocks=1)
+        assert isinstance(layer.linear1, Monarch)
+        assert not isinstance(layer.self_attn.out_proj, Monarch)
         torch.testing.assert_close(layer.train()(x), want, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(layer.eval()(x), want, rtol=1e-4, atol=1e-5)  # the fused path reads `.weight`
+
+
+def test_a_parametrized_weight_is_approximated_as_it_stands():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)))
+    x = torch.randn(3, 8)
+    want = model(x)
+    swap_linear(model, LowRank, rank=6)
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
 
 
 def test_gpt2s_transposed_layers():

@@ -1,9 +1,9 @@
 import pytest
 import torch
-import vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import vectors
 from lowdim.linalg import monarch_dense, monarch_multiply, monarch_project
 
 SHAPES = [

@@ -13,14 +13,14 @@ from lowdim.strategies import apply
 BATCH, LENGTH = 8, 64
 
 
-def llama(layers: int = 3, **more):
+def llama(layers: int = 2, **more):
     from transformers import LlamaConfig
 
     sizes = {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 4, "num_key_value_heads": 2}
     return LlamaConfig(num_hidden_layers=layers, vocab_size=500, **{**sizes, **more})
 
 
-def bert(layers: int = 3, **more):
+def bert(layers: int = 2, **more):
     """The shape of MiniLM, thinner."""
     from transformers import BertConfig
 
@@ -65,11 +65,9 @@ def train(config, chosen: Variant, steps: int = 2, *, checkpointing: bool = Fals
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     batches = [batch_of(config, seed) for seed in range(2)]
-    applied = apply(
-        chosen, model, lr=1e-3, steps=100, head=head_modules(model, task), batches=iter(batches), loss_fn=loss_of
-    )
+    applied = apply(chosen, model, lr=1e-3, steps=100, head=head_modules(model, task), batches=iter(batches), loss_fn=loss_of)
     applied.model.train()
-    optimizer = applied.make_optimizer(1e-3)
+    optimizer = applied.make_optimizer(1e-3)  # hooks for layerwise updates come with it
     applied.model.zero_grad(set_to_none=True)
     batch = batches[0]
 

@@ -10,15 +10,22 @@ from lowdim.catalogue import variant
 from lowdim.errors import BudgetError, NoMatchingModuleError, UnknownNameError
 from lowdim.plan import affordable, forecast, measure
 from lowdim.plan.fake import Subject
-from lowdim.plan.forecasting import _rehearse
+from lowdim.plan.forecasting import _extend
 from lowdim.plan.rehearse import Plan, rehearse
 from lowdim.strategies import with_options
 
 pytest.importorskip("transformers")
 
 
+_KNOWN = {}
+
+
 def predict(config, method, **more):
-    return forecast(config, method, task=task_of(config), batch_size=BATCH, sequence_length=LENGTH, **more)
+    """A forecast, made once for what several tests look at."""
+    key = (config.to_json_string(), method if isinstance(method, str) else repr(method), repr(sorted(more.items())))
+    if key not in _KNOWN:
+        _KNOWN[key] = forecast(config, method, task=task_of(config), batch_size=BATCH, sequence_length=LENGTH, **more)
+    return _KNOWN[key]
 
 
 #: Ranks that are chosen from the weights' spectra are planned at their largest.
@@ -27,13 +34,16 @@ RANK_FROM_DATA = {"svfit", "lamda++"}
 HIDDEN = 0.005
 
 
-def pairs():
+def pairs() -> list:
     """Every method on an encoder, and the usual ones on a decoder; the rest is slow."""
+    found = []
     for chosen in built_methods():
-        yield pytest.param(bert(2), chosen, id=f"bert-{chosen.name}")
+        variation = chosen.name in ("lamda++", "lora-xs", "galore-8bit")
+        found.append(pytest.param(bert(), chosen, id=f"bert-{chosen.name}", marks=[pytest.mark.slow] * variation))
         if chosen.name != "linear-probe":  # a language model has no new head
-            marks = () if chosen.name in ("lora", "full", "galore") else pytest.mark.slow
-            yield pytest.param(llama(2), chosen, id=f"llama-{chosen.name}", marks=marks)
+            marks = () if chosen.name in ("lora", "galore") else pytest.mark.slow
+            found.append(pytest.param(llama(), chosen, id=f"llama-{chosen.name}", marks=marks))
+    return found
 
 
 @pytest.mark.parametrize(("config", "chosen"), pairs())
@@ -41,7 +51,8 @@ def test_forecast_is_what_training_takes(config, chosen):
     got = predict(config, chosen)
     real, applied = train(config, chosen)
     from_data = chosen.name in RANK_FROM_DATA
-    assert got.total == pytest.approx(real.bytes, rel=0.1 if from_data or got.usual != got.total else HIDDEN)
+    exact = not from_data and chosen.name != "galore-8bit"  # which keeps a table of codes for the whole process
+    assert got.total == pytest.approx(real.bytes, rel=HIDDEN if exact else 0.05)
     if from_data:
         assert applied.trained() <= got.trained_parameters <= 1.3 * applied.trained()
     else:
@@ -50,7 +61,7 @@ def test_forecast_is_what_training_takes(config, chosen):
 
 
 def test_checkpointing_is_seen():
-    config = llama(layers=4)
+    config = llama()
     plain, thrifty = predict(config, "lora"), predict(config, "lora", gradient_checkpointing=True)
     assert thrifty.total < 0.8 * plain.total
     assert thrifty.total == pytest.approx(train(config, variant("lora"), checkpointing=True)[0].bytes, rel=HIDDEN)
@@ -62,23 +73,19 @@ def test_bfloat16_weights():
     assert got.total == pytest.approx(train(llama(), variant("full"), dtype=torch.bfloat16)[0].bytes, rel=HIDDEN)
 
 
-def deep():
-    for chosen in built_methods():
-        marks = () if chosen.name in ("lora", "galore", "lamda++") else pytest.mark.slow
-        yield pytest.param(chosen, id=chosen.name, marks=marks)
+def deep() -> list:
+    return [pytest.param(v, id=v.name, marks=[pytest.mark.slow] * (v.name != "lora")) for v in built_methods()]
 
 
 @pytest.mark.parametrize("chosen", deep())
-def test_a_deep_stack_continued_from_two_depths_is_exact(chosen):
-    config = llama(layers=10, hidden_size=32, intermediate_size=64)
-    subject = Subject.of(config, task="classify")
+def test_a_line_through_two_depths_is_exact(chosen):
+    config = llama(layers=6, hidden_size=32, intermediate_size=64)
     options = {name: 8 for name in ("rank",) if "rank" in chosen.options}
     if "rank_choices" in chosen.options:
         options["rank_choices"] = (4, 8)
-    plan = Plan(with_options(chosen, options), 2, 16)
-    short, depths = _rehearse(subject, plan)
+    subject, plan = Subject.of(config, task="classify"), Plan(with_options(chosen, options), 2, 16)
     whole = rehearse(subject, plan)
-    assert depths == (2, 4)
+    short = _extend(rehearse(subject, plan, 2), rehearse(subject, plan, 4), 6)
     for name, value in whole.amounts.items():
         assert short.amounts[name] == pytest.approx(value, rel=1e-9)
     # Where state comes into being while the first step goes, the line is a close guess; afterwards it is exact.
@@ -98,11 +105,22 @@ def test_patterns_that_single_out_layers_are_rehearsed_whole():
 def test_layers_of_two_kinds_are_rehearsed_whole():
     from transformers import Qwen2Config
 
-    config = Qwen2Config(
-        num_hidden_layers=10, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=100, use_sliding_window=True, max_window_layers=5,
-    )  # fmt: skip
-    assert forecast(config, "lora", task="causal-lm", batch_size=2, sequence_length=16).depths == ()
+    assert Subject.of(Qwen2Config(num_hidden_layers=10), task="causal-lm").depth == 10
+    assert Subject.of(Qwen2Config(num_hidden_layers=10, use_sliding_window=True, max_window_layers=5)).depth is None
+
+
+def test_tied_weights_count_once():
+    loose, tied = (predict(llama(tie_word_embeddings=flag), "full") for flag in (False, True))
+    assert loose.weights - tied.weights == 4 * 500 * 128
+    assert loose.trained_parameters - tied.trained_parameters == 500 * 128
+    assert tied.total == pytest.approx(train(llama(tie_word_embeddings=True), variant("full"))[0].bytes, rel=HIDDEN)
+
+
+def test_a_task_that_the_model_has_no_form_for():
+    from transformers import DistilBertConfig
+
+    with pytest.raises(UnknownNameError, match="a distilbert model has no form for the task causal-lm"):
+        forecast(DistilBertConfig(), "lora", task="causal-lm")
 
 
 def test_seven_billion_parameters_need_no_memory():
@@ -149,9 +167,7 @@ def test_a_model_that_is_no_transformer():
 def test_a_module_is_left_as_it_is():
     model = Convolutions()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    got = forecast(
-        model, "lora", batch=lambda: torch.zeros(2, 3, 8, 8), loss_fn=lambda m, x: m(x).sum(), budget_bytes="1GiB"
-    )
+    got = forecast(model, "lora", batch=lambda: torch.zeros(2, 3, 8, 8), loss_fn=lambda m, x: m(x).sum(), budget_bytes="1GiB")
     assert got.fits
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -175,6 +191,16 @@ def test_flops_of_full_training_are_six_per_weight_and_token():
 
 def test_freezing_saves_the_products_for_frozen_weights():
     assert predict(llama(), "lora").flops < 0.8 * predict(llama(), "full").flops
+
+
+def test_layerwise_updates_hold_one_gradient_at_a_time():
+    galore = variant("galore")
+    small = {"task": "causal-lm", "batch_size": 1, "sequence_length": 8}
+    plain, thrifty = (forecast(llama(), galore, layerwise=flag, **small) for flag in (False, True))
+    assert thrifty.gradients < 0.5 * plain.gradients
+    assert thrifty.total < plain.total - 0.4 * plain.gradients
+    own = dataclasses.replace(galore, options={**galore.options, "layerwise": True})
+    assert predict(llama(), galore, layerwise=True).total == pytest.approx(train(llama(), own)[0].bytes, rel=HIDDEN)
 
 
 def test_layerwise_is_for_optimizers_only():
@@ -211,20 +237,34 @@ def test_wrong_arguments(more, message):
         forecast(bert(), "lora", **more)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_a_device_that_torch_lacks():
+    with pytest.raises(ValueError, match="device must be one that this torch can use; it has no cuda"):
+        forecast(bert(), "lora", device="cuda")
+
+
 def test_unknown_models_and_methods(tmp_path):
     with pytest.raises(UnknownNameError, match="no such folder"):
         forecast(str(tmp_path / "nowhere"), "lora")
     with pytest.raises(UnknownNameError, match=r"config\.json"):
         forecast(tmp_path, "lora")
-    with pytest.raises(UnknownNameError, match="nearest: .*lora"):
+    with pytest.raises(UnknownNameError, match=r"nearest: .*lora"):
         forecast(bert(), "lorra")
     with pytest.raises(TypeError, match="a name, a folder, a transformers config"):
         forecast(3, "lora")
-    with pytest.raises(TypeError, match="must return an nn.Module"):
+    with pytest.raises(TypeError, match=r"must return an nn\.Module"):
         forecast(lambda: 3, "lora")
     model = Convolutions()
     with pytest.raises(TypeError, match="exists already"):
         forecast(lambda: model, "lora")
+
+
+def test_what_looks_at_numbers_cannot_be_forecast():
+    def loss(model, x):
+        return model(x).sum() if float(x.sum()) > 0 else model(x).mean()
+
+    with pytest.raises(ValueError, match="Full fine-tuning on Convolutions cannot be forecast"):
+        forecast(Convolutions, "full", batch=lambda: torch.zeros(2, 3, 8, 8), loss_fn=loss)
 
 
 def test_errors_of_the_method_come_through():

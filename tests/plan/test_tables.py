@@ -20,7 +20,7 @@ def text(shown) -> str:
 
 
 def few():
-    return [forecast(bert(2), name, batch_size=2, sequence_length=8) for name in ("full", "lora")]
+    return [forecast(bert(), name, batch_size=2, sequence_length=8) for name in ("full", "lora")]
 
 
 def test_table_lists_by_need_with_the_verdict():
@@ -43,7 +43,7 @@ def test_empty_table():
 
 
 def test_layers_of_lora():
-    found = shows(bert(2), with_options(variant("lora"), {"target_modules": ["query", "value"]}))
+    found = shows(bert(), with_options(variant("lora"), {"target_modules": ["query", "value"]}))
     names = [t.name for t in found]
     assert names[0] == "bert.encoder.layer.0.attention.self.query"
     assert len(found) == 5
@@ -61,7 +61,7 @@ def test_every_method_shows_something(chosen):
 
 
 def test_probe_shows_its_head():
-    (head,) = shows(bert(1), "linear-probe", num_labels=5)
+    (head,) = shows(bert(), "linear-probe", num_labels=5)
     assert (head.name, head.shape, head.trained) == ("classifier", (5, 192), 5 * 192 + 5)
 
 

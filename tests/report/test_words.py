@@ -31,12 +31,14 @@ def test_nobody_wins_within_noise():
     verdict, rest = headline(read(record))
     assert verdict == "B scores best"
     assert rest.endswith("A is within noise of it at 0.60× the memory.")
+    record["methods"][0]["measured_peak_bytes"] = 10**9
+    assert headline(read(record))[1].endswith("A is within noise of it.")  # more memory is nothing to recommend it
     assert "No method differs from B by more than noise" in _said(record)
 
 
 def test_nobody_wins_on_one_seed_or_without_a_word_on_noise():
-    for others in ({"scores": [0.7]}, {"within_noise": None}):
-        record = _record(_method("a", 0.7, **others), _method("b", 0.8, within_noise=None), winner={"method": "b"})
+    for first in (_method("a", 0.7, scores=[0.7]), _method("a", 0.7, within_noise=None)):
+        record = _record(first, _method("b", 0.8, within_noise=None), winner={"method": "b"})
         assert headline(read(record))[0] == "B scores best"
 
 

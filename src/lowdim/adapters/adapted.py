@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.adapters.base import AdaptedLayer, Method
+from lowdim.adapters.guards import fingerprint, leave_fused_paths, naming, tied_layers, unchanged_on_error
 from lowdim.calibrate import LossFn, collect
-from lowdim.errors import CheckpointError, NoMatchingModuleError, nearest
+from lowdim.errors import NoMatchingModuleError, nearest
 from lowdim.linalg import stream
 from lowdim.surgery import (
     Patterns,
-    describe,
     find_layers,
     freeze,
     is_matrix_layer,
     replace_layer,
-    tied_parameters,
     weight_matrix,
 )
 
@@ -85,6 +83,7 @@ class Adapted:
         self.model, self.method, self.layers, self.seed = model, method, dict(layers), seed
         self.fingerprints, self.modules_to_save = dict(fingerprints), tuple(modules_to_save)
         self.tied = frozenset(tied)
+        self._fused = leave_fused_paths(model, self.layers.values())
         self.merge_report: MergeReport | None = None
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -193,6 +192,8 @@ class Adapted:
             replace_layer(self.model, name, plain)
         for parameter in self.model.parameters():
             parameter.requires_grad_(True)
+        for module, name, value in self._fused:
+            setattr(module, name, value)
         config: Any = getattr(self.model, "config", None)
         if getattr(config, "tie_word_embeddings", False) and self._head_stands_alone():
             config.tie_word_embeddings = False
@@ -258,20 +259,22 @@ def adapt(
     kept = _saved_modules(model, modules_to_save, layers)
     fingerprints = {name: fingerprint(weight_matrix(layer)) for name, layer in layers.items()} if initialise else {}
     tied = tied_layers(model, layers)
-    stats = collect(model, layers, method.needs, batches, loss_fn) if initialise else {name: {} for name in layers}
+    with torch.enable_grad():
+        stats = collect(model, layers, method.needs, batches, loss_fn) if initialise else {name: {} for name in layers}
     prepared = method.prepare(layers, seed=seed, initialise=initialise)
-    freeze(model)
     attached = {}
-    for name, layer in layers.items():
-        with _context(method, name, layer):
-            attached[name] = method.attach(
-                layer,
-                stats={**stats[name], **prepared[name]},
-                generator=stream(seed, type(method).__name__, name),
-                dtype=dtype,
-                initialise=initialise,
-            )
-        stats[name] = {}  # a gradient or covariance is as large as the weight: let it go at once
+    with unchanged_on_error(model):
+        freeze(model)
+        for name, layer in layers.items():
+            with naming(type(method).__name__, name, layer):
+                attached[name] = method.attach(
+                    layer,
+                    # popped: a gradient or covariance is as large as the weight, so none is held longer than needed
+                    stats={**stats.pop(name), **prepared.pop(name)},
+                    generator=stream(seed, type(method).__name__, name),
+                    dtype=dtype,
+                    initialise=initialise,
+                )
     for name, layer in attached.items():
         replace_layer(model, name, layer)
     for name in kept:
@@ -287,22 +290,6 @@ def target_layers(model: nn.Module, method: Method) -> dict[str, nn.Module]:
     return find_layers(
         model, patterns, accept=(lambda m: is_matrix_layer(m) and method.accepts(m)) if everything else method.accepts
     )
-
-
-def tied_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """Those of `layers` whose weight stands under another name too."""
-    tied = {name for group in tied_parameters(model) for name in group}
-    return tuple(name for name in layers if f"{name}.weight" in tied)
-
-
-def fingerprint(weight: Tensor) -> str:
-    """A digest of a weight that survives a change between float32 and bfloat16: shape, and up to 65,536 rounded entries."""
-    import hashlib
-
-    flat = weight.detach().reshape(-1)
-    step = (flat.numel() // 65536) | 1  # odd: a power of two would see a few columns only
-    sample = flat[::step].to(torch.bfloat16).cpu().view(torch.int16)
-    return hashlib.blake2b(repr(tuple(weight.shape)).encode() + sample.numpy().tobytes(), digest_size=12).hexdigest()
 
 
 def _saved_modules(model: nn.Module, names: Iterable[str], layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
@@ -322,15 +309,3 @@ def _saved_modules(model: nn.Module, names: Iterable[str], layers: Mapping[str, 
                 f"modules_to_save: {name!r} holds the adapted layer {inside[0]}; a layer is adapted or saved whole, not both"
             )
     return tuple(dict.fromkeys(kept))
-
-
-@contextmanager
-def _context(method: Method, name: str, layer: nn.Module):
-    """Adds method, layer name and shape to an error from inside, keeping its type."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"layer {name}: {error}") from error
-    except (ValueError, TypeError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{type(method).__name__} on layer {name} ({describe(layer)}): {error}") from error

@@ -184,6 +184,8 @@ class Method:
         if not self.accepts(layer):
             raise TypeError(f"{type(self).__name__} takes {', '.join(sorted(self.takes))} layers; got {describe(layer)}")
         weight = weight_matrix(layer).detach()
+        if "weight" not in layer._parameters or not weight.is_floating_point():
+            raise TypeError(f"the weight must be a floating point parameter, not quantised or computed; got {describe(layer)}")
         out_features, in_features = weight.shape
         given = {} if stats is None else stats
         if initialise:

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 import lowdim
-from lowdim.adapters.adapted import Adapted, _context, fingerprint, tied_layers
+from lowdim.adapters.adapted import Adapted
 from lowdim.adapters.base import AdaptedLayer, registered_methods
+from lowdim.adapters.guards import fingerprint, naming, tied_layers, unchanged_on_error
 from lowdim.errors import CheckpointError, nearest
 from lowdim.files import read_json, read_tensors, write_json, write_tensors
 from lowdim.surgery import freeze, matrix_shape, replace_layer, weight_matrix
@@ -103,14 +104,15 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         stats = {**prepared[name], **about["layers"][name]["meta"]}
         weight = weight_matrix(layer).detach()
         dtype = next((t.dtype for t in own.values() if t.is_floating_point()), weight.dtype)
-        with _context(method, name, layer):
+        with naming(about["method"], name, layer):
             update = method.blank(*weight.shape, stats=stats, dtype=dtype, device=weight.device)
             update.restore({key: value.to(weight.device) for key, value in own.items()}, weight)
             attached[name] = (layer, update)
     heads = _heads(model, about["modules_to_save"], tensors, folder)
     tied = tied_layers(model, layers)
-    freeze(model)
-    wrapped = {name: AdaptedLayer(layer, update, method.dropout) for name, (layer, update) in attached.items()}
+    with unchanged_on_error(model):
+        freeze(model)
+        wrapped = {name: AdaptedLayer(layer, update, method.dropout) for name, (layer, update) in attached.items()}
     for name, layer in wrapped.items():
         replace_layer(model, name, layer)
     for name, state in heads.items():
@@ -136,6 +138,9 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(
             f"{folder} has format version {about['version']}; this lowdim reads up to {VERSION}: upgrade lowdim"
         )
+    missing = [key for key in ("method", "config", "seed", "layers", "modules_to_save") if key not in about]
+    if missing:
+        raise CheckpointError(f"{folder / TENSORS} is damaged: its description lacks {', '.join(missing)}")
     if about.get("digest") != _digest(tensors):
         raise CheckpointError(f"{folder / TENSORS} is damaged: its tensors do not match its digest")
     if (folder / DESCRIPTION).exists():

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lowdim.adapters.base import Method, Stats, wide
 from lowdim.adapters.common import check_rank, draw_uniform, top_triplets
+from lowdim.adapters.guards import naming
 from lowdim.adapters.thin import ThinUpdate
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.linalg import stream
@@ -215,7 +216,8 @@ class LaMDA(Method):
         for name, layer in layers.items():
             weight = weight_matrix(layer).detach()
             count = min(most, *matrix_shape(layer))
-            found[name] = top_triplets(weight, count, stream(seed, "LaMDA++", name))
+            with naming("LaMDA", name, layer):
+                found[name] = top_triplets(weight, count, stream(seed, "LaMDA++", name))
             spectra.append(_spectrum(found[name][1], weight))
         ranks = by_energy(spectra, rank=self.rank, choices=self.rank_choices)
         return {name: {"rank": r, "triplets": found[name]} for name, r in zip(layers, ranks)}

@@ -108,16 +108,19 @@ class _ScaledOutput(torch.autograd.Function):
 
 def _scaled(A: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
     """`A♭ (rank·n, d)`, rows ordered (k, j) with j fastest."""
-    return (lam[:, :, None] * (A[:, None, :] * gamma)).flatten(0, 1)
+    product = A[:, None, :] * gamma
+    if torch.is_grad_enabled():  # in `dense`
+        return (lam[:, :, None] * product).flatten(0, 1)
+    return product.mul_(lam[:, :, None]).flatten(0, 1)
 
 
 def _scaling_grads(
-    grad: Tensor,  # (rank·n, d), of A♭
+    grad: Tensor,  # (rank·n, d), of A♭; overwritten
     A: Tensor,  # (rank, d)
     lam: Tensor,  # (rank, n)
     gamma: Tensor,  # (n, d)
 ) -> tuple[Tensor, Tensor]:
-    grad = grad.unflatten(0, lam.shape) * A[:, None, :]
+    grad = grad.unflatten(0, lam.shape).mul_(A[:, None, :])
     return torch.einsum("kji,ji->kj", grad, gamma), torch.einsum("kji,kj->ji", grad, lam)
 
 
@@ -145,31 +148,31 @@ class RandLoRAUpdate(WeightUpdate):
 
     def forward(self, x: Tensor) -> Tensor:
         """Both factors one after the other; `A♭` and `B♭` are `(rank·n, d)` and `(D, rank·n)`."""
-        hidden, out = self._factors(x)
-        return F.linear(hidden, out) * self.scaling if out is not None else hidden * self.scaling
+        hidden = self._first(x)
+        return F.linear(hidden, self.B.flatten(1)) if self._scaled_first() else hidden
 
     def add_to(self, y: Tensor, x: Tensor, *, inplace: bool = False) -> Tensor:
         """Fused where the frozen basis comes last."""
-        hidden, out = self._factors(x)
-        if out is not None:
-            return add_product(y, hidden, out, self.scaling, inplace=inplace)
-        return torch.add(y, hidden.to(y.dtype), alpha=self.scaling)
+        if self._scaled_first():
+            return add_product(y, self._first(x), self.B.flatten(1), inplace=inplace)
+        return super().add_to(y, x)
 
     def dense(self) -> Tensor:
         """`c·M` or `c·Mᵀ`."""
         product = self.B.flatten(1) @ _scaled(self.A, self.lam, self.gamma)
-        return self.scaling * (product if self._flat_input() else product.mT)
+        return self.scaling * (product if self._scaled_first() else product.mT)
 
     def meta(self) -> dict[str, Any]:
         """The sizes (n, d, D) of the bases that this update slices."""
         return {"sizes": list(self.bases.sizes)}
 
-    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self._flat_input():
-            return _call(_ScaledInput, x, self.A, self.lam, self.gamma), self.B.flatten(1)
-        return _call(_ScaledOutput, F.linear(x, self.B.flatten(1).mT), self.A, self.lam, self.gamma), None
+    def _first(self, x: Tensor) -> Tensor:
+        """`c·A♭ x` where in ≤ out, else all: `c·A♭ᵀ (B♭ᵀ x)`. The scale goes onto the smallest tensor, lam."""
+        if self._scaled_first():
+            return _call(_ScaledInput, x, self.A, self.lam * self.scaling, self.gamma)
+        return _call(_ScaledOutput, F.linear(x, self.B.flatten(1).mT), self.A, self.lam * self.scaling, self.gamma)
 
-    def _flat_input(self) -> bool:
+    def _scaled_first(self) -> bool:
         return self.in_features <= self.out_features
 
     def _slice(self) -> None:

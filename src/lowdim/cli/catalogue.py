@@ -38,9 +38,8 @@ def show(family: str | None, available: bool, as_json: bool) -> None:
         table.add_column("what it claims", overflow="ellipsis", no_wrap=True, ratio=1)
     for entry in rows:
         works = "[green]works[/]" if entry.available else "[dim]not yet[/]"
-        table.add_row(
-            str(entry.number), entry.slug, entry.family, works, ", ".join(v.name for v in entry.variants), entry.claim
-        )
+        names = ", ".join(v.name for v in entry.variants)
+        table.add_row(str(entry.number), entry.slug, entry.family, works, names, *([entry.claim] if wide else []))
     console.print(table)
     ready = sum(e.available for e in rows)
     console.print(f"\n{ready} of {len(rows)} work today; baselines: {', '.join(v.name for v in BASELINES)}", highlight=False)

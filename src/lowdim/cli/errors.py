@@ -12,7 +12,7 @@ __all__ = ["clear_errors"]
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """What the user can mend ends with one message on standard error and exit code 2; anything else is a bug and is shown whole.
+    """What the user can mend ends with one message on standard error and exit code 2; anything else is a bug, shown whole.
 
     `LOWDIM_DEBUG=1` shows the whole traceback in either case.
     """
@@ -21,11 +21,10 @@ def clear_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted; finished work is kept (go on with --resume where the command has it)", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get("LOWDIM_DEBUG") or not _expected(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except BrokenPipeError:
+        # The reader has what it wanted (`lowdim list | head`); without this the interpreter complains when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     except Exception as error:
         if os.environ.get("LOWDIM_DEBUG") or not _expected(error):
             raise

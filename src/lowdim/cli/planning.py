@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lowdim.catalogue import Variant
@@ -31,6 +32,7 @@ def plan(
     as_json: bool,
 ) -> None:
     """Forecast each method and print what fits."""
+    check_choice("--task", task, ("classify", "causal-lm"))
     check_choice("--dtype", dtype, _DTYPES)
     check_int("--batch-size", batch_size, 1)
     check_int("--length", length, 1)
@@ -43,7 +45,6 @@ def plan(
     from lowdim import models
     from lowdim.plan import affordable, forecast, shows, table
 
-    check_choice("--task", task, models.TASKS)
     config = models.load_config(model)
     console = Console()
     if layers:
@@ -72,8 +73,10 @@ def plan(
         print(json.dumps([f.to_dict() for f in outlooks], indent=1))
     else:
         console.print(table(outlooks, limit))
-        for variant, reason in refused:
-            console.print(f"{variant.label}: {reason}", highlight=False, markup=False)
+    for variant, reason in refused:
+        (Console(stderr=True) if as_json else console).print(f"{variant.label}: {reason}", highlight=False, markup=False)
+    if not outlooks:
+        raise ValueError("no method can train this model; the reasons are above")
     if limit is not None:
         affordable(outlooks, limit)  # raises where nothing fits
 
@@ -84,5 +87,5 @@ def _show_layers(console: Console, config: object, chosen: list[Variant], task: 
         for name in ("module", "class", "shape", "trained"):
             table.add_column(name, justify="right" if name == "trained" else "left")
         for touched in shows(config, variant, task=task):
-            table.add_row(touched.name, touched.kind, " x ".join(map(str, touched.shape)), f"{touched.trained:,}")
+            table.add_row(escape(touched.name), touched.kind, " x ".join(map(str, touched.shape)), f"{touched.trained:,}")
         console.print(table)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lowdim.catalogue import entries, find
@@ -25,7 +26,7 @@ def reproduce(slug: str, data: Path | None, quick: bool, out: Path) -> None:
     from lowdim.train.environment import environment
 
     console = Console()
-    console.print(f"[bold]{entry.name}[/]  {entry.paper}", highlight=False)
+    console.print(f"[bold]{escape(entry.name)}[/]  {escape(entry.paper)}", highlight=False)
     console.print(f"claim   {entry.claim}", highlight=False, markup=False)
     module, _, function = entry.reproduction.partition(":")
     run = getattr(importlib.import_module(module), function)
@@ -40,18 +41,21 @@ def reproduce(slug: str, data: Path | None, quick: bool, out: Path) -> None:
         for column in columns:
             table.add_column(column)
         for row in outcome.rows:
-            table.add_row(*(_show(row.get(column)) for column in columns))
+            table.add_row(*(escape(_show(row.get(column))) for column in columns))
         console.print(table)
     for check in outcome.checks:
         sign = "[green]holds[/]" if check.passed else "[red]fails[/]"
-        console.print(f"{sign}  {check.name}: {_show(check.value)} {check.relation} {_show(check.bound)}", highlight=False)
+        what = escape(f"{check.name}: {_show(check.value)} {check.relation} {_show(check.bound)}")
+        console.print(f"{sign}  {what}", highlight=False)
     for note in outcome.notes:
         console.print(f"note    {note}", highlight=False, markup=False)
     verdict = outcome.verdict if not quick else f"{outcome.verdict} (quick: proves nothing)"
     console.print(f"[bold]verdict {verdict}[/]   {seconds:.0f} s", highlight=False)
     if not quick:
         record = {**outcome.to_dict(), "environment": environment(), "seconds": round(seconds, 1)}
-        console.print(f"written {write_json(out / f'{entry.slug}.json', record)}", highlight=False)
+        console.print(
+            f"written {write_json(out / f'{entry.slug}.json', record)}", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def _show(value: object) -> str:

@@ -43,9 +43,11 @@ def run(path: Path, out: Path | None, resume: bool, steps: int | None, check: bo
         f"{record['label']}: validation {metric} {record['before']:.4f} before, {record['validation']:.4f} after; "
         f"test {record['test']:.4f}",
         highlight=False,
+        markup=False,
     )
     kept = folder / "adapter" if (folder / "adapter").is_dir() else folder / "model"
-    console.print(f"written {kept}, {folder / 'run.json'}, {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    written = f"written {kept}, {folder / 'run.json'}, {folder / 'report.html'}"
+    console.print(written, highlight=False, markup=False, soft_wrap=True)
 
 
 def _bar(bar: Progress, task: Any) -> Any:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from lowdim.errors import DataError, check_choice, check_float, check_int
+from lowdim.errors import CheckpointError, DataError, check_choice, check_float, check_int
 
 __all__ = ["compress", "diagnose", "export", "report"]
 
@@ -20,9 +21,8 @@ def export(adapter: Path, out: Path, model: str | None, format: str, rank: int |
     from lowdim.export import export as write
 
     check_choice("--format", format, FORMATS)
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty; name another folder")
-    name, adapted = _load(adapter, model, task)
+    _check_free(out)
+    name, adapted = _load(adapter, model, task, format)
     source = models.resolve(name)
     result = write(adapted, out, format, tokenizer=models.load_tokenizer(name), source=source, rank=rank)
     console = Console()
@@ -31,36 +31,62 @@ def export(adapter: Path, out: Path, model: str | None, format: str, rank: int |
         table.add_column("layer")
         table.add_column("relative error of truncating", justify="right")
         for layer, error in result.errors.items():
-            table.add_row(layer, f"{error:.4f}")
+            table.add_row(escape(layer), f"{error:.4f}")
         console.print(table)
         console.print("The update is not low-rank, so PEFT gets its best approximation; --format merged loses nothing.")
     else:
         console.print("exact" if format == "peft" else "merged; rounded once to the weights' dtype", highlight=False)
-    console.print(f"written {out}; how to load it: {out / 'README.md'}", highlight=False, soft_wrap=True)
+    console.print(f"written {out}; how to load it: {out / 'README.md'}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _load(folder: Path, model: str | None, task: str | None) -> tuple[str, Any]:
+def _check_free(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; name another folder")
+
+
+def _load(folder: Path, model: str | None, task: str | None, format: str) -> tuple[str, Any]:
     from lowdim import models
     from lowdim.adapters import load_adapter
-    from lowdim.files import read_json
     from lowdim.train.run import load_run
 
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder; name one that `lowdim run` or `adapted.save` wrote")
     if (folder / "run.json").is_file() and (folder / "recipe.yaml").is_file():
         adapted, recipe, _ = load_run(folder)
+        if format == "peft" and not recipe.pretrained:
+            raise ValueError(f"{folder} started from random weights, which no other tool has; export it with --format merged")
         return recipe.model, adapted
-    about = read_json(folder / "adapter.json")
+    if (folder / "adapter").is_dir():  # a run of a comparison
+        folder = folder / "adapter"
+    about, labels = _description(folder)
     name = model or (about.get("base_model") or {}).get("name_or_path")
     if not name:
         raise DataError(f"{folder} does not say which model it is for; name it with --model")
-    saved = about.get("modules_to_save") or []
-    kind = task or ("classify" if saved else "causal-lm")
-    labels = 2
-    if saved:
-        from lowdim.files import read_tensors
+    kind = task or ("classify" if labels else "causal-lm")
+    pad = models.load_tokenizer(name).pad_token_id
+    return name, load_adapter(models.load_model(name, kind, num_labels=labels or 2, pad_token_id=pad), folder)
 
-        tensors, _ = read_tensors(folder / "adapter.safetensors")
-        labels = next(len(t) for key, t in tensors.items() if key.startswith(saved[0] + ".") and t.ndim == 2)
-    return name, load_adapter(models.load_model(name, kind, num_labels=labels), folder)
+
+def _description(folder: Path) -> tuple[dict[str, Any], int]:
+    """What an adapter's file says of itself, and how many classes the head in it tells apart (0 without one)."""
+    import json
+
+    from lowdim.files import read_tensors
+    from lowdim.surgery import HEAD_NAMES
+
+    file = folder / "adapter.safetensors"
+    if not file.is_file() and (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"{folder} holds a PEFT adapter already; load it with peft.PeftModel.from_pretrained")
+    tensors, metadata = read_tensors(file)
+    try:
+        about = json.loads(metadata["lowdim"])
+        heads = tuple(f"{name}." for name in about["modules_to_save"] if name.rpartition(".")[2] in HEAD_NAMES)
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{file} was not written by lowdim (no description in its header)") from None
+    sizes = [len(t) for key, t in sorted(tensors.items()) if t.ndim == 2 and heads and key.startswith(heads)]
+    return about, sizes[-1] if sizes else 0  # the last matrix of a head gives the logits
 
 
 def compress(model: str, out: Path, data: list[str], method: str, param_ratio: float, samples: int, max_length: int) -> None:
@@ -68,20 +94,20 @@ def compress(model: str, out: Path, data: list[str], method: str, param_ratio: f
     check_choice("--method", method, ("lord",))
     check_float("--param-ratio", param_ratio, 0.0, 1.0, low_open=True)
     check_int("--samples", samples, 1)
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty; name another folder")
+    check_int("--max-length", max_length, 4)
+    _check_free(out)
     import math
 
     from lowdim import models
     from lowdim.compress import LoRDConfig, lord
-    from lowdim.files import write_json
+    from lowdim.files import whole_folder, write_json, write_tensors
     from lowdim.layers import densify
     from lowdim.train.metrics import metric_for
     from lowdim.train.tasks import language_modelling
 
     console = Console()
     tokenizer = models.load_tokenizer(model)
-    task = language_modelling(tokenizer, data, max_length=max_length, limit=samples)
+    task = language_modelling(tokenizer, data, max_length=max_length, most=models.longest_text(model), limit=samples)
     loaded = models.load_model(model, "causal-lm", pad_token_id=tokenizer.pad_token_id)
     metric = metric_for("causal-lm", "perplexity")
     before = task.evaluate(loaded, task.test, metric)
@@ -92,19 +118,24 @@ def compress(model: str, out: Path, data: list[str], method: str, param_ratio: f
     kept = sum(p.numel() for p in small.parameters())
     console.print(f"parameters {size:,} -> {kept:,} ({kept / size:.2f} x)", highlight=False)
     console.print(f"perplexity on held-out blocks {before:.3f} -> {after:.3f}", highlight=False)
-    from lowdim.files import write_tensors
-
-    write_tensors(out / "factors.safetensors", {k: v for k, v in small.state_dict().items() if k.endswith((".A", ".B"))})
+    record = {
+        "method": method,
+        "param_ratio": param_ratio,
+        "parameters": [size, kept],
+        "perplexity": [before, after],
+        "data": data,
+    }
+    factors = {key: value for key, value in small.state_dict().items() if key.endswith((".A", ".B"))}
     densify(small)
-    small.save_pretrained(out)  # type: ignore[operator]
-    tokenizer.save_pretrained(out)
-    write_json(
-        out / "compression.json",
-        {"method": method, "param_ratio": param_ratio, "parameters": [size, kept], "perplexity": [before, after], "data": data},
-    )
+    with whole_folder(out) as draft, models.quiet():
+        write_tensors(draft / "factors.safetensors", factors)
+        small.save_pretrained(draft)  # type: ignore[operator]
+        tokenizer.save_pretrained(draft)
+        write_json(draft / "compression.json", record)
     console.print(
         f"written {out}: the dense equivalent as a transformers checkpoint, and the thin factors in factors.safetensors",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 
@@ -120,12 +151,12 @@ def diagnose(diagnostic: str, base: str, tuned: str, k: int, threshold: float, o
     for name in ("layer", "intruders", "least similar"):
         table.add_column(name, justify="left" if name == "layer" else "right")
     for name, layer in result.layers.items():
-        table.add_row(name, str(layer.count), f"{float(min(layer.similarity)):.3f}")
+        table.add_row(escape(name), str(layer.count), f"{float(min(layer.similarity)):.3f}")
     console = Console()
     console.print(table)
     console.print(f"{result.total} intruder dimensions among the first {k} of {len(result.layers)} matrices", highlight=False)
     if out is not None:
-        console.print(f"written {write_json(out, result.to_dict())}", highlight=False, soft_wrap=True)
+        console.print(f"written {write_json(out, result.to_dict())}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _place(name: str) -> Any:
@@ -148,6 +179,8 @@ def report(source: Path, out: Path | None) -> None:
     if found is None:
         raise DataError(f"{source} holds neither comparison.json nor run.json")
     record = read_json(found)
+    if not isinstance(record, dict) or not {"methods", "losses", "failure"} & set(record):
+        raise CheckpointError(f"{found} is no record of `lowdim compare` or `lowdim run`")
     target = out or found.parent / "report.html"
     (write if "methods" in record else write_run)(record, target)
-    Console().print(f"written {target}", highlight=False, soft_wrap=True)
+    Console().print(f"written {target}", highlight=False, markup=False, soft_wrap=True)

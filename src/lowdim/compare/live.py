@@ -86,6 +86,8 @@ class LiveTable:
                 f"[{self.done}/{self.total}] {run.variant.label}: {run.phase} {run.index + 1}, lr {run.lr:g}: {kind} {shown}{again}"
                 f"{self._left()}",
                 highlight=False,
+                markup=False,
+                soft_wrap=True,
             )
 
     def seconds_left(self) -> float | None:

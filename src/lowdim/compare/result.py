@@ -18,6 +18,7 @@ _FAMILY = {"probe": "baseline", "full": "baseline", "adapter": "adapters", "opti
 
 def summarise(
     variant: Variant,
+    metric: Metric,
     trials: Sequence[Mapping[str, Any]],
     seeds: Sequence[Mapping[str, Any]],
     forecast: int | None,
@@ -26,7 +27,7 @@ def summarise(
     """One method's row, from its run records."""
     good = [r for r in seeds if r.get("failure") is None]
     scores = [float(r["test"]) for r in good]
-    spread = interval(scores)
+    spread = interval(scores, low=metric.low, high=metric.high)
     times = [r["seconds_per_step"] for r in (*trials, *seeds) if r.get("seconds_per_step")]
     peaks = [r["measured_peak_bytes"] for r in (*trials, *seeds) if r.get("measured_peak_bytes")]
     failures = [r["failure"] for r in (*trials, *seeds) if r.get("failure")]

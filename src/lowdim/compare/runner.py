@@ -78,6 +78,7 @@ def compare(
     rows = [
         summarise(
             v,
+            metric,
             records["trial"].get(v.name, []),
             records["seed"].get(v.name, [])[:rounds],
             forecasts.get(v.name),
@@ -218,6 +219,7 @@ def _bench(settings: CompareSettings, task: Task, metric: Metric, folder: Path, 
         console.print(
             f"The head starts as a logistic regression on the frozen model's features: validation accuracy {score:.3f}",
             highlight=False,
+            soft_wrap=True,
         )
     # Everything that decides a run's numbers, and nothing that does not (how many seeds there will be, say).
     decisive = {k: v for k, v in settings.to_dict().items() if k not in ("seeds", "trials", "time_limit", "budget", "methods")}
@@ -310,7 +312,7 @@ def _finish(result: dict[str, Any], folder: Path, console: Console, begun: float
     result["seconds"] = round(time.monotonic() - begun, 1)
     write_json(folder / "comparison.json", result)
     write(result, folder / "report.html")
-    console.print(table(result))
+    console.print(table(result, width=console.width))
     for note in result["notes"]:
         console.print(f"[dim]-[/] {note}", highlight=False)
     winner = result["winner"]

@@ -122,8 +122,9 @@ def lord(
     """
     if max_bytes is not None:
         check_int("max_bytes", max_bytes, 1)
-    layers, tied = _select(model, config)
-    ranks = {name: _rank_of(name, layer, config) for name, layer in layers.items()}
+    table = _rank_table(model, config.rank) if isinstance(config.rank, Mapping) else None
+    layers, tied = _select(model, config, table)
+    ranks = {name: _rank_of(name, layer, config, table) for name, layer in layers.items()}
     todo = {
         name: layer for name, layer in layers.items() if not (config.skip_unprofitable and _unprofitable(layer, ranks[name]))
     }
@@ -184,7 +185,7 @@ def lord_factors(
     covariance: Tensor,  # (out, out)
     rank: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors and new bias of one layer from the mean and the centred covariance of its outputs.
+    """Factors and new bias of one layer from the mean and the centred covariance of its own outputs.
 
     Formula: `B = V_r`, `A = V_rᵀ W`, `bias' = μ − V_r V_rᵀ (μ − bias)`. With mean zero and the second moment in the
     covariance's place it is the uncentred form.
@@ -250,30 +251,36 @@ def _round_down(rank: int, multiple: int) -> int:
     return rank // multiple * multiple or rank
 
 
-def _select(model: nn.Module, config: LoRDConfig) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
-    patterns: Patterns = config.target_modules
-    table = config.rank if isinstance(config.rank, Mapping) else None
-    if table is not None:
-        names = {name for name, _ in model.named_modules(remove_duplicate=False)}
-        for name in table:
-            if name not in names:
-                raise ValueError(f"rank names no module {name!r}; nearest: {', '.join(nearest(name, names))}")
-        patterns = list(table) if patterns is None else patterns
+def _rank_table(model: nn.Module, ranks: Mapping[str, int]) -> dict[nn.Module, int]:
+    modules = dict(model.named_modules(remove_duplicate=False))  # a module may have two names
+    for name in ranks:
+        if name not in modules:
+            raise ValueError(f"rank names no module {name!r}; nearest: {', '.join(nearest(name, modules))}")
+    return {modules[name]: rank for name, rank in ranks.items()}
+
+
+def _select(
+    model: nn.Module, config: LoRDConfig, table: Mapping[nn.Module, int] | None
+) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
+    patterns = config.target_modules
+    if patterns is None and isinstance(config.rank, Mapping):
+        patterns = list(config.rank)
     automatic = patterns in (None, "all-linear")
     found = find_layers(model, patterns, exclude=config.exclude if automatic else (), accept=is_linear)
-    if table is not None:  # a name is also a suffix of others
-        without = [name for name in found if name not in table]
-        if config.target_modules is not None and without:
+    if table is not None:
+        without = [name for name, layer in found.items() if layer not in table]
+        if without and config.target_modules is not None:
             raise ValueError(f"rank has no entry for {', '.join(without)}, which target_modules selects")
-        found = {name: layer for name, layer in found.items() if name in table}
+        found = {name: layer for name, layer in found.items() if layer in table}  # a name is also a suffix of others
     return without_tied(model, found, named=not automatic, within=True)
 
 
-def _rank_of(name: str, layer: nn.Module, config: LoRDConfig) -> int:
+def _rank_of(name: str, layer: nn.Module, config: LoRDConfig, table: Mapping[nn.Module, int] | None) -> int:
     out_features, in_features = matrix_shape(layer)
-    if config.rank is None:
+    rank = config.rank if table is None else table[layer]
+    if rank is None:
         return lord_rank(out_features, in_features, config.rank_ratio, config.param_ratio, config.rank_multiple)
-    rank = config.rank[name] if isinstance(config.rank, Mapping) else config.rank
+    assert isinstance(rank, int)
     if rank > min(out_features, in_features):
         raise ValueError(f"layer {name}: rank must be in [1, {min(out_features, in_features)}]; got {rank}")
     return _round_down(rank, config.rank_multiple)
@@ -324,14 +331,25 @@ def _factors(
             raise ValueError(f"{name} must have shape {shape} for a weight {tuple(weight.shape)}; got {tuple(value.shape)}")
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} has NaN or infinite entries")
-    eigenvalues, vectors = torch.linalg.eigh(covariance.detach().to(wide))
-    eigenvalues = eigenvalues.flip(0).clamp_min(0)  # rounding may leave them a hair below 0
-    B, _ = canonical_signs(vectors.flip(1)[:, :rank])
+    eigenvalues, vectors = _principal(weight.detach().to(wide), bias, covariance.detach().to(wide))
+    B, _ = canonical_signs(vectors[:, :rank])
     mean = mean.detach().to(wide)
     shifted = mean if bias is None else mean - bias.detach().to(wide)
     A = B.T @ weight.detach().to(wide)
     new_bias = mean - B @ (B.T @ shifted)
     return A.to(weight.dtype), B.to(weight.dtype), new_bias.to(weight.dtype), eigenvalues
+
+
+def _principal(weight: Tensor, bias: Tensor | None, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, descending, and eigenvectors of the outputs' covariance (or second moment)."""
+    reach = weight if bias is None else torch.cat([weight, bias.detach().to(weight.dtype)[:, None]], dim=1)
+    if reach.shape[0] <= reach.shape[1]:
+        eigenvalues, vectors = torch.linalg.eigh(covariance)
+    else:  # outputs lie in the span of the weight's columns and the bias: an eigenproblem of the inputs' size is enough
+        span = torch.linalg.qr(reach).Q
+        eigenvalues, vectors = torch.linalg.eigh(span.T @ covariance @ span)
+        vectors = span @ vectors
+    return eigenvalues.flip(0).clamp_min(0), vectors.flip(1)  # rounding may leave some a hair below 0
 
 
 def _warn(model: nn.Module, layers: Mapping[str, nn.Module], todo: Mapping[str, nn.Module], tokens: Mapping[str, int]) -> None:

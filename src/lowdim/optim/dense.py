@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from lowdim.linalg import has_numbers
 from lowdim.optim import sharded
 from lowdim.optim.inner import AdamWRule
 from lowdim.optim.parts import InnerRule, State, moment_dtype
@@ -27,7 +26,6 @@ def can_fuse(p: Tensor, grad: Tensor, inner: InnerRule) -> bool:
         and p.is_contiguous()
         and grad.is_contiguous()
         and not sharded.is_sharded(p)
-        and has_numbers(p)
     )
 
 

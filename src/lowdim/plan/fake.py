@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from lowdim.errors import check_choice, check_int
+from lowdim.errors import UnknownNameError, check_choice, check_int
 
 __all__ = ["Subject", "fake_batch", "fake_mode"]
 
@@ -60,22 +61,23 @@ class Subject:
         check_int("num_labels", num_labels, 1)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating torch.dtype such as torch.bfloat16; got {dtype!r}")
+        place = torch.device(device)
+        if place.type not in ("cpu", "meta") and not torch.accelerator.is_available():
+            raise ValueError(f"device must be one that this torch can use; it has no {place.type} (cpu is close)")
         config, label = None, type(source).__name__
         if isinstance(source, (str, Path)):
             from lowdim.models import load_config, resolve
 
             config, label = load_config(str(source)), resolve(str(source)).label
-        elif isinstance(source, nn.Module):
-            config = None  # its depth is what it is
         elif hasattr(source, "to_dict") and hasattr(source, "model_type"):
             config, label = source, f"{source.model_type} config"
-        elif callable(source):
+        elif callable(source):  # a module, or a function that builds one
             label = getattr(source, "__name__", label)
         else:
             raise TypeError(
-                f"model must be a name, a folder, a transformers config, a module, or a function that builds one; got {source!r}"
+                f"model must be a name, a folder, a transformers config, a module or a function that builds one; got {source!r}"
             )
-        return cls(source, label, config, task, num_labels, dtype, torch.device(device))
+        return cls(source, label, config, task, num_labels, dtype, place)
 
     @property
     def depth(self) -> int | None:
@@ -95,8 +97,16 @@ class Subject:
                 if getattr(config, "layer_types", None):
                     config.layer_types = [config.layer_types[0]] * depth
                 config.num_hidden_layers = depth
-            with self.device:
-                model = build(config, self.task, num_labels=self.num_labels)
+            if self.task == "classify" and self.num_labels > 1 and getattr(config, "problem_type", None) is None:
+                config.problem_type = "single_label_classification"  # else some models look at the labels to tell
+            try:
+                with _without_drawing(), self.device:
+                    model = build(config, self.task, num_labels=self.num_labels)
+                model.tie_weights()  # which goes with drawing them
+            except ValueError as error:
+                if "Unrecognized configuration class" not in str(error):
+                    raise
+                raise UnknownNameError(f"a {config.model_type} model has no form for the task {self.task}") from error
         elif isinstance(self.source, nn.Module):
             model = _fake_copy(self.source)
         else:
@@ -104,7 +114,7 @@ class Subject:
                 model = self.source()
             if not isinstance(model, nn.Module):
                 raise TypeError(f"model: the function must return an nn.Module; got {type(model).__name__}")
-            if not all(isinstance(p, torch._subclasses.FakeTensor) for p in model.parameters()):
+            if not all(isinstance(p, FakeTensor) for p in model.parameters()):
                 raise TypeError(
                     "model: the function must build the model when it is called; this one returned a model that exists already"
                 )
@@ -112,14 +122,14 @@ class Subject:
 
 
 @contextmanager
-def fake_mode():
+def fake_mode() -> Iterator[FakeTensorMode]:
     """Inside, new tensors have shapes and no memory; the random state outside stays as it was."""
     with _without_packing(), torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
 
 
 @contextmanager
-def _without_packing():
+def _without_packing() -> Iterator[None]:
     """Where transformers would look into the numbers for packed sequences, say that there are none.
 
     It cannot look into fake tensors and would allow for packing by a mask of `length²` entries that training does not have.
@@ -152,12 +162,22 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return out["loss"] if isinstance(out, Mapping) else out.loss
 
 
+@contextmanager
+def _without_drawing() -> Iterator[None]:
+    """transformers draws no initial weights inside, where this version of it can be told so."""
+    module = importlib.import_module("transformers.initialization")
+    skip = getattr(module, "no_init_weights", nullcontext)
+    with skip():
+        yield
+
+
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 def _fake_copy(model: nn.Module) -> nn.Module:
     """A copy of the model over fake tensors; ties stay ties, nothing is allocated."""
-    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    mode = active_fake_mode()
+    assert mode is not None
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         fake = nn.Parameter(mode.from_tensor(parameter.detach()), requires_grad=parameter.requires_grad)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
-
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from lowdim.catalogue import Variant, variant
 from lowdim.errors import BudgetError, LowdimError, check_int
@@ -139,10 +137,14 @@ def forecast(
     check_int("steps", steps, 1)
     chosen = method if isinstance(method, Variant) else variant(method)
     subject = Subject.of(model, task=task, num_labels=num_labels, dtype=dtype, device=device)
-    plan = Plan(
-        chosen, batch_size, sequence_length, steps, chosen.rates[0], gradient_checkpointing, layerwise, batch, loss_fn
-    )
-    rehearsal, depths = _rehearse(subject, plan)
+    plan = Plan(chosen, batch_size, sequence_length, steps, chosen.rates[0], gradient_checkpointing, layerwise, batch, loss_fn)
+    try:
+        rehearsal, depths = _rehearse(subject, plan)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        why = f"something in it looks at numbers ({error.func}), and a forecast has none"
+        raise ValueError(f"{chosen.label} on {subject.label} cannot be forecast: {why}") from error
+    except RuntimeError as error:  # an operation that torch cannot run on shapes alone, or shapes that do not fit
+        raise ValueError(f"{chosen.label} on {subject.label} cannot be forecast: {error}") from error
     stretch = max(rehearsal.peaks, key=lambda key: rehearsal.peaks[key].total)
     peak = rehearsal.peaks[stretch]
     usual = max(p.total for key, p in rehearsal.peaks.items() if key[0] == 2)
@@ -244,22 +246,14 @@ def _names_layers(variant: Variant) -> bool:
     return any(c.isdigit() for c in text)
 
 
+_WEIGHT_BYTES: dict[tuple[Any, ...], int] = {}
+
+
 def _weight_bytes(subject: Subject) -> int:
-    key = subject.config.to_json_string(use_diff=False)
-    return _cached_weight_bytes(key, subject.task, subject.num_labels, subject.dtype, _Hidden(subject))
-
-
-@dataclass(frozen=True)
-class _Hidden:
-    """Carries a value through a cache without being part of its key."""
-
-    subject: Subject = dataclasses.field(compare=False, hash=False)
-
-
-@lru_cache(maxsize=8)
-def _cached_weight_bytes(key: str, task: str, num_labels: int, dtype: torch.dtype, hidden: _Hidden) -> int:
-    with fake_mode():
-        model = hidden.subject.build()
-        return unique_bytes([*model.parameters(), *model.buffers()])
-
-
+    """Bytes of the model at its full depth, counted once for a comparison of many methods."""
+    key = subject.config.to_json_string(use_diff=False), subject.task, subject.num_labels, subject.dtype
+    if key not in _WEIGHT_BYTES:
+        with fake_mode():
+            model = subject.build()
+            _WEIGHT_BYTES[key] = unique_bytes([*model.parameters(), *model.buffers()])
+    return _WEIGHT_BYTES[key]

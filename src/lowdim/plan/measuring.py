@@ -127,12 +127,12 @@ def optimizer_tensors(optimizer: Any) -> list[Tensor]:
 
 def _highest(profile: Any) -> int:
     """The largest running sum of allocations minus releases."""
-    events: list[tuple[int, int]] = []
+    events: list[tuple[int, int, int]] = []  # (time, bytes given out so far, bytes of this event)
     stack = list(profile.kineto_results.experimental_event_tree())
     while stack:
         event = stack.pop()
         stack.extend(event.children)
-        if event.tag == torch._C._profiler._EventType.Allocation:
+        if event.tag.name == "Allocation":
             events.append((event.start_time_ns, event.extra_fields.total_allocated, event.extra_fields.alloc_size))
     if not events:
         return 0

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lowdim.catalogue import Variant
 from lowdim.plan.fake import LossFn, Subject, fake_batch, fake_mode, model_loss
+from lowdim.plan.kernels import hidden_bytes
 from lowdim.plan.measuring import optimizer_tensors
-from lowdim.plan.tracker import KINDS, Peak, Tracker, unique_bytes
+from lowdim.plan.tracker import Peak, Tracker, unique_bytes
 from lowdim.plan.work import Work, speed
 from lowdim.strategies import Applied, apply, kind_of
 
@@ -60,7 +61,8 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
     variant, steps = _variant(plan)
     device = subject.device.type
     work = Work(speed(subject.dtype, device, torch.get_num_threads()))
-    tracker = Tracker(granularity=512 if device == "cuda" else 1, work=work.count)
+    cuda = device == "cuda"
+    tracker = Tracker(granularity=512 if cuda else 1, hidden=None if cuda else hidden_bytes, work=work.count)
     with fake_mode():
         model = subject.build(depth)
         weight_bytes = unique_bytes([*model.parameters(), *model.buffers()])
@@ -214,9 +216,3 @@ def _file_bytes(applied: Applied, head: tuple[str, ...]) -> int:
     if applied.kind == "probe":
         return unique_bytes(t for name in head for t in applied.model.get_submodule(name).state_dict().values())
     return unique_bytes(applied.model.state_dict().values())
-
-
-def combine(peaks: list[Peak]) -> Peak:
-    """The largest of several peaks."""
-    best = max(peaks, key=lambda p: p.total, default=Peak())
-    return Peak(best.total, best.clock, {kind: best.by_kind[kind] for kind in KINDS})

@@ -31,7 +31,7 @@ def table(forecasts: Sequence[Forecast], budget: int | str | None = None) -> Tab
     from rich.table import Table
 
     limit = parse_bytes(budget) if isinstance(budget, str) else budget
-    limits = {limit} if limit is not None else {f.budget_bytes for f in forecasts} - {None}
+    limits = {f.budget_bytes for f in forecasts if f.budget_bytes is not None} if limit is None else {limit}
     title = f"{forecasts[0].model}: peak memory of training" if forecasts else "peak memory of training"
     shown = Table(title=title, caption=_caption(forecasts))
     shown.add_column("method")
@@ -40,18 +40,25 @@ def table(forecasts: Sequence[Forecast], budget: int | str | None = None) -> Tab
         shown.add_column({"optimizer_state": "optimizer"}.get(name, name), justify="right")
     shown.add_column("peak", justify="right", style="bold")
     if limits:
-        shown.add_column("fits " + format_bytes(limits.pop()) if len(limits) == 1 else "fits")
+        shown.add_column(f"fits {format_bytes(min(limits))}" if len(limits) == 1 else "fits")
     shown.add_column("file", justify="right")
-    shown.add_column("≈ s/step", justify="right")
+    shown.add_column("≈ step", justify="right")
     for f in sorted(forecasts, key=lambda f: f.total):
         allowed = limit if limit is not None else f.budget_bytes
         row = [f.label, f"{f.trained_parameters:,}", *(format_bytes(getattr(f, name)) for name in _COLUMNS)]
         row.append(format_bytes(f.total))
-        if "fits" in str(shown.columns[len(row)].header):
+        if limits:
             row.append("" if allowed is None else "[green]yes[/]" if f.total <= allowed else "[red]no[/]")
-        row += [format_bytes(f.file_bytes), f"{f.seconds_per_step:.2g}"]
+        row += [format_bytes(f.file_bytes), _duration(f.seconds_per_step)]
         shown.add_row(*row)
     return shown
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{1000 * seconds:.2g} ms" if seconds < 1 else f"{seconds:.2g} s"
 
 
 def _caption(forecasts: Sequence[Forecast]) -> str:

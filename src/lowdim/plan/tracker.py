@@ -19,7 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["KINDS", "Peak", "Tracker", "tensors_in"]
 
 #: What memory is taken for. `workspace` is what lives within one operation, or between two of the backward pass.
-KINDS = ("weights", "gradients", "optimizer_state", "activations", "workspace")
+KINDS: tuple[str, ...] = ("weights", "gradients", "optimizer_state", "activations", "workspace")
+
+
+def _nothing() -> dict[str, int]:
+    return dict.fromkeys(KINDS, 0)
+
 
 _DEVICE = torch.ops.prim.device.default
 
@@ -40,7 +45,7 @@ class Peak:
 
     total: int = 0
     clock: int = 0
-    by_kind: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    by_kind: dict[str, int] = field(default_factory=_nothing)
 
 
 class Tracker(TorchDispatchMode):
@@ -61,7 +66,7 @@ class Tracker(TorchDispatchMode):
         super().__init__()
         self.granularity, self.hidden, self.work = granularity, hidden, work
         self.live: dict[int, _Storage] = {}
-        self.by_kind = dict.fromkeys(KINDS, 0)
+        self.by_kind = _nothing()
         self.total = 0
         self.clock = 0
         self.peaks: dict[Any, Peak] = {}

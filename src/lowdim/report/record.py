@@ -254,8 +254,8 @@ def _order(candidate: Candidate, higher: bool) -> tuple[int, float]:
 
 
 def _coloured(candidates: list[Candidate], winner: str) -> list[Candidate]:
-    """Eight colours, the winner's first, then in order of rank, then the same ones dashed; baselines are neutral."""
-    chosen = any(winner and winner in (c.name, c.label) and not c.baseline for c in candidates)
+    """Eight colours, the winner's first, then in order of rank, then the same ones dashed; other baselines are neutral."""
+    chosen = any(winner and winner in (c.name, c.label) for c in candidates)
     used = {True: 0, False: int(chosen)}
     result = []
     for candidate in candidates:

@@ -104,7 +104,8 @@ def _near(chosen: Candidate, near: list[Candidate]) -> str:
     known = [c for c in near if ratio(c.peak_bytes, chosen.peak_bytes)]
     lightest = min(known, key=lambda c: c.peak_bytes or math.inf, default=near[0])
     others = [c.label for c in near if c is not lightest]
-    saving = _cost(lightest, chosen).removeprefix(",").replace("its", "the", 1)
+    saved = (lightest.peak_bytes or math.inf) < 0.95 * (chosen.peak_bytes or 0)
+    saving = _cost(lightest, chosen).removeprefix(",").replace("its", "the", 1) if saved else ""
     text = f" {lightest.label} is within noise of it{saving}"
     return text + (f", and so {'is' if len(others) == 1 else 'are'} {_some(others, 2)}." if others else ".")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
+from statistics import median
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lowdim.linalg import derive_seed, stream
 from lowdim.reproduce.outcome import Check, Context, Outcome
 
 LAYERS = ("0.weight", "2.weight")
+SEEDS = 3  # those that the checks look at; five more say how far the checks can be relied on
 
 
 class _LoRALinear(nn.Module):
@@ -41,12 +43,12 @@ class _LoRALinear(nn.Module):
 
 
 def run(context: Context) -> Outcome:
-    """Pre-train on digits, fine-tune on the same digits turned by 90 degrees, count and scale; three seeds."""
+    """Pre-train on digits, fine-tune on the same digits turned by 90 degrees, count and scale."""
     upright, turned, labels = _data()
     ranks = (1, 16) if context.quick else (1, 4, 16)
     rows: list[dict[str, Any]] = []
     ratios, falls, losses = [], [], []
-    for seed in (0,) if context.quick else (0, 1, 2):
+    for seed in range(1 if context.quick else 8):
         base = _net(seed)
         _train(base, upright, labels, base.parameters(), lr=2e-3, steps=900, seed=seed, what="pretrain", decay=0.01)
         counts = {}
@@ -73,14 +75,18 @@ def run(context: Context) -> Outcome:
         claim="LoRA-tuned weights have new singular vectors with high singular values that full fine-tuning lacks; they cause "
         "forgetting, and scaling them down restores much of it at little loss on the task",
         setting="scikit-learn's digits, MLP 64-128-128-10 pre-trained upright (900 steps), tuned on turned images (500 steps): "
-        "full at 5e-4, LoRA (alpha = 2 r) on two layers at 5e-3, 6 % warm-up and linear decay; k = 10; losses and accuracies on 397 test images",
+        "full at 5e-4, LoRA (alpha = 2 r) on two layers at 5e-3, constant rates; k = 10; losses "
+        "and accuracies on 397 test images",
         rows=rows,
         checks=[
-            Check("worst seed: intruders of r=16 over those of full tuning, threshold 0.5", min(ratios), ">=", 2.0),
-            Check("worst seed: fall of the upright loss when r=16's intruders are scaled by 0.75", min(falls), ">=", 0.05),
-            Check("worst seed: turned accuracy lost by that", max(losses), "<=", 0.06),
+            Check("worst of three seeds: intruders of r=16 over those of full tuning, at 0.5", min(ratios[:SEEDS]), ">=", 2.0),
+            Check("worst of three seeds: fall of the upright loss, r=16's intruders x 0.75", min(falls[:SEEDS]), ">=", 0.05),
+            Check("worst of three seeds: turned accuracy lost by that", max(losses[:SEEDS]), "<=", 0.06),
         ],
         notes=[
+            f"Of {len(ratios)} seeds {sum(r >= 2 for r in ratios)} have at least twice full tuning's intruders at r=16, "
+            f"{sum(f >= 0.05 for f in falls)} lose at least 5 % of the upright loss by scaling (median {median(falls):.0%}), "
+            f"{sum(lost <= 0.06 for lost in losses)} lose at most 0.06 of the task's accuracy (median {median(losses):.3f}).",
             "Not shown: fewer intruders at higher rank. At one learning rate higher rank gave more here; the paper's high-rank "
             "runs are rank-stabilised and much larger.",
             "Scaling all the way to 0 is not better than 0.5 everywhere: the effect is not monotone.",
@@ -94,10 +100,10 @@ def _data() -> tuple[Tensor, Tensor, Tensor]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise MissingExtraError("scikit-learn", "science", "the digits data") from error
-    digits = load_digits()
+    pixels, labels = load_digits(return_X_y=True)
     order = torch.randperm(1797, generator=stream(0, "intruders", "split"))
-    images = torch.as_tensor(digits.data, dtype=torch.float32)[order].view(-1, 8, 8) / 16
-    return images.flatten(1), images.rot90(1, (1, 2)).flatten(1), torch.as_tensor(digits.target)[order]
+    images = torch.as_tensor(pixels, dtype=torch.float32)[order].view(-1, 8, 8) / 16
+    return images.flatten(1), images.rot90(1, (1, 2)).flatten(1), torch.as_tensor(labels)[order]
 
 
 def _net(seed: int) -> nn.Sequential:
@@ -135,16 +141,12 @@ def _train(
     decay: float = 0.0,
 ) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
-    # The authors' schedule for tuning: 6 % linear warm-up, then linear decay. Pre-training keeps its rate.
-    factor = (lambda t: min((t + 1) / (0.06 * steps), (steps - t) / (0.94 * steps))) if what == "tune" else (lambda t: 1.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     order = stream(seed, "intruders", what)
     for _ in range(steps):
         batch = torch.randint(1400, (64,), generator=order)
         optimizer.zero_grad()
         F.cross_entropy(model(x[batch]), y[batch]).backward()
         optimizer.step()
-        schedule.step()
 
 
 @torch.no_grad()

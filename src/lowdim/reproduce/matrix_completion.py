@@ -57,7 +57,7 @@ def _digits(rows: list[dict[str, Any]], context: Context) -> list[Check]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise MissingExtraError("scikit-learn", "science", "the digits data") from error
-    images = np.asarray(load_digits().data, dtype=np.float64) / 16
+    images = np.asarray(load_digits(return_X_y=True)[0], dtype=np.float64) / 16
     away, loose, over_mean = [], [], []
     for mask_seed in (0,) if context.quick else (0, 1, 2):
         seen = np.random.default_rng(mask_seed).random(images.shape) < 0.6

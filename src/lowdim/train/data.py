@@ -1,24 +1,22 @@
-"""Labelled text and plain text from files: jsonl, json, csv, tsv, parquet, txt; with errors that say what to do."""
+"""Labelled text and plain text: which columns, which classes, and parts that share no text."""
 
 from __future__ import annotations
 
-import csv
-import json
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowdim.errors import DataError, MissingExtraError, UnknownNameError, nearest, unknown
+from lowdim.errors import DataError, UnknownNameError, nearest
+from lowdim.train.tables import SHIPPED, locate, read_rows, read_text
 
 __all__ = ["SHIPPED", "Examples", "Splits", "locate", "read_examples", "read_text", "read_texts", "split"]
 
 _TEXT_NAMES = ("text", "sentence", "content", "review", "question", "document", "body", "comment", "utterance", "tweet")
 _LABEL_NAMES = ("label", "labels", "class", "category", "sentiment", "target", "intent", "y", "topic")
-_ENCODINGS = ("cp1252", "latin-1", "utf-16")
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".text", ".md")
 
 
 @dataclass(frozen=True)
@@ -48,55 +46,10 @@ class Splits:
     notes: tuple[str, ...] = field(default=())
 
 
-#: Samples that are shipped with the package, by the name that stands for their path.
-SHIPPED = {"lowdim:sentence-polarity": "sentence_polarity/sample.jsonl", "lowdim:shakespeare": "shakespeare/sample.txt"}
-
-
-def locate(name: str | Path) -> Path:
-    """The path of a data file; `lowdim:shakespeare` and `lowdim:sentence-polarity` are shipped with the package.
-
-    Raises:
-        UnknownNameError: no such shipped sample.
-    """
-    if not str(name).startswith("lowdim:"):
-        return Path(name).expanduser()
-    if str(name) not in SHIPPED:
-        raise unknown("--data", name, SHIPPED)
-    return Path(__file__).parent.parent / "assets" / SHIPPED[str(name)]
-
-
-def read_text(path: Path) -> str:
-    """A file as UTF-8 text (a byte-order mark is dropped).
-
-    Raises:
-        DataError: the file is missing, empty, or not UTF-8 (the offset of the first bad byte and an encoding that works are named).
-    """
-    path = Path(path)
-    if not path.is_file():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        close = f"; nearest there: {', '.join(nearest(path.name, siblings))}" if siblings else ""
-        raise DataError(f"{path}: no such file{close}")
-    raw = path.read_bytes()
-    if not raw.strip():
-        raise DataError(f"{path} is empty")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        where = f"byte {error.start} (0x{raw[error.start]:02x}, line {raw[: error.start].count(10) + 1})"
-        if raw.count(0) > len(raw) // 100 and not raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise DataError(f"{path} is not text: it holds zero bytes, and {where} is not UTF-8") from None
-        encoding = next((e for e in _ENCODINGS if _decodes(raw, e)), "latin-1")
-        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-            encoding = "utf-16"
-        raise DataError(
-            f"{path} is not UTF-8: {where}; it reads as {encoding}: iconv -f {encoding} -t utf-8 {path.name}"
-        ) from None
-
-
 def read_examples(
     paths: Sequence[str | Path], *, text: str | None = None, label: str | None = None, classes: Sequence[str] = ()
 ) -> Examples:
-    """Labelled texts from one or more files with the same columns.
+    """Labelled texts from one or more files; the columns of each are found by themselves.
 
     Args:
         text, label: column names; None finds them by their usual names, or as the only column of text and the only other one.
@@ -106,44 +59,55 @@ def read_examples(
         DataError: unreadable file, no rows, one class only, an unknown label.
         UnknownNameError: a column that does not exist, or cannot be found (the columns are listed).
     """
-    rows: list[dict[str, Any]] = []
+    texts: list[str] = []
+    labels: list[str] = []
+    notes: list[str] = []
     for path in paths:
-        rows += _rows(locate(path))
+        found, marks, remarks = _labelled(locate(path), text, label)
+        texts, labels, notes = texts + found, labels + marks, notes + remarks
     name = ", ".join(str(p) for p in paths)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text_column, label_column = _columns(rows, columns, text, label, name)
-    texts, labels, empty, missing = [], [], 0, 0
-    for row in rows:
-        value, mark = row.get(text_column), row.get(label_column)
-        if value is None or not str(value).strip():
-            empty += 1
-        elif mark is None or str(mark).strip() == "":
-            missing += 1
-        else:
-            texts.append(str(value))
-            labels.append(_label(mark))
-    if not texts:
-        raise DataError(f"{name}: no row has both a text ({text_column!r}) and a label ({label_column!r})")
     known = list(classes) if classes else _ordered(set(labels))
     if len(known) < 2:
-        raise DataError(
-            f"{name}: column {label_column!r} has one class only ({known[0]!r}); at least two are needed to classify"
-        )
+        raise DataError(f"{name}: there is one class only ({known[0]!r}); at least two are needed to classify")
     if not classes and len(known) > max(50, len(labels) // 2):
         raise DataError(
-            f"{name}: column {label_column!r} has {len(known)} different values in {len(labels)} rows; is it a class? "
-            "name another with --label"
+            f"{name}: the labels have {len(known)} different values in {len(labels)} rows, such as {known[0]!r}; "
+            "are they classes? name another column with --label"
         )
     strange = sorted(set(labels) - set(known))
     if strange:
         raise DataError(f"{name}: label {strange[0]!r} does not occur in the training data (classes: {', '.join(known)})")
     index = {c: i for i, c in enumerate(known)}
+    return Examples(tuple(texts), tuple(index[c] for c in labels), tuple(known), tuple(notes))
+
+
+def _labelled(path: Path, text: str | None, label: str | None) -> tuple[list[str], list[str], list[str]]:
+    """Texts, labels and notes of one file."""
+    rows = read_rows(path)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text_column, label_column = _columns(rows, columns, text, label, str(path))
+    texts, labels, empty, missing = [], [], 0, 0
+    for row in rows:
+        value, mark = row.get(text_column), row.get(label_column)
+        if _blank(value):
+            empty += 1
+        elif _blank(mark):
+            missing += 1
+        else:
+            texts.append(str(_plain(value, text_column, path)))
+            labels.append(_label(_plain(mark, label_column, path)))
+    if not texts:
+        raise DataError(f"{path}: no row has both a text ({text_column!r}) and a label ({label_column!r})")
+    if label is None and label_column in labels:
+        raise DataError(
+            f"{path}: the first row, {', '.join(columns)}, looks like data; begin the file with a row of column names"
+        )
     notes = []
     if empty:
-        notes.append(f"{empty} rows of {name} have an empty text and were left out")
+        notes.append(f"{empty} rows of {path} have an empty text and were left out")
     if missing:
-        notes.append(f"{missing} rows of {name} have no label and were left out")
-    return Examples(tuple(texts), tuple(index[c] for c in labels), tuple(known), tuple(notes))
+        notes.append(f"{missing} rows of {path} have no label and were left out")
+    return texts, labels, notes
 
 
 def read_texts(paths: Sequence[str | Path], *, text: str | None = None) -> tuple[list[str], list[str]]:
@@ -159,10 +123,12 @@ def read_texts(paths: Sequence[str | Path], *, text: str | None = None) -> tuple
         if path.suffix.lower() in (".txt", ".text", ".md"):
             documents.append(read_text(path))
             continue
-        rows = _rows(path)
+        rows = read_rows(path)
         columns = list(dict.fromkeys(key for row in rows for key in row))
         column = _column("--text", text, columns, _TEXT_NAMES, str(path)) or _longest(rows, columns)
-        found = [str(row[column]) for row in rows if row.get(column) and str(row[column]).strip()]
+        if column is None:
+            raise UnknownNameError(f"{path}: no column holds text; columns: {', '.join(columns)}")
+        found = [str(_plain(row[column], column, path)) for row in rows if not _blank(row.get(column))]
         if len(found) < len(rows):
             notes.append(f"{len(rows) - len(found)} rows of {path} have an empty text and were left out")
         documents += found
@@ -193,6 +159,8 @@ def split(
         clean = [i for i in unique if examples.texts[i].strip() not in known]
         if len(clean) < len(unique):
             notes.append(f"{len(unique) - len(clean)} training texts also stand in the test file and were left out of training")
+        if not clean:
+            raise DataError("every training text also stands in the test file (--eval), so nothing is left to train on")
         unique = clean
     counts = Counter(examples.labels[i] for i in unique)
     need = 2 if test is not None else 3
@@ -217,90 +185,6 @@ def _stratified(examples: Examples, indices: list[int], share: float, seed: int,
     order.shuffle(keep)
     order.shuffle(taken)
     return keep, taken
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    kind = path.suffix.lower()
-    if kind == ".parquet":
-        return _parquet(path)
-    if kind not in FORMATS:
-        raise DataError(f"{path}: unknown kind of file {kind!r}; one of {', '.join(FORMATS)} is needed")
-    content = read_text(path)
-    if kind == ".jsonl":
-        rows = [_json_line(path, i, line) for i, line in enumerate(content.splitlines(), 1) if line.strip()]
-    elif kind == ".json":
-        rows = _json(path, content)
-    elif kind in (".csv", ".tsv"):
-        rows = _table(path, content, kind)
-    else:
-        rows = _labelled_lines(path, content)
-    if not rows:
-        raise DataError(f"{path} has no rows")
-    return rows
-
-
-def _json_line(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}, line {number} is not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{path}, line {number} must be a JSON object; got {type(row).__name__}")
-    return row
-
-
-def _json(path: Path, content: str) -> list[dict[str, Any]]:
-    try:
-        value = json.loads(content)
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-        raise DataError(f"{path} must hold a JSON list of objects")
-    return value
-
-
-def _table(path: Path, content: str, kind: str) -> list[dict[str, Any]]:
-    tab = kind == ".tsv" or content.split("\n", 1)[0].count("\t") > content.split("\n", 1)[0].count(",")
-    lines = content.splitlines()
-    # A tab-separated file treats quotes as text, as the GLUE files do; a comma-separated one as quotes.
-    reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tab else csv.reader(lines)
-    try:
-        table = [row for row in reader if row]
-    except csv.Error as error:
-        raise DataError(f"{path}: line {reader.line_num} is not {kind[1:]}: {error}") from None
-    if len(table) < 2:
-        raise DataError(f"{path} has a header and no rows" if table else f"{path} has no rows")
-    header = [h.strip() for h in table[0]]
-    for number, row in enumerate(table[1:], 2):
-        if len(row) != len(header):
-            raise DataError(f"{path}: row {number} has {len(row)} fields, the header {len(header)} ({', '.join(header)})")
-    return [dict(zip(header, row)) for row in table[1:]]
-
-
-def _parquet(path: Path) -> list[dict[str, Any]]:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingExtraError("pyarrow", "train", "reading parquet") from None
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a parquet file ({str(error).splitlines()[0]})") from None
-
-
-def _labelled_lines(path: Path, content: str) -> list[dict[str, Any]]:
-    """`label text` lines, as fastText and the sent-conv files have them, or `label<TAB>text`."""
-    rows = []
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        mark, _, rest = line.partition("\t") if "\t" in line else line.partition(" ")
-        if not rest.strip():
-            raise DataError(f"{path}, line {number}: a labelled text file has `label text` on each line; got {line[:40]!r}")
-        rows.append({"label": mark.removeprefix("__label__"), "text": rest.strip()})
-    return rows
 
 
 def _columns(rows: list[dict[str, Any]], columns: list[str], text: str | None, label: str | None, name: str) -> tuple[str, str]:
@@ -329,9 +213,20 @@ def _column(option: str, asked: str | None, columns: list[str], usual: Sequence[
     return next((lower[u] for u in usual if u in lower), None)
 
 
-def _longest(rows: list[dict[str, Any]], columns: list[str]) -> str:
-    sample = rows[:200]
-    return max(columns, key=lambda c: sum(len(v) for row in sample if isinstance(v := row.get(c), str)))
+def _longest(rows: list[dict[str, Any]], columns: list[str]) -> str | None:
+    sizes = {c: sum(len(v) for row in rows[:200] if isinstance(v := row.get(c), str)) for c in columns}
+    best = max(columns, key=lambda c: sizes[c])
+    return best if sizes[best] else None
+
+
+def _blank(value: Any) -> bool:
+    return value is None or value != value or not str(value).strip()
+
+
+def _plain(value: Any, column: str, path: Path) -> Any:
+    if isinstance(value, (list, dict, bytes)):
+        raise DataError(f"{path}: column {column!r} must hold texts or numbers; got a {type(value).__name__}")
+    return value if isinstance(value, (bool, float)) else str(value)
 
 
 def _label(mark: Any) -> str:
@@ -343,12 +238,4 @@ def _label(mark: Any) -> str:
 
 
 def _ordered(labels: set[str]) -> list[str]:
-    return sorted(labels, key=lambda c: (0, int(c), "") if c.lstrip("-").isdigit() else (1, 0, c))
-
-
-def _decodes(raw: bytes, encoding: str) -> bool:
-    try:
-        raw.decode(encoding)
-    except (UnicodeDecodeError, LookupError):
-        return False
-    return True
+    return sorted(labels, key=lambda c: (0, int(c), c) if re.fullmatch("-?[0-9]{1,18}", c) else (1, 0, c))

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lowdim.errors import CheckpointError, check_choice
+from lowdim.files import read_json
 from lowdim.strategies import Applied
 from lowdim.train.callbacks import AdaptedCallback
 
@@ -71,9 +73,14 @@ def fit(
 
     Returns:
         A `FitResult`; a loss that is not finite ends the run and is reported as `failure`, not raised.
+
+    Raises:
+        UnknownNameError: `report_to` is no tracker that transformers knows.
+        ImportError: that tracker is not installed.
     """
     from transformers import TrainingArguments
 
+    check_tracker(settings.report_to)
     result = FitResult()
     recorder = _recorder(result, applied, measure_memory)
     arguments = TrainingArguments(
@@ -116,8 +123,13 @@ def fit(
     _silence(trainer)
     try:
         trainer.train(resume_from_checkpoint=_newest(folder) if resume else None)
-    except FloatingPointError as error:
+    except (
+        FloatingPointError,
+        torch.linalg.LinAlgError,
+    ) as error:  # the latter: a decomposition of a gradient that is not finite
         result.failure = str(error)
+    finally:
+        recorder.close()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]  # includes what a resumed run did before
     result.steps = [int(entry["step"]) for entry in history]
     result.losses = [float(entry["loss"]) for entry in history]
@@ -136,6 +148,9 @@ def _trainer_class() -> Any:
         def __init__(self, applied: Applied, lr: float, **kwargs: Any):
             self.applied, self.applied_lr = applied, lr
             super().__init__(**kwargs)
+            # Every loss here is a mean over the batch. Many classifiers take any keyword and so seem to divide by the items of
+            # all accumulated batches, but do not; the trainer would then leave their gradient as many times too large.
+            self.model_accepts_loss_kwargs = False
 
         def create_optimizer(self, model: Any = None) -> Any:
             if self.optimizer is None:
@@ -148,6 +163,12 @@ def _trainer_class() -> Any:
                 loss = loss + self.applied.adapted.regularizer()
             return (loss, outputs) if return_outputs else loss
 
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            if not bool(torch.isfinite(loss)):  # before the optimizer makes weights of it
+                raise FloatingPointError(f"the loss became {float(loss):g} at step {self.state.global_step + 1}")
+            return loss
+
     return StrategyTrainer
 
 
@@ -155,17 +176,19 @@ def _recorder(result: FitResult, applied: Applied, measure: bool) -> Any:
     from transformers import TrainerCallback
 
     class Recorder(TrainerCallback):
-        """Losses, step times, one memory reading; stops at a loss that is not finite."""
+        """Step times, and one reading of the memory."""
 
-        measured_step = 2
+        measured_step = 3  # of this process, so a resumed run is measured, too; the first two allocate and warm up
 
         def __init__(self) -> None:
+            self.begun = 0
             self.times: list[float] = []
             self.start = 0.0
             self.peak: Any = None
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if measure and state.global_step == self.measured_step:
+            self.begun += 1
+            if measure and self.begun == self.measured_step:
                 from lowdim.plan import PeakMemory
 
                 self.peak = PeakMemory(applied.model, kwargs.get("optimizer"))
@@ -177,17 +200,31 @@ def _recorder(result: FitResult, applied: Applied, measure: bool) -> Any:
             if self.peak is not None:
                 self.peak.__exit__(None, None, None)
                 result.peak_bytes, self.peak = self.peak.bytes, None
-            elif state.global_step > 2:  # the first two allocate and warm up
+            elif self.begun >= self.measured_step:
                 self.times.append(seconds)
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-            if not logs or "loss" not in logs:
-                return
-            if not math.isfinite(float(logs["loss"])):
-                result.failure = f"the loss became {logs['loss']} at step {state.global_step}"
-                control.should_training_stop = True
+        def close(self) -> None:
+            if self.peak is not None:  # the step was left by an exception; a profiler that stays open breaks the next run
+                self.peak.__exit__(None, None, None)
+                self.peak = None
 
     return Recorder()
+
+
+def check_tracker(name: str) -> None:
+    """Whether transformers can report to this tracker.
+
+    Raises:
+        UnknownNameError: it has no tracker of this name.
+        ImportError: the tracker is not installed.
+    """
+    if name in ("none", "all"):
+        return
+    from transformers.integrations import integration_utils
+
+    check_choice("report_to", name, ["none", "all", *integration_utils.INTEGRATION_TO_CALLBACK])
+    if name not in integration_utils.get_available_reporting_integrations():
+        raise ImportError(f"report_to: {name!r} is not installed")
 
 
 def _silence(trainer: Any) -> None:
@@ -198,5 +235,13 @@ def _silence(trainer: Any) -> None:
 
 def _newest(folder: Path) -> str | None:
     found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    complete = [p for p in found if (p / "trainer_state.json").is_file()]
+    complete = [p for p in found if _whole(p / "trainer_state.json")]
     return str(max(complete, key=lambda p: int(p.name.rpartition("-")[2]))) if complete else None
+
+
+def _whole(state: Path) -> bool:
+    """Whether a checkpoint was finished: the trainer writes this file last."""
+    try:
+        return bool(read_json(state))
+    except CheckpointError:
+        return False

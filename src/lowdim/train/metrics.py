@@ -18,6 +18,8 @@ class Metric:
     name: str
     task: str
     higher_is_better: bool
+    low: float = 0.0
+    high: float = 1.0
 
     def better(self, a: float, b: float) -> bool:
         """Whether `a` beats `b`; a NaN beats nothing."""
@@ -31,9 +33,9 @@ METRICS = {
     for m in (
         Metric("accuracy", "classify", True),
         Metric("f1", "classify", True),
-        Metric("mcc", "classify", True),
-        Metric("perplexity", "causal-lm", False),
-        Metric("loss", "causal-lm", False),
+        Metric("mcc", "classify", True, low=-1.0),
+        Metric("perplexity", "causal-lm", False, low=1.0, high=math.inf),
+        Metric("loss", "causal-lm", False, high=math.inf),
     )
 }
 
@@ -62,8 +64,10 @@ def classification_score(metric: str, labels: Sequence[int], predictions: Sequen
     return float(matthews_corrcoef(labels, predictions))
 
 
-def interval(scores: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
-    """The t interval of the mean over seeds; None for fewer than two scores.
+def interval(
+    scores: Sequence[float], level: float = 0.95, *, low: float = -math.inf, high: float = math.inf
+) -> tuple[float, float] | None:
+    """The t interval of the mean over seeds, cut to what the score can be; None for fewer than two scores.
 
     It speaks of the spread over seeds only, not of the size of the test set.
     """
@@ -74,7 +78,7 @@ def interval(scores: Sequence[float], level: float = 0.95) -> tuple[float, float
     mean = sum(scores) / len(scores)
     spread = math.sqrt(sum((s - mean) ** 2 for s in scores) / (len(scores) - 1))
     half = float(t.ppf(0.5 + level / 2, len(scores) - 1)) * spread / math.sqrt(len(scores))
-    return mean - half, mean + half
+    return max(low, mean - half), min(high, mean + half)
 
 
 def difference_is_noise(best: Sequence[float], other: Sequence[float], sampling_error: float = 0.0) -> bool:

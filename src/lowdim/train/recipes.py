@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from yaml.constructor import ConstructorError
 
 from lowdim.errors import DataError, UnknownNameError, nearest
 
@@ -16,7 +18,7 @@ __all__ = ["Recipe", "load_recipe"]
 class Recipe(BaseModel):
     """A training run. `lowdim run FILE --check` prints it filled in."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     model: str = Field(description="A folder, a hub id, or minilm, stories260k, smollm2-135m")
     task: Literal["classify", "causal-lm"] = Field("classify", description="What is learnt")
@@ -37,7 +39,9 @@ class Recipe(BaseModel):
     gradient_accumulation: int = Field(1, ge=1, description="Forward passes of an optimizer step")
     lr: float | None = Field(None, gt=0, description="Peak learning rate; the method's own first choice if left out")
     warmup: float = Field(0.1, ge=0, le=1, description="Share of the steps")
-    schedule: str = Field("linear", description="A name that transformers.get_scheduler knows")
+    schedule: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial", "cosine_with_restarts"
+    ] = Field("linear", description="How the rate falls after the warm-up")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 switches it off")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the weights")
@@ -54,6 +58,32 @@ class Recipe(BaseModel):
         return [value] if isinstance(value, str) else value
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 where it matters here: `1e-3` is a number (1.1 wants `1.0e-3`), and a key may stand once only."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """YAML as values; `1e-3` is a number.
+
+    Raises:
+        yaml.YAMLError: not YAML, or a key twice.
+    """
+    return yaml.load(text, _Loader)  # a SafeLoader
+
+
 def load_recipe(path: str | Path, **changes: Any) -> Recipe:
     """Read a recipe; `changes` that are not None replace its values.
 
@@ -66,7 +96,7 @@ def load_recipe(path: str | Path, **changes: Any) -> Recipe:
 
     path = Path(path)
     try:
-        content = yaml.safe_load(read_text(path))
+        content = read_yaml(read_text(path))
     except yaml.YAMLError as error:
         raise DataError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from lowdim.catalogue import Variant, variant
 from lowdim.errors import CheckpointError, LowdimError
 from lowdim.files import read_json, write_json, write_text
 from lowdim.train.environment import environment
-from lowdim.train.loop import FitSettings, fit
+from lowdim.train.loop import FitSettings, check_tracker, fit
 from lowdim.train.metrics import metric_for
-from lowdim.train.recipes import Recipe
+from lowdim.train.recipes import Recipe, load_recipe
 from lowdim.train.tasks import Task, classification, language_modelling
 
 __all__ = ["load_run", "run_recipe"]
@@ -41,9 +42,10 @@ def run_recipe(
         LowdimError: the loss became NaN or infinite.
     """
     folder = Path(recipe.out)
-    _claim(folder, recipe, resume)
     chosen = strategies.with_options(variant(recipe.method), recipe.options)
     metric = metric_for(recipe.task, recipe.metric)
+    check_tracker(recipe.report_to)
+    _claim(folder, recipe, resume)
     tokenizer = models.load_tokenizer(recipe.model)
     task = load_task(recipe, tokenizer)
     for note in task.notes:
@@ -70,15 +72,16 @@ def run_recipe(
         loss_fn=task.loss_fn,
         seed=recipe.seed,
     )
-    say(f"{chosen.label}: {applied.trained():,} trained parameters, learning rate {lr:g}")
+    trained = applied.trained()  # now: some methods train less and less
+    say(f"{chosen.label}: {trained:,} trained parameters, learning rate {lr:g}")
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))
     result = fit(
         applied, task, _settings(recipe, lr), folder / "checkpoints", resume=resume, measure_memory=True, callbacks=callbacks
     )
-    if result.failure:
-        raise LowdimError(
-            f"{result.failure}; try a smaller learning rate than {lr:g}. Nothing was written to {folder / 'adapter'}"
-        )
+    validation = math.nan if result.failure else task.evaluate(model, task.validation, metric)
+    if not math.isfinite(validation):
+        reason = result.failure or "the trained model's outputs are not finite"
+        raise LowdimError(f"{reason}; try a smaller learning rate than {lr:g}. No trained model was written to {folder}")
     record = {
         "schema": 1,
         "method": chosen.name,
@@ -87,10 +90,10 @@ def run_recipe(
         "config": json.loads(json.dumps(applied.options, default=list)),
         "lr": lr,
         "seed": recipe.seed,
-        "trained_parameters": applied.trained(),
+        "trained_parameters": trained,
         "metric": metric.name,
         "before": before,
-        "validation": task.evaluate(model, task.validation, metric),
+        "validation": validation,
         "test": task.evaluate(model, task.test, metric),
         "data": {"name": task.name, **task.sizes(), "notes": list(task.notes), "labels": list(task.classes)},
         "losses": result.losses,
@@ -114,6 +117,7 @@ def load_task(recipe: Recipe, tokenizer: Any) -> Task:
         "evaluation": recipe.eval,
         "text": recipe.text,
         "max_length": recipe.max_length,
+        "most": models.longest_text(recipe.model),
         "seed": recipe.seed,
         "limit": recipe.limit,
     }
@@ -129,8 +133,9 @@ def load_base(recipe: Recipe, num_labels: int, pad_token_id: int | None) -> nn.M
         return models.load_model(
             recipe.model, recipe.task, num_labels=num_labels, seed=recipe.seed, dtype=dtype, pad_token_id=pad_token_id
         )
-    torch.manual_seed(recipe.seed)
-    return models.build(models.load_config(recipe.model), recipe.task, num_labels=num_labels).to(dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return models.build(models.load_config(recipe.model), recipe.task, num_labels=num_labels).to(dtype)
 
 
 def load_run(folder: str | Path) -> tuple[Any, Recipe, Variant]:
@@ -143,8 +148,11 @@ def load_run(folder: str | Path) -> tuple[Any, Recipe, Variant]:
 
     folder = Path(folder)
     record = read_json(folder / RECORD)
-    recipe = Recipe(**record["recipe"])
-    labels = max(2, len(record["data"].get("labels", ())))
+    try:
+        recipe = Recipe(**record["recipe"])
+        labels = max(2, len(record["data"]["labels"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / RECORD} is no record of a recipe's run") from error
     chosen = strategies.with_options(variant(recipe.method), recipe.options)
     if not (folder / "adapter").is_dir():
         raise CheckpointError(f"{folder} holds no adapter; its model is in {folder / 'model'}, ready to use")
@@ -178,15 +186,16 @@ def _settings(recipe: Recipe, lr: float) -> FitSettings:
 
 def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
     earlier = folder / "recipe.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; name a folder with --out")
     if not earlier.is_file():
         if folder.is_dir() and any(folder.iterdir()):
             raise FileExistsError(f"{folder} is not empty and holds no run; name another folder with --out")
         return
     if not resume:
         raise FileExistsError(f"{folder} holds a run; go on with --resume, or name another folder with --out")
-    old = yaml.safe_load(earlier.read_text(encoding="utf-8"))
-    now = recipe.model_dump()
-    differs = [key for key in now if old.get(key) != now[key] and key not in ("out", "save_steps", "report_to")]
+    now, old = recipe.model_dump(), load_recipe(earlier).model_dump()
+    differs = [key for key in now if old[key] != now[key] and key not in ("out", "save_steps", "report_to")]
     if differs:
-        shown = ", ".join(f"{key} was {old.get(key)!r} and is {now[key]!r}" for key in differs)
+        shown = ", ".join(f"{key} was {old[key]!r} and is {now[key]!r}" for key in differs)
         raise CheckpointError(f"--resume: {folder} was made by another recipe: {shown}")

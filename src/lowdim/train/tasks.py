@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowdim.errors import DataError, MissingExtraError
 from lowdim.surgery import model_device
-from lowdim.train.data import read_examples, read_texts, split
+from lowdim.train.data import Examples, read_examples, read_texts, split
 from lowdim.train.metrics import Metric, classification_score
 
 __all__ = ["Task", "classification", "language_modelling"]
@@ -106,6 +106,7 @@ def classification(
     text: str | None = None,
     label: str | None = None,
     max_length: int = 128,
+    most: int | None = None,
     seed: int = 0,
     limit: int | None = None,
 ) -> Task:
@@ -114,7 +115,8 @@ def classification(
     Args:
         evaluation: a test file of its own; otherwise part of the data is held out.
         max_length: tokens kept of each text; longer ones are cut and counted.
-        limit: use at most this many training texts.
+        most: what the model can read at once (`lowdim.models.longest_text`).
+        limit: use at most this many training texts, of each class at least one.
 
     Raises:
         DataError, UnknownNameError: see `lowdim.train.data`.
@@ -123,25 +125,27 @@ def classification(
     examples = read_examples(files, text=text, label=label)
     held = None if evaluation is None else read_examples([evaluation], text=text, label=label, classes=examples.classes)
     parts = split(examples, test=held, seed=seed)
-    train = parts.train if limit is None else parts.train.take(range(min(limit, len(parts.train))))
+    train = parts.train if limit is None else _first(parts.train, limit)
+    length = max_length if most is None else min(max_length, most)
     notes = [*examples.notes, *(held.notes if held else ()), *parts.notes]
     tables, cut, total = {}, 0, 0
     for name, part in (("train", train), ("validation", parts.validation), ("test", parts.test)):
         ids = tokenizer(list(part.texts), truncation=False, verbose=False)["input_ids"]
-        long = sum(len(row) > max_length for row in ids)
+        long = sum(len(row) > length for row in ids)
         cut, total = cut + long, total + len(ids)
         if long:
-            ids = tokenizer(list(part.texts), truncation=True, max_length=max_length)["input_ids"]
+            ids = tokenizer(list(part.texts), truncation=True, max_length=length)["input_ids"]
         tables[name] = datasets.Dataset.from_dict({"input_ids": ids, "labels": list(part.labels)})
     if cut:
-        notes.append(f"{cut} of {total} texts are longer than {max_length} tokens and were cut (--max-length)")
+        why = "--max-length" if length == max_length else "the model reads no more"
+        notes.append(f"{cut} of {total} texts are longer than {length} tokens and were cut ({why})")
     return Task(
         "classify",
         tables["train"],
         tables["validation"],
         tables["test"],
         _Pad(tokenizer.pad_token_id or 0, tokenizer.padding_side),
-        max_length,
+        length,
         examples.classes,
         tuple(notes),
         _name(files),
@@ -155,10 +159,13 @@ def language_modelling(
     evaluation: str | Path | None = None,
     text: str | None = None,
     max_length: int = 128,
+    most: int | None = None,
     seed: int = 0,
     limit: int | None = None,
 ) -> Task:
     """Language modelling on text files: documents are joined by the end token and cut into blocks of `max_length`.
+
+    Args: see `classification`.
 
     Held-out blocks are consecutive stretches at the end of the text, so that neighbours do not leak.
 
@@ -167,6 +174,9 @@ def language_modelling(
     """
     datasets = _datasets()
     documents, notes = read_texts(files, text=text)
+    if most is not None and most < max_length:
+        notes.append(f"blocks have {most} tokens, not {max_length}: the model reads no more")
+        max_length = most
     blocks = _blocks(tokenizer, documents, max_length)
     if evaluation is None:
         if len(blocks) < 3:
@@ -187,8 +197,17 @@ def language_modelling(
             )
     train, chosen = rest[: len(rest) - validation_count], rest[len(rest) - validation_count :]
     random.Random(f"{seed}/blocks").shuffle(train)
-    tables = [datasets.Dataset.from_dict({"input_ids": part, "labels": part}) for part in (train[:limit], chosen, held)]
-    return Task("causal-lm", *tables, _stack, max_length, (), tuple(notes), _name(files), evaluation_batch=16)
+    learn, choose, report = (datasets.Dataset.from_dict({"input_ids": p, "labels": p}) for p in (train[:limit], chosen, held))
+    return Task("causal-lm", learn, choose, report, _stack, max_length, (), tuple(notes), _name(files), evaluation_batch=16)
+
+
+def _first(examples: Examples, limit: int) -> Examples:
+    """The first `limit` examples, with one of each class before others."""
+    firsts = list({label: i for i, label in reversed(list(enumerate(examples.labels)))}.values())
+    if limit < len(firsts):
+        raise DataError(f"limit must be at least {len(firsts)}, one example of each class; got {limit}")
+    others = [i for i in range(len(examples)) if i not in set(firsts)]
+    return examples.take(sorted([*firsts, *others[: limit - len(firsts)]]))
 
 
 class _Pad:

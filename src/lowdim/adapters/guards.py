@@ -1,0 +1,70 @@
+"""What attaching and loading take care of around a model: names in errors, ties, digests, other code paths."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowdim.errors import CheckpointError
+from lowdim.surgery import describe, tied_parameters
+
+__all__ = ["fingerprint", "leave_fused_paths", "naming", "tied_layers", "unchanged_on_error"]
+
+
+@contextmanager
+def naming(who: str, name: str, layer: nn.Module):
+    """Adds method, layer name and shape to an error from inside, keeping its type."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"layer {name}: {error}") from error
+    except (ValueError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{who} on layer {name} ({describe(layer)}): {error}") from error
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module):
+    """Gives every parameter its `requires_grad` back if what is inside fails."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def tied_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Those of `layers` whose weight stands under another name too."""
+    tied = {name for group in tied_parameters(model) for name in group}
+    return tuple(name for name in layers if f"{name}.weight" in tied)
+
+
+def fingerprint(weight: Tensor) -> str:
+    """A digest of a weight that survives a change between float32 and bfloat16: shape, and up to 65,536 rounded entries."""
+    flat = weight.detach().reshape(-1)
+    step = (flat.numel() // 65536) | 1  # odd: a power of two would see a few columns only
+    sample = flat[::step].to(torch.bfloat16).cpu().view(torch.int16)
+    return hashlib.blake2b(repr(tuple(weight.shape)).encode() + sample.numpy().tobytes(), digest_size=12).hexdigest()
+
+
+def leave_fused_paths(model: nn.Module, layers: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Any]]:
+    """Keep torch's transformer layers from their fused inference code, which reads weights and would skip the updates.
+
+    Returns what was set to what before, for `merge`.
+    """
+    switches = {nn.TransformerEncoder: "use_nested_tensor", nn.TransformerEncoderLayer: "activation_relu_or_gelu"}
+    adapted = set(layers)
+    before: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        for kind, name in switches.items():
+            if isinstance(module, kind) and not adapted.isdisjoint(module.modules()):
+                before.append((module, name, getattr(module, name)))
+                setattr(module, name, False)
+    return before

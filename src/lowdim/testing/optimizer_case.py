@@ -1,0 +1,392 @@
+"""What every optimizer of `lowdim.optim` owes, as one test case: plain asserts, no test framework needed.
+
+    class TestMine(OptimizerCase):
+        def make(self, params, **options):
+            return Mine(params, lr=0.05, rank=2, update_interval=3, **options)
+
+A method whose name is set to None on the subclass is skipped; say beside it why.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowdim.linalg import stream
+from lowdim.optim import ProjectedOptimizer, state_bytes
+
+__all__ = ["OptimizerCase", "raises"]
+
+
+@contextmanager
+def raises(error: type[Exception], pattern: str) -> Iterator[None]:
+    """The block must raise `error` with a message that matches."""
+    message = None
+    try:
+        yield
+    except error as caught:
+        message = str(caught)
+    assert message is not None, f"{error.__name__} was not raised"
+    assert re.search(pattern, message), f"{message!r} does not match {pattern!r}"
+
+
+class OptimizerCase:
+    """Subclass it, write `make`, and every test here runs for the new optimizer.
+
+    Attributes:
+        update_interval: steps between subspaces in what `make` builds; tests run across at least one refresh.
+        rounding: allowed relative difference where only the order of sums differs (float64).
+        exact_layerwise: whether an update in the backward pass gives the same bits (no batched kernel in between).
+    """
+
+    update_interval = 3
+    rounding = 1e-9
+
+    def make(self, params: Any, **options: Any) -> ProjectedOptimizer:
+        """The optimizer with a small rank (at most 4) and a learning rate that brings the loss of `problem` down."""
+        raise NotImplementedError
+
+    # What the tests train on.
+
+    def model(self, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+        """A tall, a square and a wide matrix."""
+        draw = stream(0, "case", "model")
+        net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 5))
+        with torch.no_grad():
+            for p in net.parameters():
+                p.copy_(torch.randn(p.shape, generator=draw) / p.shape[-1] ** 0.5)
+        return net.to(dtype)
+
+    def groups(self, net: nn.Module) -> list[dict[str, Any]]:
+        """Matrices projected, vectors not."""
+        matrices = [p for p in net.parameters() if p.ndim == 2]
+        return [{"params": matrices}, {"params": [p for p in net.parameters() if p.ndim != 2], "rank": None}]
+
+    def batch(self, index: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Inputs and a target that a linear map of low rank gives."""
+        draw = stream(0, "case", "map")
+        target = torch.randn(6, 2, generator=draw) @ torch.randn(2, 5, generator=draw)
+        x = torch.randn(32, 6, generator=stream(0, "case", "batch", index))
+        return x.to(dtype), (x @ target / 3).to(dtype)
+
+    def loss(self, net: nn.Module, index: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Mean squared error on one batch."""
+        x, y = self.batch(index, dtype)
+        return (net(x) - y).square().mean()
+
+    def run(
+        self,
+        net: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        steps: range,
+        dtype: torch.dtype = torch.float32,
+        each: Callable[[], None] | None = None,
+    ) -> list[float]:
+        """Train; the losses."""
+        losses = []
+        for index in steps:
+            value = self.loss(net, index, dtype)
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(value.detach()))
+            if each is not None:
+                each()
+        return losses
+
+    def weights(self, net: nn.Module) -> list[Tensor]:
+        """Copies."""
+        return [p.detach().clone() for p in net.parameters()]
+
+    def same(self, left: list[Tensor], right: list[Tensor]) -> None:
+        """Equal to the last bit."""
+        for a, b in zip(left, right, strict=True):
+            assert torch.equal(a, b), f"largest difference {float((a - b).abs().max()):.3g}"
+
+    def close(self, left: list[Tensor], right: list[Tensor], tolerance: float) -> None:
+        """Equal but for rounding."""
+        for a, b in zip(left, right, strict=True):
+            error = float((a - b).norm() / b.norm().clamp_min(1e-30))
+            assert error <= tolerance, f"relative difference {error:.3g} > {tolerance:.3g}"
+
+    # Training.
+
+    def test_brings_the_loss_down(self) -> None:
+        """To a fifth in 120 steps."""
+        net = self.model()
+        losses = self.run(net, self.make(self.groups(net)), range(120))
+        assert sum(losses[-10:]) < 0.2 * sum(losses[:10]), losses[::10]
+
+    def test_brings_the_loss_down_in_bfloat16(self) -> None:
+        """To a third; weights stay bfloat16, moments and bases are better than that or bytes."""
+        net = self.model(torch.bfloat16)
+        optimizer = self.make(self.groups(net))
+        losses = self.run(net, optimizer, range(120), torch.bfloat16)
+        assert sum(losses[-10:]) < 0.33 * sum(losses[:10]), losses[::10]
+        assert all(p.dtype == torch.bfloat16 for p in net.parameters())
+        kinds = {v.dtype for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)}
+        assert torch.bfloat16 not in kinds, kinds
+
+    def test_same_bits_twice(self) -> None:
+        """No hidden randomness: the global generator's state does not matter."""
+        ends = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            net = self.model()
+            self.run(net, self.make(self.groups(net)), range(2 * self.update_interval + 1))
+            ends.append(self.weights(net))
+        self.same(*ends)
+
+    def test_gradient_is_left_alone(self) -> None:
+        """The optimizer reads `.grad` and never writes to it."""
+        net = self.model()
+        optimizer = self.make(self.groups(net))
+        self.loss(net, 0).backward()
+        before = [p.grad.clone() for p in net.parameters()]  # type: ignore[union-attr]
+        optimizer.step()
+        self.same(before, [p.grad for p in net.parameters()])  # type: ignore[misc]
+
+    def test_update_lies_in_the_subspace(self) -> None:
+        """One step changes each matrix by a matrix whose rank is at most the group's."""
+        net = self.model(torch.float64)
+        optimizer = self.make(self.groups(net), weight_decay=0.0)
+        rank = optimizer.param_groups[0]["rank"]
+        before = self.weights(net)
+        self.run(net, optimizer, range(1), torch.float64)
+        for old, p in zip(before, net.parameters()):
+            if p.ndim == 2:
+                values = torch.linalg.svdvals(p.detach() - old)
+                assert float(values[0]) > 0
+                assert float(values[rank:].max() if len(values) > rank else 0) <= 1e-9 * float(values[0])
+
+    def test_zero_rate_changes_nothing(self) -> None:
+        """Not even through weight decay."""
+        net = self.model()
+        optimizer = self.make(self.groups(net), weight_decay=0.1)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        before = self.weights(net)
+        self.run(net, optimizer, range(2))
+        self.same(before, self.weights(net))
+
+    def test_weight_decay_shrinks(self) -> None:
+        """With a zero gradient only decay is left: the weights shrink by `1 - lr * weight_decay`."""
+        net = self.model(torch.float64)
+        optimizer = self.make(self.groups(net), weight_decay=0.1)
+        lr = optimizer.param_groups[0]["lr"]
+        before = self.weights(net)
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        self.close(self.weights(net), [w * (1 - lr * 0.1) for w in before], 1e-9)
+
+    def test_parameters_without_gradient_wait(self) -> None:
+        """They keep weight and step count."""
+        net = self.model()
+        optimizer = self.make(self.groups(net))
+        frozen = net[0].weight
+        before = frozen.detach().clone()  # type: ignore[union-attr]
+        for index in range(2):
+            self.loss(net, index).backward()
+            frozen.grad = None  # type: ignore[union-attr]
+            optimizer.step()
+            optimizer.zero_grad()
+        assert torch.equal(frozen, before)  # type: ignore[arg-type]
+        assert optimizer.state[net[2].weight]["step"] == 2  # type: ignore[index]
+        assert "step" not in optimizer.state[frozen]  # type: ignore[index]
+
+    # torch's protocol.
+
+    def test_closure(self) -> None:
+        """`step(closure)` runs it with gradients on and gives its loss."""
+        net = self.model()
+        optimizer = self.make(self.groups(net))
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            value = self.loss(net, 0)
+            value.backward()
+            return value
+
+        first = optimizer.step(closure).item()
+        for _ in range(30):
+            last = optimizer.step(closure).item()
+        assert last < 0.5 * first
+
+    def test_schedulers_work_through_groups(self) -> None:
+        """A rate of zero from the second step on: the second step changes nothing."""
+        net = self.model()
+        optimizer = self.make(self.groups(net))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step == 0 else 0.0)
+        middle: list[list[Tensor]] = []
+        self.run(net, optimizer, range(3), each=lambda: (schedule.step(), middle.append(self.weights(net)))[0])
+        self.same(middle[0], middle[2])
+
+    def test_named_parameters(self) -> None:
+        """Pairs `(name, parameter)` are taken as in torch; errors then carry the name."""
+        net = self.model()
+        pairs = [(name, p) for name, p in net.named_parameters() if p.ndim == 2]
+        optimizer = self.make(pairs)
+        net[2].weight.grad = torch.full_like(net[2].weight, float("nan"))  # type: ignore[union-attr, arg-type]
+        with raises(ValueError, r"2\.weight"):
+            optimizer.step()
+
+    def test_sparse_gradients_are_refused(self) -> None:
+        """TypeError, not a wrong update."""
+        table = nn.Embedding(16, 8, sparse=True)
+        optimizer = self.make([table.weight])
+        table(torch.tensor([1, 2])).sum().backward()
+        with raises(TypeError, "dense"):
+            optimizer.step()
+
+    # Checkpoints.
+
+    def test_exact_resume(self) -> None:
+        """Through torch.save and torch.load(weights_only=True), in the middle of an interval: the same bits."""
+        for dtype in (torch.float32, torch.bfloat16):
+            net = self.model(dtype)
+            optimizer = self.make(self.groups(net))
+            half = self.update_interval + 1
+            self.run(net, optimizer, range(half), dtype)
+            file = io.BytesIO()
+            torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, file)
+            self.run(net, optimizer, range(half, 3 * half), dtype)
+            file.seek(0)
+            saved = torch.load(file, weights_only=True)
+            other = self.model(dtype)
+            other.load_state_dict(saved["net"])
+            again = self.make(self.groups(other))
+            again.load_state_dict(saved["optimizer"])
+            self.run(other, again, range(half, 3 * half), dtype)
+            self.same(self.weights(net), self.weights(other))
+            for a, b in zip(optimizer.state.values(), again.state.values(), strict=True):
+                assert a.keys() == b.keys()
+                for key, value in a.items():
+                    assert type(value) is type(b[key]), key
+                    if isinstance(value, Tensor):
+                        assert value.dtype == b[key].dtype, f"{key} was cast to {b[key].dtype}"
+
+    def test_state_holds_tensors_and_numbers(self) -> None:
+        """Nothing else, and as many bytes as the parts forecast."""
+        net = self.model()
+        optimizer = self.make(self.groups(net))
+        self.run(net, optimizer, range(2))
+        forecast = 0
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                parts = optimizer.parts(group, p.ndim)
+                layout = parts.layout(tuple(p.shape), p.dtype)
+                state = optimizer.state[p]
+                assert all(isinstance(v, (Tensor, int, float)) for v in state.values()), state
+                for name, (shape, dtype) in layout.items():
+                    assert tuple(state[name].shape) == shape, name
+                    assert state[name].dtype == dtype, name
+                low = parts.projector.low_shape(tuple(p.shape))
+                forecast += parts.inner.nbytes(low, p.dtype)
+                forecast += parts.projector.nbytes(tuple(p.shape), group["rank"], p.dtype)
+        assert state_bytes(optimizer) == forecast
+
+    def test_loading_does_not_share_memory(self) -> None:
+        """Stepping one optimizer leaves the state of the other."""
+        net, other = self.model(), self.model()
+        optimizer, again = self.make(self.groups(net)), self.make(self.groups(other))
+        self.run(net, optimizer, range(1))
+        again.load_state_dict(optimizer.state_dict())
+        kept = copy.deepcopy(again.state_dict()["state"])
+        self.run(net, optimizer, range(1, 2))
+        for a, b in zip(kept.values(), again.state_dict()["state"].values(), strict=True):
+            self.same([v for v in a.values() if isinstance(v, Tensor)], [v for v in b.values() if isinstance(v, Tensor)])
+
+    def test_foreign_states_are_refused(self) -> None:
+        """Of another rank, of another method, of another shape."""
+        net = self.model()
+        optimizer = self.make(self.groups(net))
+        self.run(net, optimizer, range(1))
+        saved = optimizer.state_dict()
+        groups = self.groups(net)
+        groups[0]["rank"] = optimizer.param_groups[0]["rank"] - 1
+        with raises(ValueError, "rank"):
+            self.make(groups).load_state_dict(saved)
+        plain = torch.optim.AdamW(self.groups(net))
+        with raises(ValueError, self.make(self.groups(net)).method):
+            self.make(self.groups(net)).load_state_dict(plain.state_dict())
+        broken = copy.deepcopy(saved)
+        broken["state"][0]["exp_avg" if "exp_avg" in broken["state"][0] else "row"] = torch.zeros(1)
+        with raises(ValueError, "shape"):
+            self.make(self.groups(net)).load_state_dict(broken)
+
+    def test_deepcopy(self) -> None:
+        """A copy of model and optimizer trains on as the original does."""
+        net = self.model()
+        optimizer = self.make(self.groups(net))
+        self.run(net, optimizer, range(2))
+        net2, optimizer2 = copy.deepcopy((net, optimizer))
+        self.run(net, optimizer, range(2, 6))
+        self.run(net2, optimizer2, range(2, 6))
+        self.same(self.weights(net), self.weights(net2))
+
+    # In the backward pass.
+
+    def test_layerwise_equals_step(self) -> None:
+        """The same updates, gradients gone, `step()` only calls the closure."""
+        net, other = self.model(torch.float64), self.model(torch.float64)
+        self.run(net, self.make(self.groups(net)), range(2 * self.update_interval), torch.float64)
+        optimizer = self.make(self.groups(other), layerwise=True)
+        for index in range(2 * self.update_interval):
+            value = optimizer.step(lambda i=index: self._backward(other, i))
+            assert value.item() > 0
+            assert all(p.grad is None for p in other.parameters())
+        self.close(self.weights(other), self.weights(net), self.rounding)
+
+    def _backward(self, net: nn.Module, index: int) -> Tensor:
+        value = self.loss(net, index, torch.float64)
+        value.backward()
+        return value
+
+    def test_layerwise_follows_schedulers_after_loading(self) -> None:
+        """Loading replaces torch's groups; the hooks must see the new ones."""
+        net = self.model(torch.float64)
+        optimizer = self.make(self.groups(net), layerwise=True)
+        self._backward(net, 0)
+        optimizer.load_state_dict(optimizer.state_dict())
+        before = self.weights(net)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        self._backward(net, 1)
+        self.same(before, self.weights(net))
+
+    def test_removed_hooks_rest(self) -> None:
+        """After `remove_hooks` a backward pass leaves gradients and weights."""
+        net = self.model(torch.float64)
+        optimizer = self.make(self.groups(net), layerwise=True)
+        optimizer.remove_hooks()
+        before = self.weights(net)
+        self._backward(net, 0)
+        self.same(before, self.weights(net))
+        assert all(p.grad is not None for p in net.parameters())
+
+    # Forecasts.
+
+    def test_runs_on_fake_tensors(self) -> None:
+        """`lowdim plan` steps the optimizer without numbers: no value may be looked at, and the state has its true size."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        net = self.model()
+        optimizer = self.make(self.groups(net))
+        self.run(net, optimizer, range(1))
+        with FakeTensorMode():
+            fake = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 5))
+            forecast = self.make(self.groups(fake))
+            for _ in range(self.update_interval + 1):
+                for p in fake.parameters():
+                    p.grad = torch.zeros_like(p)
+                forecast.step()
+        assert state_bytes(forecast) == state_bytes(optimizer)
+        self.run(net, optimizer, range(1, 2 + self.update_interval))  # and nothing fake was left behind

@@ -1,0 +1,107 @@
+"""FSDP2: two gloo processes give what one gives, in float64, across refreshes; states stay sharded or agree."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lowdim.linalg import stream
+from lowdim.optim import GaLore, param_groups, state_bytes
+
+STEPS = 10
+
+
+def small_net():
+    """Tall, wide and square matrices with sides that two does not divide."""
+    net = nn.Sequential(nn.Linear(7, 18), nn.Tanh(), nn.Linear(18, 18), nn.Tanh(), nn.Linear(18, 9)).double()
+    draw = stream(0, "sharded", "net")
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=draw, dtype=torch.float64) / p.shape[-1] ** 0.5)
+    return net
+
+
+def train(net, rank, world, layerwise=False, **options):
+    """Each process sees its share of every batch."""
+    optimizer = GaLore(param_groups(net, rank=3), lr=0.05, update_interval=4, weight_decay=0.01, layerwise=layerwise, **options)
+    for step in range(STEPS):
+        x = torch.randn(8, 7, generator=stream(0, "sharded", step), dtype=torch.float64)
+        part = x.chunk(world)[rank]
+        (net(part) - part.sum(1, keepdim=True)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+SETTINGS = {
+    "adamw": {},
+    "reverse": {"proj_type": "reverse_std"},
+    "full": {"proj_type": "full"},
+    "adafactor": {"inner": "adafactor", "inner_options": {"scale_parameter": True}},
+    "8bit": {"inner": "adamw8bit", "inner_options": {"min_size": 16}},
+    "randomized": {"svd": "randomized"},
+    "layerwise": {"layerwise": True},
+}
+
+
+def worker(rank, world, port, queue):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    mesh = dist.init_device_mesh("cpu", (world,))
+    found = {}
+    for name, options in SETTINGS.items():
+        net = small_net()
+        for layer in net:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+        optimizer = train(net, rank, world, **options)
+        weights = [p.full_tensor().detach().numpy() for p in net.parameters()]
+        if name == "adamw":
+            saved = optimizer.state_dict()
+            again = GaLore(param_groups(net, rank=3), lr=0.05)
+            again.load_state_dict(saved)
+            for a, b in zip(optimizer.state.values(), again.state.values(), strict=True):
+                assert all(type(a[k]) is type(b[k]) for k in a)
+        found[name] = (weights, state_bytes(optimizer))
+    if rank == 0:
+        queue.put(found)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    running = torch.multiprocessing.spawn(worker, (2, port, queue), nprocs=2, join=False)
+    found = None
+    while not running.join(timeout=0.2):
+        if found is None and not queue.empty():
+            found = queue.get()
+    return found if found is not None else queue.get()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_two_processes_equal_one(two_processes, name):
+    net = small_net()
+    optimizer = train(net, 0, 1, **SETTINGS[name])
+    weights, held = two_processes[name]
+    start = small_net()
+    for p, got, old in zip(net.parameters(), weights, start.parameters(), strict=True):
+        moved = float((p - old).detach().norm())
+        assert moved > 0
+        error = float((torch.from_numpy(got) - p.detach()).norm()) / moved
+        assert error <= (1e-10 if name != "8bit" else 1e-6), f"{tuple(p.shape)}: {error:.3g}"
+    if name in ("adamw", "reverse", "layerwise"):  # moments are sharded; bases are on both
+        assert held < 0.75 * state_bytes(optimizer)

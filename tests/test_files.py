@@ -1,0 +1,96 @@
+import errno
+import json
+import os
+
+import pytest
+import torch
+
+from lowdim import files
+from lowdim.errors import CheckpointError
+from lowdim.files import read_json, read_tensors, write_bytes, write_json, write_tensors, write_text
+
+
+def test_folders_are_made_and_nothing_is_left_beside(tmp_path):
+    path = write_bytes(tmp_path / "a/b/c.bin", b"123")
+    assert path.read_bytes() == b"123"
+    write_text(path, "größer")
+    assert path.read_text(encoding="utf-8") == "größer"
+    assert os.listdir(path.parent) == ["c.bin"]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, failing):
+    path = write_bytes(tmp_path / "x", b"old")
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, failing, fail)
+    with pytest.raises(OSError, match=r"could not write .*x \(No space left.*nothing was changed") as caught:
+        write_bytes(path, b"new")
+    assert caught.value.errno == errno.ENOSPC
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_an_interruption_leaves_the_old_file(tmp_path, monkeypatch):
+    path = write_bytes(tmp_path / "x", b"old")
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_json_names_no_infinities(tmp_path):
+    path = write_json(tmp_path / "x.json", {"a": float("nan"), "b": [1.5, float("inf")], "c": (1, 2), 3: "ä"})
+    assert read_json(path) == {"a": None, "b": [1.5, None], "c": [1, 2], "3": "ä"}
+    assert path.read_text(encoding="utf-8").endswith("}\n")
+
+
+def test_damaged_json(tmp_path):
+    path = write_json(tmp_path / "x.json", {"a": 1})
+    path.write_text(path.read_text()[:-4])
+    with pytest.raises(CheckpointError, match=r"x\.json is damaged"):
+        read_json(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_json(path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_json(tmp_path / "y.json")
+
+
+def test_tensors_keep_dtype_layout_and_metadata(tmp_path):
+    base = torch.arange(12.0)
+    given = {
+        "view": base.view(3, 4).T,
+        "shared": base,
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "int": torch.tensor(7),
+        "grad": torch.ones(2, requires_grad=True),
+    }
+    path = write_tensors(tmp_path / "x.safetensors", given, {"who": json.dumps({"a": 1})})
+    got, metadata = read_tensors(path)
+    assert metadata == {"who": '{"a": 1}'}
+    for key, value in given.items():
+        assert torch.equal(got[key], value)
+        assert got[key].dtype == value.dtype
+
+
+def test_every_truncation_of_a_tensors_file_is_noticed(tmp_path):
+    path = write_tensors(tmp_path / "x.safetensors", {"a": torch.arange(8.0)})
+    data = path.read_bytes()
+    for cut in range(0, len(data), 7):
+        path.write_bytes(data[:cut])
+        with pytest.raises(CheckpointError, match=r"x\.safetensors is damaged"):
+            read_tensors(path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_tensors(tmp_path / "none")
+    path.write_bytes(b"PK\x03\x04 a pickle, say")
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        read_tensors(path)

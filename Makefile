@@ -42,7 +42,7 @@ layers: setup-dev  ## which package may import which
 	$(BIN)/lint-imports --no-logo
 
 docs: setup-test  ## run the examples of README, docs and docstrings; check the links
-	$(PYTEST) -n $(JOBS) -m "slow or not slow" tests/test_readme.py tests/test_docs.py tests/test_recipes.py
+	$(PYTEST) -n $(JOBS) -m "slow or not slow" tests/test_readme.py tests/test_docs.py tests/test_shipped_recipes.py
 
 bench: $(VENV)/.bench  ## figures against PEFT and galore-torch; writes results/bench-*.json
 	for file in bench/*.py; do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file; done

@@ -23,7 +23,7 @@ from torch import nn
 
 import lowdim
 from lowdim.adapters import LaMDA, LoRA, LoRAXS, RandLoRA, SVFit
-from lowdim.testing.kept import kept_bytes
+from lowdim.reproduce.kept import kept_bytes
 
 TOKENS, LAYERS = 512, 4
 TARGETS = {"time": 1.0, "kept": 1.0, "LaMDA kept of LoRA's": 0.65}

@@ -70,7 +70,7 @@ def retrieval() -> list[dict[str, Any]]:
     from sklearn.neighbors import NearestNeighbors
 
     generator = torch.Generator().manual_seed(0)
-    width, count, queries = 256, 50_000, 200
+    width, count, queries = 1024, 50_000, 200
     decay = torch.arange(1, width + 1) ** -0.5
     database = torch.randn(count, width, generator=generator) * decay
     asked = torch.randn(queries, width, generator=generator) * decay
@@ -78,14 +78,14 @@ def retrieval() -> list[dict[str, Any]]:
     rows = []
     search = NearestNeighbors(n_neighbors=10, algorithm="brute").fit(unit[0])
     peer, neighbours = best_of(2, search.kneighbors, unit[1], return_distance=False)
-    rows.append({"search": "scikit-learn brute, 256", "seconds": round(peer, 3), "recall_at_10": 1.0})
-    for small, shortlist in ((256, 10), (64, 200), (32, 500)):
+    rows.append({"search": f"scikit-learn brute, {width}", "seconds": round(peer, 3), "recall_at_10": 1.0})
+    for small, shortlist in ((width, 10), (128, 200), (64, 200), (32, 500)):
         how = {"retrieval_dim": small, "rerank_dim": width, "shortlist": shortlist, "k": 10}
         seconds, found = best_of(2, adaptive_retrieve, asked, database, **how)
         recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.indices.tolist(), neighbours.tolist())])
         rows.append(
             {
-                "search": f"adaptive {small}, shortlist {shortlist}, rerank 256",
+                "search": f"adaptive {small}, shortlist {shortlist}, rerank {width}",
                 "seconds": round(seconds, 3),
                 "mflops_per_query": found.mflops,
                 "recall_at_10": round(float(recall), 4),
@@ -119,7 +119,7 @@ def intruders() -> list[dict[str, Any]]:
         if hasattr(module, "lora_A"):
             other: Any = tuned_peer.get_submodule(name)
             theirs = other.get_delta_weight("intruder_reduced")
-            worst = max(worst, float((module.get_delta_weight("default") - theirs).norm() / theirs.norm()))
+            worst = max(worst, ((module.get_delta_weight("default") - theirs).norm() / theirs.norm()).item())
     return [
         {
             "layers": len(names),
@@ -137,13 +137,18 @@ def main() -> None:
     """Run all and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    out = parser.parse_args().out
+    parser.add_argument("--only", choices=("completion", "retrieval", "intruders"), help="one part, to standard output")
+    arguments = parser.parse_args()
+    out, parts = arguments.out, {"completion": completion, "retrieval": retrieval, "intruders": intruders}
+    if arguments.only:
+        sys.stdout.write(json.dumps(parts[arguments.only](), indent=1) + "\n")
+        return
     start = time.perf_counter()
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    record: dict[str, Any] = {"completion": completion(), "retrieval": retrieval(), "intruders": intruders()}
+    record: dict[str, Any] = {name: part() for name, part in parts.items()}
     record["environment"] = {
         "python": platform.python_version(),
         "torch": torch.__version__,

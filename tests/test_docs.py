@@ -6,17 +6,15 @@ import pkgutil
 
 import pytest
 import typer.main
-from snippets import PAGES, ROOT, anchors, blocks, commands, links, run_python
 
 import lowdim
 from lowdim.cli import app
+from snippets import PAGES, ROOT, anchors, blocks, commands, links, run_python
 
 README = ROOT / "README.md"
 PYTHON = [block for page in PAGES if page != README for block in blocks(page, "python")]
 COMMANDS = [found for page in PAGES for found in commands(page)]
-MODULES = sorted(
-    m.name for m in pkgutil.walk_packages(lowdim.__path__, "lowdim.") if not m.name.startswith("lowdim.catalogue_rows")
-)
+MODULES = sorted(m.name for m in pkgutil.walk_packages(lowdim.__path__, "lowdim.") if not m.name.endswith("__main__"))
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)

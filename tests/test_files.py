@@ -7,7 +7,7 @@ import torch
 
 from lowdim import files
 from lowdim.errors import CheckpointError
-from lowdim.files import read_json, read_tensors, write_bytes, write_json, write_tensors, write_text
+from lowdim.files import read_json, read_tensors, whole_folder, write_bytes, write_json, write_tensors, write_text
 
 
 def test_folders_are_made_and_nothing_is_left_beside(tmp_path):
@@ -94,3 +94,73 @@ def test_every_truncation_of_a_tensors_file_is_noticed(tmp_path):
     path.write_bytes(b"PK\x03\x04 a pickle, say")
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         read_tensors(path)
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_whole_folder_appears_at_once(tmp_path):
+    with whole_folder(tmp_path / "a" / "b") as draft:
+        (draft / "in").mkdir()
+        (draft / "in" / "x").write_bytes(b"1")
+        assert not (tmp_path / "a" / "b").exists()
+    assert tree(tmp_path) == {"a/b/in/x": b"1"}
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o755
+    with whole_folder(tmp_path / "a" / "b") as draft:
+        (draft / "in").mkdir()
+        (draft / "in" / "x").write_bytes(b"2")
+        (draft / "y").write_bytes(b"3")
+    assert tree(tmp_path) == {"a/b/in/x": b"2", "a/b/y": b"3"}
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("mine"), KeyboardInterrupt()])
+def test_a_folder_that_could_not_be_finished_is_as_it_was(tmp_path, there, error):
+    if there:
+        write_bytes(tmp_path / "b" / "x", b"old")
+    before = tree(tmp_path)
+
+    def write():
+        with whole_folder(tmp_path / "b") as draft:
+            (draft / "x").write_bytes(b"new")
+            raise error
+
+    message = r"could not write .*b \(No space left.*nothing was changed" if isinstance(error, OSError) else None
+    with pytest.raises(type(error), match=message):
+        write()
+    assert tree(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == (["b"] if there else [])
+
+
+def test_a_file_that_could_not_be_written_is_told_once(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(
+        OSError, match=r"^\[Errno 28\] could not write \S*/b \(No space left on device\); nothing was changed$"
+    ) as caught:
+        _write_one(tmp_path / "b")
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+def _write_one(folder):
+    with whole_folder(folder) as draft:
+        write_text(draft / "x", "new")
+
+
+def test_a_folder_that_is_a_file(tmp_path):
+    write_bytes(tmp_path / "b", b"old")
+    with pytest.raises(FileExistsError, match="is a file; name a folder"), whole_folder(tmp_path / "b"):
+        pass
+    assert tree(tmp_path) == {"b": b"old"}
+
+
+def test_safetensors_own_error_of_a_full_disk_is_one_of_the_system(tmp_path):
+    from safetensors import SafetensorError
+
+    with pytest.raises(OSError, match=r"could not write .*\(I/O error: No space left"), whole_folder(tmp_path / "b"):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    assert list(tmp_path.iterdir()) == []

@@ -5,9 +5,9 @@ import re
 import shutil
 
 import pytest
-from snippets import ROOT, blocks, commands, exit_code, run_python
 
 from lowdim.catalogue import entries
+from snippets import ROOT, blocks, commands, exit_code, run_python
 
 README = ROOT / "README.md"
 #: What makes a command of the README cheap; a later option wins.
@@ -15,7 +15,6 @@ CHEAP = {
     "plan": ["--methods", "linear-probe,lora", "--batch-size", "2", "--length", "16"],
     "compare": ["--methods", "linear-probe,lora", "--seeds", "1", "--trials", "1", "--steps", "3"],
     "run": ["--steps", "2"],
-    "compress": ["--samples", "8", "--max-length", "32"],
 }
 
 

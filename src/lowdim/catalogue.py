@@ -87,8 +87,8 @@ def entries() -> tuple[Entry, ...]:
 #: What every comparison must hold up against.
 BASELINES: tuple[Variant, ...] = (
     Variant("linear-probe", "Linear probe", rates=(1e-3, 3e-3, 1e-2, 3e-4, 1e-4)),
-    Variant("lora", "LoRA", "lowdim.adapters:LoRA", {"rank": 8, "alpha": 16}, (1e-3, 3e-3, 3e-4, 1e-2, 1e-4)),
-    Variant("full", "Full fine-tuning", rates=(5e-5, 2e-4, 1e-5, 5e-4, 2e-5)),
+    Variant("lora", "LoRA", "lowdim.adapters:LoRA", {"rank": 8, "alpha": 16}, (1e-3, 3e-4, 3e-3, 1e-4, 1e-2)),
+    Variant("full", "Full fine-tuning", rates=(5e-5, 2e-5, 1e-4, 1e-5, 2e-4)),
 )
 
 

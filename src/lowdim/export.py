@@ -59,7 +59,8 @@ def export(
             one) with `head.safetensors` beside it.
         tokenizer: saved along with a merged model.
         source: where the base model came from, for the loading instructions and for files to copy along.
-        rank: at which to truncate an update of full rank (PEFT only).
+        rank: write PEFT's LoRA, and truncate updates of full rank to this; None writes PEFT's own method where it has it
+            (RandLoRA), exact.
 
     Returns:
         An `ExportResult` that states the errors.
@@ -83,7 +84,7 @@ def _peft(adapted: Adapted, folder: Path, source: Source | None, rank: int | Non
     base = source.path if source else getattr(model.config, "_name_or_path", None) or "BASE_MODEL"
     options = _options(model, **({"gguf_file": source.gguf} if source and source.gguf else {}))
     with whole_folder(folder) as draft:
-        written = to_peft(adapted, draft, rank=rank, root=getattr(model, "export_root", ""))
+        written = to_peft(adapted, draft, rank=rank, native=rank is None, root=getattr(model, "export_root", ""))
         if isinstance(model, SentenceClassifier):
             write_tensors(draft / "head.safetensors", model.classifier.state_dict())
             snippet = (

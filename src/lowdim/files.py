@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -84,8 +85,10 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     except Exception as error:
         # safetensors reports a full disk by an error of its own.
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            reason = getattr(error, "strerror", None) or str(error)
-            raise OSError(f"could not write {folder} ({reason}); nothing was changed") from error
+            inner = error.__cause__ if isinstance(error.__cause__, OSError) else error  # what write_bytes met
+            reason = getattr(inner, "strerror", None) or str(inner)
+            number = getattr(inner, "errno", None) or errno.EIO
+            raise OSError(number, f"could not write {folder} ({reason}); nothing was changed") from error
         raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -69,8 +69,7 @@ class Source:
 
     def failure(self, name: str, what: str, error: BaseException) -> UnknownNameError:
         """The error for a model that was found, or might be on the hub, and could not be read."""
-        lines = str(error).strip().splitlines()
-        reason = lines[0][:200] if lines else type(error).__name__
+        reason = " ".join(str(error).split())[:240] or type(error).__name__
         where = "no such folder, and from the hub " if self.hub else ""
         return UnknownNameError(f"--model {name}: {where}{what} ({reason})")
 

@@ -174,7 +174,8 @@ def _probe(variant: Variant, model: nn.Module, head: tuple[str, ...]) -> Applied
 def _optimizer(variant: Variant, model: nn.Module, lr: float) -> Applied:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    _make_optimizer(variant, model, lr)  # what it refuses, it refuses now, and not when the training has begun
+    trial = _make_optimizer(variant, model, lr)  # what it refuses, it refuses now, and not when the training has begun
+    getattr(trial, "remove_hooks", lambda: None)()  # those of layerwise updates would work on without it
     make = functools.partial(_make_optimizer, variant, model)
     return Applied(model, "optimizer", variant, make, options=dict(variant.options))
 

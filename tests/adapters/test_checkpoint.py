@@ -9,7 +9,7 @@ import lowdim
 from lowdim.adapters import AdaptedLayer, LaMDA, LoRA, SVFit, checkpoint
 from lowdim.errors import CheckpointError
 from lowdim.files import read_tensors, write_tensors
-from lowdim.testing.adapter_case import relative_error
+from lowdim.testing.adapter_dense import relative_error
 from lowdim.testing.small_model import sample_input, small_model
 
 
@@ -69,8 +69,9 @@ def test_saving_again_replaces_the_whole(saved):
     assert not model.score.weight.any()
 
 
-def test_an_interrupted_save_keeps_what_is_loadable_or_says_so(saved, monkeypatch):
+def test_a_full_disk_leaves_the_old_adapter(saved, monkeypatch):
     adapted, folder = saved
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with torch.no_grad():
         adapted.model.score.weight.zero_()
 
@@ -78,8 +79,22 @@ def test_an_interrupted_save_keeps_what_is_loadable_or_says_so(saved, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_tensors", fail)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=r"No space left on device.*nothing was changed"):
         adapted.save(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    model = small_model()
+    lowdim.load_adapter(model, folder)
+    assert model.score.weight.any()
+
+
+def test_two_files_of_different_saves_are_noticed(saved):
+    adapted, folder = saved
+    old = (folder / "adapter.safetensors").read_bytes()
+    with torch.no_grad():
+        adapted.model.score.weight.zero_()
+    adapted.save(folder)
+    (folder / "adapter.safetensors").write_bytes(old)  # as if killed between the two renames
     with pytest.raises(CheckpointError, match=r"does not belong to adapter\.safetensors"):
         lowdim.load_adapter(small_model(), folder)
     (folder / "adapter.json").unlink()

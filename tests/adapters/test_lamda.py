@@ -12,9 +12,11 @@ import lowdim
 import vectors
 from lowdim.adapters import LaMDA, LoRA
 from lowdim.ranks import by_energy
+from lowdim.reproduce.kept import kept_bytes, kept_tensors
 from lowdim.surgery import weight_matrix
-from lowdim.testing.adapter_case import AdapterCase, make_layer, relative_error, sample_input, small_model
-from lowdim.testing.kept import kept_bytes, kept_tensors
+from lowdim.testing.adapter_case import AdapterCase
+from lowdim.testing.adapter_dense import make_layer, relative_error
+from lowdim.testing.small_model import sample_input, small_model
 
 
 class TestLaMDA(AdapterCase):
@@ -341,3 +343,37 @@ def test_bad_input():
     broken.weight.data[0] = float("inf")
     with pytest.raises(ValueError, match=r"layer 0.*NaN or infinite"):
         lowdim.adapt(nn.Sequential(broken), LaMDA(rank=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [2, 5])
+def test_transformers_trainer_resumes_bit_for_bit(tmp_path, at):
+    """A plain Trainer, which makes its own optimizer after it has loaded the model: before and after B is all frozen."""
+    transformers = pytest.importorskip("transformers")
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.arange(24).view(24, 1).expand(24, 6) % 7]
+
+    class Step(transformers.TrainerCallback):
+        def __init__(self, adapted):
+            self.adapted = adapted
+
+        def on_optimizer_step(self, *args, **kwargs):
+            self.adapted.step()
+
+    def run(folder, **resume):
+        config = transformers.LlamaConfig(
+            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, use_cache=False
+        )
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config)
+        adapted = lowdim.adapt(model, LaMDA(rank=3, total_steps=7, freeze_fraction=0.6))
+        args = transformers.TrainingArguments(
+            str(folder), max_steps=7, save_steps=at, per_device_train_batch_size=3, learning_rate=0.05, weight_decay=0.1,
+            report_to=[], disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        transformers.Trainer(model, args, train_dataset=data, callbacks=[Step(adapted)]).train(**resume)
+        return model.state_dict()
+
+    straight = run(tmp_path / "straight")
+    resumed = run(tmp_path / "resumed", resume_from_checkpoint=str(tmp_path / f"straight/checkpoint-{at}"))
+    assert int(resumed["model.layers.0.self_attn.q_proj.update.steps"]) == 7
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight)

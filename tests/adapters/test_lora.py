@@ -9,7 +9,8 @@ import lowdim
 from lowdim.adapters import LoRA
 from lowdim.adapters.lora import LoRAUpdate
 from lowdim.linalg import add_low_rank, low_rank_norm, low_rank_product
-from lowdim.testing.adapter_case import AdapterCase, make_layer, relative_error
+from lowdim.testing.adapter_case import AdapterCase
+from lowdim.testing.adapter_dense import make_layer, relative_error
 
 
 class TestLoRA(AdapterCase):

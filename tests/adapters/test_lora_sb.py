@@ -8,9 +8,11 @@ from torch import nn
 import lowdim
 import vectors
 from lowdim.adapters import LoRASB, LoRAXS
+from lowdim.reproduce.kept import kept_tensors
 from lowdim.surgery import weight_matrix
-from lowdim.testing.adapter_case import AdapterCase, make_layer, relative_error, sample_input, small_model
-from lowdim.testing.kept import kept_tensors
+from lowdim.testing.adapter_case import AdapterCase
+from lowdim.testing.adapter_dense import make_layer, relative_error
+from lowdim.testing.small_model import sample_input, small_model
 
 
 class TestLoRASB(AdapterCase):

@@ -9,8 +9,10 @@ from torch import nn
 import lowdim
 import vectors
 from lowdim.adapters import AdaptedLayer, RandLoRA
-from lowdim.testing.adapter_case import AdapterCase, make_layer, relative_error, sample_input, small_model
-from lowdim.testing.kept import kept_tensors
+from lowdim.reproduce.kept import kept_tensors
+from lowdim.testing.adapter_case import AdapterCase
+from lowdim.testing.adapter_dense import make_layer, relative_error
+from lowdim.testing.small_model import sample_input, small_model
 
 
 class TestRandLoRA(AdapterCase):

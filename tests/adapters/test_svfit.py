@@ -11,9 +11,11 @@ import vectors
 from lowdim.adapters import SVFit
 from lowdim.errors import CheckpointError
 from lowdim.files import read_tensors
+from lowdim.reproduce.kept import kept_tensors
 from lowdim.surgery import weight_matrix
-from lowdim.testing.adapter_case import AdapterCase, make_layer, relative_error, sample_input, small_model
-from lowdim.testing.kept import kept_tensors
+from lowdim.testing.adapter_case import AdapterCase
+from lowdim.testing.adapter_dense import make_layer, relative_error
+from lowdim.testing.small_model import sample_input, small_model
 
 
 class TestSVFit(AdapterCase):

@@ -156,6 +156,25 @@ def test_lowdim_layers_are_merged():
         weights_of(model, merged=False)
 
 
+def test_an_adapted_model_of_lowdim():
+    import lowdim
+    from lowdim.adapters import LoRA
+
+    model = Net()
+    before = {k: v.clone() for k, v in weights_of(model).items()}
+    adapted = lowdim.adapt(model, LoRA(rank=2, target_modules=["body.0"]))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".B"):
+                p.normal_()
+    merged = {k: v.clone() for k, v in weights_of(model).items()}
+    assert sorted(merged) == sorted(before)
+    assert same(dict(weights_of(model, merged=False)), {k: before[k] for k in merged})
+    assert not torch.equal(merged["body.0.weight"], before["body.0.weight"])
+    plain = adapted.merge()
+    assert all(torch.equal(merged[k], v) for k, v in weights_of(plain).items())
+
+
 def test_conv1d_is_turned_in_modules_folders_and_bare_files_beside_a_module(tmp_path):
     conv1d = pytest.importorskip("transformers.pytorch_utils", reason="Conv1D is transformers'").Conv1D
     block = nn.ModuleDict({"c_fc": conv1d(6, 4), "lin": nn.Linear(3, 2)})

@@ -10,6 +10,7 @@ from torch import nn
 
 from lowdim.linalg import stream
 from lowdim.optim import GaLore, param_groups, state_bytes
+from lowdim.optim.sharded import local
 
 STEPS = 10
 
@@ -47,28 +48,51 @@ SETTINGS = {
 }
 
 
+def shard(net, mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def same_after_loading(net, optimizer, fresh, again):
+    """torch.distributed.checkpoint's way, which Trainer takes under FSDP2: whole on the first process, then spread out."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    saved = get_optimizer_state_dict(net, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_optimizer_state_dict(fresh, again, saved, options=whole)
+    for a, b in zip(optimizer.state.values(), again.state.values(), strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            assert type(value) is type(b[key]), key
+            if isinstance(value, torch.Tensor):
+                assert value.dtype == b[key].dtype, key
+                assert torch.equal(local(value), local(b[key])), key
+            else:
+                assert value == b[key], key
+
+
 def worker(rank, world, port, queue):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
-    from torch.distributed.fsdp import fully_shard
-
     dist.init_process_group("gloo", rank=rank, world_size=world)
     mesh = dist.init_device_mesh("cpu", (world,))
     found = {}
     for name, options in SETTINGS.items():
-        net = small_net()
-        for layer in net:
-            if isinstance(layer, nn.Linear):
-                fully_shard(layer, mesh=mesh)
-        fully_shard(net, mesh=mesh)
+        net = shard(small_net(), mesh)
         optimizer = train(net, rank, world, **options)
         weights = [p.full_tensor().detach().numpy() for p in net.parameters()]
-        if name == "adamw":
-            saved = optimizer.state_dict()
-            again = GaLore(param_groups(net, rank=3), lr=0.05)
-            again.load_state_dict(saved)
-            for a, b in zip(optimizer.state.values(), again.state.values(), strict=True):
-                assert all(type(a[k]) is type(b[k]) for k in a)
+        if name in ("adamw", "8bit"):
+            fresh = shard(small_net(), mesh)
+            again = GaLore(param_groups(fresh, rank=3), lr=0.05, update_interval=4, weight_decay=0.01, **options)
+            same_after_loading(net, optimizer, fresh, again)
         found[name] = (weights, state_bytes(optimizer))
     if rank == 0:
         queue.put(found)

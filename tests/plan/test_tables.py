@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("transformers")
 
 
 def text(shown) -> str:
-    console = Console(width=200, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(shown)
     return console.export_text()
 
@@ -32,6 +33,17 @@ def test_table_lists_by_need_with_the_verdict():
     assert "yes" in least
     assert "no" in most
     assert "Not counted" in shown
+
+
+def test_table_fits_a_terminal_of_80_columns():
+    sizes = {"weights": 12 * 2**30, "gradients": 12 * 2**30, "total": 900 * 2**30, "file_bytes": 999 * 2**20}
+    found = [dataclasses.replace(f, label="Full fine-tuning", trained_parameters=123_456_789, **sizes) for f in few()]
+    shown = text(table(found, "24GiB"))
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    rows = [line for line in shown.splitlines() if line.startswith("Full fine-tuning")]
+    assert len(rows) == 2
+    assert rows[0].split()[2:5] == ["123M", "12", "12"]
 
 
 def test_table_without_a_budget_has_no_verdict():

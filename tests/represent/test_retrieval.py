@@ -43,13 +43,13 @@ def test_shortlist_then_order():
     assert result.mflops == (60 * 4 + 20 * 16) / 1e6
 
 
-@pytest.mark.parametrize("rows", [1, 7, 60])
-@pytest.mark.parametrize("numbers", [1, 100])
-def test_blocks_do_not_change_the_result(monkeypatch, rows, numbers):
+@pytest.mark.parametrize("search", [1, 30, 1000])  # database rows at a time: 1, 7, all 60
+@pytest.mark.parametrize("rerank", [1, 1000])
+def test_blocks_do_not_change_the_result(monkeypatch, search, rerank):
     q, d = data()
     want = adaptive_retrieve(q, d, retrieval_dim=4, rerank_dim=16, shortlist=20)
-    monkeypatch.setattr(retrieval, "_ROWS", rows)
-    monkeypatch.setattr(retrieval, "_BLOCK_NUMBERS", numbers)
+    for name, value in (("_SEARCH", search), ("_RERANK", rerank), ("_LEAST", 0)):
+        monkeypatch.setattr(retrieval, name, value)
     got = adaptive_retrieve(q, d, retrieval_dim=4, rerank_dim=16, shortlist=20)
     assert torch.equal(got.indices, want.indices)
     assert torch.equal(got.distances, want.distances)
@@ -66,8 +66,8 @@ def test_memory_stays_within_blocks(monkeypatch):
                     self.numel = max(self.numel, t.numel())
             return out
 
-    monkeypatch.setattr(retrieval, "_ROWS", 64)
-    monkeypatch.setattr(retrieval, "_BLOCK_NUMBERS", 4096)
+    monkeypatch.setattr(retrieval, "_SEARCH", 4096)
+    monkeypatch.setattr(retrieval, "_RERANK", 4096)
     q, d = data(q=200, n=500, d=16)
     with Largest() as mode:
         adaptive_retrieve(q, d, retrieval_dim=8, rerank_dim=16, shortlist=10)

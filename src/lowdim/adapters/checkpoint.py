@@ -15,7 +15,7 @@ from lowdim.adapters.adapted import Adapted
 from lowdim.adapters.base import AdaptedLayer, registered_methods
 from lowdim.adapters.guards import fingerprint, naming, tied_layers, unchanged_on_error
 from lowdim.errors import CheckpointError, nearest
-from lowdim.files import read_json, read_tensors, write_json, write_tensors
+from lowdim.files import read_json, read_tensors, whole_folder, write_json, write_tensors
 from lowdim.surgery import freeze, matrix_shape, replace_layer, weight_matrix
 
 __all__ = ["load_adapter", "save"]
@@ -25,7 +25,7 @@ TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 
 
 def save(adapted: Adapted, folder: str | Path) -> Path:
-    """Write the adapter. The tensors file is complete in itself and is written last, by one rename."""
+    """Write the adapter: both files beside, then both renamed. The tensors file is complete in itself and is renamed last."""
     if not adapted.layers:
         raise ValueError("there is no adapter to save: the model has been merged")
     folder = Path(folder)
@@ -49,8 +49,9 @@ def save(adapted: Adapted, folder: str | Path) -> Path:
         },
         "digest": _digest(tensors),
     }
-    write_json(folder / DESCRIPTION, description)
-    write_tensors(folder / TENSORS, tensors, {"lowdim": json.dumps(description)})
+    with whole_folder(folder) as draft:
+        write_json(draft / DESCRIPTION, description)
+        write_tensors(draft / TENSORS, tensors, {"lowdim": json.dumps(description)})
     return folder
 
 

@@ -77,13 +77,13 @@ class LaMDAUpdate(ThinUpdate):
     def up(self) -> Tensor:
         """`B`, cut off from autograd in its frozen columns."""
         frozen = self.frozen_columns()
-        if frozen == 0:
+        if frozen == 0 or not torch.is_grad_enabled():
             return self.B
         if frozen == self.rank:
             self._retire()
             return self.B.detach()
         held = self.B.detach()[:, :frozen]
-        if self._held is None and torch.is_grad_enabled():
+        if self._held is None:
             self._held = held.clone()
         return torch.cat([held, self.B[:, frozen:]], dim=1)
 

@@ -13,13 +13,13 @@ ROWS = (
         claim="Matches or beats LoRA-like adapters with up to 17.7x fewer parameter updates and up to 1.32x lower peak memory.",
         target="lowdim.adapters:LaMDA",
         variants=(
-            Variant("lamda", "LaMDA", "lowdim.adapters:LaMDA", {"rank": 32}, (1e-2, 3e-3, 3e-2, 1e-3, 3e-4)),
+            Variant("lamda", "LaMDA", "lowdim.adapters:LaMDA", {"rank": 32}, (1e-3, 3e-4, 3e-3, 1e-2, 1e-4)),
             Variant(
                 "lamda++",
                 "LaMDA++",
                 "lowdim.adapters:LaMDA",
                 {"rank_choices": (24, 32, 40)},
-                (1e-2, 3e-3, 3e-2, 1e-3, 3e-4),
+                (1e-3, 3e-4, 3e-3, 1e-2, 1e-4),
             ),
         ),
         reproduction="lowdim.reproduce.lamda:run",
@@ -45,7 +45,7 @@ ROWS = (
         arxiv="2409.05926",
         claim="Training only the singular values of each weight beats LoRA with 16 times fewer trained parameters.",
         target="lowdim.adapters:SVFit",
-        variants=(Variant("svfit", "SVFit", "lowdim.adapters:SVFit", {}, (1e-1, 3e-2, 3e-1, 1e-2, 3e-3)),),
+        variants=(Variant("svfit", "SVFit", "lowdim.adapters:SVFit", {}, (3e-2, 1e-2, 1e-1, 3e-3, 3e-1)),),
         reproduction="lowdim.reproduce.svfit:run",
     ),
     Entry(
@@ -67,13 +67,13 @@ ROWS = (
         claim="Beats LoRA with 27 to 90 times fewer trained parameters, LoRA-XS at the same number; no scaling to tune.",
         target="lowdim.adapters:LoRASB",
         variants=(
-            Variant("lora-sb", "LoRA-SB", "lowdim.adapters:LoRASB", {"rank": 24}, (1e-2, 3e-2, 3e-3, 1e-3, 1e-1)),
+            Variant("lora-sb", "LoRA-SB", "lowdim.adapters:LoRASB", {"rank": 24, "lr": 1e-4}, (3e-3, 1e-3, 1e-2, 3e-4, 3e-2)),
             Variant(
                 "lora-xs",
                 "LoRA-XS",
                 "lowdim.adapters:LoRAXS",
                 {"rank": 24, "alpha": 24},
-                (1e-2, 3e-2, 3e-3, 1e-3, 1e-1),
+                (1e-2, 3e-3, 3e-2, 1e-3, 3e-4),
             ),
         ),
         reproduction="lowdim.reproduce.lora_sb:run",

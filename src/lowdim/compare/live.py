@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -83,8 +84,8 @@ class LiveTable:
             kind = "test" if run.phase == "seed" else "validation"
             again = " (finished before)" if cached else ""
             self.console.print(
-                f"[{self.done}/{self.total}] {run.variant.label}: {run.phase} {run.index + 1}, lr {run.lr:g}: {kind} {shown}{again}"
-                f"{self._left()}",
+                f"[{self.done}/{self.total}] {run.variant.label}: {run.phase} {run.index + 1}, lr {run.lr:g}: "
+                f"{kind} {shown}{again}{self._left()}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
@@ -120,7 +121,9 @@ class LiveTable:
             style = (
                 "dim" if state == "waiting" else "green" if state == "done" else "red" if state.startswith("failed") else "bold"
             )
-            table.add_row(label, _scores(self.validation[name], self.metric), _mean(self.test[name]), f"[{style}]{state}[/]")
+            table.add_row(
+                label, _scores(self.validation[name], self.metric), _mean(self.test[name]), f"[{style}]{escape(state)}[/]"
+            )
         return Group(table, self.bar)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 import lowdim
 from lowdim import models
@@ -64,14 +65,16 @@ def compare(
     _claim(folder, settings, resume)
     metric = metric_for(settings.task, settings.metric)
     chosen = [v for v in methods(",".join(settings.methods) or DEFAULT_METHODS) if _suits(v, settings.task)]
-    console.print(f"Reading {', '.join(settings.data)}", highlight=False)
+    if not chosen:
+        raise ValueError("--methods linear-probe is for --task classify; a language model has no new head to train")
+    console.print(f"Reading {', '.join(settings.data)}", highlight=False, markup=False)
     tokenizer = models.load_tokenizer(settings.model)
     task = _task(settings, tokenizer)
     for note in task.notes:
-        console.print(f"  [yellow]note[/] {note}", highlight=False)
+        console.print(f"  [yellow]note[/] {escape(note)}", highlight=False)
     forecasts, skipped = _forecast(settings, task, chosen, console)
-    write_json(folder / "settings.json", {**settings.to_dict(), "command": command})
     bench = _bench(settings, task, metric, folder, tokenizer, console)
+    write_json(folder / "settings.json", {**settings.to_dict(), "command": command})
     able = [v for v in chosen if v.name not in skipped]
     trials = [Run(v, "trial", i, rate, settings.seed) for v in able for i, rate in enumerate(v.rates[: settings.trials])]
     records, rounds, notes = _run_all(settings, bench, able, trials, begun, console)
@@ -119,6 +122,8 @@ def compare(
 
 def _claim(folder: Path, settings: CompareSettings, resume: bool) -> None:
     earlier = folder / "settings.json"
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"--out {folder} is a file; name a folder")
     if not earlier.is_file():
         if folder.is_dir() and any(folder.iterdir()):
             raise FileExistsError(f"--out {folder} is not empty and holds no comparison; name another folder")
@@ -145,6 +150,7 @@ def _task(settings: CompareSettings, tokenizer: Any) -> Task:
             text=settings.text,
             label=settings.label,
             max_length=settings.max_length,
+            most=models.longest_text(settings.model),
             seed=settings.seed,
             limit=settings.limit,
         )
@@ -156,6 +162,7 @@ def _task(settings: CompareSettings, tokenizer: Any) -> Task:
         evaluation=settings.evaluation,
         text=settings.text,
         max_length=settings.max_length,
+        most=models.longest_text(settings.model),
         seed=settings.seed,
         limit=settings.limit,
     )
@@ -190,16 +197,17 @@ def _forecast(
             if outlook.fits is False:
                 assert settings.budget is not None
                 skipped[variant.name] = (
-                    f"needs {format_bytes(outlook.total)} at the peak by forecast; the budget is {format_bytes(settings.budget)}"
+                    f"needs {format_bytes(outlook.total)} at the peak by forecast; "
+                    f"the budget is {format_bytes(settings.budget)}"
                 )
         if variant.name in skipped:
-            console.print(f"  [yellow]left out[/] {variant.label}: {skipped[variant.name]}", highlight=False)
+            console.print(f"  [yellow]left out[/] {variant.label}: {escape(skipped[variant.name])}", highlight=False)
     if len(skipped) == len(chosen):
         if found:
             least = min(found, key=lambda name: found[name])
             raise BudgetError(
-                f"--budget {format_bytes(settings.budget or 0)}: nothing fits; {least} needs least, {format_bytes(found[least])} "
-                "(try a smaller --batch-size or --max-length)"
+                f"--budget {format_bytes(settings.budget or 0)}: nothing fits; {least} needs least, "
+                f"{format_bytes(found[least])} (try a smaller --batch-size or --max-length)"
             )
         raise LowdimError(f"no method can be run: {'; '.join(f'{k}: {v}' for k, v in skipped.items())}")
     return found, skipped
@@ -314,12 +322,13 @@ def _finish(result: dict[str, Any], folder: Path, console: Console, begun: float
     write(result, folder / "report.html")
     console.print(table(result, width=console.width))
     for note in result["notes"]:
-        console.print(f"[dim]-[/] {note}", highlight=False)
+        console.print(f"[dim]-[/] {escape(note)}", highlight=False)
     winner = result["winner"]
     if winner:
-        console.print(f"[bold]{winner['why']}[/]", highlight=False)
-        console.print(f"winner  {folder / winner['folder']} ({winner['format']})", highlight=False, soft_wrap=True)
-    console.print(f"report  {folder / 'report.html'}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{escape(winner['why'])}[/]", highlight=False)
+        place = f"winner  {folder / winner['folder']} ({winner['format']})"
+        console.print(place, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"report  {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"took    {result['seconds']:.0f} s", highlight=False)
 
 

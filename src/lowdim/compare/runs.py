@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import tempfile
 from collections.abc import Callable
@@ -113,10 +112,10 @@ def perform(bench: Bench, run: Run, *, on_step: Callable[[], None] = lambda: Non
                 record["failure"] = "the trained model's outputs are not finite"
         if run.phase == "seed" and record["failure"] is None:
             record["file_bytes"] = _save(applied, run, bench)
-    except (ValueError, TypeError) as error:
-        record["failure"] = str(error)
-    write_json(bench.folder / "runs" / run.name / "run.json", record)
-    return json.loads(json.dumps(record))
+    except (ValueError, TypeError, RuntimeError) as error:  # the last: out of memory, a decomposition that did not converge
+        record["failure"] = str(error).strip() or type(error).__name__
+    # What was written is what counts: a comparison that is resumed reads the same.
+    return read_json(write_json(bench.folder / "runs" / run.name / "run.json", record))
 
 
 def load_run(bench: Bench, run: Run) -> dict[str, Any] | None:
@@ -130,13 +129,14 @@ def load_run(bench: Bench, run: Run) -> dict[str, Any] | None:
 
 
 def _save(applied: strategies.Applied, run: Run, bench: Bench) -> int:
-    """Keep what was trained. Whole models are kept from the first seed only; the size is that of what would be shipped."""
+    """Keep what was trained. Whole models are kept once, from the first seed that worked; the size is that of the file."""
     folder = bench.folder / "runs" / run.name
     if applied.adapted is not None:
         applied.adapted.save(folder / "adapter")
         return (folder / "adapter" / "adapter.safetensors").stat().st_size
     trained = {name: p for name, p in applied.model.named_parameters() if p.requires_grad}
-    if applied.kind == "probe" or run.index == 0:
+    kept = any(file.parent != folder for file in folder.parent.glob("seed-*/weights.safetensors"))
+    if applied.kind == "probe" or not kept:
         write_tensors(folder / "weights.safetensors", trained)
     return sum(p.numel() * p.element_size() for p in trained.values())
 

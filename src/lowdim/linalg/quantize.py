@@ -99,7 +99,7 @@ def quantize_blockwise(
         unit = rows / torch.where(absmax > 0, absmax, 1.0)[:, None]
         q[part] = nearest(unit.view(-1))  # the conversion to bytes happens in the copy
         scales.append(absmax)
-    absmax = torch.cat(scales) if scales else flat.new_zeros(0)
+    absmax = scales[0] if len(scales) == 1 else torch.cat(scales) if scales else flat.new_zeros(0)
     return q.view(x.shape), absmax
 
 
@@ -132,34 +132,36 @@ def dequantize_blockwise(
 
 def _search(code: Tensor) -> Callable[[Tensor], Tensor]:
     """A function from numbers in [-1, 1] to the int32 index of the nearest code."""
+    if code.device.type == "cpu" and type(code) is Tensor:
+        return _cpu_search(code.detach().to(torch.float32).numpy().tobytes())
+    middles = _middles(code)  # a GPU's binary search is fast; a forecast has no numbers to make a table of
+    return lambda unit: torch.bucketize(unit, middles, out_int32=True)
+
+
+def _middles(code: Tensor) -> Tensor:
+    """Where the nearest code changes."""
     wide = code.to(torch.float64)
-    middles = ((wide[:-1] + wide[1:]) / 2).to(torch.float32)  # where the nearest code changes
-    if code.device.type != "cpu" or type(code) is not Tensor:  # a GPU's binary search is fast; a forecast has no numbers
-        return lambda unit: torch.bucketize(unit, middles, out_int32=True)
-    table = _table(middles.numpy().tobytes())
-    if table is None:
+    return ((wide[:-1] + wide[1:]) / 2).to(torch.float32)
+
+
+@lru_cache(maxsize=8)
+def _cpu_search(code: bytes) -> Callable[[Tensor], Tensor]:
+    """One look-up by the upper 16 bits of the number and one comparison; a binary search is thirty times slower.
+
+    Right where no two middles share their upper 16 bits with the numbers between them; else the binary search is taken.
+    """
+    middles = _middles(torch.frombuffer(bytearray(code), dtype=torch.float32))
+    upper = torch.arange(-_HALF, _HALF, dtype=torch.int32).bitwise_left_shift(16)
+    ends = torch.stack([upper, upper | 0xFFFF]).view(torch.float32)  # of each cell of numbers that share these bits
+    ends = torch.where(ends.isnan(), torch.where(upper < 0, -2.0, 2.0), ends).clamp(-2.0, 2.0)  # never looked up
+    below = torch.bucketize(ends.amin(0), middles, out_int32=True)
+    if int((torch.bucketize(ends.amax(0), middles, out_int32=True) - below).max()) > 1:
         return lambda unit: torch.bucketize(unit, middles, out_int32=True)
     bounds = torch.cat([middles, middles.new_full((1,), float("inf"))])
 
     def look_up(unit: Tensor) -> Tensor:
         cell = unit.view(torch.int32).bitwise_right_shift(16).add_(_HALF)
-        base = torch.index_select(table, 0, cell)
+        base = torch.index_select(below, 0, cell)
         return base.add_(unit > torch.index_select(bounds, 0, base))
 
     return look_up
-
-
-@lru_cache(maxsize=8)
-def _table(middles: bytes) -> Tensor | None:
-    """How many middles lie below each cell of floats that share their upper 16 bits.
-
-    One look-up and one comparison then replace a binary search (on a CPU thirty times slower), provided that no cell holds
-    two middles; None where one does.
-    """
-    edges = torch.frombuffer(bytearray(middles), dtype=torch.float32)
-    upper = torch.arange(-_HALF, _HALF, dtype=torch.int32).bitwise_left_shift(16)
-    ends = torch.stack([upper, upper | 0xFFFF]).view(torch.float32)
-    ends = torch.where(ends.isnan(), torch.where(upper < 0, -2.0, 2.0), ends).clamp(-2.0, 2.0)  # never looked up
-    low, high = ends.amin(0), ends.amax(0)
-    below = torch.bucketize(low, edges, out_int32=True)
-    return below if int((torch.bucketize(high, edges, out_int32=True) - below).max()) <= 1 else None

@@ -62,7 +62,7 @@ class AdafactorRule(InnerRule):
         u.div_((rms / self.clip_threshold).clamp_(min=1.0))
         u.mul_(self.rate(step, lr, weight))
         if self.beta1 is not None:
-            u = state["exp_avg"].lerp_(u, 1 - self.beta1).clone()
+            u = state["exp_avg"].lerp_(u, 1 - self.beta1)
         return u, 1.0
 
     def rate(self, step: int, lr: float, weight: Tensor) -> float | Tensor:

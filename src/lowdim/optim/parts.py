@@ -107,7 +107,7 @@ class InnerRule:
     def direction(self, low: Tensor, state: State, step: int, lr: float, weight: Tensor) -> tuple[Tensor, float]:
         """The direction D, of the low gradient's shape, and the step size η; moments are updated in place.
 
-        `weight` is the full parameter before the step. D may be overwritten by the caller.
+        `weight` is the full parameter before the step. D may be part of the state: nobody else changes it.
         """
         raise NotImplementedError
 

@@ -101,8 +101,11 @@ class Subject:
                 config.problem_type = "single_label_classification"  # else some models look at the labels to tell
             try:
                 with _without_drawing(), self.device:
-                    model = build(config, self.task, num_labels=self.num_labels)
-                model.tie_weights()  # which goes with drawing them
+                    model: Any = build(config, self.task, num_labels=self.num_labels)
+                for part in model.modules():
+                    if hasattr(part, "tie_weights"):
+                        part.tie_weights()  # goes with drawing them
+                        break
             except ValueError as error:
                 if "Unrecognized configuration class" not in str(error):
                     raise
@@ -164,7 +167,7 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 @contextmanager
 def _without_drawing() -> Iterator[None]:
-    """transformers draws no initial weights inside, where this version of it can be told so."""
+    """Transformers draws no initial weights inside, where this version of it can be told so."""
     module = importlib.import_module("transformers.initialization")
     skip = getattr(module, "no_init_weights", nullcontext)
     with skip():

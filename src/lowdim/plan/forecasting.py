@@ -143,7 +143,7 @@ def forecast(
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         why = f"something in it looks at numbers ({error.func}), and a forecast has none"
         raise ValueError(f"{chosen.label} on {subject.label} cannot be forecast: {why}") from error
-    except RuntimeError as error:  # an operation that torch cannot run on shapes alone, or shapes that do not fit
+    except (RuntimeError, AttributeError) as error:  # an operation that cannot run on shapes alone, a model of another kind
         raise ValueError(f"{chosen.label} on {subject.label} cannot be forecast: {error}") from error
     stretch = max(rehearsal.peaks, key=lambda key: rehearsal.peaks[key].total)
     peak = rehearsal.peaks[stretch]

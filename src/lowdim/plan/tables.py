@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Touched", "shows", "table"]
 
-_COLUMNS = ("weights", "gradients", "optimizer_state", "activations", "workspace")
-
 
 def table(forecasts: Sequence[Forecast], budget: int | str | None = None) -> Table:
-    """The forecasts as a table, least memory first, each with the verdict on the budget.
+    """The forecasts as a table of 80 columns, least memory first, each with the verdict on the budget.
+
+    All sizes but the file's are in one unit, which the title names; activations include workspace.
 
     Args:
         budget: bytes, or a text such as `"8GiB"`; None takes each forecast's own.
@@ -32,26 +32,39 @@ def table(forecasts: Sequence[Forecast], budget: int | str | None = None) -> Tab
 
     limit = parse_bytes(budget) if isinstance(budget, str) else budget
     limits = {f.budget_bytes for f in forecasts if f.budget_bytes is not None} if limit is None else {limit}
-    title = f"{forecasts[0].model}: peak memory of training" if forecasts else "peak memory of training"
-    shown = Table(title=title, caption=_caption(forecasts))
+    unit, scale, digits = _unit(max((f.total for f in forecasts), default=0))
+    title = f"{forecasts[0].model}: memory at the peak of training, in {unit}" if forecasts else "memory of training"
+    shown = Table(title=title, caption=_caption(forecasts, limits), box=None, padding=(0, 1, 0, 0), pad_edge=False)
     shown.add_column("method")
-    shown.add_column("trained", justify="right")
-    for name in _COLUMNS:
-        shown.add_column({"optimizer_state": "optimizer"}.get(name, name), justify="right")
+    for name in ("trained", "weights", "grads", "state", "activ."):
+        shown.add_column(name, justify="right")
     shown.add_column("peak", justify="right", style="bold")
     if limits:
-        shown.add_column(f"fits {format_bytes(min(limits))}" if len(limits) == 1 else "fits")
+        shown.add_column("fits")
     shown.add_column("file", justify="right")
-    shown.add_column("≈ step", justify="right")
+    shown.add_column("step", justify="right")
     for f in sorted(forecasts, key=lambda f: f.total):
-        allowed = limit if limit is not None else f.budget_bytes
-        row = [f.label, f"{f.trained_parameters:,}", *(format_bytes(getattr(f, name)) for name in _COLUMNS)]
-        row.append(format_bytes(f.total))
+        parts = f.weights, f.gradients, f.optimizer_state, f.activations + f.workspace, f.total
+        row = [f.label, _count(f.trained_parameters), *(f"{part / scale:.{digits}f}" for part in parts)]
         if limits:
+            allowed = limit if limit is not None else f.budget_bytes
             row.append("" if allowed is None else "[green]yes[/]" if f.total <= allowed else "[red]no[/]")
-        row += [format_bytes(f.file_bytes), _duration(f.seconds_per_step)]
-        shown.add_row(*row)
+        shown.add_row(*row, format_bytes(f.file_bytes), _duration(f.seconds_per_step))
     return shown
+
+
+def _unit(largest: float) -> tuple[str, int, int]:
+    """The unit in which the largest size has one to four digits, its bytes, and how many decimals to show."""
+    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+    unit, scale = next((item for item in units.items() if largest < 1000 * item[1]), ("TiB", 2**40))
+    return unit, scale, 2 if largest < 10 * scale else 1 if largest < 100 * scale else 0
+
+
+def _count(number: int) -> str:
+    for size, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return str(number)
 
 
 def _duration(seconds: float) -> str:
@@ -61,12 +74,13 @@ def _duration(seconds: float) -> str:
     return f"{1000 * seconds:.2g} ms" if seconds < 1 else f"{seconds:.2g} s"
 
 
-def _caption(forecasts: Sequence[Forecast]) -> str:
+def _caption(forecasts: Sequence[Forecast], limits: Iterable[int]) -> str:
     if not forecasts:
         return ""
     f = forecasts[0]
+    budget = "".join(f"budget {format_bytes(limit)}; " for limit in sorted(limits))
     return (
-        f"batch {f.batch_size}, {f.sequence_length} tokens. Not counted: the program itself, the data, and what a method "
+        f"{budget}batch {f.batch_size} of {f.sequence_length} tokens. Not counted: the program itself, the data, what a method "
         "computes once before training. Times are rough."
     )
 

@@ -16,8 +16,9 @@ from lowdim.linalg import compute_dtype
 
 __all__ = ["RetrievalResult", "adaptive_retrieve", "funnel_retrieve"]
 
-_BLOCK_NUMBERS = 1 << 22  # numbers in the largest temporary of a block: 16 MB in float32
-_ROWS = 8192  # database rows searched at a time
+_SEARCH = 1 << 22  # numbers in a block of the database, and in its scores: 16 MB in float32
+_RERANK = 1 << 20  # numbers in a block of candidates; several passes go over it, so it should stay in cache
+_LEAST = 8  # a block has at least this many times as many rows as it must yield
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,11 @@ def _unit(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 def _search(q: Tensor, d: Tensor, size: int, count: int, dtype: torch.dtype) -> Tensor:
     """Indices `(Q, count)` of the exact L2 neighbours at `size`, nearest first, one database block after another."""
     query = _unit(q, size, dtype)
-    step = max(1, _BLOCK_NUMBERS // min(_ROWS, len(d)))
+    rows = min(len(d), max(1, _SEARCH // size, _LEAST * count))
+    step = max(1, _SEARCH // rows)
     best, index = query.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
-    for start in range(0, len(d), _ROWS):
-        block = _unit(d[start : start + _ROWS], size, dtype)
+    for start in range(0, len(d), rows):
+        block = _unit(d[start : start + rows], size, dtype)
         if not bool(torch.isfinite(block).all()):
             raise ValueError("database has NaN or infinite entries")
         # |q - d|² without |q|², which is the same for all rows of the database.
@@ -193,7 +195,7 @@ def _search(q: Tensor, d: Tensor, size: int, count: int, dtype: torch.dtype) -> 
 
 def _rerank(q: Tensor, d: Tensor, indices: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The list `(Q, k)` sorted by distance at `size`; differences, not products: no cancellation between near neighbours."""
-    step = max(1, _BLOCK_NUMBERS // (indices.shape[1] * size))
+    step = max(1, _RERANK // (indices.shape[1] * size))
     parts = []
     for query, index in zip(_unit(q, size, dtype).split(step), indices.split(step)):
         parts.append((_unit(d[:, :size][index], size, dtype) - query[:, None]).norm(dim=-1))

@@ -25,16 +25,16 @@ Data = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def run(context: Context) -> Outcome:
-    """Train a perceptron on Fashion-MNIST by AdamW, by GaLore and with low-rank layers; then the language model, for numbers."""
+    """Train a perceptron by AdamW, by GaLore and with low-rank layers; then the language model, for numbers only."""
     outcome = Outcome(
         "galore",
-        "Full-parameter training with optimizer state up to 65.5 % smaller (82.5 % in 8 bits), quality on par with full-rank Adam,"
-        " where a plain low-rank factorization falls behind.",
-        f"Fashion-MNIST, {_TRAIN} training and {_TEST} test images, MLP 784-256-256-10, batch {_BATCH}, {_EPOCHS} epochs; GaLore on"
-        " the two hidden matrices (lr 0.01, scale 0.25, refresh every 50 steps), AdamW 1e-3 on the rest.",
+        "Full-parameter training with optimizer state up to 65.5 % smaller (82.5 % in 8 bits), quality on par with full-rank"
+        " Adam, where a plain low-rank factorization falls behind.",
+        f"Fashion-MNIST, {_TRAIN} training and {_TEST} test images, MLP 784-256-256-10, batch {_BATCH}, {_EPOCHS} epochs;"
+        " GaLore on the two hidden matrices (lr 0.01, scale 0.25, refresh every 50 steps), AdamW 1e-3 on the rest.",
     )
     data = _standardised(context)
-    seeds = (0,) if context.quick else (0, 1)
+    seeds = range(1 if context.quick else 6)
     arms: dict[str, list[float]] = {}
     state: dict[str, int] = {}
     for seed in seeds:
@@ -100,8 +100,8 @@ def _arms(data: Data, seed: int, context: Context) -> dict[str, tuple[float, int
     for rank in (16, 4):
         for lr in (1e-3, 3e-3):
             net = _mlp(seed, rank)
-            hidden = [p for layer in (net[0], net[2]) for p in (layer.A, layer.B)]  # type: ignore[union-attr]
-            rest = [p for p in net.parameters() if not any(p is q for q in hidden)]
+            named = [(name[-1] in "AB", p) for name, p in net.named_parameters()]
+            hidden, rest = [p for factor, p in named if factor], [p for factor, p in named if not factor]
             rows = [torch.optim.AdamW(part, lr=lr, weight_decay=0.0) for part in (hidden, rest)]
             arm(f"LowRank {rank}, lr {lr:g}", net, lambda _, rows=rows: rows)
     return found
@@ -120,7 +120,7 @@ def _mlp(seed: int, rank: int | None = None) -> nn.Sequential:
 
 def _split(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The two hidden matrices, and everything else."""
-    hidden = [net[0].weight, net[2].weight]  # type: ignore[index]
+    hidden = [p for p in net.parameters() if p.ndim == 2][:2]
     return hidden, [p for p in net.parameters() if not any(p is q for q in hidden)]
 
 

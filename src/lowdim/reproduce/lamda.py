@@ -7,9 +7,9 @@ from torch import nn
 
 import lowdim
 from lowdim.adapters import LaMDA, LoRA, Method
+from lowdim.reproduce.kept import kept_bytes
 from lowdim.reproduce.minilm_trec import TARGETS, best_rate, load_setting, lora_baseline, probe_accuracy, steps_of
 from lowdim.reproduce.outcome import Check, Context, Outcome
-from lowdim.testing.kept import kept_bytes
 
 __all__ = ["run"]
 
@@ -33,7 +33,7 @@ def run(context: Context) -> Outcome:
     kept = {type(m).__name__: _kept(m) for m in (LoRA(rank=32), LaMDA(rank=32))}
     outcome = Outcome(
         "lamda",
-        "Matches or beats LoRA with up to 17.7x fewer parameter updates and up to 1.32x lower peak memory (EMNLP Findings 2024).",
+        "Matches or beats LoRA with up to 17.7x fewer parameter updates and up to 1.32x lower peak memory (EMNLP 2024).",
         "MiniLM, query and value of the last two layers, TREC, frozen head, 80 AdamW steps of 16 questions, 3 seeds, rate "
         "picked on 500 further training questions.",
         rows=[score.row() for score in (lora, eight, *others)],
@@ -46,7 +46,7 @@ def run(context: Context) -> Outcome:
             f"Linear probe on the untouched model: {probe_accuracy(setting):.3f}.",
             f"Kept bytes: 4 linear layers 384x384 with GELU, rank 32, 512 rows: LoRA {kept['LoRA'] / 2**20:.2f} MiB, "
             f"LaMDA {kept['LaMDA'] / 2**20:.2f} MiB.",
-            "One small task, standard error of an accuracy about 1.2 points: matching within 3 points is shown, beating is not.",
+            "One small task, standard error of an accuracy about 1.2 points: this shows a match within 3 points at most.",
             "LaMDA++'s rule is an equivalent in spirit; the paper's formula was not at hand.",
         ],
     )

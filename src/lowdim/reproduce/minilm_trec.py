@@ -104,10 +104,10 @@ class Setting:
             adapted = lowdim.adapt(model, method, seed=seed, batches=[self.batch(64)], loss_fn=_loss)
             optimizer = torch.optim.AdamW(adapted.trainable().values(), lr=lr, weight_decay=0.0)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-            order = torch.randperm(TRAIN, generator=torch.Generator().manual_seed(seed))
+            order = torch.randperm(len(self.train.labels), generator=torch.Generator().manual_seed(seed))
             updates = 0
             for step in range(steps):
-                rows = order[torch.arange(step * BATCH, (step + 1) * BATCH) % TRAIN]
+                rows = order[torch.arange(step * BATCH, (step + 1) * BATCH) % len(order)]
                 optimizer.zero_grad()
                 _loss(model, (self.train.hidden[rows], self.train.mask[rows], self.train.labels[rows])).backward()
                 updates += _updated(adapted)
@@ -143,9 +143,11 @@ def load_setting(context: Context) -> Setting:
             ]
         return Split(torch.cat(parts), found["attention_mask"].bool(), torch.tensor(labels))
 
-    train = split(train_texts[:TRAIN], train_labels[:TRAIN])
-    dev = split(train_texts[TRAIN : TRAIN + DEV], train_labels[TRAIN : TRAIN + DEV])
-    test = split(test_texts, test_labels)
+    train_size, dev_size, test_size = (400, 100, 100) if context.quick else (TRAIN, DEV, len(test_texts))
+    stop = train_size + dev_size
+    train = split(train_texts[:train_size], train_labels[:train_size])
+    dev = split(train_texts[train_size:stop], train_labels[train_size:stop])
+    test = split(test_texts[:test_size], test_labels[:test_size])
     classes = max(train_labels) + 1
     top = Top(lower[len(lower) - LAYERS :], nn.Linear(train.hidden.shape[-1], classes)).eval()
     with torch.no_grad():

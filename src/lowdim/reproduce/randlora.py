@@ -11,9 +11,9 @@ from torch import nn
 
 import lowdim
 from lowdim.adapters import LoRA, Method, RandLoRA
+from lowdim.reproduce.kept import kept_bytes
 from lowdim.reproduce.minilm_trec import TARGETS, best_rate, load_setting, lora_baseline
 from lowdim.reproduce.outcome import Check, Context, Outcome
-from lowdim.testing.kept import kept_bytes
 
 __all__ = ["run"]
 
@@ -34,8 +34,8 @@ def run(context: Context) -> Outcome:
     return Outcome(
         "randlora",
         "Full-rank updates with LoRA's parameter count close the gap between LoRA and full fine-tuning (ICLR 2025).",
-        "(a) least squares onto a random orthogonal 96x96 update; (b) MiniLM on TREC, 80 AdamW steps, 3 seeds, rate picked on 500 "
-        "further training questions; (c) a training step of four layers 384x384 and a head against PEFT's RandLoRA.",
+        "(a) least squares onto a random orthogonal 96x96 update; (b) MiniLM on TREC, 80 AdamW steps, 3 seeds, rate picked on "
+        "500 further training questions; (c) a training step of four layers 384x384 and a head against PEFT's RandLoRA.",
         rows,
         checks,
         notes,

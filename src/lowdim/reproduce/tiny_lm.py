@@ -1,7 +1,8 @@
 """The small language model on which several reproductions compare optimizers and layers ("the LM set-up").
 
-Tiny Shakespeare by characters, the last 100,000 for validation; a pre-norm transformer with 2 blocks, width 64, 4 heads, context
-48; batches of 16, 300 steps, 40 of warmup, then a cosine down to a tenth; the metric is the validation loss in nats a character.
+Tiny Shakespeare by characters, the last 100,000 for validation; a pre-norm transformer with 2 blocks, width 64, 4 heads,
+context 48; batches of 16, 300 steps, 40 of warmup, then a cosine down to a tenth; the metric is the validation loss in nats a
+character.
 """
 
 from __future__ import annotations

@@ -103,6 +103,12 @@ def _labelled(path: Path, text: str | None, label: str | None) -> tuple[list[str
             f"{path}: the first row, {', '.join(columns)}, looks like data; begin the file with a row of column names"
         )
     notes = []
+    unused = [c for c in columns if c not in (text_column, label_column)]
+    if unused and (text is None or label is None):
+        notes.append(
+            f"{path}: the text is column {text_column!r} and the label {label_column!r} (not used: {', '.join(unused)}); "
+            "--text and --label choose others"
+        )
     if empty:
         notes.append(f"{empty} rows of {path} have an empty text and were left out")
     if missing:

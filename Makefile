@@ -10,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Test processes; each runs torch on one thread.
 JOBS ?= 2
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help demo test test-slow lint format types layers docs bench ci clean setup-demo setup-test setup-dev

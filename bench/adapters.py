@@ -98,7 +98,7 @@ def run(widths: list[int]) -> list[dict]:
             print(rows[-1], flush=True)
         config = peft.RandLoraConfig(r=32, randlora_alpha=64, target_modules=names())
         row = {"method": "RandLoRA", "rank": 32, "width": width, "against": "peft RandLoRA r=32"}
-        rows.append({**row, **compare(width, ours(width, RandLoRA(rank=32)), theirs(width, config), max(5, steps // 3))})
+        rows.append({**row, **compare(width, ours(width, RandLoRA(rank=32)), theirs(width, config), max(11, steps // 3))})
         print(rows[-1], flush=True)
     return rows
 

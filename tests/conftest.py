@@ -4,6 +4,9 @@ import os
 import sys
 from pathlib import Path
 
+# Before torch starts its threads: several test processes on few cores must not wait by spinning.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

@@ -75,16 +75,15 @@ def test_the_docstring_names_the_paper_of_the_row(row):
     assert row.arxiv in source or row.paper.lower() in " ".join(source.lower().split()), f"Source of {name}: {source or 'none'}"
 
 
-def test_a_result_is_complete_and_belongs_to_a_row():
+def test_a_result_names_its_circumstances():
     slugs = {row.slug for row in entries() if row.available}
     for path in sorted((ROOT / "results").glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if path.stem.startswith("bench-"):
-            assert record, local(path)
-            continue
-        assert path.stem in slugs, local(path)
-        assert record["slug"] == path.stem
-        assert {"claim", "setting", "checks", "verdict", "environment", "seconds"} <= set(record), local(path)
+        assert "environment" in record, local(path)
+        if "verdict" in record:  # a reproduction; the others are measurements of `bench/`
+            assert path.stem == record["slug"], local(path)
+            assert path.stem in slugs, local(path)
+            assert {"claim", "setting", "checks", "seconds"} <= set(record), local(path)
 
 
 # --- code ----------------------------------------------------------------------------------------------------------------
@@ -146,7 +145,7 @@ def test_the_layers_are_a_contract():
 
 def test_nothing_names_the_place_where_it_was_written():
     # In pieces, so that this file does not hold what it looks for.
-    places = ["/" + name + "/" for name in ("work", "farm", "root", "home")]
+    places = ["/" + name for name in ("work/", "farm/", "root/\\.")]
     hosts = ["py" + "pi.org", "python" + "hosted.org", "registry.npm" + "js", "deb.deb" + "ian.org"]
     pattern = re.compile(r"(?<![\w.\-/])(?:" + "|".join(places) + ")|" + "|".join(map(re.escape, hosts)))
     bad = []

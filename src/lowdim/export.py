@@ -82,7 +82,9 @@ def export(
 def _peft(adapted: Adapted, folder: Path, source: Source | None, rank: int | None) -> ExportResult:
     model: Any = adapted.model
     base = source.path if source else getattr(model.config, "_name_or_path", None) or "BASE_MODEL"
-    options = _options(model, **({"gguf_file": source.gguf} if source and source.gguf else {}))
+    options = _options(model)
+    if source and source.gguf:
+        options["gguf_file"] = source.gguf
     with whole_folder(folder) as draft:
         written = to_peft(adapted, draft, rank=rank, native=rank is None, root=getattr(model, "export_root", ""))
         if isinstance(model, SentenceClassifier):
@@ -155,9 +157,9 @@ def _auto(model: nn.Module) -> str:
     return "AutoModelForSequenceClassification" if "SequenceClassification" in type(model).__name__ else "AutoModelForCausalLM"
 
 
-def _options(model: Any, *, for_merged: bool = False, **more: Any) -> dict[str, Any]:
+def _options(model: Any, *, for_merged: bool = False) -> dict[str, Any]:
     """Keywords with which `from_pretrained` gives this very model."""
-    options = {**more, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    options: dict[str, Any] = {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
     if isinstance(model, SentenceClassifier):
         return {**options, **encoder_options(model.config)}
     if _auto(model).endswith("SequenceClassification") and not for_merged:

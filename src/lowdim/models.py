@@ -195,8 +195,7 @@ def load_model(
             )
             absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
             new = _new_modules(model, absent)
-            if pooled:
-                model = SentenceClassifier(model, num_labels)
+            whole: Any = SentenceClassifier(model, num_labels) if pooled else model
         except Exception as error:
             raise source.failure(name, f"cannot be loaded for {task}", error) from error
     broken = sorted(key for key in absent if task != "classify" or pooled or not key.startswith(new))
@@ -205,11 +204,11 @@ def load_model(
             f"--model {name}: {len(broken)} tensors of a model for {task} are not in its weights, or of another shape there, "
             f"such as {broken[0]}"
         )
-    model.new_modules = tuple(sorted(new))
-    if pad_token_id is not None and getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = pad_token_id
-    model.config._name_or_path = source.path
-    return model
+    whole.new_modules = tuple(sorted(new))
+    if pad_token_id is not None and getattr(whole.config, "pad_token_id", None) is None:
+        whole.config.pad_token_id = pad_token_id
+    whole.config._name_or_path = source.path
+    return whole
 
 
 def build(config: Any, task: str, *, num_labels: int = 2) -> nn.Module:

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from lowdim.adapters import Adapted
+from lowdim.catalogue import variant
 from lowdim.errors import CheckpointError, LowdimError, UnknownNameError
 from lowdim.train.recipes import Recipe
 from lowdim.train.run import load_run, run_recipe
@@ -262,5 +263,5 @@ def test_a_run_whose_last_step_diverges_writes_no_model(tmp_path):
 
 def test_rates_that_are_left_out_are_the_methods_own(tmp_path):
     record = run_recipe(recipe(tmp_path / "out", "lamda", steps=1, lr=None, save_steps=0, limit=8))
-    assert record["lr"] == 1e-2
+    assert record["lr"] == variant("lamda").rates[0]
     assert not math.isnan(record["test"])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from lowdim.catalogue import BASELINES, FAMILIES, entries
+from lowdim.catalogue import BASELINES, FAMILIES, Entry, entries
 from lowdim.errors import check_choice
 
 __all__ = ["show"]
@@ -30,16 +31,22 @@ def show(family: str | None, available: bool, as_json: bool) -> None:
         return
     console = Console()
     table = Table(box=None, pad_edge=False, header_style="bold")
-    wide = console.width >= 120  # a narrow terminal gets what the names need; the claims are in --json and the docs
+    cells = [(str(e.number), e.slug, e.family, "works" if e.available else "not yet", _names(e)) for e in rows]
+    heads = ("", "slug", "family", "today", "compare / plan / run")
+    room = console.width - sum(max(len(h), *(len(c[i]) for c in cells)) + 2 for i, h in enumerate(heads))
+    wide = room >= 40  # a narrow terminal gets what the names need; the claims are in --json and the docs
     table.add_column("", justify="right", style="dim")
-    for name in ("slug", "family", "today", "compare / plan / run"):
+    for name in heads[1:]:
         table.add_column(name, no_wrap=True)
     if wide:
-        table.add_column("what it claims", overflow="ellipsis", no_wrap=True, ratio=1)
-    for entry in rows:
-        works = "[green]works[/]" if entry.available else "[dim]not yet[/]"
-        names = ", ".join(v.name for v in entry.variants)
-        table.add_row(str(entry.number), entry.slug, entry.family, works, names, *([entry.claim] if wide else []))
+        table.add_column("what it claims", overflow="ellipsis", no_wrap=True, width=room)
+    for entry, (number, slug, family, today, names) in zip(rows, cells):
+        works = f"[green]{today}[/]" if entry.available else f"[dim]{today}[/]"
+        table.add_row(number, slug, family, works, names, *([escape(entry.claim)] if wide else []))
     console.print(table)
     ready = sum(e.available for e in rows)
     console.print(f"\n{ready} of {len(rows)} work today; baselines: {', '.join(v.name for v in BASELINES)}", highlight=False)
+
+
+def _names(entry: Entry) -> str:
+    return ", ".join(v.name for v in entry.variants)

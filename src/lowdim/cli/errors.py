@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["clear_errors"]
+__all__ = ["clear_errors", "short_warnings"]
 
 
 @contextmanager
@@ -18,18 +20,34 @@ def clear_errors() -> Iterator[None]:
     """
     try:
         yield
-    except KeyboardInterrupt:
-        print("interrupted; finished work is kept (go on with --resume where the command has it)", file=sys.stderr)
-        raise SystemExit(130) from None
-    except BrokenPipeError:
-        # The reader has what it wanted (`lowdim list | head`); without this the interpreter complains when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, KeyboardInterrupt) or end.code == 130:  # typer makes the second of the first
+            print("interrupted; finished work is kept (go on with --resume where the command has it)", file=sys.stderr)
+            raise SystemExit(130) from None
+        raise
     except Exception as error:
         if os.environ.get("LOWDIM_DEBUG") or not _expected(error):
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextmanager
+def short_warnings() -> Iterator[None]:
+    """A warning is one line on standard error: the place in the program that gave it tells a user nothing."""
+    usual = warnings.showwarning
+
+    def note(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+        if category is UserWarning:
+            print(f"note: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *args, **kwargs)
+
+    warnings.showwarning = note
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
 
 
 def _expected(error: BaseException) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import shlex
@@ -26,7 +25,9 @@ from lowdim.compare.winner import hand_over
 from lowdim.errors import BudgetError, DataError, LowdimError
 from lowdim.files import read_json, write_json
 from lowdim.linalg import derive_seed
+from lowdim.train.data import locate
 from lowdim.train.environment import environment
+from lowdim.train.garbage import own_garbage
 from lowdim.train.metrics import Metric, metric_for
 from lowdim.train.tasks import Task, classification, language_modelling
 from lowdim.units import format_bytes
@@ -231,8 +232,11 @@ def _bench(settings: CompareSettings, task: Task, metric: Metric, folder: Path, 
         )
     # Everything that decides a run's numbers, and nothing that does not (how many seeds there will be, say).
     decisive = {k: v for k, v in settings.to_dict().items() if k not in ("seeds", "trials", "time_limit", "budget", "methods")}
-    digest = hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=8).hexdigest()
-    return Bench(model, task, head, metric, settings.steps, settings.batch_size, settings.max_length, folder, digest)
+    digest = hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=8)
+    for name in (*settings.data, *([settings.evaluation] if settings.evaluation else [])):
+        digest.update(locate(name).read_bytes())  # a file that has changed since makes other runs
+    fingerprint = digest.hexdigest()
+    return Bench(model, task, head, metric, settings.steps, settings.batch_size, settings.max_length, folder, fingerprint)
 
 
 def _run_all(
@@ -268,8 +272,8 @@ def _one(bench: Bench, run: Run, live: LiveTable, records: dict[str, dict[str, l
     record = load_run(bench, run)
     cached = record is not None
     if record is None:
-        record = perform(bench, run, on_step=live.tick)
-        gc.collect()
+        with own_garbage():
+            record = perform(bench, run, on_step=live.tick)
     live.finish(run, record, cached=cached)
     records[run.phase].setdefault(run.variant.name, []).append(record)
 

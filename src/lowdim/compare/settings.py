@@ -10,7 +10,7 @@ from lowdim.models import TASKS
 
 __all__ = ["DEFAULT_METHODS", "CompareSettings"]
 
-DEFAULT_METHODS = "linear-probe,lora,full,lamda,randlora,lora-sb,galore"
+DEFAULT_METHODS = "linear-probe,lora,full,lamda,randlora,galore"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def hand_over(bench: Bench, settings: CompareSettings, tokenizer: Any, best: dic
     run = runs / f"seed-{index}"
     model = restore(bench, run)
     kind = "peft" if _exact_in_peft(model) else "merged"
+    shutil.rmtree(folder / "winner", ignore_errors=True)  # an earlier winner, before there were more seeds
     result = export(model, folder / "winner", kind, tokenizer=tokenizer, source=models.resolve(settings.model))
     where = "seed " + str(index + 1)
     spread = best["interval"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,6 @@ __all__ = ["environment"]
 @cache
 def environment() -> dict[str, Any]:
     """Versions and hardware, as every result states them."""
-    import accelerate
-    import transformers
-
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -33,11 +31,19 @@ def environment() -> dict[str, Any]:
         "lowdim": lowdim.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
+        "transformers": _installed("transformers"),
+        "accelerate": _installed("accelerate"),
         "os": platform.platform(terse=True),
         "cpu": cpu,
         "cores": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "memory_bytes": memory,
     }
+
+
+def _installed(package: str) -> str | None:
+    # Asked of the installation, not of the package: a reproduction of a solver needs neither of them.
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.surgery import model_device
+from lowdim.train.metrics import science
 from lowdim.train.tasks import Task
 
 __all__ = ["fit_head"]
@@ -37,13 +38,12 @@ def fit_head(model: nn.Module, head: tuple[str, ...], task: Task) -> float | Non
         seen[name] = _features(model, layer, task, getattr(task, name))
         if seen[name] is None:
             return None
-    from sklearn.linear_model import LogisticRegression
-
+    regression = science("sklearn.linear_model", "fitting the head").LogisticRegression
     (x, y), (x_val, y_val) = seen["train"], seen["validation"]
     centre, scale = x.mean(0), x.std(0).mean().clamp_min(1e-12)
     best: tuple[float, Any] = (-1.0, None)
     for strength in _STRENGTHS:
-        fitted = LogisticRegression(C=strength, max_iter=2000).fit(((x - centre) / scale).numpy(), y.numpy())
+        fitted = regression(C=strength, max_iter=2000).fit(((x - centre) / scale).numpy(), y.numpy())
         score = float(fitted.score(((x_val - centre) / scale).numpy(), y_val.numpy()))
         if score > best[0]:
             best = (score, fitted)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import shutil
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -17,6 +20,7 @@ from lowdim.files import read_json
 from lowdim.models import quiet
 from lowdim.strategies import Applied
 from lowdim.train.callbacks import AdaptedCallback
+from lowdim.train.garbage import own_garbage
 
 if TYPE_CHECKING:
     from lowdim.train.tasks import Task
@@ -78,10 +82,24 @@ def fit(
     Raises:
         UnknownNameError: `report_to` is no tracker that transformers knows.
         ImportError: that tracker is not installed.
+        OSError: a checkpoint cannot be written; the ones before it are whole.
     """
+    check_tracker(settings.report_to)
+    with own_garbage():
+        return _fit(applied, task, settings, folder, resume, measure_memory, callbacks)
+
+
+def _fit(
+    applied: Applied,
+    task: Task,
+    settings: FitSettings,
+    folder: Path,
+    resume: bool,
+    measure_memory: bool,
+    callbacks: tuple[Any, ...],
+) -> FitResult:
     from transformers import TrainingArguments
 
-    check_tracker(settings.report_to)
     result = FitResult()
     recorder = _recorder(result, applied, measure_memory)
     arguments = TrainingArguments(
@@ -164,6 +182,18 @@ def _trainer_class() -> Any:
             if self.applied.adapted is not None:
                 loss = loss + self.applied.adapted.regularizer()
             return (loss, outputs) if return_outputs else loss
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            try:
+                super()._save_checkpoint(*args, **kwargs)
+            except Exception as error:  # a full disk: torch, safetensors and the system each have an error of their own for it
+                folder = Path(self.args.output_dir)
+                reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+                if shutil.disk_usage(folder).free < 2**20:
+                    reason = os.strerror(errno.ENOSPC)
+                shutil.rmtree(folder / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+                earlier = "; go on from the one before with --resume" if _newest(folder) else ""
+                raise OSError(errno.ENOSPC, f"could not write a checkpoint to {folder} ({reason}){earlier}") from error
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(*args, **kwargs)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from lowdim.errors import check_choice
+from lowdim.errors import MissingExtraError, check_choice
 
-__all__ = ["METRICS", "Metric", "classification_score", "difference_is_noise", "interval", "metric_for"]
+__all__ = ["METRICS", "Metric", "classification_score", "difference_is_noise", "interval", "metric_for", "science"]
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,25 @@ def metric_for(task: str, name: str | None = None) -> Metric:
 
 def classification_score(metric: str, labels: Sequence[int], predictions: Sequence[int]) -> float:
     """Accuracy, macro F1 or Matthews correlation."""
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
+    scores = science("sklearn.metrics", "scoring")
     if metric == "accuracy":
-        return float(accuracy_score(labels, predictions))
+        return float(scores.accuracy_score(labels, predictions))
     if metric == "f1":
-        return float(f1_score(labels, predictions, average="macro", zero_division=0))
-    return float(matthews_corrcoef(labels, predictions))
+        return float(scores.f1_score(labels, predictions, average="macro", zero_division=0))
+    return float(scores.matthews_corrcoef(labels, predictions))
+
+
+def science(module: str, purpose: str) -> Any:
+    """A module of scipy or scikit-learn.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = "scikit-learn" if module.startswith("sklearn") else "scipy"
+        raise MissingExtraError(package, "train", purpose) from None
 
 
 def interval(
@@ -73,8 +87,7 @@ def interval(
     """
     if len(scores) < 2:
         return None
-    from scipy.stats import t
-
+    t = science("scipy.stats", "an interval").t
     mean = sum(scores) / len(scores)
     spread = math.sqrt(sum((s - mean) ** 2 for s in scores) / (len(scores) - 1))
     half = float(t.ppf(0.5 + level / 2, len(scores) - 1)) * spread / math.sqrt(len(scores))
@@ -91,8 +104,7 @@ def difference_is_noise(best: Sequence[float], other: Sequence[float], sampling_
     n = min(len(best), len(other))
     if n < 2:
         return True
-    from scipy.stats import t
-
+    t = science("scipy.stats", "an interval").t
     gaps = [a - b for a, b in zip(best[:n], other[:n])]
     mean = sum(gaps) / n
     seeds = math.sqrt(sum((g - mean) ** 2 for g in gaps) / (n - 1) / n) * float(t.ppf(0.975, n - 1))

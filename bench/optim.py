@@ -2,14 +2,16 @@
 
     OMP_NUM_THREADS=2 python bench/optim.py --out results/bench-optim.json
 
-Reported: milliseconds (median and best of the repeats), ratios to the peer and to fused AdamW, bytes of state, and what a
-refresh of the subspace costs and captures beside an exact decomposition, on a gradient of low rank plus noise.
+Reported: milliseconds (median and best of the repeats), the median of the ratios within each turn to the peer and to fused
+AdamW, bytes of state, and what a refresh of the subspace costs and captures beside an exact decomposition, on a gradient of low
+rank plus noise. The load average tells how busy the machine was with other things.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -104,18 +106,21 @@ def steps(size: int, rank: int, repeats: int) -> dict[str, Any]:
             took = clock(optimizer.step)
             if turn:  # the first turn warms up
                 times[name].append(took)
-    middle = {name: statistics.median(values) for name, values in times.items()}
-    rows = {
-        name: {
-            "step_ms": round(middle[name], 3),
+
+    def ratio(name: str, other: str) -> float:
+        return round(statistics.median(a / b for a, b in zip(times[name], times[other])), 3)
+
+    rows: dict[str, Any] = {}
+    for name, (optimizer, _p) in made.items():
+        peer = "galore-torch AdamW8bit" if "8" in name else "galore-torch AdamW"
+        rows[name] = {
+            "step_ms": round(statistics.median(times[name]), 3),
             "best_ms": round(min(times[name]), 3),
             "first_step_ms": round(first[name], 1),
-            "to_fused_adamw": round(middle[name] / middle["torch AdamW fused"], 2),
-            "to_galore_torch": round(middle[name] / middle["galore-torch AdamW"], 3),
+            "to_fused_adamw": ratio(name, "torch AdamW fused"),
+            f"to_{peer}": ratio(name, peer),
             "state_bytes": peer_bytes(optimizer),
         }
-        for name, (optimizer, _p) in made.items()
-    }
     return rows
 
 
@@ -159,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -180,6 +185,7 @@ def main() -> None:
     for threads in given.threads:
         torch.set_num_threads(threads)
         record["threads"][str(threads)] = {
+            "load_average_before": round(os.getloadavg()[0], 2),
             "step": steps(given.size, given.rank, given.repeats),
             "refresh": refresh(given.size, given.rank, given.repeats),
         }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 # Before torch starts its threads: several test processes on few cores must not wait by spinning.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line has it
 
 import pytest
 import torch

@@ -87,9 +87,9 @@ def test_every_method_class_is_reachable_from_the_catalogue():
     from lowdim.adapters import Method, registered_methods
 
     targets = {v.target for v in variants().values()} | {row.target for row in AVAILABLE}
-    missing = [c.__name__ for c in registered_methods().values() if f"lowdim.adapters:{c.__name__}" not in targets]
-    assert not missing
-    assert all(issubclass(c, Method) for c in registered_methods().values())
+    ours = [c for c in registered_methods().values() if c.__module__.startswith("lowdim.")]  # tests register some of their own
+    assert not [c.__name__ for c in ours if f"lowdim.adapters:{c.__name__}" not in targets]
+    assert all(issubclass(c, Method) for c in ours)
 
 
 @pytest.mark.parametrize("family", ["optim", "layers"])

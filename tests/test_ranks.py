@@ -53,6 +53,11 @@ def test_by_energy_breaks_ties_by_order_and_takes_short_spectra():
     assert by_energy([torch.ones(2), torch.ones(8)], rank=4, choices=(2, 6)) == [2, 6]
 
 
+def test_the_remainder_goes_to_the_groups_with_flat_spectra():
+    spectra = [torch.tensor([1.0, 1 / (i + 1)]) for i in range(8)]
+    assert by_energy(spectra, rank=1, choices=(1, 2, 3)) == [3, 3, 3, 2, 2, 2, 1, 1]
+
+
 def test_by_energy_of_a_zero_matrix():
     assert by_energy([torch.zeros(3), torch.ones(3)], rank=1, choices=(1, 2)) == [2, 1]
 

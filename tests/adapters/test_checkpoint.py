@@ -240,6 +240,21 @@ def test_peft_takes_a_rank_for_each_layer_and_a_head(tmp_path):
     assert relative_error(loaded(sample_input()), model(sample_input())) < 1e-5
 
 
+def test_a_rank_for_one_layer_does_not_spread_to_names_that_end_alike(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = Named()
+    adapted = lowdim.adapt(model, LoRA(rank=2))
+    odd = LoRA(rank=3).attach(adapted.layers["fc"].base)
+    model.fc = adapted.layers["fc"] = odd
+    with torch.no_grad():
+        for layer in adapted.layers.values():
+            layer.update.B.normal_()
+    assert adapted.export(tmp_path).ranks == {"fc": 3, "inner.fc": 2, "inner.xfc": 2}
+    loaded = peft.PeftModel.from_pretrained(Named(), tmp_path)
+    x = torch.randn(4, 6)
+    assert relative_error(loaded(x), model(x)) < 1e-5
+
+
 def test_peft_convolutions_and_embeddings(tmp_path):
     peft = pytest.importorskip("peft")
 

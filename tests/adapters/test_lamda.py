@@ -168,6 +168,16 @@ def test_schedule(rank, total, fraction, schedule):
         assert update.frozen_columns() == rank
 
 
+def test_a_column_freezes_on_time_though_the_fraction_is_rounded():
+    rank, fraction, total, step = 1, 0.28, 75, 21
+    update = LaMDA(rank=rank, total_steps=total, freeze_fraction=fraction).attach(make_layer("linear")).update
+    exact = rank * step / (fraction * total)
+    assert int(update.rate * step) < round(exact)  # what the guard is for
+    for _ in range(step - 1):
+        update.step()
+    assert update.frozen_columns() == round(exact)
+
+
 def test_total_steps_can_be_filled_in_later():
     method = dataclasses.replace(LaMDA(rank=3), total_steps=20)
     assert method.attach(make_layer("linear")).update.rate == 3 / (0.3 * 20)

@@ -11,7 +11,7 @@ from rich.console import Console
 __all__ = ["compare", "parse_seconds"]
 
 #: Without --data: a sample of sentence polarity and a short run, to end within five minutes on two cores.
-_DEMO = {"seeds": 3, "trials": 2, "steps": 24, "max_length": 48, "time_limit": 240.0}
+_DEMO = {"seeds": 3, "trials": 2, "steps": 20, "max_length": 40, "time_limit": 255.0}
 _USUAL = {"seeds": 3, "trials": 3, "steps": 100, "max_length": 128, "time_limit": None}
 _UNITS = {"s": 1, "m": 60, "h": 3600, "": 1}
 

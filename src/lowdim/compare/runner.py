@@ -296,22 +296,26 @@ def _remarks(best: dict[str, Any] | None, rows: list[dict[str, Any]], metric: Me
     near = [row for row in rows if row["within_noise"]]
     if near:
         names = ", ".join(row["label"] for row in near)
-        notes.append(f"the difference to {best['label']} is within noise for: {names} ({rounds} seeds)")
+        notes.append(f"the difference to {best['label']} is within noise for: {names} ({_seeds(rounds)})")
     lean = [r for r in near if (r["measured_peak_bytes"] or 0) < 0.9 * (best["measured_peak_bytes"] or 0)]
     if lean:
         least = min(lean, key=lambda r: r["measured_peak_bytes"])
         share = least["measured_peak_bytes"] / best["measured_peak_bytes"]
         notes.append(f"{least['label']} does as well, within noise, at {share:.2f} x the memory of {best['label']}")
     if rounds < 3:
-        notes.append(f"{rounds} seeds say little of the spread; --seeds 3 or more is better")
+        notes.append(f"{_seeds(rounds)} can say little of the spread; --seeds 3 or more is better")
     edge = [
         row["label"]
         for row in rows
-        if row["status"] == "ok" and len(row["trials"]) > 1 and row["lr"] in (_extreme(row, min), _extreme(row, max))
+        if row["status"] == "ok" and len(row["trials"]) > 2 and row["lr"] in (_extreme(row, min), _extreme(row, max))
     ]
     if edge:
         notes.append(f"the chosen rate is at the edge of those tried for: {', '.join(edge)}; more --trials may help them")
     return notes
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def _extreme(row: dict[str, Any], pick: Any) -> float:

@@ -37,7 +37,7 @@ def hand_over(bench: Bench, settings: CompareSettings, tokenizer: Any, best: dic
     shown = f" [{spread[0]:.3f}, {spread[1]:.3f}]" if spread else ""
     return {
         "method": best["name"],
-        "why": f"{best['label']} is best: {bench.metric.name} {best['mean']:.3f}{shown} over {len(best['scores'])} seeds",
+        "why": f"{best['label']} is best: {bench.metric.name} {best['mean']:.3f}{shown} over {len(best['scores'])} seed{'s' * (len(best['scores']) > 1)}",
         "folder": "winner",
         "format": "PEFT adapter" if kind == "peft" else "merged model",
         "exported": where,

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowdim.train.callbacks import AdaptedCallback
+    from lowdim.train.loop import FitResult, FitSettings, fit
+    from lowdim.train.recipes import Recipe, load_recipe
+    from lowdim.train.run import run_recipe
+    from lowdim.train.tasks import Task, classification, language_modelling
 
 __all__ = [
     "AdaptedCallback",

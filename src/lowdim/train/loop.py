@@ -143,10 +143,8 @@ def _fit(
     try:
         with quiet():  # a progress bar for each checkpoint that is written, otherwise
             trainer.train(resume_from_checkpoint=_newest(folder) if resume else None)
-    except (
-        FloatingPointError,
-        torch.linalg.LinAlgError,
-    ) as error:  # the latter: a decomposition of a gradient that is not finite
+    except (FloatingPointError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        # The second: a decomposition of a gradient that is not finite.
         result.failure = str(error)
     finally:
         recorder.close()
@@ -187,7 +185,7 @@ def _trainer_class() -> Any:
             try:
                 super()._save_checkpoint(*args, **kwargs)
             except Exception as error:  # a full disk: torch, safetensors and the system each have an error of their own for it
-                folder = Path(self.args.output_dir)
+                folder = Path(str(self.args.output_dir))
                 reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
                 if shutil.disk_usage(folder).free < 2**20:
                     reason = os.strerror(errno.ENOSPC)

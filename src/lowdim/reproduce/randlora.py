@@ -29,7 +29,7 @@ def run(context: Context) -> Outcome:
     _classification(context, rows, checks)
     _peer(context, rows, checks, notes)
     notes.append(
-        "For a target with a decaying spectrum (a Gaussian matrix) the order of the first part is reversed: no general win."
+        "Not run here: for a target with a decaying spectrum (a Gaussian matrix) the order of the first part reverses."
     )
     return Outcome(
         "randlora",

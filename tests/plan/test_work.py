@@ -1,8 +1,10 @@
+import time
+
 import torch
 
 from lowdim.plan.fake import fake_mode
 from lowdim.plan.tracker import Tracker
-from lowdim.plan.work import Speed, Work, speed
+from lowdim.plan.work import Speed, Work, _seconds, speed
 
 
 def count(run, at=None):
@@ -46,3 +48,7 @@ def test_speed_is_measured_once():
     assert first.flops > 1e6
     assert first.bytes > 1e6
     assert 0 < first.launch < 0.1
+
+
+def test_a_call_slower_than_the_budget_is_still_timed():
+    assert 0.01 <= _seconds(lambda: time.sleep(0.01), "cpu", 0.0) < 10

@@ -215,6 +215,7 @@ def test_memory_is_measured_on_one_step_and_an_exception_there_leaves_nothing_op
 
     with pytest.raises(KeyboardInterrupt):
         run(ready(), tmp_path, measure=True, callbacks=(Stop(),))
+    assert not torch._C._autograd._profiler_enabled()
     again = run(ready(), tmp_path, measure=True)
     assert again.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.2)
 

@@ -82,6 +82,15 @@ def test_noise_without_sampling_error_is_scipys_paired_test(count, data):
         assert difference_is_noise(a, b) == (p > 0.05)
 
 
+def test_noise_is_at_95_percent():
+    from scipy import stats
+
+    a, b = [4, 3, 2], [1, 1, 1]
+    assert 0.05 < stats.ttest_rel(a, b).pvalue < 0.1
+    assert difference_is_noise(a, b)
+    assert not difference_is_noise([4, 3.5, 3], b)
+
+
 def test_noise_pairs_the_seeds_and_adds_the_error_of_the_test_set():
     a, b = [0.90, 0.80, 0.70], [0.88, 0.78, 0.681]  # far apart from seed to seed, yet always 0.02 apart
     assert not difference_is_noise(a, b)

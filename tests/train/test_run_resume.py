@@ -1,5 +1,6 @@
 """A run that was killed and resumed gives the bits and the losses of one that never was."""
 
+import dataclasses
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from lowdim.adapters import Adapted
 from lowdim.catalogue import variant
 from lowdim.errors import CheckpointError, LowdimError, UnknownNameError
 from lowdim.train.recipes import Recipe
-from lowdim.train.run import load_run, run_recipe
+from lowdim.train.run import _settings, load_run, run_recipe
 
 METHODS = {
     "lora": {"rank": 4, "dropout": 0.1},
@@ -259,6 +260,17 @@ def test_a_run_whose_last_step_diverges_writes_no_model(tmp_path):
     with pytest.raises(LowdimError, match="the trained model's outputs are not finite; try a smaller"):
         run_recipe(recipe(tmp_path / "out", "full", options={}, steps=1, lr=1e38, warmup=0.0, save_steps=0))
     assert not (tmp_path / "out" / "model").exists()
+
+
+def test_every_setting_of_the_loop_comes_from_the_recipe(tmp_path):
+    changed = {
+        "steps": 9, "batch_size": 3, "warmup": 0.3, "schedule": "cosine", "max_grad_norm": 0.5, "gradient_accumulation": 2,
+        "gradient_checkpointing": True, "bf16": True, "seed": 11, "save_steps": 4, "report_to": "tensorboard",
+    }  # fmt: skip
+    settings = _settings(recipe(tmp_path, **changed), 0.125)
+    assert {key: getattr(settings, key) for key in changed} == changed
+    assert settings.lr == 0.125
+    assert {f.name for f in dataclasses.fields(settings)} == {*changed, "lr", "log_steps"}
 
 
 def test_rates_that_are_left_out_are_the_methods_own(tmp_path):

@@ -1,7 +1,7 @@
 """The update of a frozen weight, made low-dimensional: one Method per paper, all reached by `lowdim.adapt`."""
 
 from lowdim.adapters.adapted import Adapted, LayerChange, MergeReport, adapt
-from lowdim.adapters.base import AdaptedLayer, Method, WeightUpdate, registered_methods
+from lowdim.adapters.base import AdaptedLayer, Method, ModelMethod, WeightUpdate, registered_methods
 from lowdim.adapters.checkpoint import load_adapter
 from lowdim.adapters.lamda import LaMDA
 from lowdim.adapters.lora import LoRA
@@ -21,6 +21,7 @@ __all__ = [
     "LoRAXS",
     "MergeReport",
     "Method",
+    "ModelMethod",
     "PeftExport",
     "RandLoRA",
     "SVFit",

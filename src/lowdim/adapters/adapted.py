@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.base import AdaptedLayer, Method
+from lowdim.adapters.base import AdaptedLayer, Method, ModelMethod
 from lowdim.adapters.guards import fingerprint, leave_fused_paths, naming, tied_layers, unchanged_on_error
 from lowdim.calibrate import LossFn, collect
 from lowdim.errors import NoMatchingModuleError, nearest
@@ -25,7 +25,10 @@ from lowdim.surgery import (
     weight_matrix,
 )
 
-__all__ = ["Adapted", "LayerChange", "MergeReport", "adapt"]
+__all__ = ["SHARED", "Adapted", "LayerChange", "MergeReport", "adapt"]
+
+#: Under which name a method's shared module stands in the model.
+SHARED = "lowdim_shared"
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Adapted:
         modules_to_save: names of further modules that are trained and saved whole (a new head).
         fingerprints: name -> digest of the weight before attaching.
         tied: names of adapted layers whose weight was another module's too before attaching.
+        shared: the module that all layers have in common, if the method has one; it stands in the model as `lowdim_shared`.
         merge_report: what the last `merge()` changed.
     """
 
@@ -79,10 +83,15 @@ class Adapted:
         modules_to_save: Iterable[str],
         seed: int,
         tied: Iterable[str] = (),
+        shared: nn.Module | None = None,
     ):
         self.model, self.method, self.layers, self.seed = model, method, dict(layers), seed
         self.fingerprints, self.modules_to_save = dict(fingerprints), tuple(modules_to_save)
-        self.tied = frozenset(tied)
+        self.tied, self.shared = frozenset(tied), shared
+        if shared is not None:
+            model.add_module(SHARED, shared)
+            for name, layer in self.layers.items():
+                layer.update.connect(shared, name)
         self._fused = leave_fused_paths(model, self.layers.values())
         self.merge_report: MergeReport | None = None
 
@@ -98,6 +107,7 @@ class Adapted:
         the run that it continues; without a gradient it is not touched.
         """
         own = {id(p) for layer in self.layers.values() for p in layer.update.parameters()}
+        own |= set() if self.shared is None else {id(p) for p in self.shared.parameters()}
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad or id(p) in own}
 
     def param_groups(self, lr: float, weight_decay: float | None = None) -> list[dict[str, Any]]:
@@ -147,6 +157,8 @@ class Adapted:
         state = {
             f"{name}.update.{key}": value for name, layer in self.layers.items() for key, value in layer.update.saved().items()
         }
+        if self.shared is not None:
+            state.update({f"{SHARED}.{key}": value for key, value in self.shared.state_dict().items()})
         for module in self.modules_to_save:
             state.update({f"{module}.{key}": value for key, value in self.model.get_submodule(module).state_dict().items()})
         return state
@@ -192,6 +204,9 @@ class Adapted:
             replace_layer(self.model, name, plain)
         for parameter in self.model.parameters():
             parameter.requires_grad_(True)
+        if self.shared is not None:
+            delattr(self.model, SHARED)
+            self.shared = None
         for module, name, value in self._fused:
             setattr(module, name, value)
         config: Any = getattr(self.model, "config", None)
@@ -255,6 +270,16 @@ def adapt(
     present = [name for name, module in model.named_modules() if isinstance(module, AdaptedLayer)]
     if present:
         raise ValueError(f"model is adapted already (layer {present[0]}); merge() it first")
+    if isinstance(method, ModelMethod):
+        return method.attach_model(
+            model,
+            seed=seed,
+            dtype=dtype,
+            initialise=initialise,
+            batches=batches,
+            loss_fn=loss_fn,
+            modules_to_save=modules_to_save,
+        )
     layers = target_layers(model, method)
     kept = _saved_modules(model, modules_to_save, layers)
     fingerprints = {name: fingerprint(weight_matrix(layer)) for name, layer in layers.items()} if initialise else {}
@@ -262,6 +287,7 @@ def adapt(
     with torch.enable_grad():
         stats = collect(model, layers, method.needs, batches, loss_fn) if initialise else {name: {} for name in layers}
     prepared = method.prepare(layers, seed=seed, initialise=initialise)
+    shared = method.shared(layers, seed=seed, initialise=initialise)
     attached = {}
     with unchanged_on_error(model):
         freeze(model)
@@ -280,7 +306,7 @@ def adapt(
     for name in kept:
         for parameter in model.get_submodule(name).parameters():
             parameter.requires_grad_(True)
-    return Adapted(model, method, attached, fingerprints, kept, seed, tied)
+    return method.adapted_type()(model, method, attached, fingerprints, kept, seed, tied, shared)
 
 
 def target_layers(model: nn.Module, method: Method) -> dict[str, nn.Module]:

@@ -20,7 +20,7 @@ from lowdim.errors import CheckpointError, check_float
 from lowdim.linalg import low_rank_norm
 from lowdim.surgery import describe, is_conv1d, is_matrix_layer, weight_matrix, with_matrix
 
-__all__ = ["AdaptedLayer", "Method", "Stats", "WeightUpdate", "kind_of", "registered_methods", "wide"]
+__all__ = ["AdaptedLayer", "Method", "ModelMethod", "Stats", "WeightUpdate", "kind_of", "registered_methods", "wide"]
 
 Stats = Mapping[str, Any]
 
@@ -109,6 +109,15 @@ class WeightUpdate(nn.Module):
             )
         self.load_state_dict(dict(tensors), strict=False)
 
+    def start_forward(self, x: Tensor) -> Tensor:
+        """What `start()` adds to the layer's output, `(..., out_features)`; only asked for where `start()` is not None."""
+        start = self.start()
+        assert start is not None
+        return F.linear(x, start.to(x.dtype))
+
+    def connect(self, shared: nn.Module, name: str) -> None:
+        """Take what the method's `shared` module holds for layer `name`; called once, before the first forward."""
+
     def step(self) -> None:
         """After each optimizer step: schedules, proximal steps."""
 
@@ -132,8 +141,10 @@ class Method:
     target_modules: Any
     dropout: float = 0.0
 
-    def __init_subclass__(cls, **kwargs: Any):
+    def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any):
         super().__init_subclass__(**kwargs)
+        if abstract:  # a base of methods, not one that a checkpoint could name
+            return
         other = _REGISTRY.get(cls.__name__)
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(f"a method named {cls.__name__!r} is already registered by {other.__module__}")
@@ -155,6 +166,20 @@ class Method:
         `initialise=False` asks for shapes only: no decomposition, nothing read from the weights.
         """
         return {name: {} for name in layers}
+
+    def shared(self, layers: Mapping[str, nn.Module], *, seed: int, initialise: bool = True) -> nn.Module | None:
+        """What all layers of a model have in common and train or count together (architecture logits, a step counter), or None.
+
+        It is put into the model once, so that trainers, checkpoints and wrappers see it; every update is told of it by
+        `WeightUpdate.connect`.
+        """
+        return None
+
+    def adapted_type(self) -> type[Any]:
+        """The class of what `lowdim.adapt` returns; a subclass of `Adapted` where the method acts over all layers at once."""
+        from lowdim.adapters.adapted import Adapted
+
+        return Adapted
 
     def accepts(self, layer: nn.Module) -> bool:
         """Whether this kind of layer can be adapted by the method."""
@@ -232,6 +257,16 @@ class Method:
             raise ValueError(f"stats[{need!r}] must have shape {want}; got {tuple(value.shape)}")
         if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
             raise ValueError(f"stats[{need!r}] has NaN or infinite entries")
+
+
+class ModelMethod(Method, abstract=True):
+    """A method that acts on the model as a whole and not layer by layer; reached by the same `lowdim.adapt`."""
+
+    takes: ClassVar[frozenset[str]] = frozenset()
+
+    def attach_model(self, model: nn.Module, *, seed: int = 0, dtype: torch.dtype | None = None, **options: Any) -> Any:
+        """Freeze `model`, make its parameters functions of few numbers, in place; gives an `Adapted`."""
+        raise NotImplementedError(f"{type(self).__name__} must define attach_model(...)")
 
 
 class AdaptedLayer(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import lowdim
-from lowdim.adapters.adapted import Adapted
+from lowdim.adapters.adapted import SHARED, Adapted
 from lowdim.adapters.base import AdaptedLayer, registered_methods
 from lowdim.adapters.guards import fingerprint, naming, tied_layers, unchanged_on_error
 from lowdim.errors import CheckpointError, nearest
@@ -109,6 +109,9 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
             update = method.blank(*weight.shape, stats=stats, dtype=dtype, device=weight.device)
             update.restore({key: value.to(weight.device) for key, value in own.items()}, weight)
             attached[name] = (layer, update)
+    shared = method.shared(layers, seed=about["seed"], initialise=False)
+    if shared is not None:
+        _restore_shared(shared, tensors, folder)
     heads = _heads(model, about["modules_to_save"], tensors, folder)
     tied = tied_layers(model, layers)
     with unchanged_on_error(model):
@@ -122,7 +125,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         for parameter in module.parameters():
             parameter.requires_grad_(True)
     fingerprints = {name: entry["fingerprint"] for name, entry in about["layers"].items()}
-    return Adapted(model, method, wrapped, fingerprints, about["modules_to_save"], about["seed"], tied)
+    kept = about["modules_to_save"]
+    return method.adapted_type()(model, method, wrapped, fingerprints, kept, about["seed"], tied, shared)
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -169,6 +173,16 @@ def _find(model: nn.Module, name: str, entry: Mapping[str, Any], folder: Path, c
             f"{folder} was trained on another base model: the weight of layer {name} differs (check_base=False attaches anyway)"
         )
     return layer
+
+
+def _restore_shared(shared: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    prefix = f"{SHARED}."
+    own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    try:
+        shared.load_state_dict(own)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder}: what the layers share does not fit this model: {reason}") from error
 
 
 def _heads(model: nn.Module, names: list[str], tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -24,6 +24,10 @@ class NoMatchingModuleError(LowdimError, ValueError):
     """A name or pattern matches no module of the model."""
 
 
+class NoGradientError(LowdimError, RuntimeError):
+    """Something that is trained got no gradient."""
+
+
 class UnknownNameError(LowdimError, ValueError):
     """A name (method, column, metric, recipe key) is not one of those allowed."""
 

@@ -19,11 +19,13 @@ from lowdim.errors import NoMatchingModuleError, nearest
 __all__ = [
     "HEAD_NAMES",
     "as_linear",
+    "dense_matrix",
     "describe",
     "find_layers",
     "is_conv1d",
     "is_linear",
     "is_matrix_layer",
+    "is_quantized",
     "make_linear",
     "matrix_shape",
     "parent_and_child",
@@ -81,8 +83,46 @@ def weight_matrix(layer: nn.Module) -> Tensor:
     raise TypeError(f"layer must have a weight matrix (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding); got {describe(layer)}")
 
 
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether a linear layer keeps its weight in few bits: torchao's tensor subclasses, bitsandbytes' layers."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(layer, nn.Linear) or not isinstance(weight, Tensor):
+        return False
+    return type(weight).__module__.startswith("torchao.") or type(layer).__module__.startswith("bitsandbytes.")
+
+
+@torch.no_grad()
+def dense_matrix(layer: nn.Module) -> Tensor:
+    """The weight as a plain matrix `(out_features, in_features)`: `weight_matrix`, or a quantized weight's values in float32.
+
+    Raises:
+        TypeError: the layer has no weight matrix.
+    """
+    if not is_quantized(layer):
+        return weight_matrix(layer)
+    weight: Any = layer.weight
+    if type(weight).__module__.startswith("torchao."):
+        return weight.dequantize().to(torch.float32)
+    # A layer's own kernel knows its format best: its answer to unit vectors is the weight.
+    eye = torch.eye(layer.in_features, dtype=layer_dtype(layer), device=weight.device)  # type: ignore[arg-type]
+    bias = getattr(layer, "bias", None)
+    out = layer(eye) if bias is None else layer(eye) - bias
+    return out.T.to(torch.float32).contiguous()
+
+
+def layer_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype in which a layer answers: its weight's, or what a quantized layer computes in."""
+    weight = getattr(layer, "weight", None)
+    for tensor in (weight, getattr(layer, "bias", None)):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            return tensor.dtype
+    return getattr(layer, "compute_dtype", None) or torch.get_default_dtype()
+
+
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
-    """`(out_features, in_features)` of `weight_matrix(layer)`."""
+    """`(out_features, in_features)` of the layer's matrix."""
+    if is_quantized(layer) or hasattr(layer, "pristine_weight"):  # the second: an adapted layer, whose base may be quantized
+        return layer.out_features, layer.in_features  # type: ignore[return-value]
     out_features, in_features = weight_matrix(layer).shape
     return out_features, in_features
 
@@ -90,11 +130,15 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
 def with_matrix(layer: nn.Module, matrix: Tensor) -> nn.Module:
     """A layer like `layer` with another weight matrix `(out, in)`; the given one is left as it is.
 
-    The new weight takes the old one's dtype, device, layout and `requires_grad`. Bias and hooks are shared.
+    The new weight takes the old one's dtype, device, layout and `requires_grad`. Bias and hooks are shared. In the place of
+    a quantized layer comes a plain nn.Linear in the dtype that the layer computed in.
 
     Raises:
         TypeError: the weight is not a parameter but computed from others (weight_norm, a parametrization).
     """
+    if is_quantized(layer):
+        bias = cast("Tensor | None", layer.bias)
+        return make_linear(matrix.to(layer_dtype(layer)), bias, requires_grad=False).train(layer.training)
     old = layer._parameters.get("weight")
     if old is None:
         raise TypeError(f"the weight of {describe(layer)} is computed (weight_norm or a parametrization?); remove that first")

@@ -163,8 +163,12 @@ def test_foreign_folders(tmp_path, saved):
 
 def test_loading_into_an_adapted_or_another_model(saved):
     adapted, folder = saved
-    with pytest.raises(ValueError, match="adapted already"):
-        lowdim.load_adapter(adapted.model, folder)
+    x, plain, once = sample_input(), small_model()(sample_input()), adapted.model(sample_input())
+    lowdim.load_adapter(adapted.model, folder)  # beside the first: a second time the same change, before the tanh
+    first = adapted.model.body["first"]
+    assert relative_error(first(x), 2 * first.base(x) - first.plain(x)) < 1e-5
+    assert not torch.allclose(adapted.model(x), once)
+    assert not torch.allclose(once, plain)
     with pytest.raises(CheckpointError, match=r"body\.first, which the model lacks"):
         lowdim.load_adapter(nn.Sequential(nn.Linear(8, 12)), folder)
 

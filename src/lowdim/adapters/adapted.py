@@ -12,52 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.adapters.base import AdaptedLayer, Method, ModelMethod
-from lowdim.adapters.guards import fingerprint, leave_fused_paths, naming, tied_layers, unchanged_on_error
+from lowdim.adapters.guards import fingerprint, leave_fused_paths, naming, pristine_matrix, tied_layers, unchanged_on_error
+from lowdim.adapters.merging import MergeReport, merged_layer
 from lowdim.calibrate import LossFn, collect
-from lowdim.errors import NoMatchingModuleError, nearest
+from lowdim.errors import NoGradientError, NoMatchingModuleError, nearest
 from lowdim.linalg import stream
-from lowdim.surgery import (
-    Patterns,
-    find_layers,
-    freeze,
-    is_matrix_layer,
-    replace_layer,
-    weight_matrix,
-)
+from lowdim.surgery import Patterns, find_layers, freeze, is_matrix_layer, replace_layer
 
-__all__ = ["SHARED", "Adapted", "LayerChange", "MergeReport", "adapt"]
+__all__ = ["SHARED", "Adapted", "adapt"]
 
 #: Under which name a method's shared module stands in the model.
 SHARED = "lowdim_shared"
 
 
 @dataclass(frozen=True)
-class LayerChange:
-    """What merging changed in one layer: `‖ΔW‖_F / ‖W₀‖_F`, and the largest error of rounding once to the weight's dtype."""
+class _Merged:
+    """What `unmerge` needs."""
 
-    layer: str
-    relative_change: float
-    largest_change: float
-    rounding_error: float
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """The layers that a merge changed, and which tied weights it had to separate."""
-
-    layers: tuple[LayerChange, ...]
-    untied: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able record."""
-        return {"layers": [vars(change) for change in self.layers], "untied": list(self.untied)}
-
-    def __str__(self) -> str:
-        lines = [f"{'layer':<48} {'|dW|/|W|':>10} {'max':>10} {'rounding':>10}"]
-        lines += [
-            f"{c.layer:<48} {c.relative_change:10.3e} {c.largest_change:10.3e} {c.rounding_error:10.3e}" for c in self.layers
-        ]
-        return "\n".join([*lines, *(f"untied: {name}" for name in self.untied)])
+    layers: dict[str, AdaptedLayer]
+    shared: nn.Module | None
+    flags: dict[nn.Parameter, bool]
+    ties_words: bool
 
 
 class Adapted:
@@ -89,16 +64,52 @@ class Adapted:
         self.fingerprints, self.modules_to_save = dict(fingerprints), tuple(modules_to_save)
         self.tied, self.shared = frozenset(tied), shared
         if shared is not None:
-            model.add_module(SHARED, shared)
+            model.add_module(_free_name(model), shared)
             for name, layer in self.layers.items():
                 layer.update.connect(shared, name)
         self._fused = leave_fused_paths(model, self.layers.values())
+        self._merged: _Merged | None = None
+        self._awaits_gradient = True
+        self.allow_unused = False
         self.merge_report: MergeReport | None = None
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Once after each optimizer step: advances schedules, allocates ranks, applies proximal steps."""
+        """Once after each optimizer step: advances schedules, allocates ranks, applies proximal steps.
+
+        Raises:
+            NoGradientError: in the first step with gradients, some adapted layers got none (see `check_gradients`).
+        """
+        if self._awaits_gradient and any(p.grad is not None for p in self.trainable().values()):
+            self.check_gradients()
         for layer in self.layers.values():
             layer.update.step()
+
+    def check_gradients(self) -> None:
+        """After the first backward pass: every adapted layer must have got a gradient, or it would never learn anything.
+
+        Raises:
+            NoGradientError: names the layers without one. `allow_unused = True` on this object says that it is meant
+                (experts that some batches do not reach).
+        """
+        self._awaits_gradient = False
+        if self.allow_unused:
+            return
+        lost = []
+        for name, layer in self.layers.items():
+            own = [p for p in layer.update.parameters() if p.requires_grad and p.numel()]
+            if own and all(p.grad is None for p in own):
+                lost.append(name)
+        if lost:
+            shown = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
+            raise NoGradientError(
+                f"{len(lost)} of {len(self.layers)} adapted layers got no gradient from the first backward pass: {shown}. Does the "
+                "model use them (not another copy of the model, a layer that is skipped, or code that reads their weight)? With "
+                "reentrant gradient checkpointing call model.enable_input_require_grads(), or use use_reentrant=False. "
+                "Set allow_unused=True on the Adapted if it is meant"
+            )
+
+    def before_training(self, batches: list[Any], loss_fn: LossFn | None, lr: float, steps: int) -> None:
+        """Called by `lowdim run` and `lowdim compare` before a training of `steps` steps; for methods that search first."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by its name in the model.
@@ -106,9 +117,32 @@ class Adapted:
         A parameter that a schedule has frozen by now stays among them, so an optimizer made after a resume has the groups of
         the run that it continues; without a gradient it is not touched.
         """
+        own, mine = self._own(), set(self.layers.values())
+        foreign = {
+            id(p)
+            for layer in self.model.modules()
+            if isinstance(layer, AdaptedLayer) and layer not in mine
+            for p in layer.update.parameters()
+        } | {
+            id(p)
+            for name, module in self.model.named_children()
+            if name.startswith(SHARED) and module is not self.shared
+            for p in module.parameters()
+        }
+        return {
+            name: p
+            for name, p in self.model.named_parameters()
+            if id(p) in own or (p.requires_grad and id(p) not in foreign)
+        }
+
+    def trainable_here(self) -> dict[str, nn.Parameter]:
+        """`trainable()` without the modules that are saved whole."""
+        own = self._own()
+        return {name: p for name, p in self.model.named_parameters() if id(p) in own}
+
+    def _own(self) -> set[int]:
         own = {id(p) for layer in self.layers.values() for p in layer.update.parameters()}
-        own |= set() if self.shared is None else {id(p) for p in self.shared.parameters()}
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad or id(p) in own}
+        return own if self.shared is None else own | {id(p) for p in self.shared.parameters()}
 
     def param_groups(self, lr: float, weight_decay: float | None = None) -> list[dict[str, Any]]:
         """Optimizer groups for all trained parameters, with the rates the method asks for.
@@ -183,38 +217,62 @@ class Adapted:
 
         Merging runs in float32 or better and rounds once. A weight that is tied to another (an output head to the
         embedding) can no longer be shared: it is separated, `config.tie_word_embeddings` is set to False, and the report
-        says so.
+        says so. The adapted layers are kept for `unmerge()` as long as this object lives.
+
+        Raises:
+            ValueError: another adapter sits on one of the layers; `AdapterSet.merge` merges several.
         """
-        changes: list[LayerChange] = []
         for name, layer in self.layers.items():
-            before, after = layer.original_weight(), layer.effective_weight()
-            plain = layer.merged()
-            wide = before.to(after.dtype)
-            size = float(torch.linalg.matrix_norm(wide)) or 1.0
-            changes.append(
-                LayerChange(
-                    name,
-                    float(torch.linalg.matrix_norm(after - wide)) / size,
-                    float((after - wide).abs().max()),
-                    float((weight_matrix(plain).to(after.dtype) - after).abs().max()),
-                )
-            )
-            for parameter in plain.parameters():
-                parameter.requires_grad_(True)
+            if self.model.get_submodule(name) is not layer or isinstance(layer.base, AdaptedLayer):
+                raise ValueError(f"layer {name} has several adapters: take the others away first, or merge by an AdapterSet")
+        changes = []
+        config: Any = getattr(self.model, "config", None)
+        self._merged = _Merged(
+            self.layers, self.shared, {p: p.requires_grad for p in self.model.parameters()}, _ties_words(config)
+        )
+        for name, layer in self.layers.items():
+            plain, change = merged_layer(name, layer)
+            changes.append(change)
             replace_layer(self.model, name, plain)
         for parameter in self.model.parameters():
             parameter.requires_grad_(True)
-        if self.shared is not None:
-            delattr(self.model, SHARED)
-            self.shared = None
-        for module, name, value in self._fused:
-            setattr(module, name, value)
-        config: Any = getattr(self.model, "config", None)
-        if getattr(config, "tie_word_embeddings", False) and self._head_stands_alone():
+        self.drop_shared()
+        self._fused(False)
+        if _ties_words(config) and self._head_stands_alone():
             config.tie_word_embeddings = False
         self.merge_report = MergeReport(tuple(changes), tuple(name for name in self.layers if name in self.tied))
         self.layers = {}
         return self.model
+
+    def unmerge(self) -> nn.Module:
+        """Put the adapted layers back that the last `merge()` took out: base weights bit for bit, training can go on.
+
+        Raises:
+            ValueError: nothing has been merged.
+        """
+        before = self._merged
+        if before is None:
+            raise ValueError("there is nothing to unmerge: merge() was not called, or was undone already")
+        for name, layer in before.layers.items():
+            replace_layer(self.model, name, layer)
+        if before.shared is not None:
+            self.model.add_module(_free_name(self.model), before.shared)
+        for parameter, flag in before.flags.items():
+            parameter.requires_grad_(flag)
+        config: Any = getattr(self.model, "config", None)
+        if before.ties_words:
+            config.tie_word_embeddings = True
+        self._fused(True)
+        self.layers, self.shared, self._merged, self.merge_report = before.layers, before.shared, None, None
+        return self.model
+
+    def drop_shared(self) -> None:
+        """Take the method's shared module out of the model."""
+        if self.shared is not None:
+            names = [name for name, module in self.model.named_children() if module is self.shared]
+            for name in names:
+                delattr(self.model, name)
+            self.shared = None
 
     def _head_stands_alone(self) -> bool:
         ends: list[Any] = []
@@ -226,6 +284,15 @@ class Adapted:
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.trainable().values())
         return f"Adapted({type(self.model).__name__}, {self.method!r}, layers={len(self.layers)}, trained={count:,})"
+
+
+def _free_name(model: nn.Module) -> str:
+    taken = sum(name.startswith(SHARED) for name, _ in model.named_children())
+    return SHARED if not taken else f"{SHARED}_{taken}"
+
+
+def _ties_words(config: Any) -> bool:
+    return bool(getattr(config, "tie_word_embeddings", False))
 
 
 def adapt(
@@ -267,9 +334,6 @@ def adapt(
     """
     if not isinstance(method, Method):
         raise TypeError(f"method must be a lowdim.adapters method such as LoRA(rank=8); got {method!r}")
-    present = [name for name, module in model.named_modules() if isinstance(module, AdaptedLayer)]
-    if present:
-        raise ValueError(f"model is adapted already (layer {present[0]}); merge() it first")
     if isinstance(method, ModelMethod):
         return method.attach_model(
             model,
@@ -282,7 +346,8 @@ def adapt(
         )
     layers = target_layers(model, method)
     kept = _saved_modules(model, modules_to_save, layers)
-    fingerprints = {name: fingerprint(weight_matrix(layer)) for name, layer in layers.items()} if initialise else {}
+    fingerprints = {name: fingerprint(pristine_matrix(layer)) for name, layer in layers.items()} if initialise else {}
+    first = not any(isinstance(module, AdaptedLayer) for module in model.modules())
     tied = tied_layers(model, layers)
     with torch.enable_grad():
         stats = collect(model, layers, method.needs, batches, loss_fn) if initialise else {name: {} for name in layers}
@@ -290,7 +355,8 @@ def adapt(
     shared = method.shared(layers, seed=seed, initialise=initialise)
     attached = {}
     with unchanged_on_error(model):
-        freeze(model)
+        if first:  # else everything that is not trained is frozen already
+            freeze(model)
         for name, layer in layers.items():
             with naming(type(method).__name__, name, layer):
                 attached[name] = method.attach(
@@ -310,12 +376,16 @@ def adapt(
 
 
 def target_layers(model: nn.Module, method: Method) -> dict[str, nn.Module]:
-    """The layers that the method's `target_modules` name in this model."""
+    """The layers that the method's `target_modules` name in this model; one that is adapted already counts as one layer."""
     patterns: Patterns = method.target_modules
     everything = patterns is None or patterns == "all-linear"
-    return find_layers(
-        model, patterns, accept=(lambda m: is_matrix_layer(m) and method.accepts(m)) if everything else method.accepts
-    )
+    inside = {part for layer in model.modules() if isinstance(layer, AdaptedLayer) for part in layer.modules() if part is not layer}
+
+    def accept(layer: nn.Module) -> bool:
+        matrix = not everything or isinstance(layer, AdaptedLayer) or is_matrix_layer(layer)
+        return layer not in inside and matrix and method.accepts(layer)
+
+    return find_layers(model, patterns, accept=accept)
 
 
 def _saved_modules(model: nn.Module, names: Iterable[str], layers: Mapping[str, nn.Module]) -> tuple[str, ...]:

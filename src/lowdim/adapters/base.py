@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowdim.adapters.convolution import convolve
-from lowdim.errors import CheckpointError, check_float
-from lowdim.linalg import low_rank_norm
-from lowdim.surgery import describe, is_conv1d, is_matrix_layer, weight_matrix, with_matrix
+from lowdim.adapters.layer import AdaptedLayer, kind_of, wide
+from lowdim.errors import CheckpointError
+from lowdim.surgery import dense_matrix, describe, is_quantized
 
 __all__ = ["AdaptedLayer", "Method", "ModelMethod", "Stats", "WeightUpdate", "kind_of", "registered_methods", "wide"]
 
@@ -196,6 +195,9 @@ class Method:
     ) -> AdaptedLayer:
         """Wrap one layer. The given layer is frozen and otherwise left as it is.
 
+        A layer that is adapted already gets a further adapter beside the ones it has, started from the pre-trained weight. A
+        quantized weight is dequantized for the start, and stays quantized.
+
         Args:
             stats: statistics of this layer, for methods that declare `needs`.
             generator: source of random numbers; None draws from torch's default one.
@@ -208,9 +210,12 @@ class Method:
         """
         if not self.accepts(layer):
             raise TypeError(f"{type(self).__name__} takes {', '.join(sorted(self.takes))} layers; got {describe(layer)}")
-        weight = weight_matrix(layer).detach()
-        if "weight" not in layer._parameters or not weight.is_floating_point():
-            raise TypeError(f"the weight must be a floating point parameter, not quantised or computed; got {describe(layer)}")
+        over = isinstance(layer, AdaptedLayer)
+        if not over and not is_quantized(layer):
+            stored = layer._parameters.get("weight")
+            if stored is None or not stored.is_floating_point():
+                raise TypeError(f"the weight must be a floating point parameter, not integer or computed; got {describe(layer)}")
+        weight = (layer.pristine_weight() if over else dense_matrix(layer)).detach()
         out_features, in_features = weight.shape
         given = {} if stats is None else stats
         if initialise:
@@ -269,118 +274,9 @@ class ModelMethod(Method, abstract=True):
         raise NotImplementedError(f"{type(self).__name__} must define attach_model(...)")
 
 
-class AdaptedLayer(nn.Module):
-    """A frozen layer with a trained update beside it: `y = base(x) + update(dropout(x))`.
-
-    Works over nn.Linear, transformers' Conv1D, nn.Conv2d (the update acts on patches; with groups, through the small dense
-    kernel) and, where the update can look up columns, nn.Embedding.
-    """
-
-    def __init__(self, layer: nn.Module, update: WeightUpdate, dropout: float = 0.0):
-        super().__init__()
-        check_float("dropout", dropout, 0.0, 1.0, high_open=True)
-        for parameter in layer.parameters():
-            parameter.requires_grad_(False)
-        matrix = update.rebase(weight_matrix(layer).detach())
-        self.base = layer if matrix is None else with_matrix(layer, matrix)
-        self.update = update
-        self.dropout = dropout
-        self.kind = kind_of(layer)
-        self.rebased = matrix is not None
-        self.train(layer.training)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus the update's."""
-        y = self.base(x, *args, **kwargs)
-        if self.kind == "embedding":
-            return y + self.update.columns(x).to(y.dtype)
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
-        x = self._cast(x)
-        if self.kind == "conv2d":
-            return y + convolve(self.update, cast(nn.Conv2d, self.base), x).to(y.dtype)
-        return self.update.add_to(y, x, inplace=self._may_overwrite())
-
-    def delta(self) -> Tensor:
-        """`W_eff − W₀` as a matrix `(out, in)`, in float32 or better."""
-        return self.update.delta()
-
-    def delta_norm(self) -> float:
-        """`‖W_eff − W₀‖_F`, from thin factors where the update has them."""
-        with torch.no_grad():
-            factors = self.update.low_rank_delta()
-            norm = torch.linalg.matrix_norm(self.delta()) if factors is None else low_rank_norm(*map(wide, factors))
-            return float(norm)
-
-    def effective_weight(self) -> Tensor:
-        """`W_eff (out, in)` in float32 or better."""
-        with torch.no_grad():
-            return wide(weight_matrix(self.base)) + self.update.exact()
-
-    def original_weight(self) -> Tensor:
-        """`W₀ (out, in)`, up to the rounding of a rebased weight."""
-        with torch.no_grad():
-            base, start = weight_matrix(self.base), self.update.start()
-            return base if start is None else (wide(base) + wide(start)).to(base.dtype)
-
-    def merged(self) -> nn.Module:
-        """A plain layer with `W_eff`, computed in float32 or better and rounded once."""
-        return with_matrix(self.base, self.effective_weight())
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen base weight in the layer's own layout; code that asks a layer for its dtype or device finds it here."""
-        return cast(Tensor, self.base.weight)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        return cast("Tensor | None", getattr(self.base, "bias", None))
-
-    @property
-    def in_features(self) -> int:
-        """Columns of the weight matrix."""
-        return self.update.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Rows of the weight matrix."""
-        return self.update.out_features
-
-    def _cast(self, x: Tensor) -> Tensor:
-        parameter = next(self.update.parameters(), None)
-        if parameter is None or x.dtype == parameter.dtype or torch.is_autocast_enabled(x.device.type):
-            return x
-        return x.to(parameter.dtype)
-
-    def _may_overwrite(self) -> bool:
-        # Nothing but a hook or another class needs a linear layer's output; under autograd the copy is cheaper than the
-        # bookkeeping of a change in place.
-        return not torch.is_grad_enabled() and type(self.base) is nn.Linear and not self.base._forward_hooks
-
-    def update_dtype(self) -> torch.dtype:
-        """The dtype of the trained tensors."""
-        parameter = next(self.update.parameters(), None)
-        return self.weight.dtype if parameter is None else parameter.dtype
-
-
-def kind_of(layer: nn.Module) -> str:
-    """`"linear"`, `"conv2d"`, `"embedding"`, or `"other"`."""
-    if isinstance(layer, nn.Conv2d):
-        return "conv2d"
-    if isinstance(layer, nn.Embedding):
-        return "embedding"
-    return "linear" if isinstance(layer, nn.Linear) or is_conv1d(layer) or is_matrix_layer(layer) else "other"
-
-
 def registered_methods() -> dict[str, type[Method]]:
     """Class name -> class of every method that has been imported."""
     return dict(_REGISTRY)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32 or better."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _plain(value: Any) -> Any:

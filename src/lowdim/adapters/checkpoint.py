@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import lowdim
 from lowdim.adapters.adapted import SHARED, Adapted
 from lowdim.adapters.base import AdaptedLayer, registered_methods
-from lowdim.adapters.guards import fingerprint, naming, tied_layers, unchanged_on_error
+from lowdim.adapters.guards import fingerprint, naming, pristine_matrix, tied_layers, unchanged_on_error
 from lowdim.errors import CheckpointError, nearest
 from lowdim.files import read_json, read_tensors, whole_folder, write_json, write_tensors
-from lowdim.surgery import freeze, matrix_shape, replace_layer, weight_matrix
+from lowdim.surgery import freeze, matrix_shape, replace_layer
 
 __all__ = ["load_adapter", "save"]
 
@@ -83,8 +83,6 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         True
     """
     folder = Path(folder)
-    if any(isinstance(module, AdaptedLayer) for module in model.modules()):
-        raise ValueError("model is adapted already; merge() it first")
     tensors, about = _read(folder)
     cls = registered_methods().get(about["method"])
     if cls is None:
@@ -103,7 +101,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         prefix = f"{name}.update."
         own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
         stats = {**prepared[name], **about["layers"][name]["meta"]}
-        weight = weight_matrix(layer).detach()
+        weight = pristine_matrix(layer).detach()
         dtype = next((t.dtype for t in own.values() if t.is_floating_point()), weight.dtype)
         with naming(about["method"], name, layer):
             update = method.blank(*weight.shape, stats=stats, dtype=dtype, device=weight.device)
@@ -114,8 +112,10 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         _restore_shared(shared, tensors, folder)
     heads = _heads(model, about["modules_to_save"], tensors, folder)
     tied = tied_layers(model, layers)
+    first = not any(isinstance(module, AdaptedLayer) for module in model.modules())
     with unchanged_on_error(model):
-        freeze(model)
+        if first:
+            freeze(model)
         wrapped = {name: AdaptedLayer(layer, update, method.dropout) for name, (layer, update) in attached.items()}
     for name, layer in wrapped.items():
         replace_layer(model, name, layer)
@@ -168,7 +168,7 @@ def _find(model: nn.Module, name: str, entry: Mapping[str, Any], folder: Path, c
     shape = matrix_shape(layer)
     if list(shape) != list(entry["shape"]):
         raise CheckpointError(f"{folder} adapts layer {name} of shape {tuple(entry['shape'])}; the model's is {shape}")
-    if check_base and entry.get("fingerprint") and entry["fingerprint"] != fingerprint(weight_matrix(layer)):
+    if check_base and entry.get("fingerprint") and entry["fingerprint"] != fingerprint(pristine_matrix(layer)):
         raise CheckpointError(
             f"{folder} was trained on another base model: the weight of layer {name} differs (check_base=False attaches anyway)"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.errors import CheckpointError
-from lowdim.surgery import describe, tied_parameters
+from lowdim.surgery import dense_matrix, describe, tied_parameters
 
-__all__ = ["fingerprint", "leave_fused_paths", "naming", "tied_layers", "unchanged_on_error"]
+__all__ = ["fingerprint", "leave_fused_paths", "naming", "pristine_matrix", "tied_layers", "unchanged_on_error"]
 
 
 @contextmanager
@@ -54,10 +54,16 @@ def fingerprint(weight: Tensor) -> str:
     return hashlib.blake2b(repr(tuple(weight.shape)).encode() + sample.numpy().tobytes(), digest_size=12).hexdigest()
 
 
-def leave_fused_paths(model: nn.Module, layers: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Any]]:
+def pristine_matrix(layer: nn.Module) -> Tensor:
+    """A layer's pre-trained weight `(out, in)`, under whatever adapters it has; a quantized one in float32."""
+    pristine = getattr(layer, "pristine_weight", None)
+    return dense_matrix(layer) if pristine is None else pristine()
+
+
+def leave_fused_paths(model: nn.Module, layers: Iterable[nn.Module]) -> Callable[[bool], None]:
     """Keep torch's transformer layers from their fused inference code, which reads weights and would skip the updates.
 
-    Returns what was set to what before, for `merge`.
+    Returns a function that allows that code again (False) or keeps it out (True).
     """
     switches = {nn.TransformerEncoder: "use_nested_tensor", nn.TransformerEncoderLayer: "activation_relu_or_gelu"}
     adapted = set(layers)
@@ -66,5 +72,10 @@ def leave_fused_paths(model: nn.Module, layers: Iterable[nn.Module]) -> list[tup
         for kind, name in switches.items():
             if isinstance(module, kind) and not adapted.isdisjoint(module.modules()):
                 before.append((module, name, getattr(module, name)))
-                setattr(module, name, False)
-    return before
+
+    def leave(away: bool) -> None:
+        for module, name, value in before:
+            setattr(module, name, False if away else value)
+
+    leave(True)
+    return leave

@@ -77,6 +77,12 @@ class ThinUpdate(WeightUpdate):
         up = self.start_up()
         return None if up is None else wide(up) @ wide(self.down())
 
+    def start_forward(self, x: Tensor) -> Tensor:
+        """`start_up (down x)`, never the matrix."""
+        up = self.start_up()
+        assert up is not None
+        return F.linear(F.linear(x, self.down()), up.to(x.dtype))
+
     @torch.no_grad()
     def low_rank_delta(self) -> tuple[Tensor, Tensor]:
         """`down` and `scaling · up · inner − start_up`, in float32 or better."""

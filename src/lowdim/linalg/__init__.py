@@ -3,7 +3,7 @@
 from lowdim.linalg.cost import Cost, chain_cost
 from lowdim.linalg.draw import draw_normal, draw_uniform
 from lowdim.linalg.leading import has_numbers, leading_vectors
-from lowdim.linalg.lowrank import add_low_rank, add_product, low_rank_norm, low_rank_product
+from lowdim.linalg.lowrank import add_low_rank, add_product, compress_factors, low_rank_norm, low_rank_product
 from lowdim.linalg.monarch import monarch_dense, monarch_multiply, monarch_project
 from lowdim.linalg.quantize import dequantize_blockwise, dynamic_codebook, quantize_blockwise
 from lowdim.linalg.random import derive_seed, stream
@@ -19,6 +19,7 @@ __all__ = [
     "canonical_signs",
     "captured_energy",
     "chain_cost",
+    "compress_factors",
     "compute_dtype",
     "dequantize_blockwise",
     "derive_seed",

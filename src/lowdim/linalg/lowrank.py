@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["add_low_rank", "add_product", "low_rank_norm", "low_rank_product"]
+from lowdim.linalg.svd import svd
+
+__all__ = ["add_low_rank", "add_product", "compress_factors", "low_rank_norm", "low_rank_product"]
 
 
 def low_rank_product(
@@ -64,3 +66,30 @@ def low_rank_norm(
 ) -> Tensor:
     """`‖B A‖_F` from the two Gram matrices, without the product."""
     return ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt()
+
+
+def compress_factors(
+    A: Tensor,  # (k, in)
+    B: Tensor,  # (out, k)
+    rank: int,
+) -> tuple[Tensor, Tensor, float]:
+    """The best approximation of `B A` at `rank`: `A' (r, in)`, `B' (out, r)` balanced, and `‖B A − B' A'‖_F / ‖B A‖_F`.
+
+    Two thin QR decompositions and the SVD of a `(k, k)` matrix at most; the product is never built. `r` is
+    `min(rank, k, in, out)`.
+
+    Example:
+        >>> import torch
+        >>> from lowdim.linalg import compress_factors
+        >>> A, B, error = compress_factors(torch.eye(3, 5), torch.eye(4, 3), 2)
+        >>> A.shape, round(error, 4)
+        (torch.Size([2, 5]), 0.5774)
+    """
+    q_b, r_b = torch.linalg.qr(B)
+    q_a, r_a = torch.linalg.qr(A.mT)
+    u, s, vh = svd(r_b @ r_a.mT)
+    keep = min(rank, len(s))
+    total = s.double().square().sum()
+    error = float((s[keep:].double().square().sum() / total).sqrt()) if float(total) else 0.0
+    root = s[:keep].sqrt()
+    return (root[:, None] * vh[:keep]) @ q_a.mT, (q_b @ u[:, :keep]) * root, error

@@ -30,6 +30,13 @@ class AdaptedCallback(_base()):
 
     def __init__(self, adapted: Adapted):
         self.adapted = adapted
+        self._first = True
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the first backward pass: every adapted layer must have got a gradient."""
+        if self._first:
+            self._first = False
+            self.adapted.check_gradients()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance schedules, rank allocation and proximal steps."""

@@ -72,7 +72,10 @@ def with_options(variant: Variant, options: Mapping[str, Any]) -> Variant:
     changed = dataclasses.replace(variant, options={**variant.options, **options})
     kind = kind_of(changed)
     if kind == "adapter":
-        changed.build()(**fill(changed, lr=1e-3, steps=1))
+        made = fill(changed, lr=1e-3, steps=1)
+        if changed.build().names_targets:
+            made.setdefault("target_modules", ["a_layer"])  # settled when the model is there
+        changed.build()(**made)
     elif kind == "optimizer":
         import torch
 
@@ -143,16 +146,34 @@ def _adapter(
     from lowdim.adapters import adapt
 
     options = fill(variant, lr=lr, steps=steps)
+    if variant.build().names_targets and not options.get("target_modules"):
+        options["target_modules"] = _columns(variant, model, head)
     method = _beside(variant.build()(**options), model, head)
-    adapted = adapt(model, method, batches=batches, loss_fn=loss_fn, modules_to_save=head, seed=seed, initialise=initialise)
+    samples = None if batches is None else list(batches)  # read twice: at attaching, and by methods that search first
+    adapted = adapt(model, method, batches=samples, loss_fn=loss_fn, modules_to_save=head, seed=seed, initialise=initialise)
+    if initialise:
+        adapted.before_training(samples or [], loss_fn, lr, steps)
     return Applied(model, "adapter", variant, lambda rate: _adamw(adapted.param_groups(rate), rate), adapted, options)
+
+
+def _columns(variant: Variant, model: nn.Module, head: tuple[str, ...]) -> list[str]:
+    """What the layers that can be adapted are called in each block (`"query"`, `"value"`), for methods that must be told."""
+    from lowdim.adapters import LoRA
+    from lowdim.adapters.adapted import target_layers
+    from lowdim.adapters.layer import kind_of as kind_of_layer
+
+    chosen = target_layers(model, _beside(LoRA(), model, head))
+    takes = variant.build().takes
+    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name, layer in chosen.items() if kind_of_layer(layer) in takes))
 
 
 def _beside(method: Any, model: nn.Module, head: tuple[str, ...]) -> Any:
     """The method, kept off the layers of a head that is trained whole (a new pooler, say) where it would take every layer."""
     from lowdim.adapters.adapted import target_layers
 
-    if method.target_modules not in (None, "all-linear"):
+    from lowdim.adapters import ModelMethod
+
+    if isinstance(method, ModelMethod) or method.target_modules not in (None, "all-linear"):
         return method
     found = list(target_layers(model, method))
     outside = [name for name in found if not any(name == h or name.startswith(f"{h}.") for h in head)]

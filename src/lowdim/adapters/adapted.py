@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.adapters.base import AdaptedLayer, Method, ModelMethod
-from lowdim.adapters.guards import fingerprint, leave_fused_paths, naming, pristine_matrix, tied_layers, unchanged_on_error
+from lowdim.adapters.guards import fingerprint, leave_fused_paths, naming, pristine_matrix, tied_layers, unchanged_on_error, whole_parameters
 from lowdim.adapters.merging import MergeReport, merged_layer
 from lowdim.calibrate import LossFn, collect
 from lowdim.errors import NoGradientError, NoMatchingModuleError, nearest
-from lowdim.linalg import stream
+from lowdim.linalg import gather, is_sharded, stream
 from lowdim.surgery import Patterns, find_layers, freeze, is_matrix_layer, replace_layer
 
 __all__ = ["SHARED", "Adapted", "adapt"]
@@ -174,8 +175,12 @@ class Adapted:
 
     def regularizer(self) -> Tensor | float:
         """A scalar to add to the loss, or 0."""
-        terms = [term for layer in self.layers.values() if (term := layer.update.regularizer()) is not None]
+        with whole_parameters(self.model) if self._spread() else nullcontext():
+            terms = [term for layer in self.layers.values() if (term := layer.update.regularizer()) is not None]
         return torch.stack(terms).sum() if terms else 0.0
+
+    def _spread(self) -> bool:
+        return any(is_sharded(p) for layer in self.layers.values() for p in layer.update.parameters())
 
     def check(self) -> dict[str, float]:
         """`‖ΔW‖_F` of each layer; warns of layers whose ΔW is zero, which have learnt nothing."""
@@ -187,14 +192,20 @@ class Adapted:
         return norms
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors of a checkpoint: each update's, and the modules that are saved whole."""
+        """The tensors of a checkpoint: each update's, and the modules that are saved whole.
+
+        Tensors that FSDP2 has spread over processes are gathered, so every process must call it.
+        """
         state = {
-            f"{name}.update.{key}": value for name, layer in self.layers.items() for key, value in layer.update.saved().items()
+            f"{name}.update.{key}": gather(value)
+            for name, layer in self.layers.items()
+            for key, value in layer.update.saved().items()
         }
         if self.shared is not None:
-            state.update({f"{SHARED}.{key}": value for key, value in self.shared.state_dict().items()})
+            state.update({f"{SHARED}.{key}": gather(value) for key, value in self.shared.state_dict().items()})
         for module in self.modules_to_save:
-            state.update({f"{module}.{key}": value for key, value in self.model.get_submodule(module).state_dict().items()})
+            saved = self.model.get_submodule(module).state_dict()
+            state.update({f"{module}.{key}": gather(value) for key, value in saved.items()})
         return state
 
     def save(self, folder: str | Path) -> Path:

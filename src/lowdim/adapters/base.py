@@ -136,6 +136,9 @@ class Method:
     #: Layer kinds that the method takes, of "linear" (nn.Linear, Conv1D), "conv2d", "embedding".
     takes: ClassVar[frozenset[str]] = frozenset({"linear", "conv2d"})
 
+    #: Whether `target_modules` must be given, because its entries mean something (one column of a grid each).
+    names_targets: ClassVar[bool] = False
+
     # Every method has these two fields; they are declared by each dataclass so that its own come in its paper's order.
     target_modules: Any
     dropout: float = 0.0

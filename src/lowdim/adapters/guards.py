@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.errors import CheckpointError
+from lowdim.linalg import gather, is_sharded
 from lowdim.surgery import dense_matrix, describe, tied_parameters
 
-__all__ = ["fingerprint", "leave_fused_paths", "naming", "pristine_matrix", "tied_layers", "unchanged_on_error"]
+__all__ = ["fingerprint", "leave_fused_paths", "naming", "pristine_matrix", "tied_layers", "unchanged_on_error", "whole_parameters"]
 
 
 @contextmanager
@@ -58,6 +59,19 @@ def pristine_matrix(layer: nn.Module) -> Tensor:
     """A layer's pre-trained weight `(out, in)`, under whatever adapters it has; a quantized one in float32."""
     pristine = getattr(layer, "pristine_weight", None)
     return dense_matrix(layer) if pristine is None else pristine()
+
+
+@contextmanager
+def whole_parameters(module: nn.Module):
+    """Inside, parameters that are spread over processes are whole, and still differentiable; outside of forward they are not."""
+    spread = [(m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None and is_sharded(p)]
+    for owner, name, parameter in spread:
+        owner._parameters[name] = gather(parameter)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for owner, name, parameter in spread:
+            owner._parameters[name] = parameter
 
 
 def leave_fused_paths(model: nn.Module, layers: Iterable[nn.Module]) -> Callable[[bool], None]:

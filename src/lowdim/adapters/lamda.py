@@ -16,7 +16,7 @@ from lowdim.adapters.common import check_rank, draw_uniform, top_triplets
 from lowdim.adapters.guards import naming
 from lowdim.adapters.thin import ThinUpdate
 from lowdim.errors import check_choice, check_float, check_int
-from lowdim.linalg import stream
+from lowdim.linalg import local, match, stream
 from lowdim.ranks import by_energy
 from lowdim.surgery import matrix_shape, weight_matrix
 
@@ -101,7 +101,7 @@ class LaMDAUpdate(ThinUpdate):
     def step(self) -> None:
         """Undo what the optimizer did to frozen columns, and go on in the schedule."""
         if self._held is not None:
-            self.B[:, : self._held.shape[1]] = self._held
+            local(self.B)[:, : self._held.shape[1]] = local(match(self._held, self.B))
         self._count(self._done + 1)
         if self.frozen_columns() == self.rank:
             self._retire()

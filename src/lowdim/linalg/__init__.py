@@ -7,9 +7,10 @@ from lowdim.linalg.lowrank import add_low_rank, add_product, compress_factors, l
 from lowdim.linalg.monarch import monarch_dense, monarch_multiply, monarch_project
 from lowdim.linalg.quantize import dequantize_blockwise, dynamic_codebook, quantize_blockwise
 from lowdim.linalg.random import derive_seed, stream
+from lowdim.linalg.sharded import gather, is_sharded, local, match, replicate
 from lowdim.linalg.sketch import CountSketch
 from lowdim.linalg.svd import canonical_signs, captured_energy, compute_dtype, range_finder, svd, truncated_svd
-from lowdim.linalg.tucker import mode_products, tucker, unfold
+from lowdim.linalg.tucker import mode_products, tucker, tucker_reconstruct, unfold
 
 __all__ = [
     "Cost",
@@ -26,19 +27,25 @@ __all__ = [
     "draw_normal",
     "draw_uniform",
     "dynamic_codebook",
+    "gather",
     "has_numbers",
+    "is_sharded",
     "leading_vectors",
+    "local",
     "low_rank_norm",
     "low_rank_product",
+    "match",
     "mode_products",
     "monarch_dense",
     "monarch_multiply",
     "monarch_project",
     "quantize_blockwise",
     "range_finder",
+    "replicate",
     "stream",
     "svd",
     "truncated_svd",
     "tucker",
+    "tucker_reconstruct",
     "unfold",
 ]

@@ -106,6 +106,34 @@ class AdapterCase(DenseCase):
         fresh.load_state_dict(copy.deepcopy(model.state_dict()))
         assert torch.equal(fresh(sample_input()), model(sample_input()))
 
+    @pytest.mark.parametrize("killed", [1, 4, 8])
+    def test_killed_and_resumed_gives_the_same_bits(self, killed):
+        last = 10
+        whole, optimizer = self._begin()
+        losses = self._go(whole, optimizer, 0, last)
+        part, optimizer = self._begin()
+        self._go(part, optimizer, 0, killed)
+        model_state, optimizer_state = copy.deepcopy((part.model.state_dict(), optimizer.state_dict()))
+        fresh = self.adapt(small_model(), disturbed=False)
+        fresh.model.load_state_dict(model_state)  # a trainer loads the model before it makes the optimizer
+        optimizer = torch.optim.AdamW(fresh.param_groups(self.lr), weight_decay=0.0)
+        optimizer.load_state_dict(optimizer_state)
+        assert self._go(fresh, optimizer, killed, last) == losses[killed:]
+        state = whole.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in fresh.state_dict().items())
+
+    def test_compiled(self):
+        model = small_model()
+        adapted = self.adapt(model)
+        x = sample_input()
+        trained = [p for p in adapted.trainable().values() if p.requires_grad]
+        want = torch.autograd.grad(model(x).square().sum(), trained)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager")
+        got = torch.autograd.grad(compiled(x).square().sum(), trained)
+        assert relative_error(compiled(x), model(x)) <= 1e-5
+        assert all(relative_error(a, b) <= 1e-5 for a, b in zip(got, want, strict=True))
+
     def test_gradient_checkpointing_gives_the_same_gradients(self):
         model = small_model(dtype=torch.float64)
         adapted = self.adapt(model)
@@ -323,6 +351,23 @@ class AdapterCase(DenseCase):
         with pytest.raises(TypeError, match="LayerNorm"):
             self.method().attach(nn.LayerNorm(4))
 
+    def _begin(self) -> tuple[Any, torch.optim.Optimizer]:
+        adapted = self.adapt(small_model(), disturbed=False)
+        return adapted, torch.optim.AdamW(adapted.param_groups(self.lr), weight_decay=0.0)
+
+    def _go(self, adapted: Any, optimizer: torch.optim.Optimizer, first: int, last: int) -> list[float]:
+        """Steps `first` to `last` of a run whose batches depend on the step alone."""
+        losses = []
+        for step in range(first, last):
+            x = sample_input(16, seed=100 + step)
+            loss = (adapted.model(x) - x[:, :3].sin()).square().mean() + adapted.regularizer()
+            losses.append(float(loss.detach()))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            adapted.step(optimizer)
+        return losses
+
     def _train(self, adapted: Any, steps: int, dtype: torch.dtype = torch.float32) -> list[float]:
         x = sample_input(32, seed=4, dtype=dtype)
         other = self.adapt(small_model(), disturbed=False)
@@ -337,7 +382,7 @@ class AdapterCase(DenseCase):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            adapted.step()
+            adapted.step(optimizer)
         return losses
 
 

@@ -1,0 +1,40 @@
+"""Tensors that are spread over processes (DTensor), for code that works on either kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["gather", "is_sharded", "local", "match", "replicate"]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor (told without importing torch.distributed.tensor)."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Any) -> Tensor:
+    """The piece of this process; a plain tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def gather(tensor: Any) -> Tensor:
+    """The whole tensor, on every process."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def replicate(tensor: Tensor, like: Any) -> Tensor:
+    """A tensor that every process holds, as a DTensor on the mesh of `like`; as it is where `like` is plain."""
+    if not is_sharded(like) or is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+
+
+def match(tensor: Any, like: Any) -> Tensor:
+    """Laid out as `like`, a tensor of the same shape."""
+    if not is_sharded(like):
+        return tensor
+    return replicate(tensor, like).redistribute(placements=like.placements)  # type: ignore[attr-defined]

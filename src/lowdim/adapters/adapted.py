@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.adapters.base import AdaptedLayer, Method, ModelMethod
-from lowdim.adapters.guards import fingerprint, leave_fused_paths, naming, pristine_matrix, tied_layers, unchanged_on_error, whole_parameters
+from lowdim.adapters.guards import (
+    fingerprint,
+    leave_fused_paths,
+    naming,
+    pristine_matrix,
+    tied_layers,
+    unchanged_on_error,
+    whole_parameters,
+)
 from lowdim.adapters.merging import MergeReport, merged_layer
 from lowdim.calibrate import LossFn, collect
 from lowdim.errors import NoGradientError, NoMatchingModuleError, nearest
@@ -103,9 +111,9 @@ class Adapted:
         if lost:
             shown = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
             raise NoGradientError(
-                f"{len(lost)} of {len(self.layers)} adapted layers got no gradient from the first backward pass: {shown}. Does the "
-                "model use them (not another copy of the model, a layer that is skipped, or code that reads their weight)? With "
-                "reentrant gradient checkpointing call model.enable_input_require_grads(), or use use_reentrant=False. "
+                f"{len(lost)} of {len(self.layers)} adapted layers got no gradient from the first backward pass: {shown}. Does "
+                "the model use them (not another copy of the model, a layer that is skipped, or code that reads their weight)? "
+                "With reentrant gradient checkpointing call model.enable_input_require_grads(), or use use_reentrant=False. "
                 "Set allow_unused=True on the Adapted if it is meant"
             )
 
@@ -131,9 +139,7 @@ class Adapted:
             for p in module.parameters()
         }
         return {
-            name: p
-            for name, p in self.model.named_parameters()
-            if id(p) in own or (p.requires_grad and id(p) not in foreign)
+            name: p for name, p in self.model.named_parameters() if id(p) in own or (p.requires_grad and id(p) not in foreign)
         }
 
     def trainable_here(self) -> dict[str, nn.Parameter]:
@@ -390,7 +396,9 @@ def target_layers(model: nn.Module, method: Method) -> dict[str, nn.Module]:
     """The layers that the method's `target_modules` name in this model; one that is adapted already counts as one layer."""
     patterns: Patterns = method.target_modules
     everything = patterns is None or patterns == "all-linear"
-    inside = {part for layer in model.modules() if isinstance(layer, AdaptedLayer) for part in layer.modules() if part is not layer}
+    inside = {
+        part for layer in model.modules() if isinstance(layer, AdaptedLayer) for part in layer.modules() if part is not layer
+    }
 
     def accept(layer: nn.Module) -> bool:
         matrix = not everything or isinstance(layer, AdaptedLayer) or is_matrix_layer(layer)

@@ -14,7 +14,15 @@ from lowdim.errors import CheckpointError
 from lowdim.linalg import gather, is_sharded
 from lowdim.surgery import dense_matrix, describe, tied_parameters
 
-__all__ = ["fingerprint", "leave_fused_paths", "naming", "pristine_matrix", "tied_layers", "unchanged_on_error", "whole_parameters"]
+__all__ = [
+    "fingerprint",
+    "leave_fused_paths",
+    "naming",
+    "pristine_matrix",
+    "tied_layers",
+    "unchanged_on_error",
+    "whole_parameters",
+]
 
 
 @contextmanager
@@ -63,7 +71,7 @@ def pristine_matrix(layer: nn.Module) -> Tensor:
 
 @contextmanager
 def whole_parameters(module: nn.Module):
-    """Inside, parameters that are spread over processes are whole, and still differentiable; outside of forward they are not."""
+    """Inside, parameters that are spread over processes are whole, and still differentiable."""
     spread = [(m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None and is_sharded(p)]
     for owner, name, parameter in spread:
         owner._parameters[name] = gather(parameter)  # type: ignore[assignment]

@@ -26,9 +26,9 @@ class AdaptedLayer(nn.Module):
     kernel) and, where the update can look up columns, nn.Embedding; also over quantized linear layers and over another
     AdaptedLayer.
 
-    An update may stand for a part of the pre-trained weight, `start()`. Where the base is a plain layer that part is taken out of
-    a copy of its weight once (`rebased`); a quantized base, or one that other adapters share, stays as it is and the part is
-    subtracted from the output. In either case the layer computes `y = W₀ x + strength · (update(x) − start x)`.
+    An update may stand for a part of the pre-trained weight, `start()`. Where the base is a plain layer that part is taken out
+    of a copy of its weight once (`rebased`); a quantized base, or one that other adapters share, stays as it is and the part
+    is subtracted from the output. In either case the layer computes `y = W₀ x + strength · (update(x) − start x)`.
 
     Attributes:
         base: the frozen layer; an AdaptedLayer where several adapters share one.

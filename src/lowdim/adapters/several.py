@@ -48,7 +48,7 @@ class AdapterSet:
     Formula: `y = W₀ x + Σ_a s_a · ΔW_a x` over the active adapters `a` with strengths `s_a`.
 
     Args:
-        model: any nn.Module; one that `lowdim.adapt` has adapted must be handed over by `adopt`.
+        model: any nn.Module without adapters; for one that has some, `AdapterSet.of(first=adapted)`.
 
     Example:
         >>> import torch, lowdim
@@ -70,11 +70,29 @@ class AdapterSet:
 
     def __init__(self, model: nn.Module):
         if any(isinstance(module, AdaptedLayer) for module in model.modules()):
-            raise ValueError("model is adapted already: give the plain model, and hand the Adapted over by adopt(name, adapted)")
+            raise ValueError(
+                "model is adapted already: give the plain model, and hand the Adapted over by adopt(name, adapted)"
+            )
         self.model = model
         self.adapters: dict[str, Adapted] = {}
         self._strengths: dict[str, float] = {}
         self._merged: tuple[dict[str, nn.Module], dict[nn.Parameter, bool]] | None = None
+
+    @classmethod
+    def of(cls, **adapters: Adapted) -> AdapterSet:
+        """A set over adapters that one model has already; all of them, with their names. The last is the active one."""
+        models = {id(adapted.model): adapted.model for adapted in adapters.values()}
+        if len(models) != 1:
+            raise ValueError(f"the adapters must belong to one model; got {len(models)} models")
+        (model,) = models.values()
+        mine = {layer for adapted in adapters.values() for layer in adapted.layers.values()}
+        if any(isinstance(module, AdaptedLayer) and module not in mine for module in model.modules()):
+            raise ValueError("the model has further adapters; name all of them")
+        made = cls.__new__(cls)
+        made.model, made.adapters, made._strengths, made._merged = model, {}, {}, None
+        for name, adapted in adapters.items():
+            made._take(name, adapted)
+        return made
 
     @property
     def names(self) -> list[str]:
@@ -109,13 +127,6 @@ class AdapterSet:
             adapted = adapt(self.model, source, **options)
         else:
             adapted = load_adapter(self.model, source, **options)
-        return self._take(name, adapted)
-
-    def adopt(self, name: str, adapted: Adapted) -> Adapted:
-        """Put an adapter that is attached to this model already under the set's care."""
-        self._free(name)
-        if adapted.model is not self.model:
-            raise ValueError("adapted belongs to another model")
         return self._take(name, adapted)
 
     def activate(self, *names: str, train: bool = True, **strengths: float) -> None:

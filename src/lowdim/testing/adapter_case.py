@@ -329,7 +329,7 @@ class AdapterCase(DenseCase):
         assert report.exact == self.exact_in_peft
         if not self.exact_in_peft:
             assert 0 < max(report.errors.values()) <= 1
-            report = adapted.export(tmp_path, rank=6)
+            report = adapted.export(tmp_path, rank=8)  # the largest that the layers can have
             assert max(report.errors.values()) <= 1e-3
         loaded = peft.PeftModel.from_pretrained(small_model(), tmp_path)
         x = sample_input(64)

@@ -1,0 +1,55 @@
+"""The adapter that docs/adding-a-method.md writes goes through the shared case."""
+
+import sys
+import types
+
+import pytest
+
+from lowdim.adapters import base
+from lowdim.testing.adapter_case import AdapterCase
+from snippets import ROOT, blocks
+
+(BLOCK,) = blocks(ROOT / "docs" / "adding-a-method.md", "python")
+NAME = "written_in_the_docs"
+
+
+def _module() -> types.ModuleType:
+    known = dict(base._REGISTRY)
+    module = types.ModuleType(NAME)
+    sys.modules[NAME] = module  # a dataclass looks its own module up
+    exec(compile("\n" * BLOCK.line + BLOCK.body, str(BLOCK.page), "exec"), module.__dict__)
+    base._REGISTRY.clear()
+    base._REGISTRY.update(known)
+    return module
+
+
+KronA = _module().KronA
+
+
+def test_it_is_about_a_hundred_lines():
+    lines = [line for line in BLOCK.body.splitlines() if line.strip()]
+    assert 50 <= len(lines) <= 110
+
+
+class TestKronA(AdapterCase):
+    exact_in_peft = False  # the update has full rank
+
+    @pytest.fixture(autouse=True)
+    def _registered(self):
+        base._REGISTRY["KronA"] = KronA
+        yield
+        base._REGISTRY.pop("KronA")
+
+    def method(self, **changes):
+        changes.pop("rank", None)  # it has none
+        return KronA(**{"blocks": 3, **changes})
+
+    def test_errors_name_the_layer(self):
+        for bad in (0, -1, True, 1.5):
+            with pytest.raises(ValueError, match="blocks"):
+                self.method(blocks=bad)
+        with pytest.raises(ValueError, match="dropout"):
+            self.method(dropout=1.0)
+
+    @pytest.mark.skip(reason="its module is a docs page, which no other process can import")
+    def test_another_process_loads_the_same_bits(self, tmp_path): ...

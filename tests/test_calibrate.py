@@ -1,4 +1,6 @@
 import copy
+import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -153,8 +155,93 @@ def test_a_layer_called_by_keyword_and_one_used_twice():
     assert stats["count"] == 10
 
 
+def context_of(*samples):
+    """The definition, one sample at a time."""
+    return sum((s / s.max().abs()).T @ (s / s.max().abs()) for s in samples) / len(samples)
+
+
+def test_context_covariance_weighs_samples_alike(net):
+    x = rows(30).view(5, 6, 4) * torch.tensor([1.0, 100.0, 1e-3, 7.0, 1.0])[:, None, None]
+    stats = collect(net, layers(net, "up", "down"), {"context_covariance"}, [x[:2], x[2:]])
+    torch.testing.assert_close(stats["up"]["covariance"], context_of(*x))
+    hidden = torch.relu(net.up(x)).detach()
+    torch.testing.assert_close(stats["down"]["covariance"], context_of(*hidden))
+    assert stats["up"]["covariance"].dtype == torch.float32
+    assert (stats["up"]["samples"], stats["up"]["count"]) == (5, 30)
+    assert set(stats["up"]) == {"covariance", "samples", "count"}
+
+
+def test_context_covariance_divides_by_the_largest_entry_not_the_largest_magnitude(net):
+    x = -rows(6).abs().view(1, 6, 4) - 0.01
+    got = collect(net, layers(net, "up"), {"context_covariance"}, [x])["up"]["covariance"]
+    scale = float(x.max()) ** 2
+    torch.testing.assert_close(got, x[0].T @ x[0] / scale)
+    assert abs(float(x.min())) ** 2 > 2 * scale
+
+
+class Named(NamedTuple):
+    x: torch.Tensor
+    attention_mask: torch.Tensor
+
+
+@pytest.mark.parametrize("batch", [dict, Named])
+@pytest.mark.parametrize("flat", [False, True])
+def test_context_covariance_leaves_padding_out(flat, batch):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(4, 3)
+
+        def forward(self, x, attention_mask):
+            return self.up(x.flatten(0, 1) if flat else x)
+
+    model, x = Model(), rows(20).view(4, 5, 4)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
+    x[mask == 0] = torch.nan  # nothing of it may count
+    stats = collect(model, layers(model, "up"), {"context_covariance"}, [batch(x=x, attention_mask=mask)])["up"]
+    torch.testing.assert_close(stats["covariance"], context_of(x[0, :3], x[1, 1:], x[3]))
+    assert (stats["samples"], stats["count"]) == (3, 12)
+
+
+def test_context_covariance_of_rows_pictures_and_repeated_layers(net):
+    x = rows(8)
+    one = collect(net, layers(net, "up"), {"context_covariance"}, [x])["up"]
+    torch.testing.assert_close(one["covariance"], context_of(x))  # rows without a mask are one sample
+    twice = collect(net, layers(net, "up"), {"context_covariance"}, [x, x[:0], 3 * x])["up"]
+    torch.testing.assert_close(twice["covariance"], one["covariance"])
+    assert (twice["samples"], twice["count"]) == (2, 16)
+
+    conv, pictures = nn.Sequential(nn.Conv2d(2, 5, 3)), torch.randn(3, 2, 6, 6)
+    got = collect(conv, layers(conv, "0"), {"context_covariance"}, [pictures])["0"]
+    torch.testing.assert_close(got["covariance"], context_of(*F.unfold(pictures, 3).transpose(1, 2)))
+
+
+def test_context_covariance_beside_norms(net):
+    x = rows(40).view(5, 8, 4)
+    stats = collect(net, layers(net, "up"), {"context_covariance", "norms"}, [x])["up"]
+    assert set(stats) == {"covariance", "norms", "count", "samples"}
+    assert stats["count"] == 40
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, -torch.inf])
+def test_context_covariance_refuses_a_sample_without_a_scale(net, value):
+    x = rows(40).view(5, 8, 4)
+    x[3] = value
+    with pytest.raises(ValueError, match=r"layer up: the largest input of a sample is (0|nan|inf);"):
+        collect(net, layers(net, "up"), {"context_covariance"}, [x])
+
+
+def test_few_rows_leave_the_context_covariance_singular(net):
+    with pytest.warns(UserWarning, match=r"layer down with 6 inputs saw 5 rows .*\(1 of 2 layers") as caught:
+        collect(net, layers(net, "up", "down"), {"context_covariance"}, [rows(5)])
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        collect(net, layers(net, "up", "down"), {"context_covariance"}, [rows(6)])
+
+
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("needs", [{"covariance"}, {"gradient"}])
+@pytest.mark.parametrize("needs", [{"covariance"}, {"gradient"}, {"context_covariance"}])
 def test_the_model_is_left_as_it_was(net, needs, fails):
     net.down.eval()
     net.up.bias.requires_grad_(False)
@@ -208,6 +295,15 @@ def test_nothing_needed_reads_nothing(net):
     ("needs", "batches", "loss", "error", "match"),
     [
         ({"fisher"}, [], None, ValueError, r"needs must be among .*; got \['fisher'\]"),
+        ({"covariance", "context_covariance"}, [rows(3)], None, ValueError, "give the same entry"),
+        ({"context_covariance"}, [rows(3)[:0]], None, ValueError, "layer up saw no token"),
+        (
+            {"context_covariance"},
+            [rows(9) - 1 / (rows(9) > -1)],
+            None,
+            ValueError,
+            "layer up: its covariance .* NaN or infinite",
+        ),
         ({"norms"}, None, None, ValueError, "batches is missing: norms"),
         ({"norms"}, [], None, ValueError, "batches is empty"),
         ({"norms"}, {"x": rows(3)}, None, TypeError, "got one dict: put it into a list"),

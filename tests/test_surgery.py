@@ -193,7 +193,7 @@ def test_matrices_are_views_in_the_layers_own_layout():
     assert matrix_shape(conv1d) == (5, 3)
     assert matrix_shape(nn.Conv2d(4, 6, (3, 2), groups=2)) == (6, 12)
     assert matrix_shape(nn.Embedding(9, 4)) == (4, 9)
-    for layer in (conv1d, nn.Conv2d(1, 2, 3), nn.Embedding(3, 2), nn.Linear(2, 3)):
+    for layer in (conv1d, nn.Conv1d(1, 2, 3), nn.Conv2d(1, 2, 3), nn.Conv3d(1, 2, 3), nn.Embedding(3, 2), nn.Linear(2, 3)):
         weight = layer.weight
         assert weight_matrix(layer).untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
 
@@ -203,7 +203,7 @@ def test_matrices_are_views_in_the_layers_own_layout():
     assert not is_conv1d(Conv1D())
 
 
-@pytest.mark.parametrize("layer", [nn.LayerNorm(3), nn.ReLU(), nn.Bilinear(2, 2, 2), nn.Conv1d(2, 2, 3), nn.LSTM(2, 2)])
+@pytest.mark.parametrize("layer", [nn.LayerNorm(3), nn.ReLU(), nn.Bilinear(2, 2, 2), nn.ConvTranspose1d(2, 2, 3), nn.LSTM(2, 2)])
 def test_no_matrix_no_layer(layer):
     assert not is_matrix_layer(layer)
     with pytest.raises(TypeError, match=type(layer).__name__):

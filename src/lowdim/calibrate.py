@@ -3,6 +3,8 @@
 `collect(model, layers, needs, batches, loss_fn)` gives every layer a mapping with some of
 
 * `"covariance"`: `Σ x xᵀ` of the layer's inputs `(in, in)`, and `"count"`, the number of rows in it;
+* `"context_covariance"`: under the key `"covariance"`, the mean over samples of `Xᵀ X` with each sample `X (rows, in)` divided
+  by the magnitude of its largest entry, so that samples count alike (CorDA); float32. Also `"count"` and `"samples"`;
 * `"norms"`: `√(Σ x²)` of each input column `(in,)`;
 * `"output_mean"`, `"output_covariance"`: mean `(out,)` and centred covariance `(out, out)` of the layer's outputs;
 * `"gradient"`: `Σ_batches ∂L/∂W / batch_size`, `(out, in)`.
@@ -10,6 +12,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -17,11 +21,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lowdim.linalg import widest
 from lowdim.surgery import is_conv1d, weight_matrix
 
 __all__ = ["KINDS", "LossFn", "call_model", "collect"]
 
-KINDS = frozenset({"covariance", "norms", "output_covariance", "gradient"})
+KINDS = frozenset({"covariance", "context_covariance", "norms", "output_covariance", "gradient"})
 LossFn = Callable[[nn.Module, Any], Tensor]
 Stats = dict[str, Any]
 
@@ -44,9 +49,12 @@ def collect(
 ) -> dict[str, Stats]:
     """Collect statistics of the named layers in one pass; the model is left as it was (mode, gradients, hooks).
 
-    Padding positions are left out where a batch has an `attention_mask` of the shape of the layer's rows, or as many
-    entries as the layer has rows in one dimension. Sums run in float64 on the CPU and CUDA, in float32 on devices without
-    float64. A module that is used several times in a pass sums over all its uses.
+    Padding positions are left out where a batch has an `attention_mask` (an entry, or a named tuple's field) of the shape of
+    the layer's rows, or as many entries as the layer has rows in one dimension. Sums run in float64 on the CPU and CUDA, in
+    float32 on devices without float64. A module that is used several times in a pass sums over all its uses.
+
+    A sample of `"context_covariance"` is one entry of the first dimension; rows `(rows, in)` are one sample, or as many as the
+    mask has. Warns where a layer saw fewer rows than it has columns, which leaves this covariance singular.
 
     Args:
         layers: name -> layer, as `surgery.find_layers` gives them.
@@ -56,12 +64,15 @@ def collect(
 
     Raises:
         ValueError: no batches, no loss function where gradients are asked for, an unknown kind, a layer that saw no row, whose
-            gradient is all zero, or whose statistics are NaN or infinite (each names the layer).
+            gradient is all zero, whose statistics are NaN or infinite, or for which a sample's largest entry is zero or not
+            finite (each names the layer).
         TypeError: `batches` is one batch instead of an iterable of them.
     """
     kinds = set(needs)
     if kinds - KINDS:
         raise ValueError(f"needs must be among {sorted(KINDS)}; got {sorted(kinds - KINDS)}")
+    if {"covariance", "context_covariance"} <= kinds:
+        raise ValueError("needs: covariance and context_covariance give the same entry; ask for one of them")
     if not kinds:
         return {name: {} for name in layers}
     if batches is None:
@@ -111,9 +122,12 @@ class _Collector:
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             with torch.no_grad():
-                if self.kinds & {"covariance", "norms"}:
-                    x = args[0] if args else next(iter(kwargs.values()))
-                    self._take_inputs(name, self._rows(_layer_rows(layer, x)))
+                if self.kinds & {"covariance", "norms", "context_covariance"}:
+                    x = _layer_rows(layer, args[0] if args else next(iter(kwargs.values())))
+                    if self.kinds & {"covariance", "norms"}:
+                        self._take_inputs(name, self._rows(x))
+                    if "context_covariance" in self.kinds:
+                        self._take_samples(name, x)
                 if "output_covariance" in self.kinds:
                     self._take_outputs(name, self._rows(output.movedim(1, -1) if isinstance(layer, nn.Conv2d) else output))
 
@@ -125,6 +139,28 @@ class _Collector:
         self._add(name, "squares", x.square().sum(0))
         self._add(name, "count", x.shape[0])
 
+    def _take_samples(self, name: str, x: Tensor) -> None:
+        x = x.detach().float()
+        mask = self._mask_of(x)
+        if mask is None:
+            x = x.flatten(1, -2) if x.ndim > 2 else x.reshape(1, -1, x.shape[-1])
+            mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        else:
+            x = x.view(*mask.shape, x.shape[-1])
+        there = mask.any(1)
+        if not bool(there.any()):
+            return
+        largest = x.masked_fill(~mask[..., None], -torch.inf).flatten(1).amax(1).abs()
+        bad = there & ~(torch.isfinite(largest) & (largest > 0))
+        if bool(bad.any()):
+            raise ValueError(
+                f"layer {name}: the largest input of a sample is {float(largest[bad][0]):g}; context_covariance divides by its "
+                "magnitude, which must be finite and above 0"
+            )
+        self._add_gram(name, "context", (x / largest[:, None, None])[mask])
+        self._add(name, "samples", int(there.sum()))
+        self._add(name, "rows", int(mask.sum()))
+
     def _take_outputs(self, name: str, y: Tensor) -> None:
         if not y.shape[0]:
             return
@@ -135,10 +171,16 @@ class _Collector:
         self._add(name, "output_count", y.shape[0])
 
     def _rows(self, x: Tensor) -> Tensor:
-        wide = torch.float32 if x.device.type == "mps" else torch.float64
-        if self.mask is not None and x.shape[:-1] in (self.mask.shape, (self.mask.numel(),)):
-            x = x[self.mask.to(device=x.device, dtype=torch.bool).view(x.shape[:-1])]
-        return x.detach().reshape(-1, x.shape[-1]).to(wide)
+        mask = self._mask_of(x)
+        if mask is not None:
+            x = x[mask.view(x.shape[:-1])]
+        return widest(x.reshape(-1, x.shape[-1]))
+
+    def _mask_of(self, x: Tensor) -> Tensor | None:
+        """Which rows are there, in the shape of the batch's mask; None where it has none for these rows."""
+        if self.mask is None or x.shape[:-1] not in (self.mask.shape, (self.mask.numel(),)):
+            return None
+        return self.mask.to(device=x.device, dtype=torch.bool)
 
     def _add(self, name: str, key: str, value: Any) -> None:
         sums = self.sums[name]
@@ -165,14 +207,28 @@ class _Collector:
             layer.weight.grad = None  # type: ignore[union-attr]
 
     def result(self) -> dict[str, Stats]:
-        return {name: self._finish(name) for name in self.layers}
+        found = {name: self._finish(name) for name in self.layers}
+        if "context_covariance" in self.kinds:
+            few = [name for name, stats in found.items() if stats["count"] < len(stats["covariance"])]
+            if few:
+                columns, rows = len(found[few[0]]["covariance"]), found[few[0]]["count"]
+                warnings.warn(
+                    f"layer {few[0]} with {columns} inputs saw {rows} rows of the sample batches, so that its covariance is "
+                    f"singular ({len(few)} of {len(found)} layers saw too few); give more or longer samples",
+                    UserWarning,
+                    stacklevel=_outside(),
+                )
+        return found
 
     def _finish(self, name: str) -> Stats:
         sums, out = self.sums[name], Stats()
-        if self.kinds - {"gradient"} and not sums.get("count", sums.get("output_count", 0)):
+        if self.kinds - {"gradient"} and not max(sums.get(key, 0) for key in ("count", "rows", "output_count")):
             raise ValueError(f"layer {name} saw no token of the sample batches; it cannot be calibrated")
         if "covariance" in self.kinds:
             out["covariance"] = sums["covariance"]
+        if "context_covariance" in self.kinds:
+            out["covariance"] = sums["context"] / sums["samples"]
+            out["samples"], out["count"] = sums["samples"], sums["rows"]
         if "norms" in self.kinds:
             out["norms"] = sums["squares"].sqrt()
         if "count" in sums:
@@ -192,6 +248,14 @@ class _Collector:
         return out
 
 
+def _outside() -> int:
+    """The `stacklevel` by which a warning of the calling function points to the code that called lowdim."""
+    frame, level = sys._getframe(1), 1
+    while frame is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] == "lowdim":
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def _layer_rows(layer: nn.Module, x: Tensor) -> Tensor:
     if isinstance(layer, nn.Embedding):
         raise ValueError(f"input statistics of an embedding are not defined; got {layer}")
@@ -205,7 +269,7 @@ def _layer_rows(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _mask(batch: Any) -> Tensor | None:
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else getattr(batch, "attention_mask", None)
     return mask if isinstance(mask, Tensor) else None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lowdim.adapters import Adapted, to_peft
+from lowdim.adapters.peft_targets import TARGETS
 from lowdim.errors import check_choice
 from lowdim.files import read_tensors, whole_folder, write_tensors, write_text
 from lowdim.layers import densify
@@ -28,9 +29,12 @@ class ExportResult:
     """What was written, what it lost, and how to load it.
 
     Attributes:
-        errors: layer -> relative error of a truncated update; empty or zeros where exact.
         how_to_load: Python that loads the folder without lowdim.
         reload: loads the folder the same way, to check it.
+        errors: layer -> relative error of a truncated update; empty or zeros where exact.
+        ranks: layer -> rank that was written, for a PEFT adapter.
+        suggested_rank: the smallest common rank with an error of at most 1 % in every layer, where something was truncated.
+        notes: what the users of `target` must know: the command, limits to raise.
     """
 
     folder: Path
@@ -38,6 +42,9 @@ class ExportResult:
     how_to_load: str
     reload: Callable[[], nn.Module]
     errors: dict[str, float] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    suggested_rank: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def export(
@@ -48,6 +55,8 @@ def export(
     tokenizer: Any = None,
     source: Source | None = None,
     rank: int | None = None,
+    max_error: float | None = None,
+    target: str | None = None,
 ) -> ExportResult:
     """Write a trained model for other tools. Nothing is left in `folder` where it fails.
 
@@ -61,13 +70,17 @@ def export(
         source: where the base model came from, for the loading instructions and for files to copy along.
         rank: write PEFT's LoRA, and truncate updates of full rank to this; None writes PEFT's own method where it has it
             (RandLoRA), exact.
+        max_error: instead of `rank`, the smallest rank of each layer with at most this relative error, e.g. 0.01.
+        target: `"vllm"` or `"llamacpp"`, for format `"peft"`: LoRA that this program loads, with one rank for all layers; what
+            stands against it is listed in an error before anything is written.
 
     Returns:
         An `ExportResult` that states the errors.
 
     Raises:
-        UnknownNameError: unknown format.
-        ValueError: PEFT export of a model without an adapter, or a model that transformers cannot write.
+        UnknownNameError: unknown format or target.
+        ValueError: PEFT export of a model without an adapter, or of one that `target` cannot load; a model that transformers
+            cannot write; `rank`, `max_error` or `target` for another format than `"peft"`.
         OSError: no space or no permission.
     """
     check_choice("--format", format, FORMATS)
@@ -75,18 +88,23 @@ def export(
     if format == "peft":
         if not isinstance(model, Adapted):
             raise ValueError("only an adapted model can be written as a PEFT adapter; export it as 'merged'")
-        return _peft(model, folder, source, rank)
+        return _peft(model, folder, source, {"rank": rank, "max_error": max_error, "target": target})
+    if (rank, max_error, target) != (None, None, None):
+        raise ValueError(
+            "a rank, an error or a target is for --format peft; a merged model is written whole and loads anywhere"
+        )
     return _merged(model.merge() if isinstance(model, Adapted) else model, folder, tokenizer, source)
 
 
-def _peft(adapted: Adapted, folder: Path, source: Source | None, rank: int | None) -> ExportResult:
+def _peft(adapted: Adapted, folder: Path, source: Source | None, how: dict[str, Any]) -> ExportResult:
     model: Any = adapted.model
     base = source.path if source else getattr(model.config, "_name_or_path", None) or "BASE_MODEL"
     options = _options(model)
     if source and source.gguf:
         options["gguf_file"] = source.gguf
     with whole_folder(folder) as draft:
-        written = to_peft(adapted, draft, rank=rank, native=rank is None, root=getattr(model, "export_root", ""))
+        root = getattr(model, "export_root", "")
+        written = to_peft(adapted, draft, **how, native=how["rank"] is None, root=root, name=folder.name)
         if isinstance(model, SentenceClassifier):
             write_tensors(draft / "head.safetensors", model.classifier.state_dict())
             snippet = (
@@ -102,7 +120,10 @@ def _peft(adapted: Adapted, folder: Path, source: Source | None, rank: int | Non
                 f"base = {_auto(model)}.from_pretrained({base!r}, {_typed(options)})\n"
                 f'model = PeftModel.from_pretrained(base, "{folder.name}")\n'
             )
-        write_text(draft / "README.md", _readme("A PEFT adapter written by lowdim", snippet))
+        page = _readme("A PEFT adapter written by lowdim", snippet)
+        if written.notes:
+            page += f"\n## For {TARGETS[how['target']]}\n\n" + "".join(f"- {_code(note)}\n" for note in written.notes)
+        write_text(draft / "README.md", page)
 
     def reload() -> nn.Module:
         import transformers
@@ -112,7 +133,8 @@ def _peft(adapted: Adapted, folder: Path, source: Source | None, rank: int | Non
             bare = getattr(transformers, _auto(model)).from_pretrained(base, **options)
             return _with_head(PeftModel.from_pretrained(bare, str(folder)), folder, model)
 
-    return ExportResult(folder, "peft", snippet, reload, {k: v for k, v in written.errors.items() if v})
+    errors = {name: error for name, error in written.errors.items() if error}
+    return ExportResult(folder, "peft", snippet, reload, errors, written.ranks, written.suggested_rank, written.notes)
 
 
 def _merged(model: nn.Module, folder: Path, tokenizer: Any, source: Source | None) -> ExportResult:
@@ -193,6 +215,11 @@ def _head_lines(folder: Path, base: str) -> str:
         "states, mask = encoder(**batch).last_hidden_state, batch['attention_mask'].unsqueeze(-1)\n"
         'logits = ((states * mask).sum(1) / mask.sum(1)) @ head["weight"].T + head["bias"]\n'
     )
+
+
+def _code(note: str) -> str:
+    """A note as it is, a command in backticks."""
+    return f"`{note}`" if note.startswith(("vllm ", "python ")) else note
 
 
 def _readme(title: str, snippet: str) -> str:

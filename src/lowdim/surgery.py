@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lowdim.errors import NoMatchingModuleError, nearest
 
 __all__ = [
+    "CONVOLUTIONS",
     "HEAD_NAMES",
     "as_linear",
     "dense_matrix",
@@ -40,6 +41,9 @@ __all__ = [
 #: Last path components of modules that transformers uses as prediction heads; never touched by default.
 HEAD_NAMES = frozenset({"lm_head", "embed_out", "classifier", "score", "qa_outputs", "cls", "classification_head"})
 
+#: Layers whose kernel is one matrix once all but its first dimension are flattened.
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 Patterns = str | Iterable[str] | None
 
 
@@ -60,14 +64,14 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def is_matrix_layer(layer: nn.Module) -> bool:
-    """Whether the layer applies one weight matrix: what `is_linear` takes, and nn.Conv2d."""
-    return is_linear(layer) or isinstance(layer, nn.Conv2d)
+    """Whether the layer applies one weight matrix: what `is_linear` takes, and convolutions."""
+    return is_linear(layer) or isinstance(layer, CONVOLUTIONS)
 
 
 def weight_matrix(layer: nn.Module) -> Tensor:
     """The layer's weight as a matrix `(out_features, in_features)`: a view where the layout allows.
 
-    A convolution's matrix is `(out_channels, in_channels / groups · kh · kw)`, an embedding's `(dim, num)`.
+    A convolution's matrix is `(out_channels, in_channels / groups · kernel)`, an embedding's `(dim, num)`.
 
     Raises:
         TypeError: the layer has no weight matrix.
@@ -76,11 +80,11 @@ def weight_matrix(layer: nn.Module) -> Tensor:
     if isinstance(weight, Tensor):
         if isinstance(layer, nn.Embedding) or is_conv1d(layer):
             return weight.T
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, CONVOLUTIONS):
             return weight.flatten(1)
         if weight.ndim == 2:
             return weight
-    raise TypeError(f"layer must have a weight matrix (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding); got {describe(layer)}")
+    raise TypeError(f"layer must have a weight matrix (nn.Linear, Conv1D, a convolution, nn.Embedding); got {describe(layer)}")
 
 
 def is_quantized(layer: nn.Module) -> bool:

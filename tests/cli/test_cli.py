@@ -27,7 +27,7 @@ COMMANDS = {
         "--trials", "--steps", "--batch-size", "--max-length", "--time-limit", "--seed", "--out", "--resume",
     },
     "run": {"recipe", "--out", "--resume", "--steps", "--check"},
-    "export": {"adapter", "out", "--model", "--format", "--rank", "--task"},
+    "export": {"adapter", "out", "--model", "--format", "--rank", "--task", "--for", "--max-error"},
     "compress": {"--model", "--out", "--data", "--method", "--param-ratio", "--samples", "--max-length"},
     "diagnose": {"diagnostic", "--base", "--tuned", "--k", "--threshold", "--out"},
     "report": {"source", "--out"},
@@ -440,6 +440,59 @@ def test_export_refuses(refused, finished, tmp_path):
     assert "adapter.safetensors does not exist" in refused("export", tmp_path / "mine", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "mine" / "a.txt").read_text() == "precious"
+
+
+@pytest.fixture(scope="module")
+def full_rank(tmp_path_factory):
+    """A saved adapter whose update is not low-rank."""
+    import torch
+
+    from lowdim.adapters import RandLoRA
+
+    adapted = lowdim.adapt(models.load_model("stories260k", "causal-lm"), RandLoRA(rank=8, target_modules=["q_proj", "v_proj"]))
+    with torch.no_grad():
+        for i, parameter in enumerate(adapted.trainable().values()):
+            parameter.normal_(generator=torch.Generator().manual_seed(i))
+    return adapted.save(tmp_path_factory.mktemp("full-rank") / "adapter")
+
+
+def test_export_says_what_truncating_costs_and_which_rank_would_do(call, refused, full_rank, tmp_path):
+    code, out, err = call("export", full_rank, tmp_path / "four", "--rank", "4")
+    assert (code, err) == (0, "")
+    lines = [line.split() for line in out.splitlines() if line.startswith("model.layers.")]
+    assert len(lines) == 10
+    assert {rank for _, rank, _ in lines} == {"4"}
+    assert all(0.1 < float(error) < 1 for _, _, error in lines)
+    assert "--format merged loses nothing" in out
+    (wanted,) = (line.split()[1] for line in out.splitlines() if line.startswith("--rank "))
+    out = call("export", full_rank, tmp_path / "wanted", "--rank", wanted)[1]
+    assert "--rank" not in out
+    assert max(float(line.split()[2]) for line in out.splitlines() if line.startswith("model.layers.")) <= 0.01
+
+    out = call("export", full_rank, tmp_path / "bound", "--max-error", "0.2", "--for", "vllm")[1]
+    lines = [line.split() for line in out.splitlines() if line.startswith("model.layers.")]
+    assert len({rank for _, rank, _ in lines}) == 1
+    assert all(float(error) <= 0.2 for _, _, error in lines)
+    assert "vllm serve" in out
+    assert "--max-lora-rank 32 " in out
+    assert "--lora-modules NAME=bound" in out
+
+    assert "exact" in call("export", full_rank, tmp_path / "own")[1]
+    assert "not both" in refused("export", full_rank, tmp_path / "out", "--rank", "4", "--max-error", "0.1")
+    assert "max_error must be" in refused("export", full_rank, tmp_path / "out", "--max-error", "1.5")
+    assert "--for must be one of vllm, llamacpp; got 'ollama'" in refused(
+        "export", full_rank, tmp_path / "out", "--for", "ollama"
+    )
+    message = refused("export", full_rank, tmp_path / "out", "--for", "vllm", "--format", "merged")
+    assert "is for --format peft" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_for_llama_cpp(call, finished, tmp_path):
+    code, out, err = call("export", finished, tmp_path / "out", "--for", "llamacpp")
+    assert (code, err) == (0, "")
+    assert out.startswith("exact\n")
+    assert f"python convert_lora_to_gguf.py out --base {models.resolve('stories260k').path} --outfile out.gguf" in out
 
 
 def test_export_of_a_run_from_random_weights(call, refused, recipe, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 
 from lowdim.adapters.adapted import Adapted
 from lowdim.adapters.base import AdaptedLayer
-from lowdim.errors import check_int
+from lowdim.adapters.peft_factors import Cut, cut, pad_rank
+from lowdim.adapters.peft_targets import TARGETS, problems, rank_limit, usage
+from lowdim.errors import check_choice, check_float, check_int
 from lowdim.files import write_json, write_tensors
-from lowdim.linalg import svd, truncated_svd
-from lowdim.surgery import is_conv1d
+from lowdim.surgery import CONVOLUTIONS, is_conv1d
 
 __all__ = ["PeftExport", "to_peft"]
 
@@ -30,13 +32,16 @@ class PeftExport:
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
         errors: layer -> `‖ΔW − B A‖_F / ‖ΔW‖_F`; 0 where exact.
         ranks: layer -> rank written.
-        suggested_rank: the smallest common rank with an error of at most 1 % in every layer, where something was truncated.
+        suggested_rank: the smallest common rank with an error of at most 1 % in every layer, where something was truncated;
+            None where nothing was, or where a layer is too large to look.
+        notes: what the users of `target` must know: the command, limits to raise.
     """
 
     folder: Path
     errors: dict[str, float]
     ranks: dict[str, int]
     suggested_rank: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -45,36 +50,64 @@ class PeftExport:
 
 
 def to_peft(
-    adapted: Adapted, folder: str | Path, *, rank: int | None = None, native: bool = True, root: str = ""
+    adapted: Adapted,
+    folder: str | Path,
+    *,
+    rank: int | None = None,
+    max_error: float | None = None,
+    target: str | None = None,
+    native: bool = True,
+    root: str = "",
+    name: str | None = None,
 ) -> PeftExport:
     """Write a folder that `peft.PeftModel.from_pretrained(base_model, folder)` loads.
 
     Args:
-        rank: at which to truncate updates of full rank; None keeps a quarter of the smaller side. Exact factors are not
-            truncated.
+        rank: at which to truncate updates of full rank; None keeps a quarter of the smaller side. Updates that are low-rank are
+            written exactly.
+        max_error: instead of `rank`, the smallest rank of each layer with at most this relative error.
+        target: `"vllm"` or `"llamacpp"`: write LoRA that this program loads, every layer padded with zeros to one common rank;
+            what stands against it is an error before anything is written.
         root: name of the submodule that the adapter is for by itself (an encoder inside a classifier); names are written
             relative to it, and modules outside it are left to the caller.
         native: write PEFT's own method where it has it (RandLoRA), exact; False always writes LoRA.
+        name: of the folder, in `notes`; None takes its own.
 
     Returns:
         A `PeftExport` that states the error of each layer.
 
     Raises:
-        ValueError: the model has been merged, rank is below 1, or a convolution is of a kind that PEFT cannot adapt.
+        ValueError: the model has been merged, rank is below 1, rank and max_error together, a convolution is of a kind that
+            PEFT cannot adapt, or `target` cannot load the adapter (every reason is listed).
+        UnknownNameError: no such target.
     """
     if not adapted.layers:
         raise ValueError("there is no adapter to export: the model has been merged")
     if rank is not None:
         check_int("rank", rank, 1)
-    folder = Path(folder)
+    if max_error is not None:
+        check_float("max_error", max_error, 0.0, 1.0, high_open=True)
+        if rank is not None:
+            raise ValueError("give rank or max_error, not both: max_error chooses the rank")
+    folder, base = Path(folder), _base_name(adapted.model)
+    if target is not None:
+        check_choice("target", target, TARGETS)
+        reasons = problems(adapted, target)
+        if reasons:
+            raise ValueError(f"{TARGETS[target]} cannot load this adapter; merge it instead. " + "; ".join(reasons))
+    native = native and target is None and max_error is None and all(layer.strength == 1.0 for layer in adapted.layers.values())
     own = adapted.method.peft(adapted) if native else None
     if own is not None:
         config, tensors = own
         result = PeftExport(folder, dict.fromkeys(adapted.layers, 0.0), {n: int(config.get("r", 0)) for n in adapted.layers})
     else:
-        config, tensors, result = _as_lora(adapted, folder, rank)
+        found = {key: cut(layer, rank, max_error, rank_limit(target)) for key, layer in adapted.layers.items()}
+        config, tensors, result = _as_lora(adapted, folder, found, pad=target is not None)
+    if target is not None:
+        notes = usage(adapted, target, name or folder.name, base, int(config["r"]))
+        result = dataclasses.replace(result, notes=tuple(notes))
     config = {
-        "base_model_name_or_path": _base_name(adapted.model),
+        "base_model_name_or_path": base,
         "task_type": task_type(adapted.model),
         "inference_mode": True,
         "bias": "none",
@@ -118,15 +151,20 @@ def _relative(config: dict[str, Any], tensors: dict[str, Tensor], root: str) -> 
     return config, {name.replace(long, "base_model.model.", 1): value for name, value in tensors.items()}
 
 
-def _as_lora(adapted: Adapted, folder: Path, rank: int | None) -> tuple[dict[str, Any], dict[str, Tensor], PeftExport]:
+def _as_lora(
+    adapted: Adapted, folder: Path, found: dict[str, Cut], *, pad: bool
+) -> tuple[dict[str, Any], dict[str, Tensor], PeftExport]:
+    if pad:
+        top = max(len(one.A) for one in found.values())
+        for name, one in found.items():
+            if one.error and len(one.A) < top:  # what is stored anyway may as well be used
+                found[name] = cut(adapted.layers[name], max_error=0.0, limit=top)
+        found = {name: pad_rank(one, top) for name, one in found.items()}
     tensors: dict[str, Tensor] = {}
-    errors: dict[str, float] = {}
     ranks: dict[str, int] = {}
-    wanted = 0
-    for name, layer in adapted.layers.items():
-        A, B, errors[name], enough = _factors(layer, rank)
-        placed = _layout(f"base_model.model.{name}", layer, A, B)
-        wanted, ranks[name] = max(wanted, enough), len(next(iter(placed.values())))
+    for name, one in found.items():
+        placed = _layout(f"base_model.model.{name}", adapted.layers[name], one.A, one.B)
+        ranks[name] = len(next(iter(placed.values())))
         tensors.update(placed)
     common = Counter(ranks.values()).most_common(1)[0][0]
     # PEFT looks a key up as a regular expression for the end of a name; the caret makes it the whole name.
@@ -138,56 +176,41 @@ def _as_lora(adapted: Adapted, folder: Path, rank: int | None) -> tuple[dict[str
         "lora_dropout": 0.0,
         "init_lora_weights": True,
         "use_rslora": False,
+        "use_dora": False,
         "rank_pattern": odd,
         "alpha_pattern": dict(odd),
-        "fan_in_fan_out": any(is_conv1d(layer.base) for layer in adapted.layers.values()),
+        "fan_in_fan_out": any(is_conv1d(layer.plain) for layer in adapted.layers.values()),
     }
-    lossy = any(errors.values())
-    return config, tensors, PeftExport(folder, errors, ranks, wanted if lossy else None)
-
-
-def _factors(layer: AdaptedLayer, rank: int | None) -> tuple[Tensor, Tensor, float, int]:
-    exact = layer.update.low_rank_delta()
-    if exact is not None and exact[0].shape[0] <= min(layer.out_features, layer.in_features):
-        return exact[0], exact[1], 0.0, exact[0].shape[0]
-    dtype, delta = layer.update_dtype(), layer.delta()
-    small = min(delta.shape)
-    keep = min(rank if rank is not None else max(1, small // 4), small)
-    spectrum = svd(delta)[1] if small <= 1024 else None
-    u, s, vh = truncated_svd(delta, keep)
-    total = float(delta.square().sum())
-    error = max(0.0, 1.0 - float(s.square().sum()) / total) ** 0.5 if total else 0.0
-    enough = keep
-    if spectrum is not None and total:
-        tail = (1 - spectrum.square().cumsum(0) / spectrum.square().sum()).clamp_min(0).sqrt()
-        enough = int((tail <= 0.01).int().argmax()) + 1
-    root = s.sqrt()
-    return (root[:, None] * vh).to(dtype), (u * root).to(dtype), error, enough
+    errors = {name: one.error for name, one in found.items()}
+    enough = [one.enough for one in found.values()]
+    known = [count for count in enough if count is not None]
+    suggested = max(known) if any(errors.values()) and len(known) == len(enough) else None
+    return config, tensors, PeftExport(folder, errors, ranks, suggested)
 
 
 def _layout(prefix: str, layer: AdaptedLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
     """PEFT's two tensors for `ΔW = B A`, the one with the rank in front first."""
     if layer.kind == "embedding":
         return {f"{prefix}.lora_embedding_A": A, f"{prefix}.lora_embedding_B": B}
-    if isinstance(layer.base, nn.Conv2d):
-        if layer.base.dilation != (1, 1) or layer.base.padding_mode != "zeros":
-            raise ValueError(
-                f"{prefix}: PEFT's LoRA has no dilation and pads with zeros only; got {layer.base}: merge() instead"
-            )
-        A, B = _grouped(A.view(len(A), *layer.base.weight.shape[1:]), layer.base.groups), B[..., None, None]
+    plain = layer.plain
+    if isinstance(plain, CONVOLUTIONS):
+        if set(plain.dilation) != {1} or plain.padding_mode != "zeros":
+            raise ValueError(f"{prefix}: PEFT's LoRA has no dilation and pads with zeros only; got {plain}: merge() instead")
+        A = _grouped(A.view(len(A), *plain.weight.shape[1:]), plain.groups)
+        B = B[(..., *[None] * len(plain.kernel_size))]
     return {f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B}
 
 
 def _grouped(
-    A: Tensor,  # (rank, in_channels / groups, kh, kw)
+    A: Tensor,  # (rank, in_channels / groups, *kernel)
     groups: int,
 ) -> Tensor:
     """PEFT's first convolution sees all channels and only its second one has groups: one copy of `A` for each group."""
     if groups == 1:
         return A
     rank, channels, *size = A.shape
-    eye = torch.eye(groups, dtype=A.dtype, device=A.device)
-    return (eye[:, None, :, None, None, None] * A[None, :, None]).reshape(groups * rank, groups * channels, *size)
+    eye = torch.eye(groups, dtype=A.dtype, device=A.device)[(slice(None), None, slice(None), *[None] * (A.ndim - 1))]
+    return (eye * A[None, :, None]).reshape(groups * rank, groups * channels, *size)
 
 
 def _targets(adapted: Adapted) -> list[str] | str:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.base import AdaptedLayer, Method, Stats, wide
+from lowdim.adapters.base import AdaptedLayer, Method, Stats
 from lowdim.adapters.common import check_rank, top_triplets
-from lowdim.adapters.thin import ThinUpdate
-from lowdim.errors import CheckpointError, check_float, check_int
-from lowdim.linalg import svd
+from lowdim.adapters.diagonal import DiagonalUpdate
+from lowdim.errors import check_float, check_int
+from lowdim.linalg import svd, widest
 from lowdim.ranks import energy_rank
 from lowdim.surgery import weight_matrix
 
@@ -22,43 +21,16 @@ __all__ = ["SVFit", "SVFitUpdate"]
 Triplets = tuple[Tensor, Tensor, Tensor]
 
 
-class SVFitUpdate(ThinUpdate):
+class SVFitUpdate(DiagonalUpdate):
     """`U diag(s) Vh`: `U (out, r)` and `Vh (r, in)` frozen, `s (r,)` trained from `s0`, the weight's singular values."""
 
+    names = ("U", "s", "s0", "Vh")
     no_decay = frozenset({"s"})
 
-    def __init__(self, out_features: int, in_features: int, rank: int, *, dtype: Any, device: Any):
-        super().__init__(out_features, in_features, rank)
-        self.s = nn.Parameter(torch.empty(rank, dtype=dtype, device=device))
-        self.register_buffer("s0", torch.empty(rank, dtype=dtype, device=device))
-        self.register_buffer("U", torch.empty(out_features, rank, dtype=dtype, device=device))
-        self.register_buffer("Vh", torch.empty(rank, in_features, dtype=dtype, device=device))
-        self.unique = True  # whether the weight alone determines the triplets
-
+    s: nn.Parameter
     s0: Tensor
     U: Tensor
     Vh: Tensor
-
-    def down(self) -> Tensor:
-        """`Vh`."""
-        return self.Vh
-
-    def inner(self, hidden: Tensor) -> Tensor:
-        """`s ⊙ h`."""
-        return hidden * self.s
-
-    def up(self) -> Tensor:
-        """`U`."""
-        return self.U
-
-    def start_up(self) -> Tensor:
-        """`U diag(s0)`."""
-        return wide(self.U) * wide(self.s0)
-
-    @torch.no_grad()
-    def low_rank_delta(self) -> tuple[Tensor, Tensor]:
-        """`Vh` and `U diag(s − s0)`: the difference is taken before the product, so nothing cancels."""
-        return wide(self.Vh), wide(self.U) * (wide(self.s) - wide(self.s0))
 
     @torch.no_grad()
     def take(self, triplets: Triplets, *, exact: bool) -> None:
@@ -69,25 +41,13 @@ class SVFitUpdate(ThinUpdate):
         self.Vh.copy_(vh[: self.rank])
         self.unique = exact and _unique(s, self.rank)
 
+    def recompute(self, weight: Tensor) -> None:
+        """The weight's exact triplets."""
+        self.take(_exact_triplets(weight), exact=True)
+
     def meta(self) -> dict[str, Any]:
         """The chosen rank."""
         return {"rank": self.rank}
-
-    def saved(self) -> dict[str, Tensor]:
-        """`s`; with the frozen factors only where the weight does not determine them."""
-        state = self.state_dict()
-        return {"s": state["s"]} if self.unique else state
-
-    def restore(self, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Take `s`, and the triplets from the file or from the weight."""
-        if set(tensors) != {"s"}:
-            self.unique = False
-            return super().restore(tensors, weight)
-        if tensors["s"].shape != self.s.shape:
-            raise CheckpointError(f"s has shape {tuple(tensors['s'].shape)} in the file; this layer's is {tuple(self.s.shape)}")
-        self.take(_exact_triplets(weight), exact=True)
-        with torch.no_grad():
-            self.s.copy_(tensors["s"])
 
 
 @dataclass(frozen=True)
@@ -152,14 +112,14 @@ class SVFit(Method):
         elif small > 512 and 4 * update.rank <= small:  # a few of many: a sketch takes seconds where the whole takes minutes
             update.take(top_triplets(weight, update.rank, generator), exact=False)
         else:
-            update.take(_exact_triplets(weight), exact=True)
+            update.recompute(weight)
         update.s.copy_(update.s0)
 
 
 def _exact_triplets(weight: Tensor) -> Triplets:
     # float64: a checkpoint holds only s, so another machine must find the same vectors; in float32 those of close singular
     # values turn into each other by far more than rounding.
-    return svd(weight.double() if weight.device.type != "mps" else weight)
+    return svd(widest(weight))
 
 
 def _unique(s: Tensor, rank: int) -> bool:

@@ -56,6 +56,13 @@ ROWS = (
         paper="LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning",
         arxiv="2410.13618",
         claim="Close to LoRA and full fine-tuning with up to 2600 times fewer trained parameters: one number per rank.",
+        target="lowdim.adapters:LoLDU",
+        variants=(
+            Variant(
+                "loldu", "LoLDU", "lowdim.adapters:LoLDU", {"rank": 64, "alpha": 64}, (3e-3, 1e-3, 1e-2, 3e-4, 3e-2)
+            ),
+        ),
+        reproduction="lowdim.reproduce.loldu:run",
     ),
     Entry(
         number=10,
@@ -95,6 +102,17 @@ ROWS = (
         paper="One Head Eight Arms: Block Matrix based Low Rank Adaptation for CLIP-based Few-Shot Learning",
         arxiv="2501.16720",
         claim="As good as CLIP-LoRA with fewer trained parameters and products; ImageNet few-shot tuning on one 24 GB GPU.",
+        target="lowdim.adapters:BlockLoRA",
+        variants=(
+            Variant(
+                "block-lora",
+                "Block-LoRA",
+                "lowdim.adapters:BlockLoRA",
+                {"rank": 8, "blocks": 2, "alpha": 16, "dropout": 0.0},
+                (3e-3, 1e-3, 1e-2, 3e-4, 3e-2),
+            ),
+        ),
+        reproduction="lowdim.reproduce.block_lora:run",
     ),
     Entry(
         number=18,
@@ -104,6 +122,9 @@ ROWS = (
         paper="CorDA: Context-Oriented Decomposition Adaptation of Large Language Models",
         arxiv="2406.05223",
         claim="A start from weight times input covariance learns more than LoRA or forgets less, as one chooses.",
+        target="lowdim.adapters:CorDA",
+        variants=(Variant("corda", "CorDA", "lowdim.adapters:CorDA", {"rank": 8}, (3e-4, 1e-4, 1e-3, 3e-5, 3e-3)),),
+        reproduction="lowdim.reproduce.corda:run",
     ),
     Entry(
         number=19,
@@ -113,6 +134,13 @@ ROWS = (
         paper="DiffoRA: Enabling Parameter-Efficient LLM Fine-Tuning via Differential Low-Rank Matrix Adaptation",
         arxiv="2502.08905",
         claim="A learned choice of which modules get an adapter beats LoRA and importance scores while adapting fewer modules.",
+        target="lowdim.adapters:DiffoRA",
+        variants=(
+            Variant(
+                "diffora", "DiffoRA", "lowdim.adapters:DiffoRA", {"target_modules": "all-linear"}, (1e-3, 3e-4, 3e-3, 1e-4, 1e-2)
+            ),
+        ),
+        reproduction="lowdim.reproduce.diffora:run",
     ),
     Entry(
         number=20,
@@ -140,6 +168,9 @@ ROWS = (
         paper="Sparse Low-rank Adaptation of Pre-trained Language Models",
         arxiv="2311.11696",
         claim="A rank gate trained by proximal gradient ends with 70 % of LoRA's parameters and time, and a better GLUE score.",
+        target="lowdim.adapters:SoRA",
+        variants=(Variant("sora", "SoRA", "lowdim.adapters:SoRA", {"rank": 8}, (1e-3, 3e-3, 3e-4, 1e-2, 1e-4)),),
+        reproduction="lowdim.reproduce.sora:run",
     ),
     Entry(
         number=36,
@@ -149,6 +180,17 @@ ROWS = (
         paper="NOLA: Networks as Linear Combination of Low Rank Random Basis",
         arxiv="2310.02556",
         claim="As good as LoRA of rank 1 with half its parameters or fewer; about 20 times fewer on LLaMA-2 70B.",
+        target="lowdim.adapters:NOLA",
+        variants=(
+            Variant(
+                "nola",
+                "NOLA",
+                "lowdim.adapters:NOLA",
+                {"rank": 8, "num_bases": 192, "alpha": 8},
+                (3e-2, 1e-2, 1e-1, 3e-3, 1e-3),
+            ),
+        ),
+        reproduction="lowdim.reproduce.nola:run",
     ),
     Entry(
         number=42,
@@ -158,6 +200,11 @@ ROWS = (
         paper="ALLoRA: Adaptive Learning Rate Mitigates LoRA Fatal Flaws",
         arxiv="2410.09692",
         claim="Gradients divided by row norms, no dropout, no scaling: 0.3 points above LoRA and DoRA in short fine-tuning.",
+        target="lowdim.adapters:ALLoRA",
+        variants=(
+            Variant("allora", "ALLoRA", "lowdim.adapters:ALLoRA", {"apply_to": "step"}, (3e-3, 1e-3, 1e-2, 3e-4, 1e-4)),
+        ),
+        reproduction="lowdim.reproduce.allora:run",
     ),
     Entry(
         number=45,
@@ -167,6 +214,17 @@ ROWS = (
         paper="IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning",
         arxiv="2308.12043",
         claim="Growing ranks by importance beats pruning them and fixed LoRA on GLUE at one budget, most on little data.",
+        target="lowdim.adapters:IncreLoRA",
+        variants=(
+            Variant(
+                "increlora",
+                "IncreLoRA",
+                "lowdim.adapters:IncreLoRA",
+                {"rank": 4, "target_rank": 8, "alpha": 16, "init_warmup": 10, "update_interval": 5},
+                (1e-3, 3e-3, 3e-4, 1e-2, 1e-4),
+            ),
+        ),
+        reproduction="lowdim.reproduce.increlora:run",
     ),
     Entry(
         number=48,
@@ -176,6 +234,9 @@ ROWS = (
         paper="Train Small, Infer Large: Memory-Efficient LoRA Training for Large Language Models",
         arxiv="2502.13533",
         claim="LoRA trained on a pruned model and merged into the whole one: LLaMA-3.1-70B trains on 20 GB (storage / 15.81).",
+        target="lowdim.adapters:LoRAM",
+        variants=(Variant("loram", "LoRAM", "lowdim.adapters:LoRAM", {"ratio": 0.5}, (1e-3, 3e-4, 3e-3, 1e-4, 1e-2)),),
+        reproduction="lowdim.reproduce.loram:run",
     ),
     Entry(
         number=52,
@@ -194,5 +255,8 @@ ROWS = (
         paper="FLoRA: Low-Rank Core Space for N-dimension",
         arxiv="2405.14739",
         claim="A Tucker core keeps a convolution's shape and beats LoRA on reshaped kernels with about 80 % fewer parameters.",
+        target="lowdim.adapters:FLoRA",
+        variants=(Variant("flora", "FLoRA", "lowdim.adapters:FLoRA", {"ranks": 8}, (3e-3, 1e-2, 1e-3, 3e-4, 3e-2)),),
+        reproduction="lowdim.reproduce.flora:run",
     ),
 )

@@ -125,11 +125,13 @@ def export(
     format: Annotated[str, typer.Option("--format", help="peft or merged.")] = "peft",
     rank: Annotated[int | None, typer.Option("--rank", help="Where an update of full rank is truncated.")] = None,
     task: Annotated[str | None, typer.Option("--task", help="classify or causal-lm.")] = None,
+    target: Annotated[str | None, typer.Option("--for", help="vllm or llamacpp: LoRA that it loads, checked first.")] = None,
+    max_error: Annotated[float | None, typer.Option("--max-error", help="Choose each layer's rank by this error.")] = None,
 ) -> None:
-    """Write an adapter for PEFT, or merge it into a transformers checkpoint."""
+    """Write an adapter for PEFT (vLLM, llama.cpp), or merge it into a transformers checkpoint."""
     from lowdim.cli.shipping import export as run_it
 
-    run_it(adapter, out, model, format, rank, task)
+    run_it(adapter, out, model, format, rank, task, target, max_error)
 
 
 @app.command()

@@ -14,29 +14,60 @@ from lowdim.errors import CheckpointError, DataError, check_choice, check_float,
 __all__ = ["compress", "diagnose", "export", "report"]
 
 
-def export(adapter: Path, out: Path, model: str | None, format: str, rank: int | None, task: str | None) -> None:
+def export(
+    adapter: Path,
+    out: Path,
+    model: str | None,
+    format: str,
+    rank: int | None,
+    task: str | None,
+    target: str | None,
+    max_error: float | None,
+) -> None:
     """Write an adapter, or a whole run of `lowdim run`, for other tools."""
     from lowdim import models
+    from lowdim.adapters.peft_targets import TARGETS, rank_limit
     from lowdim.export import FORMATS
     from lowdim.export import export as write
 
     check_choice("--format", format, FORMATS)
+    if target is not None:
+        check_choice("--for", target, TARGETS)
     _check_free(out)
     name, adapted = _load(adapter, model, task, format)
     source = models.resolve(name)
-    result = write(adapted, out, format, tokenizer=models.load_tokenizer(name), source=source, rank=rank)
+    tokenizer = models.load_tokenizer(name)
+    result = write(adapted, out, format, tokenizer=tokenizer, source=source, rank=rank, max_error=max_error, target=target)
     console = Console()
     if result.errors:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column("layer")
-        table.add_column("relative error of truncating", justify="right")
-        for layer, error in result.errors.items():
-            table.add_row(escape(layer), f"{error:.4f}")
-        console.print(table)
-        console.print("The update is not low-rank, so PEFT gets its best approximation; --format merged loses nothing.")
+        _show_errors(console, result, rank_limit(target))
     else:
         console.print("exact" if format == "peft" else "merged; rounded once to the weights' dtype", highlight=False)
+    for note in result.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     console.print(f"written {out}; how to load it: {out / 'README.md'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _show_errors(console: Console, result: Any, limit: int | None) -> None:
+    """What truncating cost, layer by layer, and which rank would cost next to nothing."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("layer")
+    table.add_column("rank", justify="right")
+    table.add_column("relative error of truncating", justify="right")
+    for layer, rank in result.ranks.items():
+        table.add_row(escape(layer), str(rank), f"{result.errors.get(layer, 0.0):.4f}")
+    console.print(table)
+    wanted, lines = result.suggested_rank, []
+    if max(result.errors.values()) > 0.01:
+        if wanted is None:
+            lines.append("--max-error 0.01 finds the ranks with an error of 1 % or less.")
+        elif limit is not None and wanted > limit:
+            lines.append(f"An error of 1 % or less takes rank {wanted}, above the {limit} that it loads.")
+        else:
+            lines.append(f"--rank {wanted} would bring every layer to an error of 1 % or less.")
+    lines.append("The update is not low-rank, so PEFT gets its best approximation; --format merged loses nothing.")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _check_free(out: Path) -> None:

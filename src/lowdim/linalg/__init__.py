@@ -1,35 +1,58 @@
 """Numerics that several systems share: pure functions of tensors; nothing here knows a model."""
 
+from lowdim.linalg.bits import pack_bits, unpack_bits
+from lowdim.linalg.context import context_svd
 from lowdim.linalg.cost import Cost, chain_cost
 from lowdim.linalg.draw import draw_normal, draw_uniform
+from lowdim.linalg.fastfood import (
+    FastfoodDraws,
+    fastfood,
+    fastfood_draws,
+    fastfood_size,
+    fastfood_transpose,
+    hadamard_transform,
+)
+from lowdim.linalg.ldu import ldu, ldu_steps
 from lowdim.linalg.leading import has_numbers, leading_vectors
 from lowdim.linalg.lowrank import add_low_rank, add_product, compress_factors, low_rank_norm, low_rank_product
 from lowdim.linalg.monarch import monarch_dense, monarch_multiply, monarch_project
 from lowdim.linalg.quantize import dequantize_blockwise, dynamic_codebook, quantize_blockwise
 from lowdim.linalg.random import derive_seed, stream
+from lowdim.linalg.random_rows import combine_rows, random_rows
 from lowdim.linalg.sharded import gather, is_sharded, local, match, replicate
 from lowdim.linalg.sketch import CountSketch
 from lowdim.linalg.svd import canonical_signs, captured_energy, compute_dtype, range_finder, svd, truncated_svd
 from lowdim.linalg.tucker import mode_products, tucker, tucker_reconstruct, unfold
+from lowdim.linalg.wide import widest
 
 __all__ = [
     "Cost",
     "CountSketch",
+    "FastfoodDraws",
     "add_low_rank",
     "add_product",
     "canonical_signs",
     "captured_energy",
     "chain_cost",
+    "combine_rows",
     "compress_factors",
     "compute_dtype",
+    "context_svd",
     "dequantize_blockwise",
     "derive_seed",
     "draw_normal",
     "draw_uniform",
     "dynamic_codebook",
+    "fastfood",
+    "fastfood_draws",
+    "fastfood_size",
+    "fastfood_transpose",
     "gather",
+    "hadamard_transform",
     "has_numbers",
     "is_sharded",
+    "ldu",
+    "ldu_steps",
     "leading_vectors",
     "local",
     "low_rank_norm",
@@ -39,7 +62,9 @@ __all__ = [
     "monarch_dense",
     "monarch_multiply",
     "monarch_project",
+    "pack_bits",
     "quantize_blockwise",
+    "random_rows",
     "range_finder",
     "replicate",
     "stream",
@@ -48,4 +73,6 @@ __all__ = [
     "tucker",
     "tucker_reconstruct",
     "unfold",
+    "unpack_bits",
+    "widest",
 ]

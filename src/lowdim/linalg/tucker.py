@@ -11,7 +11,7 @@ from lowdim.errors import check_int
 from lowdim.linalg.leading import has_numbers, leading_vectors
 from lowdim.linalg.svd import compute_dtype
 
-__all__ = ["mode_products", "tucker", "unfold"]
+__all__ = ["mode_products", "tucker", "tucker_reconstruct", "unfold"]
 
 
 def unfold(
@@ -43,6 +43,21 @@ def mode_products(
         else:
             tensor = tensor.movedim(0, -1)
     return tensor
+
+
+def tucker_reconstruct(
+    core: Tensor,  # (r_0, ..., r_k)
+    factors: Sequence[Tensor],  # one a mode: (d_i, r_i)
+) -> Tensor:
+    """`core ×_0 F_0 … ×_k F_k (d_0, ..., d_k)`, axes in the order of the factors; differentiable.
+
+    Example:
+        >>> import torch
+        >>> from lowdim.linalg import tucker_reconstruct
+        >>> tucker_reconstruct(torch.ones(1, 2), [torch.ones(3, 1), torch.ones(4, 2)]).shape
+        torch.Size([3, 4])
+    """
+    return mode_products(core, factors, transpose=False)
 
 
 def tucker(

@@ -1,0 +1,25 @@
+"""LoRA with a gate on its ranks: what SoRA and DiffoRA have in common."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lowdim.adapters.lora import LoRAUpdate
+
+__all__ = ["GatedLoRAUpdate"]
+
+
+class GatedLoRAUpdate(LoRAUpdate):
+    """`ΔW = scaling · B diag(g) A`: `A (rank, in)`, `B (out, rank)`, and a gate `g` that a subclass gives.
+
+    The gate scales the columns of `B`, not the thin product, so that autograd keeps as much for each row of the input as
+    for LoRA: `x` and `A x`.
+    """
+
+    def gates(self) -> Tensor:
+        """The gate, `(rank,)`, or 0-dim where all ranks have one in common."""
+        raise NotImplementedError(f"{type(self).__name__} must define gates()")
+
+    def up(self) -> Tensor:
+        """`B diag(g)`."""
+        return self.B * self.gates()

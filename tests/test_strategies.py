@@ -84,8 +84,9 @@ def test_every_method_trains(chosen, kind):
     assert losses[-1] < losses[0], "four steps on one batch"
     after = dict(applied.model.named_parameters())
     assert all(bool(torch.isfinite(p).all()) for p in after.values())
-    moved = {name for name, p in after.items() if not torch.equal(p, before[name])}
+    moved = {name for name, p in before.items() if not torch.equal(p, after[name])}
     assert moved <= grads
+    assert after.keys() == before.keys() or chosen.name == "increlora"  # which adds ranks on the way
     assert moved
 
 
@@ -96,6 +97,9 @@ def test_the_start_is_the_model_itself(chosen):
     with torch.no_grad():
         want = model.eval()(**batch).logits
     applied = apply(small(chosen), model, lr=1e-3, steps=10, head=head, batches=[batch], loss_fn=loss_of)
+    if chosen.name == "diffora":
+        assert applied.adapted.dam is None, "it has searched, and so trained, already"
+        return
     with torch.no_grad():
         got = applied.model.eval()(**batch).logits
     if applied.kind == "layer":
@@ -106,7 +110,8 @@ def test_the_start_is_the_model_itself(chosen):
         assert torch.allclose(got, want, atol=tolerance), (got - want).abs().max()
 
 
-@pytest.mark.parametrize("chosen", [v for v in METHODS if v.name != "lamda++"], ids=lambda v: v.name)
+#: Not `lamda++` and `sara`, whose shapes follow from the weights' numbers, nor `diffora`, which is planned as it is in its search.
+@pytest.mark.parametrize("chosen", [v for v in METHODS if v.name not in ("lamda++", "sara", "diffora")], ids=lambda v: v.name)
 def test_a_forecast_allocates_what_is_trained(chosen):
     chosen = small(chosen)
     real, _ = ready(chosen, "pooled")

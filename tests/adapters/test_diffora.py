@@ -558,15 +558,6 @@ def test_two_of_them_on_one_model():
     assert torch.equal(fresh.model(x), adapters.model(x))
 
 
-def test_a_wrapper_that_separates_a_pair_is_noticed():
-    adapted = searched(DiffoRA(**Q_V))
-    adapted.discretize()
-    borrower = next(layer.update for layer in adapted.layers.values() if not layer.update.own)
-    borrower.A = nn.Parameter(borrower.A.detach().clone())
-    with pytest.raises(RuntimeError, match="share=False"):
-        adapted.step()
-
-
 # Before a plain training loop
 
 

@@ -195,16 +195,20 @@ def test_exact_factors_of_low_precision_updates_are_multiplied_in_float32():
     assert relative_error(B @ A, copy.deepcopy(update).double().dense()) < 1e-6
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(9, 7), nn.Conv2d(4, 6, 3, padding=1)], ids=["linear", "conv2d"])
+PEFT_TAKES = [nn.Linear(4, 7), *(conv(4, 6, 3, padding=1) for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+
+
+@pytest.mark.parametrize("layer", PEFT_TAKES, ids=lambda layer: type(layer).__name__)
 def test_peft_takes_the_factors_exactly(tmp_path, layer):
     peft = pytest.importorskip("peft")
-    x = torch.randn(2, 9) if isinstance(layer, nn.Linear) else torch.randn(2, 4, 5, 5)
+    kernel = layer.weight.ndim - 2
+    x = torch.randn(2, 4, *[5] * kernel)
     model, twin = nn.Sequential(copy.deepcopy(layer)), nn.Sequential(layer)
-    adapted = lowdim.adapt(model, FLoRA(ranks=(2, 3) if layer.weight.ndim == 2 else (2, 3, 2, 1)))
+    adapted = lowdim.adapt(model, FLoRA(ranks=(2, 3, *(2, 1, 2)[:kernel])))
     nn.init.normal_(adapted.layers["0"].update.G)
     report = adapted.export(tmp_path)
     assert report.exact
-    assert report.ranks == {"0": 2 if layer.weight.ndim == 2 else 3}
+    assert report.ranks == {"0": 3 if kernel else 2}
     assert relative_error(peft.PeftModel.from_pretrained(twin, tmp_path)(x), model.eval()(x)) < 1e-5
 
 

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lowdim
 import vectors
-from lowdim.adapters import IncreLoRA, increlora_lr_lambda
+from lowdim.adapters import AdapterSet, IncreLoRA, increlora_lr_lambda
 from lowdim.reproduce.kept import kept_tensors
 from lowdim.testing.adapter_case import AdapterCase
 from lowdim.testing.adapter_dense import make_input, make_layer, relative_error
@@ -155,6 +155,11 @@ def test_the_score_under_checkpointing_compiling_and_copying():
         forward(x).sum().backward()
         torch.testing.assert_close(adapted.update.score, want, rtol=1e-12, atol=0)
     assert twin.update.score is None
+    adapted.update.grow(0, torch.Generator())
+    adapted.update.grow(1, torch.Generator())
+    adapted.update.score = None
+    compiled(x).sum().backward()
+    torch.testing.assert_close(adapted.update.score, dense_score(adapted, x, torch.ones(2, 5, 9)), rtol=1e-12, atol=0)
     adapted.update.score = None
     twin(x).sum().backward()
     torch.testing.assert_close(twin.update.score, want, rtol=1e-12, atol=0)
@@ -265,10 +270,12 @@ def test_a_saved_adapter_goes_on_growing(advance, cut, tmp_path):
     options = {"target_rank": 3, "rank_step": 1, "advance_learn": advance}
     whole, part = line(**options), line(**options)
     base = {name: layer.base.state_dict() for name, layer in part.layers.items()}
+    before = torch.random.get_rng_state()
     run(whole, (optimizer := optimizer_of(whole)), 10)
     run(part, (first := optimizer_of(part)), cut)
     part.save(tmp_path)
-    plain = nn.Sequential(*(nn.Linear(n, out, dtype=torch.float64) for n, out in itertools.pairwise((6, 7, 5))))
+    with torch.random.fork_rng(devices=[]):
+        plain = nn.Sequential(*(nn.Linear(n, out, dtype=torch.float64) for n, out in itertools.pairwise((6, 7, 5))))
     for name, state in base.items():
         plain[int(name)].load_state_dict(state)
     loaded = lowdim.load_adapter(plain, tmp_path)
@@ -280,6 +287,7 @@ def test_a_saved_adapter_goes_on_growing(advance, cut, tmp_path):
     assert all(torch.equal(got[key], value) for key, value in want.items())
     assert [g.get("added_at") for g in optimizer.param_groups] == [g.get("added_at") for g in second.param_groups]
     assert loaded.total_rank == 6
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_an_earlier_state_shrinks_the_lists_again():
@@ -306,6 +314,17 @@ def test_new_rows_come_from_the_seed_and_the_layer():
     assert all(torch.equal(a, b) for a, b in zip(rows[0], rows[1]))
     assert not torch.equal(rows[0][0], rows[2][0])
     assert not torch.equal(rows[0][0], rows[0][1])
+
+
+def test_switching_adapters_leaves_the_reserve_frozen():
+    adapters = AdapterSet(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)))
+    adapted = adapters.add("one", IncreLoRA())
+    adapted.step(optimizer_of(adapted))
+    adapters.activate("one", train=False)
+    assert not any(p.requires_grad for p in adapters.model.parameters())
+    adapters.activate("one")
+    trained = [[p.requires_grad for p in update.E] for update in (layer.update for layer in adapted.layers.values())]
+    assert trained == [[True, False]] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

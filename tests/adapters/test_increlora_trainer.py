@@ -26,18 +26,6 @@ class Net(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-class Follow(AdaptedCallback):
-    """Keeps the scheduler's lists as long as the optimizer's."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        warmup, total = args.get_warmup_steps(state.max_steps), state.max_steps
-        self.adapted.follow(kwargs["lr_scheduler"], warmup=warmup, total=total)
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        super().on_optimizer_step(args, state, control, **kwargs)
-        self.on_train_begin(args, state, control, **kwargs)
-
-
 class Watch(transformers.TrainerCallback):
     """Notes the rates, and ends the run as a user would."""
 
@@ -96,7 +84,7 @@ def train(folder, save_steps=0, kill=0, resume=False):
         seed=5,
     )
     watch = Watch(kill)
-    trainer = Trainer(adapted, model=adapted.model, args=arguments, train_dataset=rows(), callbacks=[Follow(adapted), watch])
+    trainer = Trainer(adapted, model=adapted.model, args=arguments, train_dataset=rows(), callbacks=[AdaptedCallback(adapted), watch])
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     if kill:
         with pytest.raises(KeyboardInterrupt):

@@ -172,8 +172,11 @@ def test_every_entry_or_none():
     with pytest.warns(UserWarning, match=r"no entry of Linear with weight \(6, 12\)"):
         none = lowdim.adapt(small_model(), SaRA(threshold=1e-12, target_modules=["second"]))
     assert none.layers["body.second"].update.values.shape == (0,)
-    none.model(x).square().sum().backward()
+    inner = x.clone().requires_grad_()
+    none.model(inner).square().sum().backward()
     none.step()
+    assert bool(inner.grad.any())
+    assert not list(none.trainable())
     assert torch.equal(none.model(x), plain(x))
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lowdim.linalg import fastfood_draws
 from lowdim.plan import measure
 from lowdim.plan.kernels import hidden_bytes
 from lowdim.plan.tracker import tensors_in
@@ -15,7 +16,14 @@ def image(*shape):
     return torch.randn(shape)
 
 
+def draws(out_dim):
+    found = fastfood_draws(out_dim)
+    return found.signs, found.permutation, found.gaussian
+
+
 CASES = {
+    "fastfood": (torch.ops.lowdim.fastfood.default, lambda: (image(500), *draws(150_000), 150_000, 1.0)),
+    "fastfood-transpose": (torch.ops.lowdim.fastfood_transpose.default, lambda: (image(150_000), *draws(150_000), 500, 1.0)),
     "svd-tall": (aten._linalg_svd.default, lambda: (image(768, 192), False)),
     "svd-wide": (aten._linalg_svd.default, lambda: (image(192, 768), False)),
     "eigh": (aten._linalg_eigh.default, lambda: (torch.eye(300), "L", True)),

@@ -1,7 +1,9 @@
 """The update of a frozen weight, made low-dimensional: one Method per paper, all reached by `lowdim.adapt`."""
 
-from lowdim.adapters.adapted import Adapted, adapt
+from lowdim.adapters.adapted import Adapted
 from lowdim.adapters.allora import ALLoRA
+from lowdim.adapters.atlas import ATLAS, ATLASAdapted
+from lowdim.adapters.attaching import adapt
 from lowdim.adapters.base import AdaptedLayer, Method, ModelMethod, WeightUpdate, registered_methods
 from lowdim.adapters.block_lora import BlockLoRA
 from lowdim.adapters.channels import ChannelGroup, gqa_channels, recover_lora, select_channels
@@ -21,18 +23,21 @@ from lowdim.adapters.nola import NOLA
 from lowdim.adapters.peft_format import PeftExport, to_peft
 from lowdim.adapters.randlora import RandLoRA
 from lowdim.adapters.s2ft import S2FT, s2ft_scores
-from lowdim.adapters.sara import SaRA
 from lowdim.adapters.said import SAID, SubspaceAdapted, SubspaceModel, said
+from lowdim.adapters.sara import SaRA
 from lowdim.adapters.several import AdapterSet, Combination
 from lowdim.adapters.sora import SoRA
 from lowdim.adapters.svfit import SVFit
+from lowdim.adapters.task_vectors import TaskVector, task_vector
 from lowdim.adapters.thin import ThinUpdate
 
 __all__ = [
+    "ATLAS",
     "NOLA",
     "S2FT",
     "SAID",
     "ALLoRA",
+    "ATLASAdapted",
     "Adapted",
     "AdaptedLayer",
     "AdapterSet",
@@ -61,6 +66,7 @@ __all__ = [
     "SoRA",
     "SubspaceAdapted",
     "SubspaceModel",
+    "TaskVector",
     "ThinUpdate",
     "WeightUpdate",
     "adapt",
@@ -73,5 +79,6 @@ __all__ = [
     "s2ft_scores",
     "said",
     "select_channels",
+    "task_vector",
     "to_peft",
 ]

@@ -1,4 +1,4 @@
-"""`lowdim.adapt(model, method)`: freeze a model, put adapted layers in place, and hold what belongs to them."""
+"""What `lowdim.adapt` returns: a model with adapted layers in it, and all that is done with them."""
 
 from __future__ import annotations
 
@@ -12,26 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.base import AdaptedLayer, Method, ModelMethod
+from lowdim.adapters.base import AdaptedLayer, Method
 from lowdim.adapters.guards import (
-    fingerprint,
     leave_fused_paths,
-    naming,
-    pristine_matrix,
-    tied_layers,
-    unchanged_on_error,
     whole_parameters,
 )
 from lowdim.adapters.merging import MergeReport, merged_layer
-from lowdim.calibrate import LossFn, collect
-from lowdim.errors import NoGradientError, NoMatchingModuleError, nearest
-from lowdim.linalg import gather, is_sharded, stream
-from lowdim.surgery import Patterns, find_layers, freeze, is_matrix_layer, replace_layer
+from lowdim.adapters.shared import SHARED, free_name
+from lowdim.calibrate import LossFn
+from lowdim.errors import NoGradientError
+from lowdim.linalg import gather, is_sharded
+from lowdim.surgery import replace_layer
 
-__all__ = ["SHARED", "Adapted", "adapt"]
-
-#: Under which name a method's shared module stands in the model.
-SHARED = "lowdim_shared"
+__all__ = ["Adapted"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ class Adapted:
         self.fingerprints, self.modules_to_save = dict(fingerprints), tuple(modules_to_save)
         self.tied, self.shared = frozenset(tied), shared
         if shared is not None:
-            model.add_module(_free_name(model), shared)
+            model.add_module(free_name(model), shared)
             for name, layer in self.layers.items():
                 layer.update.connect(shared, name)
         self._fused = leave_fused_paths(model, self.layers.values())
@@ -119,6 +112,9 @@ class Adapted:
 
     def before_training(self, batches: list[Any], loss_fn: LossFn | None, lr: float, steps: int) -> None:
         """Called by `lowdim run` and `lowdim compare` before a training of `steps` steps; for methods that search first."""
+
+    def follow(self, scheduler: Any, *, warmup: int, total: int) -> None:
+        """Called by `AdaptedCallback` after each step: a method that adds optimizer groups tells the rate scheduler of them."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by its name in the model.
@@ -273,7 +269,7 @@ class Adapted:
         for name, layer in before.layers.items():
             replace_layer(self.model, name, layer)
         if before.shared is not None:
-            self.model.add_module(_free_name(self.model), before.shared)
+            self.model.add_module(free_name(self.model), before.shared)
         for parameter, flag in before.flags.items():
             parameter.requires_grad_(flag)
         config: Any = getattr(self.model, "config", None)
@@ -303,124 +299,5 @@ class Adapted:
         return f"Adapted({type(self.model).__name__}, {self.method!r}, layers={len(self.layers)}, trained={count:,})"
 
 
-def _free_name(model: nn.Module) -> str:
-    taken = sum(name.startswith(SHARED) for name, _ in model.named_children())
-    return SHARED if not taken else f"{SHARED}_{taken}"
-
-
 def _ties_words(config: Any) -> bool:
     return bool(getattr(config, "tie_word_embeddings", False))
-
-
-def adapt(
-    model: nn.Module,
-    method: Method,
-    *,
-    batches: Iterable[Any] | None = None,
-    loss_fn: LossFn | None = None,
-    modules_to_save: Iterable[str] = (),
-    seed: int = 0,
-    dtype: torch.dtype | None = None,
-    initialise: bool = True,
-) -> Adapted:
-    """Freeze `model` and attach `method` to the layers it names, in place.
-
-    Args:
-        model: any nn.Module.
-        method: hyperparameters, e.g. `lowdim.adapters.LoRA(rank=8, target_modules=["q_proj", "v_proj"])`.
-        batches: sample batches, for methods that look at data first (consumed once).
-        loss_fn: `loss_fn(model, batch) -> scalar`, a mean over the batch, for methods that need a gradient.
-        modules_to_save: modules that are trained and saved whole, e.g. a new classification head.
-        seed: every random start is drawn from (seed, layer name), so it does not depend on the order of layers.
-        dtype: of the trained tensors; None takes each weight's. float32 over a bfloat16 model trains more exactly.
-        initialise: False allocates only (forecasts).
-
-    Returns:
-        An `Adapted`.
-
-    Raises:
-        NoMatchingModuleError: a pattern of `target_modules` or `modules_to_save` matches nothing.
-        ValueError, TypeError: from the method, with the layer's name.
-
-    Example:
-        >>> import torch, lowdim
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-        >>> adapted = lowdim.adapt(model, lowdim.adapters.LoRA(rank=1))
-        >>> list(adapted.layers)
-        ['0']
-    """
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be a lowdim.adapters method such as LoRA(rank=8); got {method!r}")
-    if isinstance(method, ModelMethod):
-        return method.attach_model(
-            model,
-            seed=seed,
-            dtype=dtype,
-            initialise=initialise,
-            batches=batches,
-            loss_fn=loss_fn,
-            modules_to_save=modules_to_save,
-        )
-    layers = target_layers(model, method)
-    kept = _saved_modules(model, modules_to_save, layers)
-    fingerprints = {name: fingerprint(pristine_matrix(layer)) for name, layer in layers.items()} if initialise else {}
-    first = not any(isinstance(module, AdaptedLayer) for module in model.modules())
-    tied = tied_layers(model, layers)
-    with torch.enable_grad():
-        stats = collect(model, layers, method.needs, batches, loss_fn) if initialise else {name: {} for name in layers}
-    prepared = method.prepare(layers, seed=seed, initialise=initialise)
-    shared = method.shared(layers, seed=seed, initialise=initialise)
-    attached = {}
-    with unchanged_on_error(model):
-        if first:  # else everything that is not trained is frozen already
-            freeze(model)
-        for name, layer in layers.items():
-            with naming(type(method).__name__, name, layer):
-                attached[name] = method.attach(
-                    layer,
-                    # popped: a gradient or covariance is as large as the weight, so none is held longer than needed
-                    stats={**stats.pop(name), **prepared.pop(name)},
-                    generator=stream(seed, type(method).__name__, name),
-                    dtype=dtype,
-                    initialise=initialise,
-                )
-    for name, layer in attached.items():
-        replace_layer(model, name, layer)
-    for name in kept:
-        for parameter in model.get_submodule(name).parameters():
-            parameter.requires_grad_(True)
-    return method.adapted_type()(model, method, attached, fingerprints, kept, seed, tied, shared)
-
-
-def target_layers(model: nn.Module, method: Method) -> dict[str, nn.Module]:
-    """The layers that the method's `target_modules` name in this model; one that is adapted already counts as one layer."""
-    patterns: Patterns = method.target_modules
-    everything = patterns is None or patterns == "all-linear"
-    inside = {
-        part for layer in model.modules() if isinstance(layer, AdaptedLayer) for part in layer.modules() if part is not layer
-    }
-
-    def accept(layer: nn.Module) -> bool:
-        matrix = not everything or isinstance(layer, AdaptedLayer) or is_matrix_layer(layer)
-        return layer not in inside and matrix and method.accepts(layer)
-
-    return find_layers(model, patterns, accept=accept)
-
-
-def _saved_modules(model: nn.Module, names: Iterable[str], layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    modules = [name for name, _ in model.named_modules() if name]
-    kept = []
-    for pattern in names:
-        found = [name for name in modules if name == pattern or name.endswith("." + pattern)]
-        if not found:
-            raise NoMatchingModuleError(
-                f"modules_to_save: {pattern!r} matches no module; nearest names: {', '.join(nearest(pattern, modules))}"
-            )
-        kept += found
-    for name in kept:
-        inside = [layer for layer in layers if layer == name or layer.startswith(name + ".")]
-        if inside:
-            raise ValueError(
-                f"modules_to_save: {name!r} holds the adapted layer {inside[0]}; a layer is adapted or saved whole, not both"
-            )
-    return tuple(dict.fromkeys(kept))

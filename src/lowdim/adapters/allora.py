@@ -35,7 +35,7 @@ def row_coefficients(
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """`y + B h`, or `B h` alone; the gradient that goes on into the product is first multiplied by the coefficients of its rows.
+    """`y + B h`, or `B h` alone; the gradient that goes on into the product is first multiplied by the rows' coefficients.
 
     They are taken again from `A` and `B` in the backward pass, so nothing is kept but what LoRA keeps.
     """

@@ -11,9 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 import lowdim
-from lowdim.adapters.adapted import SHARED, Adapted
+from lowdim.adapters.adapted import Adapted
 from lowdim.adapters.base import AdaptedLayer, registered_methods
+from lowdim.adapters.composed import is_composed
 from lowdim.adapters.guards import fingerprint, naming, pristine_matrix, tied_layers, unchanged_on_error
+from lowdim.adapters.shared import SHARED
+from lowdim.adapters.whole import WholeAdapted, WholeMethod, refuse_adapted
 from lowdim.errors import CheckpointError, nearest
 from lowdim.files import read_json, read_tensors, whole_folder, write_json, write_tensors
 from lowdim.surgery import freeze, matrix_shape, replace_layer
@@ -26,10 +29,11 @@ TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 
 def save(adapted: Adapted, folder: str | Path) -> Path:
     """Write the adapter: both files beside, then both renamed. The tensors file is complete in itself and is renamed last."""
-    if not adapted.layers:
+    if not adapted.layers and not (isinstance(adapted, WholeAdapted) and adapted.shared is not None):
         raise ValueError("there is no adapter to save: the model has been merged")
     folder = Path(folder)
     tensors = adapted.state_dict()
+    whole = _whole(adapted, tensors) if isinstance(adapted, WholeAdapted) else {}
     description = {
         "format": FORMAT,
         "version": VERSION,
@@ -47,6 +51,7 @@ def save(adapted: Adapted, folder: str | Path) -> Path:
             }
             for name, layer in adapted.layers.items()
         },
+        **whole,
         "digest": _digest(tensors),
     }
     with whole_folder(folder) as draft:
@@ -69,6 +74,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
     Raises:
         CheckpointError: a file is missing, truncated, foreign, of a newer version, or for another base model. The model is
             untouched then.
+        ValueError: the model has an adapter, and the one in the file acts on the model as a whole (SAID, aTLAS).
 
     Example:
         >>> import tempfile, torch, lowdim
@@ -91,9 +97,14 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
             f"{folder}: no method {about['method']!r} is registered (nearest: {close}); import its module first"
         )
     try:
-        method = cls.from_config(about["config"])
+        whole = issubclass(cls, WholeMethod)
+        method = cls.restored(about["config"], tensors, folder) if whole else cls.from_config(about["config"])
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder}: the configuration of {about['method']} is not valid: {error}") from error
+    if isinstance(method, WholeMethod):
+        return _load_whole(model, method, tensors, about, folder, check_base)
+    if is_composed(model):
+        raise CheckpointError(f"{folder}: the model's parameters are composed by another adapter: merge() that first")
     layers = {name: _find(model, name, entry, folder, check_base) for name, entry in about["layers"].items()}
     prepared = method.prepare(layers, seed=about["seed"], initialise=False)
     attached = {}
@@ -127,6 +138,55 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
     fingerprints = {name: entry["fingerprint"] for name, entry in about["layers"].items()}
     kept = about["modules_to_save"]
     return method.adapted_type()(model, method, wrapped, fingerprints, kept, about["seed"], tied, shared)
+
+
+def _whole(adapted: WholeAdapted, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What the description says of a method that acts on the model as a whole; adds the method's own tensors."""
+    tensors.update(adapted.method.saved())
+    shapes = zip(adapted.names, adapted.composition.shapes)
+    return {
+        "parameters": {n: {"shape": list(shape), "fingerprint": adapted.fingerprints.get(n)} for n, shape in shapes},
+        "shared": adapted.composition.about(),
+    }
+
+
+def _load_whole(
+    model: nn.Module,
+    method: WholeMethod,
+    tensors: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    folder: Path,
+    check_base: bool,
+) -> Adapted:
+    missing = [key for key in ("parameters", "shared") if not isinstance(about.get(key), dict)]
+    if missing or not about["parameters"]:
+        raise CheckpointError(f"{folder / TENSORS} is damaged: its description lacks {', '.join(missing) or 'parameters'}")
+    refuse_adapted(model)
+    known, chosen = dict(model.named_parameters()), {}
+    for name, entry in about["parameters"].items():
+        found = known.get(name)
+        if found is None:
+            close = ", ".join(nearest(name, known))
+            raise CheckpointError(f"{folder} composes parameter {name}, which the model lacks (nearest: {close})")
+        if list(found.shape) != list(entry["shape"]):
+            raise CheckpointError(
+                f"{folder} composes parameter {name} of shape {tuple(entry['shape'])}; the model's is {tuple(found.shape)}"
+            )
+        if check_base and entry.get("fingerprint") and entry["fingerprint"] != fingerprint(found):
+            raise CheckpointError(
+                f"{folder} was trained on another base model: parameter {name} differs (check_base=False attaches anyway)"
+            )
+        chosen[name] = found
+    own = [value for key, value in tensors.items() if key.startswith(f"{SHARED}.") and value.is_floating_point()]
+    dtype = own[0].dtype if own else None
+    shared = method.composition(chosen, model, seed=about["seed"], dtype=dtype, initialise=True)
+    shared.check(about["shared"])
+    _restore_shared(shared, tensors, folder)
+    heads = _heads(model, about["modules_to_save"], tensors, folder)
+    for name, state in heads.items():
+        model.get_submodule(name).load_state_dict(state)
+    prints = {name: entry["fingerprint"] for name, entry in about["parameters"].items()}
+    return method.put(model, shared, prints, about["modules_to_save"], about["seed"])
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -182,7 +242,7 @@ def _restore_shared(shared: nn.Module, tensors: Mapping[str, Tensor], folder: Pa
         shared.load_state_dict(own)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}: what the layers share does not fit this model: {reason}") from error
+        raise CheckpointError(f"{folder}: the numbers that are shared do not fit this model: {reason}") from error
 
 
 def _heads(model: nn.Module, names: list[str], tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""A model whose parameters are computed when they are read: `θ_i = θ_i⁰ + offset_i`, with few trained numbers behind all of them.
+"""A model whose parameters are computed when they are read: `θ_i = θ_i⁰ + offset_i`, with few trained numbers behind them.
 
 A module that holds such a parameter gets a class of its own, in which the parameter's name is a property that adds the offset.
 Everything else about the module stays: `state_dict()` has the pre-trained parameters under their old names, tied parameters
@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowdim.adapters.layer import wide
@@ -62,7 +63,11 @@ class Composition(nn.Module):
         return {}
 
     def check(self, about: Mapping[str, Any]) -> None:
-        """Compare with what a checkpoint says; raises `CheckpointError` where what is not in the file has come out otherwise."""
+        """Compare with what a checkpoint says; raises `CheckpointError` where what is in no file has come out otherwise."""
+
+    def spread(self) -> bool:
+        """Whether the trained numbers are spread over processes, as FSDP2 leaves them between forward passes."""
+        return any(is_sharded(p) for p in self.parameters())
 
     def unsaved(self) -> list[str]:
         """Names of buffers that every process makes for itself."""
@@ -127,6 +132,8 @@ def refuse_spread(tensors: Iterable[Tensor]) -> None:
 
 
 def _link(module: nn.Module, attribute: str, link: tuple[Composition, int]) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError("TorchScript reads parameters by itself")
     links = module.__dict__.get("_composed", {})
     base = type(module)._composed_base if links else type(module)  # type: ignore[attr-defined]
     links = {**links, attribute: link}
@@ -159,7 +166,7 @@ def _reader(name: str) -> property:
     def read(self: Any) -> Tensor | None:
         base = self._parameters[name]
         link = self._composed.get(name)
-        if link is None or base is None:
+        if link is None or base is None or (is_sharded(base) and link[0].spread()):  # the last: FSDP2 asks for its own
             return base
         try:
             return link[0].compose(link[1], base)

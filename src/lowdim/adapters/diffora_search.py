@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowdim.adapters.adapted import Adapted
+from lowdim.adapters.shared import Shared
 from lowdim.calibrate import LossFn
 
 __all__ = ["DifferentialMatrix", "DiffoRAAdapted", "Grid"]
@@ -19,7 +20,7 @@ __all__ = ["DifferentialMatrix", "DiffoRAAdapted", "Grid"]
 Grid = list[list[str | None]]
 
 
-class DifferentialMatrix(nn.Module):
+class DifferentialMatrix(Shared):
     """What the layers have in common: the logits `dam (rows, columns)` while they are searched, and then the choice.
 
     `selected (rows, columns)` says which cells were chosen, `pair (rows, columns)` from which row of its column a cell takes
@@ -33,15 +34,10 @@ class DifferentialMatrix(nn.Module):
         self.dam: nn.Parameter | None = nn.Parameter(self._blank(dtype, device))
         self.register_buffer("selected", torch.zeros(len(grid), len(grid[0]), dtype=torch.bool, device=device))
         self.register_buffer("pair", torch.full((len(grid), len(grid[0])), -1, device=device))
-        self.rows: list[list[int]] = []  # what `pair` holds, readable without a device synchronisation
         self.updates: dict[str, Any] = {}  # DiffoRAUpdates; in a dict, they are not children of this module
 
     selected: Tensor
     pair: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x`: at the end of an nn.Sequential this module is called like a stage."""
-        return x
 
     def absent(self) -> Tensor:
         """Cells without a module, `(rows, columns)`."""
@@ -59,7 +55,6 @@ class DifferentialMatrix(nn.Module):
         """Give every update the parameters that `pair` says."""
         if self.dam is not None:
             return
-        self.rows = self.pair.tolist()
         for name, update in self.updates.items():
             other = self.lender(name)
             if other is not update:
@@ -68,15 +63,8 @@ class DifferentialMatrix(nn.Module):
     def lender(self, name: str) -> Any:
         """The update whose parameters a layer uses, or None."""
         i, j = self.cells[name]
-        row = self.rows[i][j]
+        row = int(self.pair[i, j])
         return None if row < 0 else self.updates[self.grid[row][j] or name]
-
-    def split(self) -> list[str]:
-        """Layers whose parameters ought to be another layer's, and are not."""
-        if self.dam is not None:
-            return []
-        lent = ((name, update, self.lender(name)) for name, update in self.updates.items())
-        return [name for name, update, other in lent if other is not None and update.A is not other.A]
 
     def _blank(self, dtype: torch.dtype, device: Any) -> Tensor:
         return torch.tensor([[-math.inf if n is None else 0.0 for n in row] for row in self.grid], dtype=dtype, device=device)
@@ -90,7 +78,6 @@ class DifferentialMatrix(nn.Module):
             self.dam = None
         super()._load_from_state_dict(state_dict, prefix, *args)
         missing = args[2]
-        self.rows = [] if self.dam is not None else self.pair.tolist()
         for name, update in self.updates.items():
             if update.lost is not None and (self.dam is not None or self.lender(name) is update):
                 missing += [update.lost + "A", update.lost + "B"]
@@ -210,20 +197,6 @@ class DiffoRAAdapted(Adapted):
         pair = _pairs(dam, selected, self.grid, kinds, method.share)
         self._matrix.choose(selected, pair)
         return selected
-
-    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Once after each optimizer step.
-
-        Raises:
-            RuntimeError: layers that share a pair hold copies of it (a wrapper that shards each block by itself).
-        """
-        super().step(optimizer)
-        split = self._matrix.split()
-        if split:
-            raise RuntimeError(
-                f"layer {split[0]} shares its A and B with another layer, and a wrapper has separated them: shard the model as "
-                "one unit, or use share=False"
-            )
 
     def before_training(self, batches: list[Any], loss_fn: LossFn | None, lr: float, steps: int) -> None:
         """The whole search, for training loops that know no search: a fifth of `steps`, half of the batches as validation.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.errors import CheckpointError
+from lowdim.errors import CheckpointError, NoMatchingModuleError, nearest
 from lowdim.linalg import gather, is_sharded
 from lowdim.surgery import dense_matrix, describe, tied_parameters
 
@@ -19,6 +19,7 @@ __all__ = [
     "leave_fused_paths",
     "naming",
     "pristine_matrix",
+    "saved_modules",
     "tied_layers",
     "unchanged_on_error",
     "whole_parameters",
@@ -101,3 +102,28 @@ def leave_fused_paths(model: nn.Module, layers: Iterable[nn.Module]) -> Callable
 
     leave(True)
     return leave
+
+
+def saved_modules(model: nn.Module, names: Iterable[str], layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Full names of the modules that `modules_to_save` names.
+
+    Raises:
+        NoMatchingModuleError: a name that matches nothing.
+        ValueError: a module that holds an adapted layer.
+    """
+    modules = [name for name, _ in model.named_modules() if name]
+    kept = []
+    for pattern in names:
+        found = [name for name in modules if name == pattern or name.endswith("." + pattern)]
+        if not found:
+            raise NoMatchingModuleError(
+                f"modules_to_save: {pattern!r} matches no module; nearest names: {', '.join(nearest(pattern, modules))}"
+            )
+        kept += found
+    for name in kept:
+        inside = [layer for layer in layers if layer == name or layer.startswith(name + ".")]
+        if inside:
+            raise ValueError(
+                f"modules_to_save: {name!r} holds the adapted layer {inside[0]}; a layer is adapted or saved whole, not both"
+            )
+    return tuple(dict.fromkeys(kept))

@@ -100,8 +100,12 @@ class IncreLoRAUpdate(ThinUpdate):
         kept = kept if len(kept) else torch.zeros(1, dtype=torch.int64, device=kept.device)
         return wide(self.down()[kept]), self.scaling * (wide(_joined(self.B, 1)) * wide(_joined(self.E, 0).mT))[:, kept]
 
-    def grow(self, call: int, generator: torch.Generator | None = None) -> None:
-        """Make the reserve active, and add a new one drawn from `generator`; `call` is that of the allocator."""
+    def grow(self, call: int, generator: torch.Generator | None) -> None:
+        """Make the reserve active, and add a new one, drawn from `generator` or, for loading, not drawn.
+
+        Args:
+            call: of the allocator; growths come in the order of their calls.
+        """
         for parameter in self.reserve():
             parameter.requires_grad_(True)
         for _ in range(self.rank_step):
@@ -139,7 +143,7 @@ class IncreLoRAUpdate(ThinUpdate):
         return {"grown": list(self.times)}
 
     def resize(self, times: list[int]) -> None:
-        """Bring the lists to the length they have after growths at these calls; new numbers are not drawn."""
+        """Bring the lists to the length that they have after growths at these calls; the numbers are loaded after that."""
         if len(times) < len(self.times):
             keep = 1 + self.rank_step * len(times)
             self.A, self.E, self.B = (nn.ParameterList(list(each)[:keep]) for each in (self.A, self.E, self.B))
@@ -147,13 +151,13 @@ class IncreLoRAUpdate(ThinUpdate):
             for parameter in self.reserve():
                 parameter.requires_grad_(False)
         for call in times[len(self.times) :]:
-            self.grow(call)
+            self.grow(call, None)
         self._settle(list(times))
 
     def _append(self, parts: nn.ParameterList, shape: tuple[int, int], generator: torch.Generator | None) -> None:
         like = self.A[0]
         values = torch.full(shape, _FIRST_E * self.advance, dtype=like.dtype, device=like.device)
-        if parts is not self.E:
+        if parts is not self.E and generator is not None:
             draw_normal(values, _STD, generator)
         parts.append(nn.Parameter(replicate(values, like), requires_grad=self.advance and parts is not self.E))
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lowdim.adapters.adapted import Adapted
-from lowdim.adapters.counter import StepCounter
+from lowdim.adapters.shared import StepCounter
 from lowdim.adapters.guards import whole_parameters
 from lowdim.linalg import local, replicate, stream
 

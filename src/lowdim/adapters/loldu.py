@@ -80,13 +80,15 @@ class LoLDUUpdate(DiagonalUpdate):
     def take(self, weight: Tensor, generator: torch.Generator | None) -> None:
         """Choose the pivots, take the factors and set the start."""
         weight = widest(weight)
-        perm, lower, d, upper = ldu(weight)
-        pivot = (d * upper.diagonal())[: self.rank].abs()  # where d was set to 1 the pivot still stands in U
+        perm, _, d, upper = ldu(weight[:, : self.rank])  # these columns alone decide the pivots
+        pivot = (d * upper.diagonal()).abs()  # where d was set to 1 the pivot still stands in U
         self.unique = bool(pivot.min() > 1e7 * torch.finfo(weight.dtype).eps * pivot.max())
-        self.pivots.copy_(perm[: self.rank])
         if self.unique:
+            self.pivots.copy_(perm[: self.rank])
             d = self._factors(weight)
         else:  # what follows a pivot that is rounding cannot be found again
+            perm, lower, d, upper = ldu(weight)
+            self.pivots.copy_(perm[: self.rank])
             self.L[perm] = lower[:, : self.rank].to(self.L.dtype)
             self.U.copy_(upper[: self.rank])
         self._begin(d[: self.rank], generator)

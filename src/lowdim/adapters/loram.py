@@ -45,7 +45,7 @@ class LoRAMUpdate(LoRAUpdate):
     def prune(self, weight: Tensor) -> None:
         """Leave the smallest magnitudes of the weight out while training."""
         if self.pruned is not None:  # in the weight's own dtype: base and pruned part add up to it bit for bit
-            self.pruned = weight.detach().masked_fill(magnitude_mask(weight, self.ratio), 0.0)
+            self.pruned = torch.where(magnitude_mask(weight, self.ratio), 0.0, weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """`scaling · B A x`, and what was pruned in evaluation mode."""

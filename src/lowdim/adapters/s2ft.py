@@ -182,7 +182,7 @@ class S2FT(Method):
         if count == 0:
             warnings.warn(f"ratio={self.ratio} of {total} channel blocks is none: nothing is trained", stacklevel=3)
         # Not torch's generator: forecasts, whose tensors have no numbers, draw too.
-        chosen = sorted(random.Random(derive_seed(seed, "S2FT", self.seed)).sample(range(total), count))
+        chosen = sorted(random.Random(derive_seed(seed, "S2FT", self.axis, self.seed)).sample(range(total), count))
         found, start = {}, 0
         for name, stop in zip(layers, stops):
             mine = chosen[bisect.bisect_left(chosen, start) : bisect.bisect_left(chosen, stop)]

@@ -233,8 +233,8 @@ class SAID(WholeMethod):
     """All parameters of a pre-trained model move inside one random subspace: `d` numbers are trained, whatever its size.
 
     Formula: `θ_i = θ_i⁰ + λ_i · F_i(θ_{d−m})` for each of the `m` parameter tensors, `F_i` a Fastfood projection (see
-    `lowdim.linalg.fastfood`) with draws of its own; `θ_{d−m} (d − m,)` starts at 0 and `λ (m,)` at 1, so the model does not change.
-    DID is the same without `λ`: `θ_i = θ_i⁰ + F_i(θ_d)`.
+    `lowdim.linalg.fastfood`) with draws of its own; `θ_{d−m} (d − m,)` starts at 0 and `λ (m,)` at 1, so the model does not
+    change. DID is the same without `λ`: `θ_i = θ_i⁰ + F_i(θ_d)`.
 
     Args:
         dimension: `d`, scales included.
@@ -254,7 +254,7 @@ class SAID(WholeMethod):
         >>> {name: tuple(p.shape) for name, p in adapted.trainable().items()}
         {'lowdim_shared.theta': (8,), 'lowdim_shared.scales': (4,)}
 
-    Slow and not lean: each forward pass computes all weights (`L log L` operations for a tensor of `L` numbers, twice), the draws take
+    Slow and not lean: each forward pass computes all weights (`L log L` operations for a tensor of `L` numbers), the draws take
     9 bytes for each number, and activations are kept as in full fine-tuning. Take it to measure how few dimensions a task
     needs or to have a checkpoint of a few kilobytes; to train fast take LoRA. Rates are tens of times those of full
     fine-tuning (3e-2 with Adam).

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowdim.adapters.adapted import Adapted
 from lowdim.adapters.base import AdaptedLayer, Method, Stats, WeightUpdate, wide
 from lowdim.adapters.convolution import Convolution
-from lowdim.adapters.counter import StepCounter
+from lowdim.adapters.shared import StepCounter
 from lowdim.adapters.entries import EntriesLayer, apply_entries, put_entries
 from lowdim.adapters.guards import pristine_matrix, whole_parameters
 from lowdim.errors import CheckpointError, check_float, check_int

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.adapted import Adapted, adapt
+from lowdim.adapters.adapted import Adapted
+from lowdim.adapters.attaching import adapt
 from lowdim.adapters.base import Method, ModelMethod
 from lowdim.adapters.checkpoint import load_adapter
 from lowdim.adapters.layer import AdaptedLayer, wide

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lowdim.adapters.adapted import Adapted
 from lowdim.adapters.base import Method, Stats, wide
 from lowdim.adapters.common import check_rank, draw_normal, draw_uniform
-from lowdim.adapters.counter import StepCounter
+from lowdim.adapters.shared import StepCounter
 from lowdim.adapters.gated import GatedLoRAUpdate
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.linalg import gather, local

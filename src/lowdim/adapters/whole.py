@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.adapted import SHARED, Adapted, _free_name, _saved_modules
+from lowdim.adapters.adapted import Adapted
 from lowdim.adapters.base import ModelMethod
 from lowdim.adapters.composed import Composition, Places, compose, is_composed, places_of, refuse_spread, release
-from lowdim.adapters.guards import fingerprint, unchanged_on_error, whole_parameters
+from lowdim.adapters.guards import fingerprint, saved_modules, unchanged_on_error, whole_parameters
 from lowdim.adapters.layer import AdaptedLayer, wide
 from lowdim.adapters.merging import LayerChange, MergeReport
+from lowdim.adapters.shared import SHARED, free_name
 from lowdim.calibrate import LossFn
 from lowdim.errors import NoGradientError
 from lowdim.surgery import freeze
@@ -62,7 +63,7 @@ class WholeMethod(ModelMethod, abstract=True):
     ) -> Any:
         """Freeze `model` and compose its parameters, in place; `lowdim.adapt` calls this."""
         refuse_adapted(model)
-        kept = _saved_modules(model, modules_to_save, {})
+        kept = saved_modules(model, modules_to_save, {})
         chosen = self.select(model, kept)
         shared = self.composition(chosen, model, seed=seed, dtype=dtype, initialise=initialise)
         prints = {name: fingerprint(p) for name, p in chosen.items()} if initialise else {}
@@ -152,8 +153,8 @@ class WholeAdapted(Adapted):
     def export(self, folder: str | Path, format: str = "peft", **options: Any) -> Any:
         """Always an error: PEFT has no adapter that changes all parameters together."""
         raise ValueError(
-            f"{type(self.method).__name__} changes {len(self.names)} parameters, vectors among them, and not by a low rank: PEFT "
-            "has no such adapter. merge() it and save the model"
+            f"{type(self.method).__name__} changes {len(self.names)} parameters, vectors among them, and not by a low rank: "
+            "PEFT has no such adapter. merge() it and save the model"
         )
 
     @torch.no_grad()
@@ -187,7 +188,7 @@ class WholeAdapted(Adapted):
             for module, attribute in self.places[name]:
                 module._parameters[attribute] = parameter
         self.shared = self.composition
-        self.model.add_module(_free_name(self.model), self.shared)
+        self.model.add_module(free_name(self.model), self.shared)
         compose(self.model, self.shared, self.places)
         for parameter, flag in self._flags.items():
             parameter.requires_grad_(flag)

@@ -58,9 +58,7 @@ ROWS = (
         claim="Close to LoRA and full fine-tuning with up to 2600 times fewer trained parameters: one number per rank.",
         target="lowdim.adapters:LoLDU",
         variants=(
-            Variant(
-                "loldu", "LoLDU", "lowdim.adapters:LoLDU", {"rank": 64, "alpha": 64}, (3e-3, 1e-3, 1e-2, 3e-4, 3e-2)
-            ),
+            Variant("loldu", "LoLDU", "lowdim.adapters:LoLDU", {"rank": 64, "alpha": 64}, (1e-2, 3e-2, 3e-3, 1e-3, 1e-1)),
         ),
         reproduction="lowdim.reproduce.loldu:run",
     ),
@@ -93,6 +91,9 @@ ROWS = (
         paper="Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning",
         arxiv="2012.13255",
         claim="200 trained numbers bring RoBERTa to 90 % of full fine-tuning on MRPC; larger models need fewer dimensions.",
+        target="lowdim.adapters:SAID",
+        variants=(Variant("said", "SAID", "lowdim.adapters:SAID", {"dimension": 2000}, (1e-2, 3e-2, 3e-3, 1e-3, 1e-1)),),
+        reproduction="lowdim.reproduce.said:run",
     ),
     Entry(
         number=15,
@@ -150,6 +151,9 @@ ROWS = (
         paper="SaRA: High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank Adaptation",
         arxiv="2409.06633",
         claim="Training only the 10 to 20 % smallest weights learns a new style as well as LoRA of that size and forgets less.",
+        target="lowdim.adapters:SaRA",
+        variants=(Variant("sara", "SaRA", "lowdim.adapters:SaRA", {"threshold": 5e-3}, (3e-4, 1e-3, 1e-4, 3e-3, 3e-5)),),
+        reproduction="lowdim.reproduce.sara:run",
     ),
     Entry(
         number=29,
@@ -159,6 +163,8 @@ ROWS = (
         paper="Knowledge Composition using Task Vectors with Learned Anisotropic Scaling",
         arxiv="2407.02880",
         claim="One learned coefficient per task vector and block, a few hundred numbers, composes tasks better than one each.",
+        target="lowdim.adapters:ATLAS",
+        reproduction="lowdim.reproduce.atlas:run",
     ),
     Entry(
         number=32,
@@ -246,6 +252,9 @@ ROWS = (
         paper="S2FT: Efficient, Scalable and Generalizable LLM Fine-tuning by Structured Sparsity",
         arxiv="2412.06289",
         claim="Tuning a few whole heads and channels: 4.6 and 1.3 % above LoRA, up to 3x less memory than full fine-tuning.",
+        target="lowdim.adapters:S2FT",
+        variants=(Variant("s2ft", "S²FT", "lowdim.adapters:S2FT", {"ratio": 0.03}, (1e-3, 3e-4, 3e-3, 1e-4, 1e-2)),),
+        reproduction="lowdim.reproduce.s2ft:run",
     ),
     Entry(
         number=55,

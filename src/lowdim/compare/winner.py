@@ -79,10 +79,7 @@ def _exact_in_peft(model: Any) -> bool:
     layers = getattr(model, "layers", None)
     if not isinstance(layers, dict):
         return False
-    thin = all(
-        (f := layer.update.low_rank_delta()) is not None and f[0].shape[0] <= min(layer.out_features, layer.in_features)
-        for layer in layers.values()
-    )
+    thin = bool(layers) and all(layer.update.low_rank_delta() is not None for layer in layers.values())
     return thin or model.method.peft(model) is not None
 
 

@@ -2,6 +2,7 @@
 
 from lowdim.diagnose.intruders import IntruderResult, LayerIntruders, intruder_dimensions, scale_intruders
 from lowdim.diagnose.reduce import Reduction, reduce_intruders, scale_intruders_lora
+from lowdim.diagnose.subspace import compression_bound, quantize_subspace
 from lowdim.diagnose.weights import Weights, weights_of
 
 __all__ = [
@@ -9,7 +10,9 @@ __all__ = [
     "LayerIntruders",
     "Reduction",
     "Weights",
+    "compression_bound",
     "intruder_dimensions",
+    "quantize_subspace",
     "reduce_intruders",
     "scale_intruders",
     "scale_intruders_lora",

@@ -19,6 +19,7 @@ from lowdim.linalg.monarch import monarch_dense, monarch_multiply, monarch_proje
 from lowdim.linalg.quantize import dequantize_blockwise, dynamic_codebook, quantize_blockwise
 from lowdim.linalg.random import derive_seed, stream
 from lowdim.linalg.random_rows import combine_rows, random_rows
+from lowdim.linalg.scaled_sum import scaled_sum
 from lowdim.linalg.sharded import gather, is_sharded, local, match, replicate
 from lowdim.linalg.sketch import CountSketch
 from lowdim.linalg.svd import canonical_signs, captured_energy, compute_dtype, range_finder, svd, truncated_svd
@@ -67,6 +68,7 @@ __all__ = [
     "random_rows",
     "range_finder",
     "replicate",
+    "scaled_sum",
     "stream",
     "svd",
     "truncated_svd",

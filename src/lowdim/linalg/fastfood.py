@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lowdim.errors import check_int
-from lowdim.linalg.wide import widest
 
 __all__ = ["FastfoodDraws", "fastfood", "fastfood_draws", "fastfood_size", "fastfood_transpose", "hadamard_transform"]
 
@@ -50,7 +49,8 @@ class FastfoodDraws:
     @functools.cached_property
     def energy(self) -> float:
         """`ΣG²`, summed in double precision."""
-        return float(widest(self.gaussian).square().sum())
+        double = torch.float32 if self.gaussian.device.type == "mps" else torch.float64
+        return float(torch.linalg.vector_norm(self.gaussian, dtype=double)) ** 2
 
 
 def fastfood_size(
@@ -67,9 +67,7 @@ def fastfood_size(
     return 1 << (out_dim - 1).bit_length()
 
 
-def fastfood_draws(
-    out_dim: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
-) -> FastfoodDraws:
+def fastfood_draws(out_dim: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32) -> FastfoodDraws:
     """Draw signs, then the permutation, then the Gaussian numbers of a projection to `out_dim` numbers.
 
     They lie on the generator's device (the CPU without one). Signs are int8.
@@ -94,8 +92,8 @@ def fastfood(
 ) -> Tensor:
     """`P θ`, `(out_dim,)`, for a random `P (out_dim, d)` with nearly orthogonal columns of unit length; differentiable.
 
-    Formula: `P θ = (H (G ⊙ (H (B ⊙ pad θ))[Π]))[:D] / √(D ΣG²)`, `H (L, L)` the Hadamard matrix in natural order. The columns of
-    the untruncated matrix have norm exactly `√(L/D)`; after keeping `D` rows the expected norm is 1.
+    Formula: `P θ = (H (G ⊙ (H (B ⊙ pad θ))[Π]))[:D] / √(D ΣG²)`, `H (L, L)` the Hadamard matrix in natural order. The columns
+    of the untruncated matrix have norm exactly `√(L/D)`; after keeping `D` rows the expected norm is 1.
 
     Computed in float32 or better; autograd keeps nothing of length `L` or `D`. `θ` has few numbers, so the first transform
     repeats itself with period `2^⌈log₂ d⌉` and only one transform of length `L` is taken.
@@ -111,8 +109,8 @@ def fastfood(
         >>> round(float(fastfood(step, 3000, draws).norm()), 2)
         0.1
 
-    Source: Le, Sarlós, Smola, "Fastfood: Approximating Kernel Expansions in Loglinear Time", arXiv 1408.3060; as a projection of
-    parameters Li et al., arXiv 1804.08838.
+    Source: Le, Sarlós, Smola, "Fastfood: Approximating Kernel Expansions in Loglinear Time", arXiv 1408.3060; as a projection
+    of parameters Li et al., arXiv 1804.08838.
     """
     _check(draws, out_dim, theta, "theta")
     return fastfood_op(theta, draws.signs, draws.permutation, draws.gaussian, out_dim, draws.energy)
@@ -175,7 +173,7 @@ def _check(draws: FastfoodDraws, out_dim: int, vector: Tensor, name: str) -> Non
 
 @torch.library.custom_op("lowdim::hadamard", mutates_args=())
 def _hadamard(x: Tensor) -> Tensor:
-    return _walsh(x.to(_wide(x))).to(x.dtype)
+    return _walsh(x.to(_wide(x), copy=True, memory_format=torch.contiguous_format)).to(x.dtype)
 
 
 @torch.library.custom_op("lowdim::fastfood", mutates_args=())
@@ -187,19 +185,23 @@ def fastfood_op(theta: Tensor, signs: Tensor, permutation: Tensor, gaussian: Ten
     start[:count] = theta * signs[:count]
     period = _walsh(start).mul_((out_dim * energy) ** -0.5)
     # (H pad)[i] depends on i mod `small` alone, since all bits of the other rows meet zeros
-    mixed = period.index_select(0, permutation & (small - 1)).mul_(gaussian)
-    return _walsh(mixed)[:out_dim].to(theta.dtype)
+    mixed = start.new_empty(len(gaussian))
+    for part in _parts(gaussian):
+        torch.index_select(period, 0, permutation[part] & (small - 1), out=mixed[part]).mul_(gaussian[part])
+    mixed = _walsh(mixed)
+    return mixed[:out_dim].to(theta.dtype, copy=True)  # a copy: the rest of the long vector is not held
 
 
 @torch.library.custom_op("lowdim::fastfood_transpose", mutates_args=())
 def _transpose(grad: Tensor, signs: Tensor, permutation: Tensor, gaussian: Tensor, in_dim: int, energy: float) -> Tensor:
     count, small = len(grad), fastfood_size(in_dim)
-    whole = grad.new_zeros(len(gaussian), dtype=_wide(grad))
-    whole[:count] = grad
-    mixed = _walsh(whole).mul_(gaussian)
+    mixed = grad.new_zeros(len(gaussian), dtype=_wide(grad))
+    mixed[:count] = grad
+    mixed = _walsh(mixed)
     # double: thousands of terms in each sum, in an order that a GPU does not promise
     sums = mixed.new_zeros(small, dtype=torch.float32 if grad.device.type == "mps" else torch.float64)
-    sums.index_add_(0, permutation & (small - 1), mixed.to(sums.dtype))
+    for part in _parts(gaussian):
+        sums.index_add_(0, permutation[part] & (small - 1), mixed[part].mul_(gaussian[part]).to(sums.dtype))
     period = _walsh(sums.mul_((count * energy) ** -0.5))
     return (period[:in_dim] * signs[:in_dim]).to(grad.dtype)
 
@@ -208,18 +210,32 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def _parts(gaussian: Tensor) -> list[slice]:
+    """Stretches of the long vectors that are worked on at once: what a core's cache holds; elsewhere few launches."""
+    size = 1 << (16 if gaussian.device.type == "cpu" else 24)
+    return [slice(start, start + size) for start in range(0, len(gaussian), size)]
+
+
 def _walsh(x: Tensor) -> Tensor:
-    """The transform by products with dense Hadamard matrices over a few bits of the index at a time, the lowest first."""
-    shape, bits = x.shape, x.shape[-1].bit_length() - 1
-    passes = max(1, -(-bits // _RADIX))
-    done = 0
+    """The transform by products with dense Hadamard matrices over a few bits of the index at a time, the lowest first.
+
+    `x` is used up: passes go back and forth between it and one other tensor; fresh memory costs as much as the arithmetic.
+    """
+    bits = x.shape[-1].bit_length() - 1
+    passes, done = -(-bits // _RADIX), 0
+    spare = torch.empty_like(x) if passes else x
     with torch.autocast(x.device.type, enabled=False):
         for i in range(passes):
             step = bits // passes + (i < bits % passes)
-            matrix = _matrix(step, x.dtype, x.device)
-            x = x.reshape(-1, 1 << step) @ matrix if done == 0 else matrix @ x.reshape(-1, 1 << step, 1 << done)
+            matrix, width = _matrix(step, x.dtype, x.device), 1 << step
+            if done == 0:
+                torch.mm(x.view(-1, width), matrix, out=spare.view(-1, width))
+            else:
+                blocks = (x.numel() >> (step + done), width, 1 << done)
+                torch.bmm(matrix.expand(blocks[0], width, width), x.view(blocks), out=spare.view(blocks))
+            x, spare = spare, x
             done += step
-    return x.reshape(shape)
+    return x
 
 
 @functools.cache

@@ -98,7 +98,7 @@ def _eliminate(a: Tensor) -> Tensor:
 
 
 def _finite(matrix: Tensor) -> Tensor:
-    work = matrix.detach().to(compute_dtype(matrix.dtype))
-    if not bool(torch.isfinite(work).all()):
+    low, high = torch.aminmax(matrix.detach())  # both are NaN where one entry is; one pass, where isfinite takes several
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
         raise ValueError("matrix has NaN or infinite entries; a decomposition of it would be meaningless")
-    return work
+    return matrix.detach().to(compute_dtype(matrix.dtype))

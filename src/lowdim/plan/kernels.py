@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+import lowdim.linalg  # noqa: F401 (registers its operations)
+
 __all__ = ["hidden_bytes"]
 
 _aten = torch.ops.aten
@@ -37,7 +39,15 @@ def _convolution_backward(args: Any, out: Any) -> int:
     return 0 if _pointwise(weight) else gradient.nbytes + source.nbytes
 
 
+def _fastfood(args: Any, out: Any) -> int:
+    """Two vectors as long as the draws, of which the output takes the place of a part."""
+    gaussian = args[3]
+    return 2 * gaussian.numel() * max(4, out.element_size()) - out.nbytes
+
+
 _HIDDEN = {
+    torch.ops.lowdim.fastfood: _fastfood,
+    torch.ops.lowdim.fastfood_transpose: _fastfood,
     _aten._linalg_svd: _svd,
     _aten._linalg_eigh: _eigh,
     _aten.convolution: _convolution,

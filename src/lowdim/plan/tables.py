@@ -130,7 +130,8 @@ def shows(
         head = head_modules(built, task)
         applied = apply(chosen, built, lr=chosen.rates[0], steps=100, head=head, initialise=False)
         if applied.adapted is not None:
-            names = {*applied.adapted.layers, *head}
+            composed = {name.rpartition(".")[0] for name in getattr(applied.adapted, "names", ())}  # SAID: any parameter
+            names = {*applied.adapted.layers, *composed, *head}
         elif applied.kind == "layer":
             names = {n for n, m in built.named_modules() if n in before and type(m).__name__ != before[n][0]}
         elif applied.kind == "optimizer":

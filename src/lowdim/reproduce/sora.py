@@ -45,13 +45,14 @@ def run(context: Context) -> Outcome:
         scores[BASE].append(accuracy(base, turned.test_x, turned.test_y))
         for name, method in methods.items():
             runs = [_train(base, method, turned, seed + 100 * draw, steps, steps)[-1] for draw in range(draws)]
-            scores[name].append(statistics.mean(score for score, _ in runs))
-            ranks[name].append(statistics.mean(rank for _, rank in runs))
+            scores[name] += [score for score, _ in runs]
+            ranks[name] += [rank for _, rank in runs]
         stages.append(_train(base, schedule, turned, seed, VALUES * each, each))
         context.say(f"seed {seed}: " + ", ".join(f"{name} {values[-1]:.3f}" for name, values in scores.items()))
     means = {name: statistics.mean(values) for name, values in scores.items()}
     rank = {name: statistics.mean(values) for name, values in ranks.items()}
     gaps = [sparse - whole for sparse, whole in zip(scores[SPARSE], scores[WHOLE])]
+    starts = ", ".join(f"{statistics.mean(gaps[draw::draws]):+.3f}" for draw in range(draws))
     path = [[statistics.mean(part) for part in zip(*stage)] for stage in zip(*stages)]  # (accuracy, rank) of each threshold
     largest = max(after[1] - before[1] for before, after in itertools.pairwise(path))
     return Outcome(
@@ -77,13 +78,14 @@ def run(context: Context) -> Outcome:
             for t, (score, open_gates) in zip(schedule.thresholds(), path)
         ],
         checks=[
-            Check("accuracy of SoRA minus LoRA", means[SPARSE] - means[WHOLE], ">=", -0.01),
+            Check("accuracy of SoRA minus LoRA, one start a seed", statistics.mean(gaps[::draws]), ">=", -0.01),
+            Check("accuracy of SoRA minus LoRA, all starts", means[SPARSE] - means[WHOLE], ">=", -0.01),
             Check("mean effective rank of SoRA", rank[SPARSE], "<=", 0.7 * RANK),
             Check("largest change of the mean rank from one threshold to the next", largest, "<=", -1e-9),
         ],
         notes=[
-            f"The difference to LoRA is near its bound: {min(gaps):+.3f} to {max(gaps):+.3f} over the seeds, of which each is "
-            "the mean of the starts.",
+            f"The difference to LoRA is near its bound, and one start a seed is too few to tell: {starts} with the first, "
+            "second, third start of every seed.",
             f"With the paper's soft threshold in place of the released one: accuracy {means[SOFT]:.3f}, rank {rank[SOFT]:.1f}.",
             "That SoRA scores higher than LoRA, and saves time, is not part of the verdict: closed gates are still computed.",
         ],

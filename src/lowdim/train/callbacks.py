@@ -38,6 +38,13 @@ class AdaptedCallback(_base()):
             self._first = False
             self.adapted.check_gradients()
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After a resume the optimizer may have more groups than the scheduler was made for."""
+        if kwargs.get("lr_scheduler") is not None:
+            warmup = args.get_warmup_steps(state.max_steps)
+            self.adapted.follow(kwargs["lr_scheduler"], warmup=warmup, total=state.max_steps)
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance schedules, rank allocation and proximal steps."""
         self.adapted.step(kwargs.get("optimizer"))
+        self.on_train_begin(args, state, control, **kwargs)

@@ -1,0 +1,48 @@
+"""What all layers of a model have in common: one module in the model, which trainers save and wrappers see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["SHARED", "Shared", "StepCounter", "free_name"]
+
+#: Under which name it stands in the model.
+SHARED = "lowdim_shared"
+
+
+def free_name(model: nn.Module) -> str:
+    """`SHARED`, or with a number where another adapter has taken that."""
+    taken = sum(name.startswith(SHARED) for name, _ in model.named_children())
+    return SHARED if not taken else f"{SHARED}_{taken}"
+
+
+class Shared(nn.Module):
+    """Base of the modules that `Method.shared` returns."""
+
+    def forward(self, x: Any) -> Any:
+        """`x` itself: a model that is an nn.Sequential calls every module that it holds."""
+        return x
+
+
+class StepCounter(Shared):
+    """Counts the calls of `Adapted.step`: `done` is read without a device synchronisation, `steps` is saved."""
+
+    steps: Tensor
+
+    def __init__(self, device: Any = None):
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+        self.done = 0
+
+    def count(self) -> None:
+        """One step more."""
+        self.done += 1
+        self.steps.fill_(self.done)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "steps" in state_dict:
+            self.done = int(state_dict[prefix + "steps"])

@@ -70,7 +70,7 @@ class Coefficients(Composition):
             return forward_ad.make_dual(base, offset)
         except RuntimeError as error:
             raise RuntimeError(
-                "a linearized model computes in one piece: call the whole model and no part of it, without gradient checkpointing"
+                "a linearized model computes in one piece: call the whole model, not a part, and without gradient checkpointing"
             ) from error
 
     def around(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -138,8 +138,8 @@ class ATLAS(WholeMethod):
     """Task vectors composed with learned coefficients: knowledge of earlier fine-tunings, put together by a few numbers.
 
     Formula: `θ_j = θ_j⁰ + Σ_t c_{t,j} τ_{t,j}` for each of the `P` parameter tensors, `τ_t` the difference that fine-tuning on
-    task `t` made. `coef` starts at 0, the pre-trained model, and is all that is trained. With a partition `c_{t,j,k}` is for the
-    entries of class `k`, drawn once for each shape; only matrices are composed then. Linearized, the output is
+    task `t` made. `coef` starts at 0, the pre-trained model, and is all that is trained. With a partition `c_{t,j,k}` is for
+    the entries of class `k`, drawn once for each shape; only matrices are composed then. Linearized, the output is
     `f(x; θ⁰) + J_{θ⁰}(x) Δθ`.
 
     Args:

@@ -210,6 +210,18 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def hadamard_flops(length: int) -> int:
+    """Floating-point operations of one transform of this length, as it is taken here."""
+    return sum(2 * length << step for step in _steps(length))
+
+
+def _steps(length: int) -> list[int]:
+    """How many bits of the index each product transforms."""
+    bits = length.bit_length() - 1
+    passes = -(-bits // _RADIX)
+    return [bits // passes + (i < bits % passes) for i in range(passes)]
+
+
 def _parts(gaussian: Tensor) -> list[slice]:
     """Stretches of the long vectors that are worked on at once: what a core's cache holds; elsewhere few launches."""
     size = 1 << (16 if gaussian.device.type == "cpu" else 24)
@@ -221,12 +233,10 @@ def _walsh(x: Tensor) -> Tensor:
 
     `x` is used up: passes go back and forth between it and one other tensor; fresh memory costs as much as the arithmetic.
     """
-    bits = x.shape[-1].bit_length() - 1
-    passes, done = -(-bits // _RADIX), 0
-    spare = torch.empty_like(x) if passes else x
+    steps, done = _steps(x.shape[-1]), 0
+    spare = torch.empty_like(x) if steps else x
     with torch.autocast(x.device.type, enabled=False):
-        for i in range(passes):
-            step = bits // passes + (i < bits % passes)
+        for step in steps:
             matrix, width = _matrix(step, x.dtype, x.device), 1 << step
             if done == 0:
                 torch.mm(x.view(-1, width), matrix, out=spare.view(-1, width))

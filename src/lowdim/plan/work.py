@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from lowdim.linalg.fastfood import hadamard_flops
+
 __all__ = ["Speed", "Work", "speed"]
 
 
@@ -23,12 +25,18 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
     return 2 * batch * heads * rows * key.shape[-2] * (width + value.shape[-1])
 
 
+def _fastfood(vector: Tensor, signs: Tensor, permutation: Tensor, gaussian: Tensor, *args: Any, **kwargs: Any) -> int:
+    return hadamard_flops(len(gaussian))  # the other transform is that of the short vector
+
+
 #: Formulas that torch's own registry lacks: the CPU's fused attention, whose backward pass is five products to two.
 _MORE = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: _attention(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda grad, q, k, v, *args, **kwargs: _attention(q, k, v) * 5 // 2
     ),
+    torch.ops.lowdim.fastfood: _fastfood,
+    torch.ops.lowdim.fastfood_transpose: _fastfood,
 }
 
 

@@ -14,6 +14,7 @@ import copy
 import json
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
@@ -32,10 +33,12 @@ from lowdim.reproduce.kept import kept_bytes
 from lowdim.testing.adapter_case import _tied_llama
 from lowdim.testing.adapter_dense import relative_error
 from lowdim.testing.elsewhere import run_elsewhere
-from lowdim.testing.small_model import output_of_saved, sample_input, small_model
+from lowdim.testing.small_model import output_of_saved, sample_input
+from lowdim.testing.small_model import small_model as _small_model
 
 __all__ = ["WholeModelCase"]
 
+small_model: Callable[..., Any] = _small_model  # its parts are read by name
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 
 
@@ -302,7 +305,7 @@ class WholeModelCase:
         assert torch.equal(self.adapt(model, disturbed=False)(sample_input()), want)
 
     def test_peft_is_refused_with_what_to_do(self, tmp_path):
-        with pytest.raises(ValueError, match="PEFT.*merge"):
+        with pytest.raises(ValueError, match=r"PEFT .* merge"):
             self.adapt(small_model()).export(tmp_path)
         assert not list(tmp_path.iterdir())
 
@@ -324,7 +327,7 @@ class WholeModelCase:
         method = self.method(small_model())
         with torch.device("meta"):
             model = small_model()
-        on_meta = lowdim.adapt(model, method, initialise=False)
+        on_meta: Any = lowdim.adapt(model, method, initialise=False)
         assert on_meta(sample_input().to("meta")).shape == (5, 3)
         with FakeTensorMode():
             model = small_model()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.linalg import widest
-from lowdim.surgery import is_conv1d, weight_matrix
+from lowdim.surgery import is_conv1d, is_quantized, weight_matrix
 
 __all__ = ["KINDS", "LossFn", "call_model", "collect"]
 
@@ -113,6 +113,10 @@ class _Collector:
         if self.kinds - {"gradient"}:
             for name, layer in self.layers.items():
                 handles.append(layer.register_forward_hook(self._hook(name), with_kwargs=True))
+        if "gradient" in self.kinds:
+            for name, layer in self.layers.items():
+                if is_quantized(layer):
+                    handles.append(layer.register_forward_hook(self._gradient_hook(name)))
         try:
             yield
         finally:
@@ -130,6 +134,22 @@ class _Collector:
                         self._take_samples(name, x)
                 if "output_covariance" in self.kinds:
                     self._take_outputs(name, self._rows(output.movedim(1, -1) if isinstance(layer, nn.Conv2d) else output))
+
+        return hook
+
+    def _gradient_hook(self, name: str) -> Callable[..., Tensor]:
+        """The gradient of a weight that cannot have one, from the layer's input and its output's gradient."""
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            rows = args[0].detach().reshape(-1, args[0].shape[-1])
+            output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+
+            def take(grad: Tensor) -> None:
+                flat = grad.reshape(-1, grad.shape[-1])
+                self._add(name, "batch_gradient", (flat.mT @ rows.to(flat.dtype)).to(torch.float32))
+
+            output.register_hook(take)
+            return output
 
         return hook
 
@@ -198,13 +218,17 @@ class _Collector:
 
     def take_gradients(self, batch_size: int) -> None:
         for name, layer in self.layers.items():
-            grad = cast(Tensor, layer.weight).grad
+            found = self.sums[name].pop("batch_gradient", None)
+            if found is not None:
+                self._add(name, "gradient", found / batch_size)
+            grad = None if is_quantized(layer) else cast(Tensor, layer.weight).grad
             if grad is not None:
                 grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
                 transposed = is_conv1d(layer) or isinstance(layer, nn.Embedding)
                 self._add(name, "gradient", (grad.T if transposed else grad.reshape(len(grad), -1)) / batch_size)
         for layer in self.layers.values():  # only now: two layers may share one weight
-            layer.weight.grad = None  # type: ignore[union-attr]
+            if not is_quantized(layer):
+                layer.weight.grad = None  # type: ignore[union-attr]
 
     def result(self) -> dict[str, Stats]:
         found = {name: self._finish(name) for name in self.layers}
@@ -292,6 +316,8 @@ def _as_it_was(model: nn.Module, layers: Mapping[str, nn.Module], *, want_gradie
         p.grad = None
     if want_gradient:
         for layer in layers.values():
+            if is_quantized(layer):
+                continue
             weight_matrix(layer)  # a clear error for a layer without one
             layer.weight.requires_grad_(True)  # type: ignore[union-attr]
     try:

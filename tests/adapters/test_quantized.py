@@ -161,3 +161,17 @@ def test_an_integer_weight_of_unknown_make_is_refused():
     layer.weight = nn.Parameter(torch.zeros(3, 4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TypeError, match=r"layer 0.*floating point"):
         lowdim.adapt(nn.Sequential(copy.copy(layer)), LoRA(rank=1))
+
+
+@formats
+def test_the_gradient_of_a_weight_that_cannot_have_one(name):
+    from lowdim.calibrate import collect
+
+    model = FORMATS[name]()
+    dense = _dequantized(model)
+    loss = lambda m, x: m(x).square().mean()  # noqa: E731
+    got = collect(model, {"0": model[0], "2": model[2]}, {"gradient"}, [X, X[:3]], loss)
+    want = collect(dense, {"0": dense[0], "2": dense[2]}, {"gradient"}, [X, X[:3]], loss)
+    for place in ("0", "2"):
+        assert relative_error(got[place]["gradient"], want[place]["gradient"]) < ROUNDING.get(name, 1e-4)
+    assert not any(p.requires_grad for p in model.parameters() if not p.is_floating_point())

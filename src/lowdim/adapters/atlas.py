@@ -36,7 +36,8 @@ class Coefficients(Composition):
     ):
         super().__init__(parameters)
         first = next(iter(parameters.values()))
-        size = (len(vectors), len(self.names), method.partition)[: 1 if not method.blockwise else 3 if method.partition else 2]
+        size = [len(vectors)]
+        size += [len(self.names)] * method.blockwise + ([] if method.partition is None else [method.partition])
         self.coef = nn.Parameter(torch.zeros(size, dtype=dtype or first.dtype, device=first.device))
         self.blockwise, self.partition, self.wraps = method.blockwise, method.partition, method.linearized
         # block -> the tasks that have it, and what they add
@@ -205,8 +206,10 @@ class ATLAS(WholeMethod):
         self, parameters: Mapping[str, Tensor], model: nn.Module, *, seed: int, dtype: torch.dtype | None, initialise: bool
     ) -> Coefficients:
         """`coef`, with the task vectors under the model's own names and in its dtypes."""
-        first = {id(p): name for name, p in model.named_parameters()}
-        names = {alias: first[id(p)] for alias, p in model.named_parameters(remove_duplicate=False)}  # tied names too
+        first = {id(p): str(name) for name, p in model.named_parameters()}
+        names: dict[str, str] = {
+            alias: first[id(p)] for alias, p in model.named_parameters(remove_duplicate=False)
+        }  # tied names too
         others = {*names, *(name for name, _ in model.named_buffers())} - set(parameters)  # heads, buffers: those of θ⁰
         vectors = []
         for task, given in enumerate(self.task_vectors):

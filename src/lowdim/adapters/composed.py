@@ -201,5 +201,5 @@ def _reduce(self: Any, protocol: Any) -> Any:
 
 
 def _blank(base: type, names: tuple[str, ...]) -> Any:
-    made = _class_for(base, names)
+    made: Any = _class_for(base, names)
     return made.__new__(made)

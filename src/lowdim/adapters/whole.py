@@ -93,6 +93,8 @@ class WholeAdapted(Adapted):
     What it has beside `Adapted`'s: `names`, `offsets()`, and it can be called. `layers` is empty.
     """
 
+    method: WholeMethod
+
     def __init__(
         self,
         model: nn.Module,

@@ -105,7 +105,7 @@ def _one_seed(
     for start, body in starts.items():
 
         def fresh(body: nn.Sequential = body) -> nn.Sequential:
-            return nn.Sequential(*copy.deepcopy(body)[:-1], copy.deepcopy(head))
+            return nn.Sequential(*list(copy.deepcopy(body))[:-1], copy.deepcopy(head))
 
         full = fresh()
         _train(full, full.parameters(), task.x, task.groups, 15 if context.quick else 150, 1e-3, seed)

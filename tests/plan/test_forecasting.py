@@ -30,6 +30,10 @@ def predict(config, method, **more):
 
 #: Ranks that are chosen from the weights' spectra are planned at their largest.
 RANK_FROM_DATA = {"svfit", "lamda++"}
+#: What is trained is known only after a search (planned as it is in the search) or from the weights (planned at a fifth).
+DECIDED_LATER = {"diffora", "sara"}
+#: Selecting columns takes a copy more on tensors without numbers: up to 3 % too much.
+LOOSE = {"galore-8bit", "s2ft"}  # the first keeps a table of codes for the whole process
 #: A kernel's own buffers and scalars, which no tensor shows: attention on a CPU, per thread.
 HIDDEN = 0.005
 
@@ -51,10 +55,10 @@ def test_forecast_is_what_training_takes(config, chosen):
     got = predict(config, chosen)
     real, applied = train(config, chosen)
     from_data = chosen.name in RANK_FROM_DATA
-    exact = not from_data and chosen.name != "galore-8bit"  # which keeps a table of codes for the whole process
+    exact = not from_data and chosen.name not in LOOSE | DECIDED_LATER
     assert got.total == pytest.approx(real.bytes, rel=HIDDEN if exact else 0.05)
-    if from_data:
-        assert applied.trained() <= got.trained_parameters <= 1.3 * applied.trained()
+    if from_data or chosen.name in DECIDED_LATER:
+        assert applied.trained() <= got.trained_parameters <= (2 if chosen.name == "diffora" else 1.3) * applied.trained()
     else:
         assert got.trained_parameters == applied.trained()
     assert got.total == sum((got.weights, got.gradients, got.optimizer_state, got.activations, got.workspace))

@@ -215,7 +215,7 @@ class ATLAS(WholeMethod):
         for task, given in enumerate(self.task_vectors):
             found: dict[str, Tensor] = {}
             for block, tensor in given.items():
-                name = block if block in parameters else names.get(block, block)
+                name = names[block] if block in names and block not in parameters else str(block)
                 if name not in parameters and block in others:
                     continue
                 if name not in parameters:

@@ -21,6 +21,9 @@ from lowdim.errors import CheckpointError, check_float, check_int
 from lowdim.linalg import gather, has_numbers, local, match, pack_bits, stream, svd, unpack_bits
 from lowdim.surgery import CONVOLUTIONS, describe, model_device
 
+#: The share of a weight that a forecast takes to be trained, the most that the paper trains.
+NOMINAL = 0.2
+
 __all__ = ["SaRA", "SaRAAdapted", "SaRAUpdate"]
 
 
@@ -297,9 +300,9 @@ class SaRA(Method):
         return _put_into_weight(adapted)
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> SaRAUpdate:
-        """Allocate `mask`, `values`, `active`; from shapes alone, where the weight decides, for every entry."""
+        """Allocate `mask`, `values`, `active`; from shapes alone, where the weight decides, for `NOMINAL` of the entries."""
         shape = tuple(stats.get("shape", (out_features, in_features)))
-        count = stats.get("entries", out_features * in_features)
+        count = stats.get("entries", round(NOMINAL * out_features * in_features))
         return SaRAUpdate(out_features, in_features, count, shape, self.threshold, dtype=dtype, device=device)
 
     def initialise(self, update: SaRAUpdate, weight: Tensor, stats: Stats, generator: torch.Generator | None) -> None:

@@ -27,7 +27,7 @@ from torch import nn
 import lowdim
 from lowdim import adapters
 from lowdim.adapters import LoRA
-from lowdim.reproduce.kept import kept_tensors
+from lowdim.plan.kept import kept_tensors
 
 TOKENS = 512
 SHAPES = [(768, 768), (3072, 768), (2048, 2048), (11008, 4096)]  # (out, in)

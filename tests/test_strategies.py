@@ -110,7 +110,7 @@ def test_the_start_is_the_model_itself(chosen):
         assert torch.allclose(got, want, atol=tolerance), (got - want).abs().max()
 
 
-#: Not `lamda++` and `sara`, whose shapes follow from the weights' numbers, nor `diffora`, which is planned as it is in its search.
+#: Not `lamda++` and `sara`, whose shapes follow from the weights' numbers, nor `diffora`, planned as it is in its search.
 @pytest.mark.parametrize("chosen", [v for v in METHODS if v.name not in ("lamda++", "sara", "diffora")], ids=lambda v: v.name)
 def test_a_forecast_allocates_what_is_trained(chosen):
     chosen = small(chosen)

@@ -203,7 +203,9 @@ def test_matrices_are_views_in_the_layers_own_layout():
     assert not is_conv1d(Conv1D())
 
 
-@pytest.mark.parametrize("layer", [nn.LayerNorm(3), nn.ReLU(), nn.Bilinear(2, 2, 2), nn.ConvTranspose1d(2, 2, 3), nn.LSTM(2, 2)])
+@pytest.mark.parametrize(
+    "layer", [nn.LayerNorm(3), nn.ReLU(), nn.Bilinear(2, 2, 2), nn.ConvTranspose1d(2, 2, 3), nn.LSTM(2, 2)]
+)
 def test_no_matrix_no_layer(layer):
     assert not is_matrix_layer(layer)
     with pytest.raises(TypeError, match=type(layer).__name__):

@@ -12,7 +12,7 @@ from lowdim.adapters import AdaptedLayer, LaMDA, LoRA, LoRASB, Method, SVFit, re
 from lowdim.adapters.guards import fingerprint
 from lowdim.adapters.lora import LoRAUpdate
 from lowdim.errors import CheckpointError, NoMatchingModuleError
-from lowdim.reproduce.kept import kept_tensors
+from lowdim.plan.kept import kept_tensors
 from lowdim.testing.adapter_dense import make_layer, relative_error
 from lowdim.testing.small_model import sample_input, small_model
 

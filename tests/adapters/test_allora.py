@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import lowdim
 import vectors
 from lowdim.adapters import ALLoRA, LoRA
-from lowdim.reproduce.kept import kept_tensors
+from lowdim.plan.kept import kept_tensors
 from lowdim.testing.adapter_case import AdapterCase
 from lowdim.testing.adapter_dense import LAYERS, dense_layer, make_input, make_layer, relative_error
 from lowdim.testing.small_model import sample_input, small_model

@@ -13,7 +13,7 @@ from lowdim.adapters import ATLAS, TaskVector, task_vector
 from lowdim.errors import CheckpointError
 from lowdim.files import read_tensors
 from lowdim.linalg import scaled_sum
-from lowdim.reproduce.kept import kept_tensors
+from lowdim.plan.kept import kept_tensors
 from lowdim.testing.adapter_dense import relative_error
 from lowdim.testing.small_model import sample_input, small_model
 from lowdim.testing.whole_case import WholeModelCase

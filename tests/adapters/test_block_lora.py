@@ -8,7 +8,7 @@ from torch import nn
 import lowdim
 import vectors
 from lowdim.adapters import BlockLoRA, LoRA
-from lowdim.reproduce.kept import kept_tensors
+from lowdim.plan.kept import kept_tensors
 from lowdim.testing.adapter_case import AdapterCase
 from lowdim.testing.adapter_dense import make_layer, relative_error
 from lowdim.testing.small_model import sample_input, small_model

@@ -11,7 +11,7 @@ from lowdim.adapters import CorDA, LoRA, discard
 from lowdim.calibrate import collect
 from lowdim.files import read_tensors
 from lowdim.linalg import context_svd, stream
-from lowdim.reproduce.kept import kept_tensors
+from lowdim.plan.kept import kept_tensors
 from lowdim.surgery import matrix_shape, weight_matrix
 from lowdim.testing.adapter_case import AdapterCase
 from lowdim.testing.adapter_dense import make_layer, relative_error

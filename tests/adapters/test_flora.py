@@ -10,7 +10,7 @@ import lowdim
 import vectors
 from lowdim.adapters import FLoRA
 from lowdim.linalg import tucker_reconstruct
-from lowdim.reproduce.kept import kept_tensors
+from lowdim.plan.kept import kept_tensors
 from lowdim.testing.adapter_case import AdapterCase
 from lowdim.testing.adapter_dense import dense_layer, relative_error
 from lowdim.testing.small_model import small_model

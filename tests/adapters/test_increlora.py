@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import lowdim
 import vectors
 from lowdim.adapters import AdapterSet, IncreLoRA, increlora_lr_lambda
-from lowdim.reproduce.kept import kept_tensors
+from lowdim.plan.kept import kept_tensors
 from lowdim.testing.adapter_case import AdapterCase
 from lowdim.testing.adapter_dense import make_input, make_layer, relative_error
 from lowdim.testing.small_model import sample_input, small_model

@@ -84,7 +84,8 @@ def train(folder, save_steps=0, kill=0, resume=False):
         seed=5,
     )
     watch = Watch(kill)
-    trainer = Trainer(adapted, model=adapted.model, args=arguments, train_dataset=rows(), callbacks=[AdaptedCallback(adapted), watch])
+    callbacks = [AdaptedCallback(adapted), watch]
+    trainer = Trainer(adapted, model=adapted.model, args=arguments, train_dataset=rows(), callbacks=callbacks)
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     if kill:
         with pytest.raises(KeyboardInterrupt):

@@ -11,8 +11,8 @@ from torch import nn
 import lowdim
 import vectors
 from lowdim.adapters import LaMDA, LoRA
+from lowdim.plan.kept import kept_bytes, kept_tensors
 from lowdim.ranks import by_energy
-from lowdim.reproduce.kept import kept_bytes, kept_tensors
 from lowdim.surgery import weight_matrix
 from lowdim.testing.adapter_case import AdapterCase
 from lowdim.testing.adapter_dense import make_layer, relative_error

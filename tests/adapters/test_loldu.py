@@ -12,7 +12,7 @@ from lowdim.adapters import LoLDU
 from lowdim.errors import CheckpointError
 from lowdim.files import read_tensors
 from lowdim.linalg import ldu
-from lowdim.reproduce.kept import kept_tensors
+from lowdim.plan.kept import kept_tensors
 from lowdim.surgery import weight_matrix
 from lowdim.testing.adapter_case import AdapterCase
 from lowdim.testing.adapter_dense import make_layer, relative_error

@@ -8,7 +8,7 @@ from torch import nn
 import lowdim
 import vectors
 from lowdim.adapters import LoRASB, LoRAXS
-from lowdim.reproduce.kept import kept_tensors
+from lowdim.plan.kept import kept_tensors
 from lowdim.surgery import weight_matrix
 from lowdim.testing.adapter_case import AdapterCase
 from lowdim.testing.adapter_dense import make_layer, relative_error

@@ -12,7 +12,7 @@ from lowdim.errors import CheckpointError
 from lowdim.files import read_tensors
 from lowdim.linalg import random_rows
 from lowdim.plan import measure
-from lowdim.reproduce.kept import kept_tensors
+from lowdim.plan.kept import kept_tensors
 from lowdim.testing.adapter_case import AdapterCase
 from lowdim.testing.adapter_dense import make_layer, relative_error
 from lowdim.testing.small_model import sample_input, small_model

@@ -8,7 +8,7 @@ import vectors
 from lowdim.adapters import S2FT, AdapterSet, s2ft_scores
 from lowdim.errors import UnknownNameError
 from lowdim.linalg import stream
-from lowdim.reproduce.kept import kept_tensors
+from lowdim.plan.kept import kept_tensors
 from lowdim.testing.adapter_case import AdapterCase
 from lowdim.testing.adapter_dense import make_input, make_layer, relative_error
 from lowdim.testing.small_model import sample_input, small_model

@@ -11,7 +11,7 @@ from lowdim.adapters import SAID, SubspaceModel, said
 from lowdim.errors import CheckpointError, NoMatchingModuleError
 from lowdim.files import read_tensors
 from lowdim.linalg import FastfoodDraws, fastfood, fastfood_draws
-from lowdim.reproduce.kept import kept_tensors
+from lowdim.plan.kept import kept_tensors
 from lowdim.testing.adapter_dense import relative_error
 from lowdim.testing.small_model import sample_input, small_model
 from lowdim.testing.whole_case import WholeModelCase

@@ -13,7 +13,7 @@ from lowdim.adapters import AdaptedLayer, SoRA
 from lowdim.adapters.shared import StepCounter
 from lowdim.adapters.sora import SoRAAdapted, SoRAUpdate
 from lowdim.files import read_tensors
-from lowdim.reproduce.kept import kept_bytes
+from lowdim.plan.kept import kept_bytes
 from lowdim.testing.adapter_case import AdapterCase
 from lowdim.testing.adapter_dense import make_input, make_layer, relative_error
 from lowdim.testing.small_model import sample_input, small_model

@@ -10,7 +10,7 @@ from lowdim.linalg import (
     fastfood_transpose,
     hadamard_transform,
 )
-from lowdim.reproduce.kept import kept_tensors
+from lowdim.plan.kept import kept_tensors
 
 
 def hadamard(bits):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lowdim.linalg import combine_rows, random_rows
-from lowdim.reproduce.kept import kept_tensors
+from lowdim.plan.kept import kept_tensors
 
 
 def words(seed, start, count):

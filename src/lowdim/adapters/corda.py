@@ -20,7 +20,7 @@ __all__ = ["CorDA", "CorDAUpdate", "discard"]
 
 
 class CorDAUpdate(LoRAUpdate):
-    """LoRA whose start `scaling · B0 A0`, remembered by buffers `A0 (rank, in)`, `B0 (out, rank)`, was taken out of the base."""
+    """LoRA whose start `scaling · B0 A0` was taken out of the base; buffers `A0 (rank, in)`, `B0 (out, rank)` remember it."""
 
     no_decay = frozenset({"A", "B"})
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lowdim.adapters.adapted import Adapted
-from lowdim.adapters.shared import StepCounter
 from lowdim.adapters.guards import whole_parameters
+from lowdim.adapters.shared import StepCounter
 from lowdim.linalg import local, replicate, stream
 
 if TYPE_CHECKING:

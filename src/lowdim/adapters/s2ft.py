@@ -28,7 +28,8 @@ _SELECTIONS = ("random", "weight", "activation", "gradient")
 class S2FTUpdate(WeightUpdate):
     """`ΔW[:, indices] = s2 (out, k)` for axis "in", `ΔW[indices, :] = s2 (k, in)` for axis "out"; zero elsewhere.
 
-    Without a channel, `s2` is an empty buffer. For the backward pass axis "in" keeps `x[..., indices]`; axis "out" reads only the rows `indices` of the output's gradient.
+    Without a channel, `s2` is an empty buffer. For the backward pass axis "in" keeps `x[..., indices]`; axis "out" reads only
+    the rows `indices` of the output's gradient.
     """
 
     def __init__(self, out_features: int, in_features: int, axis: str, count: int, *, dtype: Any, device: Any):

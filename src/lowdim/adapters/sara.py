@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from lowdim.adapters.adapted import Adapted
 from lowdim.adapters.base import AdaptedLayer, Method, Stats, WeightUpdate, wide
 from lowdim.adapters.convolution import Convolution
-from lowdim.adapters.shared import StepCounter
 from lowdim.adapters.entries import EntriesLayer, apply_entries, put_entries
 from lowdim.adapters.guards import pristine_matrix, whole_parameters
+from lowdim.adapters.shared import StepCounter
 from lowdim.errors import CheckpointError, check_float, check_int
 from lowdim.linalg import gather, has_numbers, local, match, pack_bits, stream, svd, unpack_bits
 from lowdim.surgery import CONVOLUTIONS, describe, model_device
 
+__all__ = ["SaRA", "SaRAAdapted", "SaRAUpdate"]
+
 #: The share of a weight that a forecast takes to be trained, the most that the paper trains.
 NOMINAL = 0.2
-
-__all__ = ["SaRA", "SaRAAdapted", "SaRAUpdate"]
 
 
 class SaRAUpdate(WeightUpdate):

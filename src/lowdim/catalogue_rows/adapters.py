@@ -138,7 +138,11 @@ ROWS = (
         target="lowdim.adapters:DiffoRA",
         variants=(
             Variant(
-                "diffora", "DiffoRA", "lowdim.adapters:DiffoRA", {"target_modules": "all-linear"}, (1e-3, 3e-4, 3e-3, 1e-4, 1e-2)
+                "diffora",
+                "DiffoRA",
+                "lowdim.adapters:DiffoRA",
+                {"target_modules": "all-linear"},
+                (1e-3, 3e-4, 3e-3, 1e-4, 1e-2),
             ),
         ),
         reproduction="lowdim.reproduce.diffora:run",

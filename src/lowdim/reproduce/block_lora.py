@@ -9,8 +9,8 @@ from torch import nn
 
 import lowdim
 from lowdim.adapters import BlockLoRA, LoRA
+from lowdim.plan.kept import kept_bytes
 from lowdim.reproduce.beside import four_layers, step_pairs
-from lowdim.reproduce.kept import kept_bytes
 from lowdim.reproduce.minilm_trec import TARGETS, best_rate, load_setting, lora_baseline, probe_accuracy
 from lowdim.reproduce.outcome import Check, Context, Outcome
 

@@ -1,7 +1,8 @@
-"""The setting that many adapters' reproductions share: scikit-learn's 8x8 digits and small networks that are trained on them."""
+"""The setting that many adapters' reproductions share: scikit-learn's 8x8 digits, and small networks trained on them."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,7 @@ def mlp(sizes: Sequence[int], seed: int, dropout: float = 0.0) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts: list[nn.Module] = []
-        for i, (n, out) in enumerate(zip(sizes, sizes[1:])):
+        for i, (n, out) in enumerate(itertools.pairwise(sizes)):
             parts += [nn.ReLU()] * (i > 0) + [nn.Dropout(dropout)] * (i > 0 and dropout > 0) + [nn.Linear(n, out)]
         return nn.Sequential(*parts)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import lowdim
 from lowdim.adapters import LaMDA, LoRA, Method
-from lowdim.reproduce.kept import kept_bytes
+from lowdim.plan.kept import kept_bytes
 from lowdim.reproduce.minilm_trec import TARGETS, best_rate, load_setting, lora_baseline, probe_accuracy, steps_of
 from lowdim.reproduce.outcome import Check, Context, Outcome
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import lowdim
 from lowdim.adapters import LoRA, Method, RandLoRA
-from lowdim.reproduce.kept import kept_bytes
+from lowdim.plan.kept import kept_bytes
 from lowdim.reproduce.minilm_trec import TARGETS, best_rate, load_setting, lora_baseline
 from lowdim.reproduce.outcome import Check, Context, Outcome
 

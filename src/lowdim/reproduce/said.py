@@ -87,7 +87,7 @@ def run(context: Context) -> Outcome:
             f"8 bits at d = 32: training error {average['train error']:.3f}, test error {average['test error']:.3f}, bound "
             f"{average['tight']:.3f} for 32 numbers and {average['bound']:.3f} with the quantizer's two ranges (40 numbers).",
             "A small network and one data set; RoBERTa was not run. Ten of SAID's numbers are scales, a lot at d = 16.",
-            f"With 32 bits the bound is {compression_bound(average['train error'], 32, DOWNSTREAM):.3f}: nearly vacuous.",
+            f"With 32 bits for each number the bound is {compression_bound(average['train error'], 32, DOWNSTREAM):.3f}.",
         ],
     )
 

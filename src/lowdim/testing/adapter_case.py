@@ -234,7 +234,7 @@ class AdapterCase(DenseCase):
 
     def test_over_a_quantized_layer(self):
         torchao = pytest.importorskip("torchao.quantization")
-        model = small_model()
+        model: Any = small_model()
         torchao.quantize_(model.body, torchao.Int8WeightOnlyConfig())
         x = sample_input()
         before, weight = model(x), model.body["first"].weight
@@ -251,7 +251,7 @@ class AdapterCase(DenseCase):
 
     def test_a_layer_without_a_gradient_is_named(self):
         adapted = self.adapt(small_model())
-        sum(p.sum() for p in adapted.layers["body.first"].update.parameters()).backward()
+        torch.stack([p.sum() for p in adapted.layers["body.first"].update.parameters()]).sum().backward()
         with pytest.raises(NoGradientError, match=r"1 of 2 .*body\.second"):
             adapted.step(torch.optim.SGD(adapted.param_groups(0.1)))
 

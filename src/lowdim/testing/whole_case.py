@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import copy
 import json
-import pickle
 import warnings
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar
 
 import pytest
@@ -29,7 +29,7 @@ from lowdim.adapters import LoRA
 from lowdim.adapters.composed import is_composed
 from lowdim.errors import CheckpointError, NoGradientError
 from lowdim.files import read_tensors
-from lowdim.reproduce.kept import kept_bytes
+from lowdim.plan.kept import kept_bytes
 from lowdim.testing.adapter_case import _tied_llama
 from lowdim.testing.adapter_dense import relative_error
 from lowdim.testing.elsewhere import run_elsewhere
@@ -193,12 +193,20 @@ class WholeModelCase:
         state = whole.state_dict()
         assert all(torch.equal(value, state[key]) for key, value in fresh.state_dict().items())
 
-    def test_deepcopy_and_pickle_are_independent(self):
+    def test_another_process_can_be_handed_the_model(self):
+        model = small_model()
+        self.adapt(model)
+        pickler: Any = ForkingPickler
+        handed = pickler.loads(pickler.dumps(model))
+        assert torch.equal(handed(sample_input()), model(sample_input()))
+        assert set(handed.state_dict()) == set(model.state_dict())
+
+    def test_copies_are_independent(self):
         model = small_model()
         adapted = self.adapt(model)
         x = sample_input()
         before = model(x)
-        twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(adapted).model]
+        twins = [copy.deepcopy(model), copy.deepcopy(adapted).model]
         assert all(torch.equal(twin(x), before) for twin in twins)
         self._train(adapted, steps=1)
         assert not torch.equal(model(x), before)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lowdim
-from lowdim.adapters import AdapterSet, LaMDA, LoRA, LoRASB, RandLoRA, SVFit
+from lowdim.adapters import SAID, AdapterSet, LaMDA, LoRA, LoRASB, RandLoRA, SVFit, to_peft
 from lowdim.errors import UnknownNameError
 from lowdim.testing.adapter_dense import relative_error
 from lowdim.testing.small_model import sample_input, small_model
@@ -255,3 +255,16 @@ def test_a_set_over_adapters_that_are_there():
         AdapterSet.of(lora=one)
     with pytest.raises(ValueError, match="one model"):
         AdapterSet.of(lora=one, other=lowdim.adapt(small_model(), LoRA(rank=1)))
+
+
+def test_methods_on_the_whole_model_do_not_share_it(tmp_path):
+    whole = lowdim.adapt(small_model(), SAID(dimension=40))
+    with pytest.raises(ValueError, match="whole model"):
+        lowdim.adapt(whole.model, LoRA(rank=1))
+    with pytest.raises(ValueError, match=r"SAID changes .* merge"):
+        to_peft(whole, tmp_path / "peft")
+    whole.save(tmp_path / "said")
+    for source in (SAID(dimension=40), tmp_path / "said"):
+        found = AdapterSet(small_model())
+        with pytest.raises(ValueError, match="SAID acts on the model as a whole"):
+            found.add("said", source)

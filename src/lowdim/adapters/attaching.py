@@ -10,6 +10,7 @@ from torch import nn
 
 from lowdim.adapters.adapted import Adapted
 from lowdim.adapters.base import AdaptedLayer, Method, ModelMethod
+from lowdim.adapters.composed import is_composed
 from lowdim.adapters.guards import fingerprint, naming, pristine_matrix, saved_modules, tied_layers, unchanged_on_error
 from lowdim.calibrate import LossFn, collect
 from lowdim.linalg import stream
@@ -67,6 +68,8 @@ def adapt(
             loss_fn=loss_fn,
             modules_to_save=modules_to_save,
         )
+    if is_composed(model):
+        raise ValueError("a method that acts on the whole model (SAID, aTLAS) is attached already; merge() it first")
     layers = target_layers(model, method)
     kept = saved_modules(model, modules_to_save, layers)
     fingerprints = {name: fingerprint(pristine_matrix(layer)) for name, layer in layers.items()} if initialise else {}

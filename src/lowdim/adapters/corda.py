@@ -87,8 +87,8 @@ class CorDA(Method):
         >>> bool(torch.allclose(model(x), before, atol=1e-5))
         True
 
-    It wants a smaller rate than LoRA (2e-5 for large models, 1e-4 to 1e-3 for small ones): it moves the weight's own largest
-    components, and diverges early. Without samples, or where twice the factors are too much memory, take LoRA.
+    Search for the rate (the paper's is 2e-5 for large models; 1e-3 to 3e-3 did best for a small one): the covariance's scale
+    moves size between `A` and `B`, and so the rate. Without samples, or where twice the factors are too much memory, take LoRA.
 
     Source: Yang et al., "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware
     Parameter-Efficient Fine-tuning", NeurIPS 2024, arXiv 2406.05223.

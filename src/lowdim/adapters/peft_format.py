@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.adapters.adapted import Adapted
-from lowdim.adapters.base import AdaptedLayer
+from lowdim.adapters.base import AdaptedLayer, ModelMethod
 from lowdim.adapters.peft_factors import Cut, cut, pad_rank
 from lowdim.adapters.peft_targets import TARGETS, problems, rank_limit, usage
 from lowdim.errors import check_choice, check_float, check_int
@@ -81,6 +81,8 @@ def to_peft(
             PEFT cannot adapt, or `target` cannot load the adapter (every reason is listed).
         UnknownNameError: no such target.
     """
+    if isinstance(adapted.method, ModelMethod):
+        adapted.export(folder)  # which says why PEFT cannot have it
     if not adapted.layers:
         raise ValueError("there is no adapter to export: the model has been merged")
     if rank is not None:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from lowdim.adapters.adapted import Adapted
 from lowdim.adapters.attaching import adapt
-from lowdim.adapters.base import Method, ModelMethod
+from lowdim.adapters.base import Method, ModelMethod, registered_methods
 from lowdim.adapters.checkpoint import load_adapter
 from lowdim.adapters.layer import AdaptedLayer, wide
 from lowdim.adapters.lora import LoRA, LoRAUpdate
 from lowdim.adapters.merging import LayerChange, MergeReport, merged_layer
 from lowdim.errors import check_float, check_int, unknown
+from lowdim.files import read_json
 from lowdim.linalg import compress_factors, truncated_svd
 from lowdim.surgery import replace_layer, with_matrix
 
@@ -122,8 +123,9 @@ class AdapterSet:
             ValueError: the name is taken or empty, the set is merged, or a method that acts on the whole model.
         """
         self._free(name)
-        if isinstance(source, ModelMethod):
-            raise ValueError(f"{type(source).__name__} acts on the model as a whole and cannot share it with other adapters")
+        kind = type(source) if isinstance(source, Method) else _saved_kind(Path(source))
+        if kind is not None and issubclass(kind, ModelMethod):
+            raise ValueError(f"{kind.__name__} acts on the model as a whole and cannot share it with other adapters")
         if isinstance(source, Method):
             adapted = adapt(self.model, source, **options)
         else:
@@ -334,6 +336,14 @@ class AdapterSet:
                 parent = parent.get_submodule(part)
             parent.add_module(leaf, layer)
         return load_adapter(bare, folder)
+
+
+def _saved_kind(folder: Path) -> type[Method] | None:
+    """The method of a saved adapter, from its description; None where there is none to read, which loading will say."""
+    if not (folder / "adapter.json").is_file():
+        return None
+    about = read_json(folder / "adapter.json")
+    return registered_methods().get(about.get("method")) if isinstance(about, dict) else None
 
 
 def _weighted_sum(parts: list[tuple[float, AdaptedLayer]], rank: int | None) -> tuple[Tensor, Tensor, float]:

@@ -124,7 +124,7 @@ ROWS = (
         arxiv="2406.05223",
         claim="A start from weight times input covariance learns more than LoRA or forgets less, as one chooses.",
         target="lowdim.adapters:CorDA",
-        variants=(Variant("corda", "CorDA", "lowdim.adapters:CorDA", {"rank": 8}, (3e-4, 1e-4, 1e-3, 3e-5, 3e-3)),),
+        variants=(Variant("corda", "CorDA", "lowdim.adapters:CorDA", {"rank": 8}, (3e-3, 1e-3, 1e-2, 3e-4, 1e-4)),),
         reproduction="lowdim.reproduce.corda:run",
     ),
     Entry(

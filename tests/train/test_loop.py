@@ -151,7 +151,12 @@ def bare(model=None, adapted=None):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_regularizer_is_added_once_a_step(tmp_path, accumulation):
     model = Bare()
-    adapted = SimpleNamespace(regularizer=lambda: 3.0 * model.extra, step=lambda optimizer: None)
+    adapted = SimpleNamespace(
+        regularizer=lambda: 3.0 * model.extra,
+        step=lambda optimizer: None,
+        follow=lambda scheduler, warmup, total: None,
+        check_gradients=lambda: None,
+    )
     result = run(
         bare(model, adapted), tmp_path, steps=4, gradient_accumulation=accumulation, lr=0.5, warmup=0.0,
         schedule="constant", max_grad_norm=0.0,

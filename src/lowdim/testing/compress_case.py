@@ -277,6 +277,6 @@ class _Tied(nn.Module):
 
 def _answer(case: type[CompressCase], folder: str) -> None:
     tensors, _ = read_tensors(Path(folder) / "model.safetensors")
-    x = read_tensors(Path(folder) / "x.safetensors")[0]["x"]
+    x = read_tensors(Path(folder) / "x.safetensors")[0]["x"].clone()  # aligned as a tensor of its own
     model = case().reload(small_net(seed=99), tensors).eval()
     write_tensors(Path(folder) / "answer.safetensors", {"y": model(x).detach()})

@@ -1,8 +1,5 @@
 """DDP and FSDP2: two gloo processes, each with half of every batch, give what one process gives, in float64."""
 
-import os
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -32,6 +29,7 @@ from lowdim.adapters import (
     registered_methods,
 )
 from lowdim.linalg import gather, stream
+from lowdim.testing.processes import in_processes
 from lowdim.testing.small_model import small_model
 
 STEPS = 8
@@ -110,10 +108,7 @@ def fsdp(adapted):
 WRAPPERS = {"ddp": ddp, "fsdp": fsdp}
 
 
-def worker(rank, world, port, queue):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def work(rank, world):
     found = {}
     for name in METHODS:
         for how, wrap in WRAPPERS.items():
@@ -122,25 +117,12 @@ def worker(rank, world, port, queue):
                 found[name, how] = {k: v.numpy() for k, v in train(adapted, wrap(adapted), rank, world).items()}
             except Exception as error:  # noqa: BLE001 (told to the test, which fails with it)
                 found[name, how] = f"{type(error).__name__}: {error}"
-    if rank == 0:
-        queue.put(found)
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def two_processes():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    running = torch.multiprocessing.spawn(worker, (2, port, queue), nprocs=2, join=False)
-    found = None
-    while not running.join(timeout=0.2):
-        if found is None and not queue.empty():
-            found = queue.get()
-    return found if found is not None else queue.get()
+    return in_processes(work)
 
 
 def test_every_method_has_a_row():

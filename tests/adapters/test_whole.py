@@ -1,8 +1,6 @@
 """Models whose parameters are composed: kinds of modules that read them, trainers, several processes."""
 
 import copy
-import os
-import socket
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
@@ -17,6 +15,7 @@ from lowdim.adapters.composed import Composition, compose, is_composed, places_o
 from lowdim.linalg import gather, stream
 from lowdim.surgery import freeze
 from lowdim.testing.adapter_dense import relative_error
+from lowdim.testing.processes import in_processes
 from lowdim.testing.small_model import sample_input, small_model
 
 
@@ -217,10 +216,7 @@ def fsdp(model):
 WRAPPERS = {"ddp": nn.parallel.DistributedDataParallel, "fsdp": fsdp}
 
 
-def worker(rank, world, port, queue):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def work(rank, world):
     found = {}
     for name in ("said", "atlas"):
         for how, wrap in WRAPPERS.items():
@@ -232,25 +228,12 @@ def worker(rank, world, port, queue):
                         adapted.merge()
             except Exception as error:  # noqa: BLE001 (told to the test, which fails with it)
                 found[name, how] = f"{type(error).__name__}: {error}"
-    if rank == 0:
-        queue.put(found)
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def two_processes():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    running = torch.multiprocessing.spawn(worker, (2, port, queue), nprocs=2, join=False)
-    found = None
-    while not running.join(timeout=0.2):
-        if found is None and not queue.empty():
-            found = queue.get()
-    return found if found is not None else queue.get()
+    return in_processes(work)
 
 
 @pytest.mark.slow

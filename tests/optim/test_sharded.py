@@ -1,8 +1,5 @@
 """FSDP2: two gloo processes give what one gives, in float64, across refreshes; states stay sharded or agree."""
 
-import os
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +8,7 @@ from torch import nn
 from lowdim.linalg import stream
 from lowdim.optim import GaLore, param_groups, state_bytes
 from lowdim.optim.sharded import local
+from lowdim.testing.processes import in_processes
 
 STEPS = 10
 
@@ -79,10 +77,7 @@ def same_after_loading(net, optimizer, fresh, again):
                 assert value == b[key], key
 
 
-def worker(rank, world, port, queue):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def work(rank, world):
     mesh = dist.init_device_mesh("cpu", (world,))
     found = {}
     for name, options in SETTINGS.items():
@@ -94,25 +89,12 @@ def worker(rank, world, port, queue):
             again = GaLore(param_groups(fresh, rank=3), lr=0.05, update_interval=4, weight_decay=0.01, **options)
             same_after_loading(net, optimizer, fresh, again)
         found[name] = (weights, state_bytes(optimizer))
-    if rank == 0:
-        queue.put(found)
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def two_processes():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    running = torch.multiprocessing.spawn(worker, (2, port, queue), nprocs=2, join=False)
-    found = None
-    while not running.join(timeout=0.2):
-        if found is None and not queue.empty():
-            found = queue.get()
-    return found if found is not None else queue.get()
+    return in_processes(work)
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ ROWS = (
         claim="Close to LoRA and full fine-tuning with up to 2600 times fewer trained parameters: one number per rank.",
         target="lowdim.adapters:LoLDU",
         variants=(
-            Variant("loldu", "LoLDU", "lowdim.adapters:LoLDU", {"rank": 64, "alpha": 64}, (1e-2, 3e-2, 3e-3, 1e-3, 1e-1)),
+            Variant("loldu", "LoLDU", "lowdim.adapters:LoLDU", {"rank": 64, "alpha": 64}, (3e-3, 1e-3, 1e-2, 3e-4, 3e-2)),
         ),
         reproduction="lowdim.reproduce.loldu:run",
     ),
@@ -124,7 +124,7 @@ ROWS = (
         arxiv="2406.05223",
         claim="A start from weight times input covariance learns more than LoRA or forgets less, as one chooses.",
         target="lowdim.adapters:CorDA",
-        variants=(Variant("corda", "CorDA", "lowdim.adapters:CorDA", {"rank": 8}, (3e-3, 1e-3, 1e-2, 3e-4, 1e-4)),),
+        variants=(Variant("corda", "CorDA", "lowdim.adapters:CorDA", {"rank": 8}, (3e-4, 1e-3, 1e-4, 3e-3, 3e-5)),),
         reproduction="lowdim.reproduce.corda:run",
     ),
     Entry(

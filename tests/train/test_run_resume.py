@@ -111,7 +111,6 @@ def test_every_adapter_is_killed_and_resumed():
     assert trained - {"lamda++"} <= METHODS.keys()
 
 
-
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW)) for m in METHODS])
 def test_killed_and_resumed_is_as_if_never_killed(method, whole, tmp_path):
     folder, want = whole(method)

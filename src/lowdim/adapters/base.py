@@ -217,9 +217,7 @@ class Method:
         if not over and not is_quantized(layer):
             stored = layer._parameters.get("weight")
             if stored is None or not stored.is_floating_point():
-                raise TypeError(
-                    f"the weight must be a floating point parameter, not computed; got {describe(layer)}"
-                )
+                raise TypeError(f"the weight must be a floating point parameter, not computed; got {describe(layer)}")
         weight = (layer.pristine_weight() if over else dense_matrix(layer)).detach()
         out_features, in_features = weight.shape
         given = {} if stats is None else stats

@@ -343,7 +343,7 @@ def _saved_kind(folder: Path) -> type[Method] | None:
     if not (folder / "adapter.json").is_file():
         return None
     about = read_json(folder / "adapter.json")
-    return registered_methods().get(about.get("method")) if isinstance(about, dict) else None
+    return registered_methods().get(str(about.get("method"))) if isinstance(about, dict) else None
 
 
 def _weighted_sum(parts: list[tuple[float, AdaptedLayer]], rank: int | None) -> tuple[Tensor, Tensor, float]:

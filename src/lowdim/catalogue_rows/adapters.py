@@ -211,9 +211,7 @@ ROWS = (
         arxiv="2410.09692",
         claim="Gradients divided by row norms, no dropout, no scaling: 0.3 points above LoRA and DoRA in short fine-tuning.",
         target="lowdim.adapters:ALLoRA",
-        variants=(
-            Variant("allora", "ALLoRA", "lowdim.adapters:ALLoRA", {"apply_to": "step"}, (3e-3, 1e-3, 1e-2, 3e-4, 1e-4)),
-        ),
+        variants=(Variant("allora", "ALLoRA", "lowdim.adapters:ALLoRA", {"apply_to": "step"}, (3e-3, 1e-3, 1e-2, 3e-4, 1e-4)),),
         reproduction="lowdim.reproduce.allora:run",
     ),
     Entry(

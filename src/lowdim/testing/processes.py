@@ -23,7 +23,8 @@ def in_processes(function: Callable[[int, int], Any], world: int = 2) -> Any:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    running: Any = torch.multiprocessing.spawn(_work, (world, port, queue, function), nprocs=world, join=False)
+    multiprocessing: Any = torch.multiprocessing
+    running = multiprocessing.spawn(_work, (world, port, queue, function), nprocs=world, join=False)
     found: list[Any] = []
     while not running.join(timeout=0.2):
         if not found and not queue.empty():  # a large result blocks its process until it is read

@@ -18,6 +18,11 @@ __all__ = ["BASELINES", "FAMILIES", "Entry", "Variant", "entries", "find", "vari
 FAMILIES = ("adapters", "optim", "layers", "compress", "represent", "diagnose", "solve", "train")
 
 
+def _named(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 @dataclass(frozen=True)
 class Variant:
     """A named way to train with a system: what `lowdim compare`, `plan` and `run` call a method.
@@ -27,7 +32,10 @@ class Variant:
         label: what tables print.
         target: `"module:attribute"` of the class that is built; empty for baselines that need none.
         options: its hyperparameters here; others keep the class's defaults.
-        rates: learning rates in the order in which they are tried.
+        rates: learning rates in the order in which they are tried, for tuning a trained model.
+        scratch_rates: the same for training from random weights; empty where `rates` serve for both.
+        companion: `"module:attribute"` of what must act beside training, built as `companion(model, optimizer, **options)`; it
+            takes those options that its constructor names (`lowdim.strategies`). Empty for most.
     """
 
     name: str
@@ -35,14 +43,23 @@ class Variant:
     target: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     rates: tuple[float, ...] = (1e-3, 3e-3, 3e-4, 1e-2, 1e-4)
+    scratch_rates: tuple[float, ...] = ()
+    companion: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", types.MappingProxyType(dict(self.options)))
 
     def build(self) -> Any:
         """The class or function itself (imports its module)."""
-        module, _, attribute = self.target.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        return _named(self.target)
+
+    def build_companion(self) -> Any:
+        """The companion's class, or None."""
+        return _named(self.companion) if self.companion else None
+
+    def rates_for(self, scratch: bool) -> tuple[float, ...]:
+        """Learning rates for training from random weights, or for tuning."""
+        return self.scratch_rates if scratch and self.scratch_rates else self.rates
 
 
 @dataclass(frozen=True)

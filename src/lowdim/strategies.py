@@ -33,6 +33,8 @@ class Applied:
         kind: `"probe"`, `"full"`, `"adapter"`, `"optimizer"` or `"layer"`.
         make_optimizer: `lr -> torch.optim.Optimizer` over the trained parameters, weight decay 0 unless the options say so.
         adapted: for adapters; its `step()` must run after each optimizer step, its `regularizer()` be added to the loss.
+        make_companion: `optimizer -> companion`, or None where the method needs none. Its `step()` must run after each optimizer
+            step; its `extra_loss(forward, logits)`, if it has one, be added to the loss; its `state_dict()` go into checkpoints.
     """
 
     model: nn.Module
@@ -41,6 +43,7 @@ class Applied:
     make_optimizer: Callable[[float], torch.optim.Optimizer]
     adapted: Adapted | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    make_companion: Callable[[torch.optim.Optimizer], Any] | None = None
 
     def trained(self) -> int:
         """How many numbers are trained."""
@@ -80,6 +83,8 @@ def with_options(variant: Variant, options: Mapping[str, Any]) -> Variant:
         import torch
 
         _make_optimizer(changed, torch.nn.Linear(2, 2), 1e-3)
+    elif changed.companion:
+        _try_companion(changed)
     return changed
 
 
@@ -94,6 +99,8 @@ def apply(
     loss_fn: LossFn | None = None,
     seed: int = 0,
     initialise: bool = True,
+    scratch: bool = False,
+    extras: Mapping[str, Any] | None = None,
 ) -> Applied:
     """Make `model` ready to be trained by `variant`, in place.
 
@@ -103,6 +110,8 @@ def apply(
         head: modules of the model that are new and always trained, e.g. `("classifier",)`.
         batches, loss_fn: sample data for methods that look at it first.
         initialise: False allocates only, for forecasts.
+        scratch: training starts from random weights: structured layers draw their own.
+        extras: for optimizers: `layerwise`, `accumulate`, `max_norm`, which come from how one trains and not from the method.
 
     Raises:
         ValueError, TypeError: from the method, naming the layer.
@@ -113,12 +122,52 @@ def apply(
     if kind == "probe":
         return _probe(variant, model, tuple(head))
     if kind == "optimizer":
-        return _optimizer(variant, model, lr)
-    if kind == "layer":
-        _swap_layers(variant, model, initialise)
+        return _optimizer(variant, model, lr, extras or {})
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    return Applied(model, kind, variant, lambda rate: _adamw(model.parameters(), rate), options=dict(variant.options))
+    make_companion = None
+    if kind == "layer":
+        own, beside = split_options(variant, steps)
+        _swap_layers(variant, model, own, fresh=scratch or not initialise, seed=seed)
+        if variant.companion:
+            make_companion = functools.partial(_companion, variant, model, beside)
+    options = dict(variant.options)
+    return Applied(
+        model, kind, variant, lambda rate: _adamw(model.parameters(), rate), options=options, make_companion=make_companion
+    )
+
+
+def split_options(variant: Variant, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A layer variant's options: the layer's own, and its companion's (with `total_steps` filled in where it is open)."""
+    if not variant.companion:
+        return dict(variant.options), {}
+    names = _companion_names(variant)
+    beside = {name: value for name, value in variant.options.items() if name in names}
+    if "total_steps" in names and beside.get("total_steps") is None:
+        beside["total_steps"] = steps
+    return {name: value for name, value in variant.options.items() if name not in names}, beside
+
+
+def _companion_names(variant: Variant) -> list[str]:
+    import inspect
+
+    return [name for name in inspect.signature(variant.build_companion()).parameters if name not in ("model", "optimizer")]
+
+
+def _companion(variant: Variant, model: nn.Module, options: dict[str, Any], optimizer: torch.optim.Optimizer) -> Any:
+    return variant.build_companion()(model=model, optimizer=optimizer, **options)
+
+
+def _try_companion(variant: Variant) -> None:
+    """What it refuses whatever the model, it refuses now."""
+    import torch
+
+    rank = {name: 1 for name in ("rank", "nblocks") if name in variant.options}
+    trial = dataclasses.replace(variant, options={**variant.options, **rank, "target_modules": None})
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    applied = apply(trial, model, lr=1e-3, steps=1000, scratch=True)
+    assert applied.make_companion is not None
+    applied.make_companion(applied.make_optimizer(1e-3))
 
 
 def fill(variant: Variant, *, lr: float, steps: int) -> dict[str, Any]:
@@ -191,30 +240,50 @@ def _probe(variant: Variant, model: nn.Module, head: tuple[str, ...]) -> Applied
     return Applied(model, "probe", variant, lambda rate: _adamw([p for p in model.parameters() if p.requires_grad], rate))
 
 
-def _optimizer(variant: Variant, model: nn.Module, lr: float) -> Applied:
+def _optimizer(variant: Variant, model: nn.Module, lr: float, extras: Mapping[str, Any]) -> Applied:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    trial = _make_optimizer(variant, model, lr)  # what it refuses, it refuses now, and not when the training has begun
+    prepare = getattr(variant.build(), "prepare_model", None)
+    if prepare is not None:  # weights of another kind (INT8)
+        model = prepare(model, rank=variant.options["rank"])
+    trial = _make_optimizer(variant, model, lr, extras)  # what it refuses, it refuses now, and not when the training has begun
     getattr(trial, "remove_hooks", lambda: None)()  # those of layerwise updates would work on without it
-    make = functools.partial(_make_optimizer, variant, model)
+    make = functools.partial(_make_optimizer, variant, model, extras=extras)
     return Applied(model, "optimizer", variant, make, options=dict(variant.options))
 
 
-def _make_optimizer(variant: Variant, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+def _make_optimizer(
+    variant: Variant, model: nn.Module, lr: float, extras: Mapping[str, Any] | None = None
+) -> torch.optim.Optimizer:
     from lowdim.optim import param_groups
 
-    options = dict(variant.options)
+    options = {**variant.options, **(extras or {})}
     rank = options.pop("rank")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a model without a matrix to project
         return variant.build()(param_groups(model, rank=rank), lr=lr, **options)
 
 
-def _swap_layers(variant: Variant, model: nn.Module, initialise: bool) -> None:
+def _swap_layers(variant: Variant, model: nn.Module, options: dict[str, Any], *, fresh: bool, seed: int) -> None:
+    import inspect
+
     from lowdim.layers import swap_linear
 
-    options = dict(variant.options)
-    swap_linear(model, variant.build(), options.pop("target_modules", None), fresh=not initialise, **options)
+    cls, targets = variant.build(), options.pop("target_modules", None)
+    if fresh and "seed" in inspect.signature(cls).parameters:
+        options.setdefault("seed", seed)
+    if targets is None and "rank" in options:
+        targets = _above_rank(model, options["rank"])
+    swap_linear(model, cls, targets, fresh=fresh, **options)
+
+
+def _above_rank(model: nn.Module, rank: int) -> list[str] | None:
+    """The layers whose smaller side is above the rank, where some are not: a factorization of those would save nothing."""
+    from lowdim.surgery import find_layers, is_linear, matrix_shape, without_tied
+
+    layers, _ = without_tied(model, find_layers(model, accept=is_linear))
+    large = [name for name, layer in layers.items() if min(matrix_shape(layer)) > rank]
+    return large if large and len(large) < len(layers) else None
 
 
 def _adamw(parameters: Any, lr: float) -> torch.optim.Optimizer:
@@ -233,5 +302,6 @@ def _option_names(variant: Variant) -> list[str]:
         return [f.name for f in dataclasses.fields(cls)]
     names = list(inspect.signature(cls).parameters)
     if kind == "layer":
-        return ["target_modules", *(n for n in names if n not in ("in_features", "out_features", "bias", "device", "dtype"))]
-    return [n for n in names if n not in ("params", "lr", "layerwise")]
+        own = [n for n in names if n not in ("in_features", "out_features", "bias", "device", "dtype")]
+        return ["target_modules", *own, *(_companion_names(variant) if variant.companion else ())]
+    return [n for n in names if n not in ("params", "lr", "layerwise", "accumulate", "max_norm")]

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from lowdim.linalg import derive_seed
 from lowdim.surgery import Patterns, as_linear, find_layers, is_linear, swap_layers, without_tied
 
 __all__ = ["densify", "swap_linear"]
@@ -31,7 +32,8 @@ def swap_linear(
         exclude: skip layers whose name contains one of these.
         fresh: draw new weights, `layer_class(in, out, bias, **how)`, instead of approximating the trained ones; for training
             from scratch, and for forecasts on the meta device.
-        how: hyperparameters of the layer.
+        how: hyperparameters of the layer; a `seed` among them is the seed of all of them: each layer gets its own from it and its
+            name.
 
     Returns:
         The model. Build the optimizer afterwards: the old parameters are gone.
@@ -53,13 +55,14 @@ def swap_linear(
     found = find_layers(model, target_modules, exclude=exclude, accept=is_linear)
     layers, _ = without_tied(model, found, named=target_modules not in (None, "all-linear"))
 
-    def convert(_: str, layer: nn.Module) -> nn.Module:
+    def convert(name: str, layer: nn.Module) -> nn.Module:
         linear = as_linear(layer)
+        seed = {} if how.get("seed") is None else {"seed": derive_seed(how["seed"], "layer", name) % 2**31}
         if not fresh:
-            return cast(nn.Module, make(linear, **how))
+            return cast(nn.Module, make(linear, **{**how, **seed}))
         weight = linear.weight
         shape = linear.in_features, linear.out_features, linear.bias is not None
-        return layer_class(*shape, device=weight.device, dtype=weight.dtype, **how).train(layer.training)
+        return layer_class(*shape, device=weight.device, dtype=weight.dtype, **{**how, **seed}).train(layer.training)
 
     swap_layers(model, layers, convert)
     return model

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowdim.errors import check_int
+from lowdim.errors import check_float, check_int
 from lowdim.optim import dense, sharded
 from lowdim.optim.inner import AdamWRule
 from lowdim.optim.parts import Parts, State
+from lowdim.optim.progress import Progress
 from lowdim.optim.projectors import Identity
+from lowdim.optim.restoring import check_saved_group, restored
+from lowdim.optim.watch import Watcher, square, subspace_numbers
 
 __all__ = ["ProjectedOptimizer"]
 
@@ -26,7 +29,17 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         layerwise: update a parameter as soon as its gradient is there, in the backward pass, and free the gradient; `step()`
             then does nothing but call its closure.
         accumulate: micro-batches a step, for `layerwise` only. While the subspace stands the *projected* gradient is summed,
-            which is exact since projecting is linear; the full gradient is kept only in steps that choose a subspace.
+            which is exact since projecting is linear; the full gradient is kept only in steps that choose a subspace. `step()`
+            finishes a step that got fewer micro-batches (the last of an epoch).
+        max_norm: clip by the global norm of what the inner rules see: projected gradients, and the gradients of unprojected
+            parameters. It is at most the norm of the full gradients. With `layerwise` the projected gradients then wait for
+            `step()`, which alone knows all of them; full gradients are freed as they come all the same.
+        replicas: with `layerwise` in several processes that hold the same parameters: average gradients over them here (projected
+            ones while the subspace stands, which is `rank / side` of the traffic). Do not wrap such a model in DDP, which would
+            average too late; under FSDP2 gradients arrive averaged and this is not needed. False: each process has parameters of
+            its own. None refuses to guess.
+        stagger: choose the subspaces of different parameters at different steps, so that no step has to choose them all; the
+            first step still does.
         foreach: update the unprojected parameters of a group in one fused call where that computes the same.
 
     Class attributes for compositions:
@@ -38,17 +51,38 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     structural: tuple[str, ...] = ("rank",)
 
     def __init__(
-        self, params: Any, defaults: dict[str, Any], *, layerwise: bool = False, accumulate: int = 1, foreach: bool = True
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        layerwise: bool = False,
+        accumulate: int = 1,
+        max_norm: float | None = None,
+        replicas: bool | None = None,
+        stagger: bool = False,
+        foreach: bool = True,
     ):
         check_int("accumulate", accumulate, 1)
         if accumulate > 1 and not layerwise:
             raise ValueError(
                 f"accumulate={accumulate} needs layerwise=True; otherwise .grad itself is the sum over micro-batches"
             )
-        self.layerwise, self.accumulate, self.foreach = layerwise, accumulate, foreach
+        if max_norm is not None:
+            check_float("max_norm", max_norm, 0.0, low_open=True)
+        if replicas and not layerwise:
+            raise ValueError("replicas=True needs layerwise=True; otherwise wrap the model in DDP, which averages .grad")
+        self.layerwise, self.accumulate, self.max_norm = layerwise, accumulate, max_norm
+        self.replicas, self.foreach = replicas, foreach
+        self._start()
+        super().__init__(params, {**defaults, "stagger": stagger, "method": self.method})
+
+    def _start(self) -> None:
+        """What is no part of a checkpoint."""
         self._home: dict[Tensor, int] = {}
         self._handles: list[Any] = []
-        super().__init__(params, {**defaults, "method": self.method})
+        self._waiting: dict[Tensor, Tensor] = {}  # low gradients, until the norm of all of them is known
+        self._progress = Progress(self.method)
+        self.watcher = Watcher()
 
     # What a composition writes.
 
@@ -66,13 +100,29 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         index, group = len(self.param_groups) - 1, self.param_groups[-1]
         try:
+            for p in group["params"]:
+                sharded.check_whole(p)
             self.check_group(group)
-            if self.accumulate > 1 and any(self.parts(group, p.ndim).residual.full_size for p in group["params"]):
-                raise ValueError("accumulate > 1 needs a residual rule that does not look at the full gradient")
+            self._check_residual(group)
         except Exception:
             self.param_groups.pop()
             raise
         self._adopt(index)
+
+    def _check_residual(self, group: dict[str, Any]) -> None:
+        """A residual rule looks at the full gradient, which is gone where projected ones are summed or wait."""
+        if not any(self.parts(group, p.ndim).residual.full_size for p in group["params"]):
+            return
+        if self.accumulate > 1:
+            raise ValueError(
+                f"accumulate={self.accumulate}: {self.method} here looks at the full gradient, which the sum of projected "
+                "gradients does not hold; take layerwise=False (.grad is then the sum), or no residual rule"
+            )
+        if self.max_norm is not None:
+            way = "layerwise=False and torch.nn.utils.clip_grad_norm_" if self.layerwise else "torch.nn.utils.clip_grad_norm_"
+            raise ValueError(
+                f"max_norm={self.max_norm}: {self.method} here looks at the full gradient; clip that instead, with {way}"
+            )
 
     def _adopt(self, index: int) -> None:
         group = self.param_groups[index]
@@ -98,10 +148,58 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.layerwise:
+        if self.layerwise:
+            self._finish()
+        elif self.max_norm is not None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    parts = self.parts(group, p.ndim)
+                    if (grad := self._gradient(p, parts)) is not None:
+                        self._wait(p, grad, group, parts)
+            self._release()
+        else:
             for group in self.param_groups:
                 self._step_group(group)
+        self.watcher.end()
         return loss
+
+    def _finish(self) -> None:
+        """Layerwise: steps that got fewer micro-batches than `accumulate`, gradients that came without a backward pass, and low
+        gradients that wait to be clipped."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                parts = self.parts(group, p.ndim)
+                if self.state.get(p, {}).get("micro", 0):
+                    self._last_micro_batch(p, group, parts)
+                elif (grad := self._gradient(p, parts)) is not None:
+                    self._use(p, grad, group, parts)
+                    parts.store.drop(p)
+        if self._waiting:
+            self._release()
+
+    def _wait(self, p: Tensor, grad: Tensor | None, group: dict[str, Any], parts: Parts, low: Tensor | None = None) -> None:
+        """Keep the low gradient until `_release`."""
+        if low is None:
+            assert grad is not None
+            state = self.state[p]
+            low = self._project(p, grad, group, state, state.get("step", 0), parts)
+        self._waiting[p] = low
+
+    def _release(self) -> None:
+        """Clip the low gradients by their global norm, and step."""
+        squares = [square(low) for low in self._waiting.values()]
+        if not squares:
+            return
+        assert self.max_norm is not None
+        wide = max((s.dtype for s in squares), key=lambda dtype: dtype.itemsize)
+        norm = torch.stack([s.to(squares[0].device, wide) for s in squares]).sum().sqrt()
+        factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        self.watcher.clipped(norm)
+        for p, low in self._waiting.items():
+            group = self.param_groups[self._home[p]]
+            small = sharded.replicate(factor.to(device=low.device, dtype=low.dtype), low)
+            self._update(p, None, group, self.parts(group, p.ndim), low=low * small)
+        self._waiting.clear()
 
     def _step_group(self, group: dict[str, Any]) -> None:
         parts: dict[int, Parts] = {}
@@ -118,6 +216,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 state = self.state[p]
                 if "step" not in state:
                     own.inner.init(grad, state)
+                self.watcher.saw(grad, None)
                 fused.setdefault(state.get("step", 0), []).append((p, grad, state))
             else:
                 self._update(p, grad, group, own)
@@ -147,7 +246,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if low is None:
             assert grad is not None
             a = residual.before(grad, state)
-            low = self._project(p, a, state, step, parts)
+            low = self._project(p, a, group, state, step, parts)
         if not inner.elementwise:
             low = sharded.gather(low)
         if "step" not in state:
@@ -160,26 +259,58 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if on_device and before:  # a rate that is a tensor stays where it lies
             weight.mul_(1 - shrink)
         kept = 1.0 if isinstance(shrink, Tensor) else 1.0 - shrink  # else decay is part of the multiply-add
-        extra = None if a is None else residual.after(a, low, D, projector, state)
-        alpha = -eta if before else -eta * kept  # decay after the update shrinks the update too
-        projector.add_up(weight, D, state, alpha=alpha * projector.scale, beta=kept)
-        if extra is not None:
-            weight.add_(sharded.match(extra, weight), alpha=alpha)
+        size = eta if before else eta * kept  # decay after the update shrinks the update too
+        fused = residual.full_size and residual.fused(weight, a, low, D, projector, state, step_size=size, beta=kept)
+        if not fused:
+            extra = None if a is None else residual.after(a, low, D, projector, state)
+            projector.add_up(weight, D, state, alpha=-size * projector.scale, beta=kept)
+            if extra is not None:
+                weight.add_(sharded.match(extra, weight), alpha=-size)
         if on_device and not before:
             weight.mul_(1 - shrink)
         parts.store.write(p, weight, self._generator(p, step, group) if parts.store.stochastic else None)
         state["step"] = step + 1
 
-    def _project(self, p: Tensor, a: Tensor, state: State, step: int, parts: Parts) -> Tensor:
+    def _project(self, p: Tensor, a: Tensor, group: dict[str, Any], state: State, step: int, parts: Parts) -> Tensor:
+        projector = parts.projector
+        if group["stagger"] and "phase" not in state and not isinstance(projector, Identity):
+            state["phase"] = self._phase(p, group)
+        due = projector.due(state, step)
+        if due:
+            self._progress.begin(step)
         try:
-            changed = parts.projector.prepare(a, state, step)
+            changed = projector.prepare(a, state, step)
         except ValueError as error:
             raise ValueError(f"{self._label(p)}: {error}") from error
+        if due:
+            self._progress.chosen(len(self._projected()) if step == 0 or not group["stagger"] else 1)
         if changed and parts.rotate and step > 0:
-            rotation = parts.projector.rotation(state)
+            rotation = projector.rotation(state)
             if rotation is not None:
                 parts.inner.rotate(state, *rotation)
-        return parts.projector.down(a, state)
+        low = projector.down(a, state)
+        if self.accumulate == 1:
+            self.watcher.saw(a, None if isinstance(projector, Identity) else low)
+        return low
+
+    def _phase(self, p: Tensor, group: dict[str, Any]) -> int:
+        """How many steps before the others this parameter is due; spread evenly over an interval, the first parameter at 0."""
+        projected, interval = self._projected(), group["update_interval"]
+        place = next(i for i, q in enumerate(projected) if q is p)
+        return -(place * interval // len(projected)) % interval
+
+    def _projected(self) -> list[Tensor]:
+        return [p for group in self.param_groups if group.get("rank") is not None for p in group["params"]]
+
+    def log(self) -> dict[str, float]:
+        """What the last step saw, in numbers for a training log (reads tensors: call it when you log, not every step).
+
+        `energy`: share of the gradients' energy in their subspaces when these were chosen, mean over parameters; `overlap`: share
+        of a new subspace that lay in the one before, likewise. With `optimizer.watcher.on = True` also `true_grad_norm`, of the
+        full gradients (not where projected gradients are summed over micro-batches), `projected_norm`, and `captured`, the share
+        of the projected parameters' energy that the subspaces hold now.
+        """
+        return {**self.watcher.numbers(), **subspace_numbers(self.state.values())}
 
     # Stepping inside the backward pass.
 
@@ -190,47 +321,68 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         grad = self._gradient(p, parts)
         if grad is None:
             return
+        if self.replicas is None:
+            sharded.check_alone(p, self._label)
         with torch.autocast(p.device.type, enabled=False):  # a backward under autocast would round the products
             if self.accumulate == 1:
-                self._update(p, grad, group, parts)
+                self._use(p, grad, group, parts)
                 parts.store.drop(p)
             else:
                 self._accumulate(p, grad, group, parts)
 
+    def _use(self, p: Tensor, grad: Tensor | None, group: dict[str, Any], parts: Parts, low: Tensor | None = None) -> None:
+        """Step, or wait for the norm of all."""
+        if self.replicas:
+            if low is None and grad is not None and not self._keeps_full(parts, self.state[p]):
+                low = self._project(p, grad, group, self.state[p], self.state[p].get("step", 0), parts)
+            sharded.average(grad if low is None else low)
+        if self.max_norm is None:
+            self._update(p, grad, group, parts, low=low)
+        else:
+            self._wait(p, grad, group, parts, low=low)
+
     def _accumulate(self, p: Tensor, grad: Tensor, group: dict[str, Any], parts: Parts) -> None:
         state = self.state[p]
-        micro = state.get("micro", 0) + 1
-        last = micro == self.accumulate
-        if isinstance(parts.projector, Identity) or parts.projector.due(state, state.get("step", 0)):
-            if last:  # until then .grad holds the sum
-                self._update(p, grad, group, parts)
-                parts.store.drop(p)
-        else:
+        state["micro"] = state.get("micro", 0) + 1
+        if not self._keeps_full(parts, state):
             low = parts.projector.down(grad, state).to(torch.promote_types(grad.dtype, torch.float32))
             total = state.pop("low_sum", None)
-            low = low if total is None else total.add_(low)
+            state["low_sum"] = low if total is None else total.add_(low)
             parts.store.drop(p)
-            if last:
-                self._update(p, None, group, parts, low=low)
-            else:
-                state["low_sum"] = low
-        state["micro"] = 0 if last else micro
+        if state["micro"] == self.accumulate:
+            self._last_micro_batch(p, group, parts)
+
+    def _keeps_full(self, parts: Parts, state: State) -> bool:
+        """Whether this step needs the full gradient, summed in its usual place."""
+        return isinstance(parts.projector, Identity) or parts.projector.due(state, state.get("step", 0))
+
+    def _last_micro_batch(self, p: Tensor, group: dict[str, Any], parts: Parts) -> None:
+        state = self.state[p]
+        state["micro"] = 0
+        if self._keeps_full(parts, state):
+            with_grad = self._gradient(p, parts)
+            self._use(p, with_grad, group, parts)
+            parts.store.drop(p)
+        else:
+            self._use(p, None, group, parts, low=state.pop("low_sum"))
 
     # Names and random numbers.
 
     def _label(self, p: Tensor) -> str:
-        index = self._home.get(p, len(self.param_groups) - 1)
+        index, place = self._place(p)
         group = self.param_groups[index]
-        place = next(i for i, q in enumerate(group["params"]) if q is p)
         if "param_names" in group:
             return f"parameter {group['param_names'][place]} {tuple(p.shape)}"
         return f"parameter {place} of group {index} {tuple(p.shape)}"
 
+    def _place(self, p: Tensor) -> tuple[int, int]:
+        index = self._home.get(p, len(self.param_groups) - 1)
+        return index, next(i for i, q in enumerate(self.param_groups[index]["params"]) if q is p)
+
     def _generator(self, p: Tensor, step: int, group: dict[str, Any]) -> torch.Generator:
         from lowdim.linalg import stream
 
-        index = self._home[p]
-        place = next(i for i, q in enumerate(self.param_groups[index]["params"]) if q is p)
+        index, place = self._place(p)
         return stream(group.get("seed", 0), "store", index, place, step)
 
     # Checkpoints.
@@ -243,48 +395,22 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """
         saved_groups = state_dict["param_groups"]
         for index, (saved, group) in enumerate(zip(saved_groups, self.param_groups)):
-            self._check_saved_group(index, saved, group)
+            check_saved_group(index, saved, group, self.method, self.structural)
         super().load_state_dict({"state": {}, "param_groups": saved_groups})  # checks numbers of groups and parameters
         for saved, group in zip(saved_groups, self.param_groups):
             for key, p in zip(saved["params"], group["params"]):
                 if key in state_dict["state"]:
-                    self.state[p] = self._restored(p, group, state_dict["state"][key])
-
-    def _check_saved_group(self, index: int, saved: dict[str, Any], group: dict[str, Any]) -> None:
-        if saved.get("method") != self.method:
-            found = saved.get("method", "another optimizer")
-            raise ValueError(f"state_dict must come from {self.method}; group {index} was saved by {found}")
-        for key in self.structural:
-            if _plain(saved.get(key)) != _plain(group.get(key)):
-                raise ValueError(
-                    f"state_dict: group {index} was saved with {key}={saved.get(key)!r}; this optimizer has {group.get(key)!r}"
-                )
-
-    def _restored(self, p: Tensor, group: dict[str, Any], saved: State) -> State:
-        if "step" in saved:
-            wanted = self.parts(group, p.ndim).layout(tuple(p.shape), p.dtype)
-            for name, (shape, _) in wanted.items():
-                found = saved.get(name)
-                if not isinstance(found, Tensor) or tuple(found.shape) != shape:
-                    what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else "nothing"
-                    raise ValueError(f"state_dict: {self._label(p)} needs {name!r} of shape {shape}; found {what}")
-        return {k: v.detach().to(p.device, copy=True) if isinstance(v, Tensor) else v for k, v in saved.items()}
+                    wanted = self.parts(group, p.ndim).layout(tuple(p.shape), p.dtype)
+                    self.state[p] = restored(p, state_dict["state"][key], wanted, self._label(p))
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in ("layerwise", "accumulate", "foreach")}
+        kept = {name: getattr(self, name) for name in ("layerwise", "accumulate", "max_norm", "replicas", "foreach")}
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         copied = not hasattr(self, "_home")  # unpickled or deep-copied: nothing was built by __init__
         super().__setstate__(state)
         if copied:
-            self._home, self._handles = {}, []
+            self._start()
             for index in range(len(self.param_groups)):
                 self._adopt(index)
-
-
-def _plain(value: Any) -> Any:
-    """Lists and tuples that hold the same compare equal: a checkpoint may have passed through JSON."""
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value

@@ -45,13 +45,16 @@ class GaLore(ProjectedOptimizer):
         svd: `"auto"`: exact for matrices with a side up to 512, else a sketch that starts from the old basis; or `"exact"`,
             `"randomized"`.
         seed: of the sketches.
-        layerwise: update inside the backward pass and free each gradient at once; not with a GradScaler or gradient clipping,
-            which need all gradients at a time.
+        layerwise: update inside the backward pass and free each gradient at once; not with a GradScaler or torch's own gradient
+            clipping, which need all gradients at a time (`max_norm` does not).
         accumulate: micro-batches a step where `layerwise` (save checkpoints between steps).
+        max_norm: clip by the global norm of the projected gradients (and of those of unprojected parameters).
+        replicas: with `layerwise` where several processes hold the same parameters and no DDP averages their gradients.
+        stagger: spread the choices of subspaces over the interval, so that no step but the first makes them all.
         foreach: update unprojected parameters in one fused call.
 
     State of a parameter: `step` (int), `right_basis (n, rank)` or `left_basis (m, rank)` (`factor0`, … for tensors), `energy`
-    (share of ‖G‖² in the subspace at its choice), `exp_avg`, `exp_avg_sq` of the low gradient's shape (uint8 with `absmax1`,
+    (share of ‖G‖² in the subspace at its choice), `overlap` (share of it in the one before), `phase` where staggered, `exp_avg`, `exp_avg_sq` of the low gradient's shape (uint8 with `absmax1`,
     `absmax2` in 8 bits), or `row`, `col`. Bases and moments are float32 where parameters have half precision.
 
     Raises:
@@ -104,6 +107,9 @@ class GaLore(ProjectedOptimizer):
         seed: int = 0,
         layerwise: bool = False,
         accumulate: int = 1,
+        max_norm: float | None = None,
+        replicas: bool | None = None,
+        stagger: bool = False,
         foreach: bool = True,
     ):
         defaults = {
@@ -121,7 +127,8 @@ class GaLore(ProjectedOptimizer):
             "svd": svd,
             "seed": seed,
         }
-        super().__init__(params, defaults, layerwise=layerwise, accumulate=accumulate, foreach=foreach)
+        how: dict[str, Any] = {"layerwise": layerwise, "accumulate": accumulate, "max_norm": max_norm, "replicas": replicas}
+        super().__init__(params, defaults, **how, stagger=stagger, foreach=foreach)
 
     def parts(self, group: dict[str, Any], ndim: int) -> Parts:
         """The composition for parameters of `ndim` dimensions."""

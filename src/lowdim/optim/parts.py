@@ -138,6 +138,28 @@ class ResidualRule:
         """A full-size term that is added to the update `scale · up(D)`, or None."""
         return None
 
+    def fused(
+        self,
+        weight: Tensor,
+        a: Tensor | None,
+        low: Tensor,
+        D: Tensor,
+        projector: Projector,
+        state: State,
+        *,
+        step_size: float,
+        beta: float,
+    ) -> bool:
+        """`weight ← beta · weight − step_size · (scale · up(D) + after(…))` in place, with fewer temporaries than the two alone.
+
+        False: nothing was done, the two are to be added one after the other.
+        """
+        return False
+
+    def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
+        """What it keeps in the state of a parameter of this shape and dtype."""
+        return {}
+
 
 class NoResidual(ResidualRule):
     """The rest of the gradient is dropped (GaLore)."""
@@ -212,9 +234,13 @@ class Parts:
     rotate: bool = False
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
-        """Every tensor of fixed size that projector and rule keep for a parameter."""
+        """Every tensor of fixed size that projector and rules keep for a parameter."""
         low = self.inner.layout(self.projector.low_shape(shape), dtype)
-        return {**self.projector.layout(shape, dtype), **low}
+        return {**self.projector.layout(shape, dtype), **low, **self.residual.layout(shape, dtype)}
+
+    def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Bytes of these tensors."""
+        return layout_bytes(self.layout(shape, dtype))
 
 
 def moment_dtype(dtype: torch.dtype) -> torch.dtype:

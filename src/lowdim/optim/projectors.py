@@ -41,7 +41,7 @@ class SVDProjector(Projector):
     `L D Rᵀ`.
 
     State: `right_basis (n, rank)` and/or `left_basis (m, rank)` in float32 or better, and `energy`, the share of `‖G‖²` that
-    the subspace held when it was chosen (0-dim).
+    the subspace held when it was chosen, and `overlap`, the share of it that lay in the one before (1 at first), both 0-dim.
 
     Args:
         svd: `"exact"`, `"randomized"` (warm-started from the old basis), or `"auto"`: exact for small matrices.
@@ -66,8 +66,8 @@ class SVDProjector(Projector):
         return ("right",) if (m >= n) == (self.proj_type == "std") else ("left",)
 
     def due(self, state: State, step: int) -> bool:
-        """At steps 0, T, 2T, …"""
-        return step % self.update_interval == 0 or not ("right_basis" in state or "left_basis" in state)
+        """At steps 0, T, 2T, …, the state's `phase` (if any) steps before."""
+        return (step + state.get("phase", 0)) % self.update_interval == 0 or not ("right_basis" in state or "left_basis" in state)
 
     def prepare(self, a: Tensor, state: State, step: int) -> bool:
         """Decompose the gradient if due. A gradient with NaN or infinity leaves the old basis; without one: ValueError."""
@@ -82,9 +82,10 @@ class SVDProjector(Projector):
             key = f"{side}_basis"
             old = state.get(key)
             basis, energy = self._choose(full.mT if side == "right" else full, old, step, side, a)
-            if self.rotates and old is not None:
-                state["rotation"] = old.mT @ basis
-            state[key], state["energy"] = basis, energy
+            turn = None if old is None else old.mT @ basis
+            if self.rotates and turn is not None:
+                state["rotation"] = turn
+            state[key], state["energy"], state["overlap"] = basis, energy, overlap(turn, energy)
         return True
 
     def _choose(self, matrix: Tensor, old: Tensor | None, step: int, side: Side, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +146,14 @@ class SVDProjector(Projector):
         """The bases, and the energy."""
         length = {"right": shape[1], "left": shape[0]}
         bases = {f"{side}_basis": ((length[side], self.rank), compute_dtype(dtype)) for side in self.sides(shape)}
-        return {**bases, "energy": ((), torch.float32)}
+        return {**bases, "energy": ((), torch.float32), "overlap": ((), torch.float32)}
+
+
+def overlap(turn: Tensor | None, like: Tensor) -> Tensor:
+    """`‖oldᵀ new‖²_F / r` from `oldᵀ new`: 1 for the same subspace, 0 for an orthogonal one; 1 where there was none before."""
+    if turn is None:
+        return torch.ones_like(like)
+    return (turn.square().sum() / turn.shape[1]).clamp(max=1.0).to(like.dtype)
 
 
 @dataclass(frozen=True)
@@ -165,8 +173,8 @@ class TuckerProjector(Projector):
     scale: float = 0.25
 
     def due(self, state: State, step: int) -> bool:
-        """At steps 0, T, 2T, …"""
-        return step % self.update_interval == 0 or "factor0" not in state
+        """At steps 0, T, 2T, …, the state's `phase` (if any) steps before."""
+        return (step + state.get("phase", 0)) % self.update_interval == 0 or "factor0" not in state
 
     def prepare(self, a: Tensor, state: State, step: int) -> bool:
         """Decompose the gradient if due. A gradient with NaN or infinity leaves the old factors; without them: ValueError."""

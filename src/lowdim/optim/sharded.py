@@ -7,6 +7,7 @@ gathering of the low direction.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lowdim.linalg import gather, is_sharded, local, match, replicate
 
-__all__ = ["add_product", "broadcast", "gather", "is_sharded", "local", "match", "owner", "replicate", "settle"]
+__all__ = ["add_product", "average", "broadcast", "check_alone", "check_whole", "gather", "is_sharded", "local", "match", "owner", "replicate", "settle"]
 
 
 def settle(low: Any) -> Tensor:
@@ -59,3 +60,35 @@ def broadcast(tensor: Tensor, like: Any) -> None:
         mesh = like.device_mesh
         for axis in range(mesh.ndim):  # the owner's first line, then every line from its first member
             torch.distributed.broadcast(tensor, group=mesh.get_group(axis), group_src=0)
+
+
+def check_whole(p: Tensor) -> None:
+    """Raise ValueError for a parameter that another library has flattened or cut: no matrix, no subspace."""
+    flat = type(p).__name__ == "FlatParameter" or getattr(p, "_fsdp_flattened", False)
+    if flat or hasattr(p, "ds_id"):
+        who = "FSDP1 has flattened" if flat else "DeepSpeed ZeRO-3 has partitioned"
+        raise ValueError(
+            f"params: {who} a parameter (shape here {tuple(p.shape)}), and a subspace needs the matrix; shard with FSDP2 "
+            "(torch.distributed.fsdp.fully_shard; accelerate: fsdp_version 2), which keeps each parameter a DTensor"
+        )
+
+
+def check_alone(p: Tensor, label: Callable[[Tensor], str]) -> None:
+    """Raise ValueError where an update in the backward pass would run on one process's gradient of a parameter that many hold."""
+    import torch.distributed as dist
+
+    if is_sharded(p) or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    raise ValueError(
+        f"layerwise=True: {label(p)} is held by {dist.get_world_size()} processes, and DDP averages gradients too late for an "
+        "update in the backward pass; shard with FSDP2 (fully_shard), or leave DDP away and set replicas=True"
+    )
+
+
+def average(tensor: Tensor | None) -> None:
+    """The mean over all processes, in place; a DTensor's gradient is one already."""
+    import torch.distributed as dist
+
+    if tensor is not None and not is_sharded(tensor) and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor.div_(dist.get_world_size())

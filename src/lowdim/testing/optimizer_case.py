@@ -288,9 +288,7 @@ class OptimizerCase:
                 for name, (shape, dtype) in layout.items():
                     assert tuple(state[name].shape) == shape, name
                     assert state[name].dtype == dtype, name
-                low = parts.projector.low_shape(tuple(p.shape))
-                forecast += parts.inner.nbytes(low, p.dtype)
-                forecast += parts.projector.nbytes(tuple(p.shape), group["rank"], p.dtype)
+                forecast += parts.nbytes(tuple(p.shape), p.dtype)
         assert state_bytes(optimizer) == forecast
 
     def test_loading_does_not_share_memory(self) -> None:

@@ -13,8 +13,8 @@ import torch.distributed as dist
 __all__ = ["in_processes"]
 
 
-def in_processes(function: Callable[[int, int], Any], world: int = 2) -> Any:
-    """What `function(rank, world)` gives in the first of `world` processes that form a process group.
+def in_processes(function: Callable[..., Any], world: int = 2, *arguments: Any) -> Any:
+    """What `function(rank, world, *arguments)` gives in the first of `world` processes that form a process group.
 
     The function must be importable by name in a fresh interpreter, and its result must pickle: numpy arrays, not tensors.
     An exception in any of them is raised here.
@@ -24,7 +24,7 @@ def in_processes(function: Callable[[int, int], Any], world: int = 2) -> Any:
         port = probe.getsockname()[1]
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
     multiprocessing: Any = torch.multiprocessing
-    running = multiprocessing.spawn(_work, (world, port, queue, function), nprocs=world, join=False)
+    running = multiprocessing.spawn(_work, (world, port, queue, function, arguments), nprocs=world, join=False)
     found: list[Any] = []
     while not running.join(timeout=0.2):
         if not found and not queue.empty():  # a large result blocks its process until it is read
@@ -32,11 +32,11 @@ def in_processes(function: Callable[[int, int], Any], world: int = 2) -> Any:
     return found[0] if found else queue.get()
 
 
-def _work(rank: int, world: int, port: int, queue: Any, function: Callable[[int, int], Any]) -> None:
+def _work(rank: int, world: int, port: int, queue: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    result = function(rank, world)
+    result = function(rank, world, *arguments)
     if rank == 0:
         queue.put(result)
     dist.barrier()

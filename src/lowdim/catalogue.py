@@ -105,7 +105,12 @@ def entries() -> tuple[Entry, ...]:
 BASELINES: tuple[Variant, ...] = (
     Variant("linear-probe", "Linear probe", rates=(1e-3, 3e-3, 1e-2, 3e-4, 1e-4)),
     Variant("lora", "LoRA", "lowdim.adapters:LoRA", {"rank": 8, "alpha": 16}, (1e-3, 3e-4, 3e-3, 1e-4, 1e-2)),
-    Variant("full", "Full fine-tuning", rates=(5e-5, 2e-5, 1e-4, 1e-5, 2e-4)),
+    Variant(
+        "full",
+        "Full fine-tuning",
+        rates=(5e-5, 2e-5, 1e-4, 1e-5, 2e-4),
+        scratch_rates=(1e-3, 3e-3, 3e-4, 1e-2, 1e-4),
+    ),
 )
 
 
@@ -160,6 +165,8 @@ def methods(selection: str) -> list[Variant]:
         if word == "all":
             chosen.update(variants())
         elif word in FAMILIES or word == "training":
+            if word == "training":
+                chosen["full"] = variant("full")
             families = ("optim", "layers") if word == "training" else (word,)
             for row in entries():
                 if row.available and row.family in families:

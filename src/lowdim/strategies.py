@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lowdim.adapters import Adapted
     from lowdim.calibrate import LossFn
 
-__all__ = ["Applied", "apply", "kind_of", "with_options"]
+__all__ = ["Applied", "apply", "kind_of", "total_loss", "training_extras", "with_options"]
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Applied:
 
     def trained(self) -> int:
         """How many numbers are trained."""
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad or hasattr(p, "float_grad"))
 
 
 def kind_of(variant: Variant) -> str:
@@ -146,6 +146,47 @@ def split_options(variant: Variant, steps: int) -> tuple[dict[str, Any], dict[st
     if "total_steps" in names and beside.get("total_steps") is None:
         beside["total_steps"] = steps
     return {name: value for name, value in variant.options.items() if name not in names}, beside
+
+
+def training_extras(variant: Variant, *, layerwise: bool, accumulate: int = 1, max_norm: float = 0.0) -> dict[str, Any]:
+    """What an optimizer must know of how one trains: layer-wise updates, how many micro-batches, and clipping where it clips.
+
+    An optimizer that frees gradients in the backward pass, or whose weights have none that others could see (INT8), clips by
+    the norm of projected gradients itself; the trainer must then not clip.
+
+    Raises:
+        ValueError: layer-wise updates of a method that is no optimizer.
+    """
+    if kind_of(variant) != "optimizer":
+        if layerwise:
+            raise ValueError(f"layerwise updates need a lowdim.optim method such as galore; {variant.name} is none")
+        return {}
+    extras: dict[str, Any] = {"layerwise": True, "accumulate": accumulate} if layerwise else {}
+    if max_norm and (layerwise or hasattr(variant.build(), "prepare_model")):
+        extras["max_norm"] = max_norm
+    return extras
+
+
+def total_loss(model: nn.Module, companion: Any, loss: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The loss of a batch with what the companion adds to it, for loops that only know a loss (`forward` runs it again).
+
+    The logits are those of the model's output, or the output itself.
+    """
+    extra = getattr(companion, "extra_loss", None)
+    if extra is None:
+        return loss()
+    seen: list[Any] = []
+    handle = model.register_forward_hook(lambda module, args, out: seen.append(getattr(out, "logits", out)))
+
+    def forward() -> Any:
+        loss()
+        return seen.pop()
+
+    try:
+        value = loss()
+        return value + extra(forward, seen.pop())
+    finally:
+        handle.remove()
 
 
 def _companion_names(variant: Variant) -> list[str]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
+from lowdim.architectures import SHAPES
+
 __all__ = ["compare", "parse_seconds"]
 
 #: Without --data: a sample of sentence polarity and a short run, to end within five minutes on two cores.
@@ -30,6 +32,8 @@ def compare(options: dict[str, Any], out: str, resume: bool) -> None:
     from lowdim.compare.runner import quote
 
     demo = given["data"] is None and given["task"] == "classify"
+    if given["task"] == "pretrain" and given["tokenizer"] is None and given["model"] in SHAPES:
+        given["tokenizer"] = "bytes"
     if given["data"] is None:
         given["data"] = ["lowdim:sentence-polarity" if demo else "lowdim:shakespeare"]
     for key, value in (_DEMO if demo else _USUAL).items():

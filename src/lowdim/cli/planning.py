@@ -28,18 +28,23 @@ def plan(
     length: int,
     dtype: str,
     checkpointing: bool,
+    layerwise: bool,
     layers: bool,
     as_json: bool,
 ) -> None:
     """Forecast each method and print what fits."""
-    check_choice("--task", task, ("classify", "causal-lm"))
+    check_choice("--task", task, ("classify", "causal-lm", "pretrain"))
     check_choice("--dtype", dtype, _DTYPES)
     check_int("--batch-size", batch_size, 1)
     check_int("--length", length, 1)
     from lowdim.units import parse_bytes
 
     limit = None if budget is None else parse_bytes(budget)
+    from lowdim.strategies import kind_of
+
     chosen = [v for v in choose(methods) if task == "classify" or v.name != "linear-probe"]
+    if task == "pretrain":
+        chosen = [v for v in chosen if kind_of(v) != "adapter"]
     import torch
 
     from lowdim import models
@@ -64,6 +69,7 @@ def plan(
                         task=task,
                         dtype=getattr(torch, dtype),
                         gradient_checkpointing=checkpointing,
+                        layerwise=layerwise and kind_of(variant) == "optimizer",
                         budget_bytes=limit,
                     )
                 )

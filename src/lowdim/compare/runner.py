@@ -20,15 +20,18 @@ from lowdim.catalogue import Variant, methods
 from lowdim.compare.live import LiveTable
 from lowdim.compare.result import mark, summarise
 from lowdim.compare.runs import Bench, Run, load_run, perform
-from lowdim.compare.settings import DEFAULT_METHODS, CompareSettings
+from lowdim.compare.settings import DEFAULT_METHODS, TRAINING_METHODS, CompareSettings
 from lowdim.compare.winner import hand_over
 from lowdim.errors import BudgetError, DataError, LowdimError
 from lowdim.files import read_json, write_json
 from lowdim.linalg import derive_seed
+from lowdim.strategies import kind_of
 from lowdim.train.data import locate
 from lowdim.train.environment import environment
 from lowdim.train.garbage import own_garbage
 from lowdim.train.metrics import Metric, metric_for
+from lowdim.train.packing import is_source, pretraining
+from lowdim.train.run import random_model, recipe_tokenizer
 from lowdim.train.tasks import Task, classification, language_modelling
 from lowdim.units import format_bytes
 
@@ -65,19 +68,24 @@ def compare(
     folder = Path(out)
     _claim(folder, settings, resume)
     metric = metric_for(settings.task, settings.metric)
-    chosen = [v for v in methods(",".join(settings.methods) or DEFAULT_METHODS) if _suits(v, settings.task)]
+    usual = TRAINING_METHODS if settings.task == "pretrain" else DEFAULT_METHODS
+    chosen = [v for v in methods(",".join(settings.methods) or usual) if _suits(v, settings.task)]
     if not chosen:
-        raise ValueError("--methods linear-probe is for --task classify; a language model has no new head to train")
+        raise ValueError(
+            f"--methods {','.join(settings.methods)}: none of them is for --task {settings.task} "
+            "(linear-probe needs a new head, an adapter a trained model)"
+        )
     console.print(f"Reading {', '.join(settings.data)}", highlight=False, markup=False)
-    tokenizer = models.load_tokenizer(settings.model)
+    tokenizer = recipe_tokenizer(settings.model, settings.tokenizer, settings.data, settings.text)
     task = _task(settings, tokenizer)
     for note in task.notes:
         console.print(f"  [yellow]note[/] {escape(note)}", highlight=False)
-    forecasts, skipped = _forecast(settings, task, chosen, console)
+    forecasts, skipped = _forecast(settings, task, chosen, tokenizer, console)
     bench = _bench(settings, task, metric, folder, tokenizer, console)
     write_json(folder / "settings.json", {**settings.to_dict(), "command": command})
     able = [v for v in chosen if v.name not in skipped]
-    trials = [Run(v, "trial", i, rate, settings.seed) for v in able for i, rate in enumerate(v.rates[: settings.trials])]
+    rates = {v.name: v.rates_for(bench.scratch)[: settings.trials] for v in able}
+    trials = [Run(v, "trial", i, rate, settings.seed) for v in able for i, rate in enumerate(rates[v.name])]
     records, rounds, notes = _run_all(settings, bench, able, trials, begun, console)
     rows = [
         summarise(
@@ -139,6 +147,8 @@ def _claim(folder: Path, settings: CompareSettings, resume: bool) -> None:
 
 
 def _suits(variant: Variant, task: str) -> bool:
+    if task == "pretrain" and kind_of(variant) == "adapter":
+        return False
     return not (variant.name == "linear-probe" and task != "classify")  # a language model has no new head to probe
 
 
@@ -157,26 +167,42 @@ def _task(settings: CompareSettings, tokenizer: Any) -> Task:
         )
     if settings.label is not None:
         raise DataError("--label is for --task classify; a language model has no labels")
+    most = models.longest_text(settings.model)
+    if settings.task == "pretrain":
+        return pretraining(
+            tokenizer,
+            settings.data,
+            length=settings.max_length,
+            evaluation=settings.evaluation,
+            text=settings.text,
+            most=most,
+            seed=settings.seed,
+            limit=settings.limit,
+        )
     return language_modelling(
         tokenizer,
         settings.data,
         evaluation=settings.evaluation,
         text=settings.text,
         max_length=settings.max_length,
-        most=models.longest_text(settings.model),
+        most=most,
         seed=settings.seed,
         limit=settings.limit,
     )
 
 
 def _forecast(
-    settings: CompareSettings, task: Task, chosen: list[Variant], console: Console
+    settings: CompareSettings, task: Task, chosen: list[Variant], tokenizer: Any, console: Console
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Peak bytes by method, and why some are left out. Batches are taken at the longest length that the data has."""
     from lowdim.plan import forecast
 
-    longest = max(len(row) for part in (task.train, task.validation) for row in part["input_ids"])
+    longest = task.max_length
+    if settings.task != "pretrain":
+        longest = max(len(row) for part in (task.train, task.validation) for row in part["input_ids"])
     config = models.load_config(settings.model)
+    if settings.tokenizer is not None:
+        models.fit_vocabulary(config, tokenizer)
     found, skipped = {}, {}
     for variant in chosen:
         try:
@@ -217,9 +243,13 @@ def _forecast(
 def _bench(settings: CompareSettings, task: Task, metric: Metric, folder: Path, tokenizer: Any, console: Console) -> Bench:
     from lowdim.train.head import fit_head
 
-    model = models.load_model(
-        settings.model, settings.task, num_labels=task.num_labels, seed=settings.seed, pad_token_id=tokenizer.pad_token_id
-    )
+    scratch = settings.task == "pretrain"
+    if scratch:
+        model = random_model(settings.model, "causal-lm", settings.seed, tokenizer if settings.tokenizer else None)
+    else:
+        model = models.load_model(
+            settings.model, settings.task, num_labels=task.num_labels, seed=settings.seed, pad_token_id=tokenizer.pad_token_id
+        )
     head = models.head_modules(model, settings.task)
     if torch.cuda.is_available():
         model.cuda()
@@ -234,9 +264,12 @@ def _bench(settings: CompareSettings, task: Task, metric: Metric, folder: Path, 
     decisive = {k: v for k, v in settings.to_dict().items() if k not in ("seeds", "trials", "time_limit", "budget", "methods")}
     digest = hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=8)
     for name in (*settings.data, *([settings.evaluation] if settings.evaluation else [])):
+        if is_source(name):
+            continue
         digest.update(locate(name).read_bytes())  # a file that has changed since makes other runs
     fingerprint = digest.hexdigest()
-    return Bench(model, task, head, metric, settings.steps, settings.batch_size, settings.max_length, folder, fingerprint)
+    sizes = settings.steps, settings.batch_size, settings.max_length
+    return Bench(model, task, head, metric, *sizes, folder, fingerprint, scratch=scratch)
 
 
 def _run_all(

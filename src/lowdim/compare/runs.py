@@ -54,6 +54,7 @@ class Bench:
     folder: Path
     fingerprint: str
     sample_batches: int = 4
+    scratch: bool = False
 
 
 def perform(bench: Bench, run: Run, *, on_step: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -74,6 +75,7 @@ def perform(bench: Bench, run: Run, *, on_step: Callable[[], None] = lambda: Non
     }
     torch.manual_seed(run.seed)
     try:
+        extras = strategies.training_extras(run.variant, layerwise=False, max_norm=FitSettings.max_grad_norm)
         applied = strategies.apply(
             run.variant,
             model,
@@ -83,14 +85,23 @@ def perform(bench: Bench, run: Run, *, on_step: Callable[[], None] = lambda: Non
             batches=bench.task.sample_batches(bench.sample_batches, bench.batch_size, next(model.parameters()).device),
             loss_fn=bench.task.loss_fn,
             seed=run.seed,
+            scratch=bench.scratch,
+            extras=extras,
         )
         record["config"] = {key: _jsonable(value) for key, value in applied.options.items()}
         record["trained_parameters"] = applied.trained()
+        settings = FitSettings(
+            steps=bench.steps,
+            batch_size=bench.batch_size,
+            lr=run.lr,
+            seed=run.seed,
+            clips_itself="max_norm" in extras,
+        )
         with tempfile.TemporaryDirectory() as scratch:
             result = fit(
                 applied,
                 bench.task,
-                FitSettings(steps=bench.steps, batch_size=bench.batch_size, lr=run.lr, seed=run.seed),
+                settings,
                 Path(scratch),
                 measure_memory=run.phase == "trial" and run.index == 0,
                 callbacks=(_step_callback(on_step),),
@@ -135,10 +146,22 @@ def _save(applied: strategies.Applied, run: Run, bench: Bench) -> int:
         applied.adapted.save(folder / "adapter")
         return (folder / "adapter" / "adapter.safetensors").stat().st_size
     trained = {name: p for name, p in applied.model.named_parameters() if p.requires_grad}
+    if applied.kind != "probe":
+        trained = _tensors(applied.model)
     kept = any(file.parent != folder for file in folder.parent.glob("seed-*/weights.safetensors"))
     if applied.kind == "probe" or not kept:
         write_tensors(folder / "weights.safetensors", trained)
     return sum(p.numel() * p.element_size() for p in trained.values())
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All of a model's state, tied tensors once: structured layers keep some of it in buffers."""
+    found, seen = {}, set()
+    for name, value in model.state_dict().items():
+        if isinstance(value, torch.Tensor) and (value.numel() == 0 or value.data_ptr() not in seen):
+            seen.add(value.data_ptr())
+            found[name] = value
+    return found
 
 
 def _step_callback(on_step: Callable[[], None]) -> Any:

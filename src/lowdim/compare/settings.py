@@ -11,6 +11,8 @@ from lowdim.models import TASKS
 __all__ = ["DEFAULT_METHODS", "CompareSettings"]
 
 DEFAULT_METHODS = "linear-probe,lora,full,lamda,randlora,galore"
+#: For pretraining, where an adapter on random weights makes no sense.
+TRAINING_METHODS = "full,training"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,7 @@ class CompareSettings:
     data: tuple[str, ...]
     evaluation: str | None = None
     task: str = "classify"
+    tokenizer: str | None = None  # bytes, characters, a folder, a hub id; for pretraining
     text: str | None = None
     label: str | None = None
     methods: tuple[str, ...] = ()
@@ -41,6 +44,8 @@ class CompareSettings:
         for name, low in (("seeds", 1), ("trials", 1), ("steps", 3), ("batch_size", 1), ("max_length", 4)):
             check_int(f"--{name.replace('_', '-')}", getattr(self, name), low)
         check_int("--trials", self.trials, 1, 5)
+        if self.tokenizer is not None and self.task != "pretrain":
+            raise ValueError(f"--tokenizer is for --task pretrain; got {self.tokenizer!r} for {self.task}")
         if not self.data:
             raise ValueError("--data must name at least one file")
 

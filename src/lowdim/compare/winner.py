@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lowdim import models
-from lowdim.adapters import load_adapter
+from lowdim.adapters import Adapted, load_adapter
 from lowdim.compare.runs import Bench
 from lowdim.compare.settings import CompareSettings
 from lowdim.export import ExportResult, export
@@ -53,20 +53,20 @@ def restore(bench: Bench, run: Path) -> Any:
         return load_adapter(base, run / "adapter")
     tensors, _ = read_tensors(run / "weights.safetensors")
     record = read_json(run / "run.json")
-    _swap_back(base, record)
+    _swap_back(base, record, bench.scratch)
     missing = base.load_state_dict(tensors, strict=False).unexpected_keys
     if missing:
         raise ValueError(f"{run} does not fit the model: {', '.join(missing[:3])}")
     return base
 
 
-def _swap_back(model: nn.Module, record: dict[str, Any]) -> None:
+def _swap_back(model: nn.Module, record: dict[str, Any], scratch: bool) -> None:
     """Structured layers are put in place again before their weights are loaded."""
     from lowdim import catalogue, strategies
 
     variant = catalogue.variant(record["method"])
-    if strategies.kind_of(variant) == "layer":
-        strategies.apply(variant, model, lr=record["lr"], steps=record["steps"])
+    if strategies.kind_of(variant) == "layer" or hasattr(variant.build() if variant.target else None, "prepare_model"):
+        strategies.apply(variant, model, lr=record["lr"], steps=record["steps"], seed=record["seed"], scratch=scratch)
 
 
 def _usable(run: Path) -> bool:
@@ -88,7 +88,7 @@ def _check(model: Any, bench: Bench, settings: CompareSettings, result: ExportRe
     """Largest difference of logits between what was trained and what other tools load from the folder."""
     rows = [bench.task.test[i] for i in range(min(8, len(bench.task.test)))]
     batch = bench.task.collate(rows)
-    trained: nn.Module = getattr(model, "model", model)
+    trained: nn.Module = model.model if isinstance(model, Adapted) else model  # many models have a part of that name
     device = next(trained.parameters()).device
     want = trained.eval()(**{k: v.to(device) for k, v in batch.items()}).logits.cpu()
     try:

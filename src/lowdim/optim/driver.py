@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowdim.errors import check_float, check_int
+from lowdim.linalg import has_numbers
 from lowdim.optim import dense, sharded
 from lowdim.optim.inner import AdamWRule
 from lowdim.optim.parts import Parts, State
@@ -275,7 +276,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         projector = parts.projector
         if group["stagger"] and "phase" not in state and not isinstance(projector, Identity):
             state["phase"] = self._phase(p, group)
-        due = projector.due(state, step)
+        due = projector.due(state, step) and has_numbers(a)  # a forecast chooses nothing, and takes its time
         if due:
             self._progress.begin(step)
         try:

@@ -20,7 +20,7 @@ from lowdim.errors import UnknownNameError, check_choice, check_int
 
 __all__ = ["Subject", "fake_batch", "fake_mode"]
 
-TASKS = ("classify", "causal-lm")
+TASKS = ("classify", "causal-lm", "pretrain")
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _without_packing() -> Iterator[None]:
 def fake_batch(subject: Subject, batch_size: int, sequence_length: int) -> dict[str, Tensor]:
     """A batch of the task: for classification with a mask that may hide tokens, for language modelling full blocks."""
     ids = torch.zeros(batch_size, sequence_length, dtype=torch.long, device=subject.device)
-    if subject.task == "causal-lm":
+    if subject.task != "classify":
         return {"input_ids": ids, "labels": ids.clone()}
     labels = torch.zeros(batch_size, dtype=torch.long, device=subject.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

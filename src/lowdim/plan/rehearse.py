@@ -16,7 +16,7 @@ from lowdim.plan.kernels import hidden_bytes
 from lowdim.plan.measuring import optimizer_tensors
 from lowdim.plan.tracker import Peak, Tracker, unique_bytes
 from lowdim.plan.work import Work, speed
-from lowdim.strategies import Applied, apply, kind_of
+from lowdim.strategies import Applied, apply, kind_of, total_loss
 
 __all__ = ["Plan", "Rehearsal", "rehearse"]
 
@@ -67,7 +67,8 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
         model = subject.build(depth)
         weight_bytes = unique_bytes([*model.parameters(), *model.buffers()])
         head = _head(model, subject.task)
-        applied = apply(variant, model, lr=plan.lr, steps=plan.steps, head=head, initialise=False)
+        scratch = subject.task == "pretrain"
+        applied = apply(variant, model, lr=plan.lr, steps=plan.steps, head=head, initialise=False, scratch=scratch)
         applied.model.train()
         if plan.gradient_checkpointing:
             _checkpoint(applied.model)
@@ -78,6 +79,7 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
             if p.requires_grad
         ]
         optimizer = applied.make_optimizer(plan.lr)
+        companion = None if applied.make_companion is None else applied.make_companion(optimizer)
         tracker.add(optimizer_tensors(optimizer), "optimizer_state")
         batch = fake_batch(subject, plan.batch_size, plan.sequence_length) if plan.batch is None else plan.batch()
         tracker.add([t for t in batch.values() if isinstance(t, Tensor)] if isinstance(batch, dict) else [], "activations")
@@ -86,7 +88,7 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
         with tracker:
             for step in range(1, steps + 1):
                 work.on = step == 2
-                _step(applied, optimizer, batch, plan.loss_fn, tracker, marks, step)
+                _step(applied, optimizer, companion, batch, plan.loss_fn, tracker, marks, step)
         for handle in (*hooks, *marks.handles):
             handle.remove()
         amounts = {
@@ -103,6 +105,7 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
 def _step(
     applied: Applied,
     optimizer: torch.optim.Optimizer,
+    companion: Any,
     batch: Any,
     loss_fn: LossFn,
     tracker: Tracker,
@@ -110,7 +113,7 @@ def _step(
     step: int,
 ) -> None:
     marks.begin(step, "forward", "before", "activations")
-    loss = loss_fn(applied.model, batch)
+    loss = total_loss(applied.model, companion, lambda: loss_fn(applied.model, batch))
     if applied.adapted is not None:
         loss = loss + applied.adapted.regularizer()
     marks.begin(step, "backward", "after", "workspace")
@@ -121,6 +124,8 @@ def _step(
     tracker.add(optimizer_tensors(optimizer), "optimizer_state")
     if applied.adapted is not None:
         applied.adapted.step(optimizer)
+    if companion is not None:
+        companion.step()
     optimizer.zero_grad()
 
 

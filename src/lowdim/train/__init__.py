@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lowdim.train.recipes import Recipe, load_recipe
     from lowdim.train.run import run_recipe
     from lowdim.train.tasks import Task, classification, language_modelling
+    from lowdim.train.tokenizers import byte_tokenizer, character_tokenizer
 
 __all__ = [
     "AdaptedCallback",
@@ -18,6 +19,8 @@ __all__ = [
     "FitSettings",
     "Recipe",
     "Task",
+    "byte_tokenizer",
+    "character_tokenizer",
     "classification",
     "fit",
     "language_modelling",
@@ -33,6 +36,8 @@ _HOMES = {
     "Task": "tasks",
     "classification": "tasks",
     "language_modelling": "tasks",
+    "byte_tokenizer": "tokenizers",
+    "character_tokenizer": "tokenizers",
     "Recipe": "recipes",
     "load_recipe": "recipes",
     "run_recipe": "run",

@@ -13,7 +13,7 @@ from typing import Any
 from lowdim.errors import DataError, UnknownNameError, nearest
 from lowdim.train.tables import SHIPPED, locate, read_rows, read_text
 
-__all__ = ["SHIPPED", "Examples", "Splits", "locate", "read_examples", "read_text", "read_texts", "split"]
+__all__ = ["SHIPPED", "Examples", "Splits", "locate", "read_examples", "read_text", "read_texts", "split", "text_column"]
 
 _TEXT_NAMES = ("text", "sentence", "content", "review", "question", "document", "body", "comment", "utterance", "tweet")
 _LABEL_NAMES = ("label", "labels", "class", "category", "sentiment", "target", "intent", "y", "topic")
@@ -130,10 +130,7 @@ def read_texts(paths: Sequence[str | Path], *, text: str | None = None) -> tuple
             documents.append(read_text(path))
             continue
         rows = read_rows(path)
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        column = _column("--text", text, columns, _TEXT_NAMES, str(path)) or _longest(rows, columns)
-        if column is None:
-            raise UnknownNameError(f"{path}: no column holds text; columns: {', '.join(columns)}")
+        column = text_column(rows, text, str(path))
         found = [str(_plain(row[column], column, path)) for row in rows if not _blank(row.get(column))]
         if len(found) < len(rows):
             notes.append(f"{len(rows) - len(found)} rows of {path} have an empty text and were left out")
@@ -141,6 +138,19 @@ def read_texts(paths: Sequence[str | Path], *, text: str | None = None) -> tuple
     if not documents:
         raise DataError(f"{', '.join(map(str, paths))}: no text was found")
     return documents, notes
+
+
+def text_column(rows: list[dict[str, Any]], asked: str | None, name: str) -> str:
+    """The column that holds the text: the one asked for, one with a usual name, or the longest.
+
+    Raises:
+        UnknownNameError: it does not exist, or no column holds text.
+    """
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    column = _column("--text", asked, columns, _TEXT_NAMES, name) or _longest(rows, columns)
+    if column is None:
+        raise UnknownNameError(f"{name}: no column holds text; columns: {', '.join(columns)}")
+    return column
 
 
 def split(

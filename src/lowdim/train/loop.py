@@ -8,6 +8,7 @@ import os
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from lowdim.errors import CheckpointError, check_choice
 from lowdim.files import read_json
 from lowdim.models import quiet
 from lowdim.strategies import Applied
+from lowdim.train.attendant import attendant
 from lowdim.train.callbacks import AdaptedCallback
 from lowdim.train.garbage import own_garbage
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from lowdim.train.tasks import Task
 
 __all__ = ["FitResult", "FitSettings", "fit"]
+
+_COMPANION = "companion.pt"  # in a checkpoint
+_SUBSPACE = "subspace_"  # before the names of what a projected optimizer logs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +45,23 @@ class FitSettings:
     max_grad_norm: float = 1.0
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
+    clips_itself: bool = False  # the optimizer clips what it projects: it frees gradients before anyone could clip them
     bf16: bool = False  # autocast; weights stay as they are
     seed: int = 0
     save_steps: int = 0  # 0: no checkpoints
     log_steps: int = 1
+    eval_steps: int = 0  # 0: score the validation part at the end only
+    watch: bool = False  # log norms of full and projected gradients
     report_to: str = "none"
 
 
 @dataclass
 class FitResult:
-    """What one run gave: the loss of each logged step, its time and memory, and why it ended."""
+    """What one run gave: the loss of each logged step, its time and memory, and why it ended.
+
+    `evaluations` are `(step, loss in nats a token)` of the validation part, `subspaces` what a projected optimizer logged,
+    `spikes` the steps whose loss jumped.
+    """
 
     steps: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -57,6 +69,9 @@ class FitResult:
     seconds_per_step: float = math.nan
     peak_bytes: int | None = None
     failure: str | None = None
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    subspaces: list[dict[str, float]] = field(default_factory=list)
+    spikes: list[int] = field(default_factory=list)
 
 
 def fit(
@@ -68,6 +83,7 @@ def fit(
     resume: bool = False,
     measure_memory: bool = False,
     callbacks: tuple[Any, ...] = (),
+    say: Callable[[str], None] = lambda line: None,
 ) -> FitResult:
     """Train `applied.model` on the task's training part.
 
@@ -75,6 +91,7 @@ def fit(
         folder: where the trainer keeps its checkpoints, if any.
         resume: go on from the newest checkpoint in `folder`.
         measure_memory: record the peak of one real step (the third), which makes that step slower.
+        say: is told of spikes and scores while the training goes on.
 
     Returns:
         A `FitResult`; a loss that is not finite ends the run and is reported as `failure`, not raised.
@@ -86,7 +103,7 @@ def fit(
     """
     check_tracker(settings.report_to)
     with own_garbage():
-        return _fit(applied, task, settings, folder, resume, measure_memory, callbacks)
+        return _fit(applied, task, settings, folder, resume, measure_memory, callbacks, say)
 
 
 def _fit(
@@ -97,6 +114,7 @@ def _fit(
     resume: bool,
     measure_memory: bool,
     callbacks: tuple[Any, ...],
+    say: Callable[[str], None],
 ) -> FitResult:
     from transformers import TrainingArguments
 
@@ -112,7 +130,7 @@ def _fit(
         learning_rate=settings.lr,
         lr_scheduler_type=settings.schedule,
         warmup_steps=round(settings.warmup * settings.steps),
-        max_grad_norm=settings.max_grad_norm,
+        max_grad_norm=0.0 if settings.clips_itself else settings.max_grad_norm,
         weight_decay=0.0,
         bf16=settings.bf16,
         seed=settings.seed,
@@ -139,6 +157,8 @@ def _fit(
         data_collator=task.collate,
         callbacks=[*own, recorder, *callbacks],
     )
+    trainer.watch = settings.watch
+    trainer.add_callback(attendant(trainer, task, settings, result, say))
     _silence(trainer)
     try:
         with quiet():  # a progress bar for each checkpoint that is written, otherwise
@@ -151,6 +171,9 @@ def _fit(
     history = [entry for entry in trainer.state.log_history if "loss" in entry]  # includes what a resumed run did before
     result.steps = [int(entry["step"]) for entry in history]
     result.losses = [float(entry["loss"]) for entry in history]
+    told = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    result.evaluations = [(int(entry["step"]), float(entry["eval_loss"])) for entry in told]
+    result.subspaces = [{"step": e["step"], **_subspace(e)} for e in history if _subspace(e)]
     result.grad_norms = [float(entry["grad_norm"]) for entry in history if "grad_norm" in entry]
     if recorder.times:
         result.seconds_per_step = statistics.median(recorder.times)
@@ -165,6 +188,8 @@ def _trainer_class() -> Any:
     class StrategyTrainer(Trainer):
         def __init__(self, applied: Applied, lr: float, **kwargs: Any):
             self.applied, self.applied_lr = applied, lr
+            self.companion: Any = None
+            self.watch = False
             super().__init__(**kwargs)
             # Every loss here is a mean over the batch. Many classifiers take any keyword and so seem to divide by the items of
             # all accumulated batches, but do not; the trainer would then leave their gradient as many times too large.
@@ -173,13 +198,37 @@ def _trainer_class() -> Any:
         def create_optimizer(self, model: Any = None) -> Any:
             if self.optimizer is None:
                 self.optimizer = self.applied.make_optimizer(self.applied_lr)
+                if self.applied.make_companion is not None:
+                    self.companion = self.applied.make_companion(self.optimizer)
             return self.optimizer
 
         def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
             if self.applied.adapted is not None:
                 loss = loss + self.applied.adapted.regularizer()
+            if model.training and hasattr(self.companion, "extra_loss"):
+                loss = loss + self.companion.extra_loss(lambda: model(**inputs).logits, outputs.logits)
             return (loss, outputs) if return_outputs else loss
+
+        def plain_optimizer(self) -> Any:
+            """Without the wrapper that accelerate puts around it."""
+            return getattr(self.optimizer, "optimizer", self.optimizer)
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            numbers = getattr(self.plain_optimizer(), "log", None)
+            if "loss" in logs and numbers is not None and self.watch:
+                logs.update({f"{_SUBSPACE}{name}": value for name, value in numbers().items()})
+            super().log(logs, *args, **kwargs)
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            if self.companion is not None and self.args.should_save:
+                torch.save(self.companion.state_dict(), Path(output_dir) / _COMPANION)
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if self.companion is not None and checkpoint is not None:
+                self.companion.load_state_dict(torch.load(Path(checkpoint) / _COMPANION, weights_only=True))
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             try:
@@ -239,6 +288,10 @@ def _recorder(result: FitResult, applied: Applied, measure: bool) -> Any:
                 self.peak = None
 
     return Recorder()
+
+
+def _subspace(entry: dict[str, Any]) -> dict[str, float]:
+    return {key.removeprefix(_SUBSPACE): float(value) for key, value in entry.items() if key.startswith(_SUBSPACE)}
 
 
 def check_tracker(name: str) -> None:

@@ -48,7 +48,8 @@ def metric_for(task: str, name: str | None = None) -> Metric:
     Raises:
         UnknownNameError: not a metric of this task.
     """
-    names = [m.name for m in METRICS.values() if m.task == task]
+    family = "causal-lm" if task == "pretrain" else task
+    names = [m.name for m in METRICS.values() if m.task == family]
     if name is None:
         return METRICS[names[0]]
     check_choice(f"metric for {task}", name, names)

@@ -21,12 +21,18 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     model: str = Field(description="A folder, a hub id, or minilm, stories260k, smollm2-135m")
-    task: Literal["classify", "causal-lm"] = Field("classify", description="What is learnt")
-    pretrained: bool = Field(True, description="False starts from random weights: pretraining")
+    task: Literal["classify", "causal-lm", "pretrain"] = Field(
+        "classify", description="What is learnt; pretrain is causal-lm from random weights on packed text"
+    )
+    pretrained: bool = Field(True, description="False starts from random weights")
+    tokenizer: str | None = Field(None, description="bytes, characters, a folder or a hub id; null: the model's own (pretrain)")
     method: str = Field("lora", description="A name from `lowdim list`, or linear-probe, lora, full")
     options: dict[str, Any] = Field(default_factory=dict, description="Hyperparameters of the method")
 
-    data: list[str] = Field(min_length=1, description="Files; lowdim:shakespeare and lowdim:sentence-polarity are shipped")
+    data: list[str] = Field(
+        min_length=1, description="Files, or datasets:PATH[:CONFIG[:SPLIT]] (pretrain); lowdim:shakespeare is shipped"
+    )
+    streaming: bool | None = Field(None, description="Pack text while training (pretrain); null: for datasets: sources only")
     eval: str | None = Field(None, description="A test file of its own")
     text: str | None = Field(None, description="Name of the text column")
     label: str | None = Field(None, description="Name of the label column")
@@ -37,6 +43,8 @@ class Recipe(BaseModel):
     steps: int = Field(100, ge=1, description="Optimizer steps")
     batch_size: int = Field(16, ge=1, description="Texts of a forward pass, per device")
     gradient_accumulation: int = Field(1, ge=1, description="Forward passes of an optimizer step")
+    total_batch: int | None = Field(None, ge=1, description="Texts of an optimizer step on all devices; sets the accumulation")
+    layerwise: bool = Field(False, description="Update in the backward pass and free each gradient at once (lowdim.optim)")
     lr: float | None = Field(None, gt=0, description="Peak learning rate; the method's own first choice if left out")
     warmup: float = Field(0.1, ge=0, le=1, description="Share of the steps")
     schedule: Literal[
@@ -47,10 +55,16 @@ class Recipe(BaseModel):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the weights")
     bf16: bool = Field(False, description="Compute in bfloat16 by autocast")
     seed: int = Field(0, ge=0, description="Of everything that is drawn")
+    eval_steps: int = Field(0, ge=0, description="Score the validation part every so many steps; 0: at the end (pretrain)")
     save_steps: int = Field(0, ge=0, description="A checkpoint every so many steps; 0: none")
     report_to: str = Field("none", description="A tracker that transformers knows, e.g. tensorboard")
 
     out: str = Field("lowdim-run", description="Folder of the results")
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the weights start at random."""
+        return self.task == "pretrain" or not self.pretrained
 
     @field_validator("data", mode="before")
     @classmethod

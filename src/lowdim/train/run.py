@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +48,22 @@ def run_recipe(
     metric = metric_for(recipe.task, recipe.metric)
     check_tracker(recipe.report_to)
     _claim(folder, recipe, resume)
-    tokenizer = models.load_tokenizer(recipe.model)
+    accumulation = accumulate(recipe)
+    extras = strategies.training_extras(
+        chosen, layerwise=recipe.layerwise, accumulate=accumulation, max_norm=recipe.max_grad_norm
+    )
+    tokenizer = recipe_tokenizer(recipe.model, recipe.tokenizer, recipe.data, recipe.text)
     task = load_task(recipe, tokenizer)
     for note in task.notes:
         say(f"note: {note}")
     torch.manual_seed(recipe.seed)
-    model = load_base(recipe, task.num_labels, tokenizer.pad_token_id)
+    model = load_base(recipe, task.num_labels, tokenizer)
     head = models.head_modules(model, recipe.task)
     if recipe.pretrained and recipe.task == "classify":
         from lowdim.train.head import fit_head
 
         fit_head(model, head, task)
-    lr = recipe.lr if recipe.lr is not None else chosen.rates[0]
+    lr = recipe.lr if recipe.lr is not None else chosen.rates_for(recipe.from_scratch)[0]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     before = task.evaluate(model, task.validation, metric)
@@ -71,12 +77,24 @@ def run_recipe(
         batches=task.sample_batches(4, recipe.batch_size, device),
         loss_fn=task.loss_fn,
         seed=recipe.seed,
+        scratch=recipe.from_scratch,
+        extras=extras,
     )
     trained = applied.trained()  # now: some methods train less and less
     say(f"{chosen.label}: {trained:,} trained parameters, learning rate {lr:g}")
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))
+    settings = dataclasses.replace(
+        _settings(recipe, lr), gradient_accumulation=accumulation, clips_itself=extras.get("max_norm") is not None
+    )
     result = fit(
-        applied, task, _settings(recipe, lr), folder / "checkpoints", resume=resume, measure_memory=True, callbacks=callbacks
+        applied,
+        task,
+        settings,
+        folder / "checkpoints",
+        resume=resume,
+        measure_memory=True,
+        callbacks=callbacks,
+        say=say,
     )
     validation = math.nan if result.failure else task.evaluate(model, task.validation, metric)
     if not math.isfinite(validation):
@@ -98,6 +116,9 @@ def run_recipe(
         "data": {"name": task.name, **task.sizes(), "notes": list(task.notes), "labels": list(task.classes)},
         "losses": result.losses,
         "loss_steps": result.steps,
+        "evaluations": [list(row) for row in result.evaluations],
+        "subspaces": result.subspaces,
+        "spikes": result.spikes,
         "seconds_per_step": result.seconds_per_step,
         "measured_peak_bytes": result.peak_bytes,
         "environment": environment(),
@@ -123,19 +144,67 @@ def load_task(recipe: Recipe, tokenizer: Any) -> Task:
     }
     if recipe.task == "classify":
         return classification(tokenizer, recipe.data, label=recipe.label, **keywords)
+    if recipe.task == "pretrain":
+        from lowdim.train.packing import pretraining
+
+        length = keywords.pop("max_length")
+        return pretraining(tokenizer, recipe.data, length=length, streaming=recipe.streaming, **keywords)
     return language_modelling(tokenizer, recipe.data, **keywords)
 
 
-def load_base(recipe: Recipe, num_labels: int, pad_token_id: int | None) -> nn.Module:
+def recipe_tokenizer(model: str, name: str | None, data: Sequence[str], text: str | None) -> Any:
+    """A tokenizer by name: `bytes`, `characters` (of the data), a folder or hub id; None takes the model's own.
+
+    Raises:
+        UnknownNameError: it cannot be found, or the model has none.
+        DataError: characters are wanted of a text that is not known beforehand.
+    """
+    from lowdim.train.packing import training_text
+    from lowdim.train.tokenizers import byte_tokenizer, character_tokenizer
+
+    if name == "bytes":
+        return byte_tokenizer()
+    if name == "characters":
+        return character_tokenizer(training_text(data, text))
+    return models.load_tokenizer(name or model)
+
+
+def accumulate(recipe: Recipe) -> int:
+    """Forward passes of an optimizer step on each device.
+
+    Raises:
+        ValueError: the batch cannot be split evenly over the devices.
+    """
+    if recipe.total_batch is None:
+        return recipe.gradient_accumulation
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    at_once = recipe.batch_size * world
+    if recipe.total_batch % at_once:
+        raise ValueError(
+            f"total_batch must be a multiple of batch_size x processes = {recipe.batch_size} x {world}; got {recipe.total_batch}"
+        )
+    return recipe.total_batch // at_once
+
+
+def load_base(recipe: Recipe, num_labels: int, tokenizer: Any) -> nn.Module:
     """The model that the recipe starts from: pre-trained, or random weights drawn from its seed."""
     dtype = getattr(torch, recipe.dtype)
-    if recipe.pretrained:
+    if not recipe.from_scratch:
         return models.load_model(
-            recipe.model, recipe.task, num_labels=num_labels, seed=recipe.seed, dtype=dtype, pad_token_id=pad_token_id
+            recipe.model, recipe.task, num_labels=num_labels, seed=recipe.seed, dtype=dtype, pad_token_id=tokenizer.pad_token_id
         )
+    fitted = tokenizer if recipe.tokenizer is not None else None
+    return random_model(recipe.model, recipe.task, recipe.seed, fitted, num_labels=num_labels).to(dtype)
+
+
+def random_model(name: str, task: str, seed: int, tokenizer: Any = None, *, num_labels: int = 2) -> nn.Module:
+    """A model of this shape with weights drawn from the seed, and the tokenizer's vocabulary if one is given."""
+    config = models.load_config(name)
+    if tokenizer is not None:
+        models.fit_vocabulary(config, tokenizer)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        return models.build(models.load_config(recipe.model), recipe.task, num_labels=num_labels).to(dtype)
+        torch.manual_seed(seed)
+        return models.build(config, task, num_labels=num_labels)
 
 
 def load_run(folder: str | Path) -> tuple[Any, Recipe, Variant]:
@@ -156,7 +225,7 @@ def load_run(folder: str | Path) -> tuple[Any, Recipe, Variant]:
     chosen = strategies.with_options(variant(recipe.method), recipe.options)
     if not (folder / "adapter").is_dir():
         raise CheckpointError(f"{folder} holds no adapter; its model is in {folder / 'model'}, ready to use")
-    base = load_base(recipe, labels, models.load_tokenizer(recipe.model).pad_token_id)
+    base = load_base(recipe, labels, recipe_tokenizer(recipe.model, recipe.tokenizer, recipe.data, recipe.text))
     return load_adapter(base, folder / "adapter"), recipe, chosen
 
 
@@ -180,6 +249,8 @@ def _settings(recipe: Recipe, lr: float) -> FitSettings:
         bf16=recipe.bf16,
         seed=recipe.seed,
         save_steps=recipe.save_steps,
+        eval_steps=recipe.eval_steps,
+        watch=recipe.from_scratch,
         report_to=recipe.report_to,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from lowdim.surgery import model_device
 from lowdim.train.data import Examples, read_examples, read_texts, split
 from lowdim.train.metrics import Metric, classification_score
 
-__all__ = ["Task", "classification", "language_modelling"]
+__all__ = ["Task", "classification", "language_modelling", "stack_blocks"]
 
 
 @dataclass
@@ -49,14 +50,15 @@ class Task:
         return max(2, len(self.classes))
 
     def sizes(self) -> dict[str, int]:
-        """Rows in each part."""
-        return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
+        """Rows in each part; a stream has none that could be counted."""
+        train = {"train": len(self.train)} if hasattr(self.train, "__len__") else {}
+        return {**train, "validation": len(self.validation), "test": len(self.test)}
 
     def sample_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
         """The first training rows, for methods that look at data before they start."""
-        for start in range(0, min(count * batch_size, len(self.train)), batch_size):
-            stop = min(start + batch_size, len(self.train))
-            batch = self.collate([self.train[i] for i in range(start, stop)])
+        rows = list(itertools.islice(iter(self.train), count * batch_size))
+        for start in range(0, len(rows), batch_size):
+            batch = self.collate(rows[start : start + batch_size])
             yield {key: value.to(device) for key, value in batch.items()}
 
     @staticmethod
@@ -198,7 +200,7 @@ def language_modelling(
     train, chosen = rest[: len(rest) - validation_count], rest[len(rest) - validation_count :]
     random.Random(f"{seed}/blocks").shuffle(train)
     learn, choose, report = (datasets.Dataset.from_dict({"input_ids": p, "labels": p}) for p in (train[:limit], chosen, held))
-    return Task("causal-lm", learn, choose, report, _stack, max_length, (), tuple(notes), _name(files), evaluation_batch=16)
+    return Task("causal-lm", learn, choose, report, stack_blocks, max_length, (), tuple(notes), _name(files), evaluation_batch=16)
 
 
 def _first(examples: Examples, limit: int) -> Examples:
@@ -228,7 +230,8 @@ class _Pad:
         return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["labels"] for row in rows])}
 
 
-def _stack(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+def stack_blocks(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Blocks of one length as a batch that is its own target."""
     ids = torch.tensor([row["input_ids"] for row in rows])
     return {"input_ids": ids, "labels": ids.clone()}
 

@@ -1,0 +1,57 @@
+"""What goes on beside the steps of a run: the method's companion, scores on the way, an alarm, a rehearsal of saving."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowdim.train.metrics import metric_for
+from lowdim.train.watching import SpikeAlarm, rehearse_saving
+
+if TYPE_CHECKING:
+    from lowdim.train.loop import FitResult, FitSettings
+    from lowdim.train.tasks import Task
+
+__all__ = ["attendant"]
+
+_KEPT = 3  # two whole checkpoints, and the next one beside them
+
+
+def attendant(trainer: Any, task: Task, settings: FitSettings, result: FitResult, say: Callable[[str], None]) -> Any:
+    """A callback for this trainer; made late, so that importing lowdim.train stays cheap."""
+    from transformers import TrainerCallback
+
+    class Attendant(TrainerCallback):
+        def __init__(self) -> None:
+            self.alarm = SpikeAlarm()
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            optimizer = trainer.plain_optimizer()
+            if hasattr(optimizer, "watcher"):
+                optimizer.watcher.on = settings.watch
+            self.alarm.recall(float(entry["loss"]) for entry in state.log_history if "loss" in entry)
+            if settings.save_steps and not state.global_step and not trainer.is_fsdp_enabled and state.is_world_process_zero:
+                rehearse_saving(trainer.model, optimizer, trainer.companion, Path(args.output_dir), _KEPT)
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if trainer.companion is not None:
+                trainer.companion.step()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs and self.alarm.spike(float(logs["loss"])):
+                result.spikes.append(state.global_step)
+                say(f"step {state.global_step}: the loss jumped to {float(logs['loss']):.4f} (usual: {self._usual()})")
+
+        def _usual(self) -> str:
+            return f"below {self.alarm.threshold():.4f}"
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            every = settings.eval_steps
+            if every and state.global_step % every == 0 and state.global_step < settings.steps:
+                loss = task.evaluate(trainer.model, task.validation, metric_for(task.kind, "loss"))
+                trainer.log({"eval_loss": loss})
+                say(f"step {state.global_step}: validation perplexity {math.exp(min(loss, 50.0)):.4f}")
+
+    return Attendant()

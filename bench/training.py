@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python bench/training.py [--quick] [--out results/bench-training.json]
 
-Optimizers: one step on one float32 matrix, rank 128, no refresh in it: milliseconds (median), the median of the ratios within each
-turn to the peer and to torch's fused AdamW, and bytes of state beside the formula of the spec. A refresh: time and captured energy
-of a warm-started sketch beside an exact decomposition. Layers: forward and backward, time and bytes that autograd keeps, as ratios
-to nn.Linear, with the operations that the layer states. The load average tells how busy the machine was with other things.
+Optimizers: one step on one float32 matrix, rank 128, no refresh in it: milliseconds (median), the median of the ratios within
+each turn to the peer and to torch's fused AdamW, and bytes of state beside the formula of the spec. A refresh: time and
+captured energy of a warm-started sketch beside an exact decomposition. Layers: forward and backward, time and bytes that
+autograd keeps, as ratios to nn.Linear, with the operations that the layer states. The load average tells how busy the machine
+was with other things.
 """
 
 from __future__ import annotations
@@ -68,7 +69,10 @@ def peers(m: int, n: int) -> dict[str, tuple[Any, nn.Parameter]]:
     add("torch AdamW", lambda p: torch.optim.AdamW([p], lr=1e-3, weight_decay=0.0, foreach=True))
     quiet = {"no_deprecation_warning": True}
     add("galore-torch", lambda p: GaLoreAdamW([{"params": [p], **projected, "scale": 0.25}], lr=1e-3, **quiet))
-    add("galore-torch 8-bit", lambda p: GaLoreAdamW8bit([{"params": [p], **projected, "scale": 0.25}], lr=1e-3, weight_decay=0.0))
+    add(
+        "galore-torch 8-bit",
+        lambda p: GaLoreAdamW8bit([{"params": [p], **projected, "scale": 0.25}], lr=1e-3, weight_decay=0.0),
+    )
     add("fira", lambda p: FiraAdamW([{"params": [p], **projected, "alpha": 1.0}], lr=1e-3, **quiet))
     more = {"scale": 1.0, "scale_type": "channel", "proj": "random"}
     add("apollo-torch", lambda p: APOLLOAdamW([{"params": [p], **projected, **more}], lr=1e-3, **quiet))

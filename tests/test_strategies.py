@@ -10,7 +10,7 @@ import tiny
 from lowdim import models, strategies
 from lowdim.catalogue import BASELINES, Variant, variant, variants
 from lowdim.errors import NoMatchingModuleError, UnknownNameError
-from lowdim.strategies import apply, kind_of, with_options
+from lowdim.strategies import apply, kind_of, total_loss, with_options
 
 METHODS = list(variants().values())
 #: Smaller than the catalogue's, which are for real models.
@@ -45,15 +45,18 @@ def loss_of(model, batch):
 
 def train(applied, batch, lr, steps):
     optimizer = applied.make_optimizer(lr)
+    companion = None if applied.make_companion is None else applied.make_companion(optimizer)
     losses = []
     for _ in range(steps):
-        loss = loss_of(applied.model, batch)
+        loss = total_loss(applied.model, companion, lambda: loss_of(applied.model, batch))
         if applied.adapted is not None:
             loss = loss + applied.adapted.regularizer()
         loss.backward()
         optimizer.step()
         if applied.adapted is not None:
             applied.adapted.step(optimizer)
+        if companion is not None:
+            companion.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     with torch.no_grad():
@@ -77,9 +80,10 @@ def test_every_method_trains(chosen, kind):
     applied, batch = ready(chosen, kind)
     assert applied.kind == kind_of(chosen)
     assert (applied.adapted is not None) == (applied.kind == "adapter")
-    assert applied.trained() == sum(p.numel() for p in applied.model.parameters() if p.requires_grad) > 0
+    trained = [p for p in applied.model.parameters() if p.requires_grad or getattr(p, "trainable", False)]  # INT8 has no grad
+    assert applied.trained() == sum(p.numel() for p in trained) > 0
     before = {name: p.detach().clone() for name, p in applied.model.named_parameters()}
-    grads = {name for name, p in applied.model.named_parameters() if p.requires_grad}
+    grads = {name for name, p in applied.model.named_parameters() if p.requires_grad or getattr(p, "trainable", False)}
     losses = train(applied, batch, chosen.rates[0], 4)
     assert losses[-1] < losses[0], "four steps on one batch"
     after = dict(applied.model.named_parameters())
@@ -92,7 +96,7 @@ def test_every_method_trains(chosen, kind):
 
 @pytest.mark.parametrize("chosen", METHODS, ids=lambda v: v.name)
 def test_the_start_is_the_model_itself(chosen):
-    """Nothing but structured layers, which approximate, changes what the model says before it is trained."""
+    """Nothing but structured layers that approximate changes what the model says before it is trained."""
     model, head, batch = subject("pooled")
     with torch.no_grad():
         want = model.eval()(**batch).logits
@@ -102,11 +106,12 @@ def test_the_start_is_the_model_itself(chosen):
         return
     with torch.no_grad():
         got = applied.model.eval()(**batch).logits
-    if applied.kind == "layer":
+    if applied.kind == "layer" and chosen.name not in ("sst", "maestro"):  # these decompose the whole weight
         assert not torch.allclose(got, want, atol=1e-5)
     else:
         # LoRA-SB starts from its estimate of the first full step, which is small and not nothing.
-        tolerance = 0.02 if chosen.name == "lora-sb" else 1e-5
+        # Weights of eight bits are rounded.
+        tolerance = {"lora-sb": 0.02, "q-galore": 2e-3}.get(chosen.name, 1e-5)
         assert torch.allclose(got, want, atol=tolerance), (got - want).abs().max()
 
 

@@ -33,8 +33,9 @@ class Applied:
         kind: `"probe"`, `"full"`, `"adapter"`, `"optimizer"` or `"layer"`.
         make_optimizer: `lr -> torch.optim.Optimizer` over the trained parameters, weight decay 0 unless the options say so.
         adapted: for adapters; its `step()` must run after each optimizer step, its `regularizer()` be added to the loss.
-        make_companion: `optimizer -> companion`, or None where the method needs none. Its `step()` must run after each optimizer
-            step; its `extra_loss(forward, logits)`, if it has one, be added to the loss; its `state_dict()` go into checkpoints.
+        make_companion: `optimizer -> companion`, or None where the method needs none. Its `step()` must run after each
+            optimizer step; its `extra_loss(forward, logits)`, if it has one, be added to the loss; its `state_dict()` go into
+            checkpoints.
     """
 
     model: nn.Module
@@ -47,7 +48,7 @@ class Applied:
 
     def trained(self) -> int:
         """How many numbers are trained."""
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad or hasattr(p, "float_grad"))
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad or getattr(p, "trainable", False))
 
 
 def kind_of(variant: Variant) -> str:
@@ -322,7 +323,7 @@ def _above_rank(model: nn.Module, rank: int) -> list[str] | None:
     """The layers whose smaller side is above the rank, where some are not: a factorization of those would save nothing."""
     from lowdim.surgery import find_layers, is_linear, matrix_shape, without_tied
 
-    layers, _ = without_tied(model, find_layers(model, accept=is_linear))
+    layers, _ = without_tied(model, find_layers(model, accept=is_linear), named=False)
     large = [name for name, layer in layers.items() if min(matrix_shape(layer)) > rank]
     return large if large and len(large) < len(layers) else None
 

@@ -44,3 +44,6 @@ SHARDED = {
     f"galore-{name}": Subject(small_net, Galore(**options), tolerance=1e-6 if name == "8bit" else 1e-10)
     for name, options in SETTINGS.items()
 }
+SHARDED["galore-ddp"] = Subject(small_net, Galore(), how="ddp")
+SHARDED["galore-replicas"] = Subject(small_net, Galore(layerwise=True), how="replicas")
+SHARDED["galore-replicas-clipped"] = Subject(small_net, Galore(layerwise=True, max_norm=0.3), how="replicas")

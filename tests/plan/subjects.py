@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from lowdim.catalogue import Variant, variants
 from lowdim.models import build, head_modules
 from lowdim.plan import measure
-from lowdim.strategies import apply
+from lowdim.strategies import apply, total_loss
 
 BATCH, LENGTH = 8, 64
 
@@ -68,18 +68,21 @@ def train(config, chosen: Variant, steps: int = 2, *, checkpointing: bool = Fals
     applied = apply(chosen, model, lr=1e-3, steps=100, head=head_modules(model, task), batches=iter(batches), loss_fn=loss_of)
     applied.model.train()
     optimizer = applied.make_optimizer(1e-3)  # hooks for layerwise updates come with it
+    companion = None if applied.make_companion is None else applied.make_companion(optimizer)
     applied.model.zero_grad(set_to_none=True)
     batch = batches[0]
 
     def run():
         for _ in range(steps):
-            loss = loss_of(model, batch)
+            loss = total_loss(applied.model, companion, lambda: loss_of(applied.model, batch))
             if applied.adapted is not None:
                 loss = loss + applied.adapted.regularizer()
             loss.backward()
             optimizer.step()
             if applied.adapted is not None:
                 applied.adapted.step(optimizer)
+            if companion is not None:
+                companion.step()
             optimizer.zero_grad()
 
     return measure(run, model=applied.model, optimizer=optimizer, tensors=batch.values()), applied

@@ -33,7 +33,7 @@ RANK_FROM_DATA = {"svfit", "lamda++"}
 #: What is trained is known only after a search (planned as it is in the search) or from the weights (planned at a fifth).
 DECIDED_LATER = {"diffora", "sara"}
 #: Selecting columns takes a copy more on tensors without numbers: up to 3 % too much.
-LOOSE = {"galore-8bit", "s2ft"}  # the first keeps a table of codes for the whole process
+LOOSE = {"galore-8bit", "q-galore", "s2ft"}  # the first two keep tables of codes for the whole process
 #: A kernel's own buffers and scalars, which no tensor shows: attention on a CPU, per thread.
 HIDDEN = 0.005
 

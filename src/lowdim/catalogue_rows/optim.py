@@ -29,6 +29,27 @@ ROWS = (
         paper="Scalable Parameter and Memory Efficient Pretraining for LLM: Recent Algorithmic Advances and Benchmarking",
         arxiv="2505.22922",
         claim="With both techniques a low-rank 1B model has lower perplexity than GaLore and Fira in about 25 % less memory.",
+        target="lowdim.optim:Restart",
+        variants=(
+            Variant(
+                "low-rank",
+                "Low-rank layers",
+                "lowdim.layers:LowRankLinear",
+                {"rank": 16, "alpha": None},
+                (1e-3, 3e-4, 3e-3, 1e-4, 1e-2),
+                scratch_rates=(3e-3, 1e-2, 1e-3, 3e-2, 3e-4),
+            ),
+            Variant(
+                "low-rank-restart",
+                "Low-rank layers, restarts",
+                "lowdim.layers:LowRankLinear",
+                {"rank": 16, "alpha": None, "interval": 100, "recovery_steps": 5},
+                (1e-3, 3e-4, 3e-3, 1e-4, 1e-2),
+                scratch_rates=(3e-3, 1e-2, 1e-3, 3e-2, 3e-4),
+                companion="lowdim.optim:Restart",
+            ),
+        ),
+        reproduction="lowdim.reproduce.pretrain_bench:run",
     ),
     Entry(
         number=41,
@@ -38,6 +59,18 @@ ROWS = (
         paper="Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive Low-Rank Gradients",
         arxiv="2407.08296",
         claim="LLaMA-7B from scratch in 16 GB; fine-tuning in up to 50 % less memory than LoRA and GaLore, with fewer SVDs.",
+        target="lowdim.optim:QGaLore",
+        variants=(
+            Variant(
+                "q-galore",
+                "Q-GaLore",
+                "lowdim.optim:QGaLore",
+                {"rank": 32, "update_interval": 20},
+                (3e-4, 1e-3, 1e-4, 3e-3, 1e-2),
+                scratch_rates=(1e-2, 3e-2, 3e-3, 6e-2, 1e-3),
+            ),
+        ),
+        reproduction="lowdim.reproduce.q_galore:run",
     ),
     Entry(
         number=50,
@@ -55,6 +88,7 @@ ROWS = (
                 "lowdim.optim:GaLore",
                 {"rank": 32, "update_interval": 20},
                 (3e-4, 1e-3, 1e-4, 3e-3, 1e-2),
+                (1e-2, 3e-2, 3e-3, 1e-1, 1e-3),
             ),
             Variant(
                 "galore-8bit",
@@ -62,6 +96,7 @@ ROWS = (
                 "lowdim.optim:GaLore",
                 {"rank": 32, "update_interval": 20, "inner": "adamw8bit"},
                 (3e-4, 1e-3, 1e-4, 3e-3, 1e-2),
+                (1e-2, 3e-2, 3e-3, 1e-1, 1e-3),
             ),
         ),
         reproduction="lowdim.reproduce.galore:run",

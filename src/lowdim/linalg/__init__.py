@@ -1,8 +1,11 @@
 """Numerics that several systems share: pure functions of tensors; nothing here knows a model."""
 
+from lowdim.linalg.affine import dequantize_affine, pack_nibbles, quantize_affine, store_affine, unpack_nibbles
+from lowdim.linalg.balance import balance_factors, balance_factors_
 from lowdim.linalg.bits import pack_bits, unpack_bits
 from lowdim.linalg.context import context_svd
 from lowdim.linalg.cost import Cost, chain_cost
+from lowdim.linalg.dct import dct, dct_columns, dct_matrix
 from lowdim.linalg.draw import draw_normal, draw_uniform
 from lowdim.linalg.fastfood import (
     FastfoodDraws,
@@ -20,7 +23,7 @@ from lowdim.linalg.quantize import dequantize_blockwise, dynamic_codebook, quant
 from lowdim.linalg.random import derive_seed, stream
 from lowdim.linalg.random_rows import combine_rows, random_rows
 from lowdim.linalg.scaled_sum import scaled_sum
-from lowdim.linalg.sharded import gather, is_sharded, local, match, replicate
+from lowdim.linalg.sharded import broadcast, gather, is_sharded, local, match, owner, replicate
 from lowdim.linalg.sketch import CountSketch
 from lowdim.linalg.svd import canonical_signs, captured_energy, compute_dtype, range_finder, svd, truncated_svd
 from lowdim.linalg.tucker import mode_products, tucker, tucker_reconstruct, unfold
@@ -32,6 +35,9 @@ __all__ = [
     "FastfoodDraws",
     "add_low_rank",
     "add_product",
+    "balance_factors",
+    "balance_factors_",
+    "broadcast",
     "canonical_signs",
     "captured_energy",
     "chain_cost",
@@ -39,6 +45,10 @@ __all__ = [
     "compress_factors",
     "compute_dtype",
     "context_svd",
+    "dct",
+    "dct_columns",
+    "dct_matrix",
+    "dequantize_affine",
     "dequantize_blockwise",
     "derive_seed",
     "draw_normal",
@@ -63,12 +73,16 @@ __all__ = [
     "monarch_dense",
     "monarch_multiply",
     "monarch_project",
+    "owner",
     "pack_bits",
+    "pack_nibbles",
+    "quantize_affine",
     "quantize_blockwise",
     "random_rows",
     "range_finder",
     "replicate",
     "scaled_sum",
+    "store_affine",
     "stream",
     "svd",
     "truncated_svd",
@@ -76,5 +90,6 @@ __all__ = [
     "tucker_reconstruct",
     "unfold",
     "unpack_bits",
+    "unpack_nibbles",
     "widest",
 ]

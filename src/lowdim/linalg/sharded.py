@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["gather", "is_sharded", "local", "match", "replicate"]
+__all__ = ["broadcast", "gather", "is_sharded", "local", "match", "owner", "replicate"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -38,3 +39,19 @@ def match(tensor: Any, like: Any) -> Tensor:
     if not is_sharded(like):
         return tensor
     return replicate(tensor, like).redistribute(placements=like.placements)  # type: ignore[attr-defined]
+
+
+def owner(like: Any) -> bool:
+    """Whether this process decides for all that hold a part of `like`."""
+    if not is_sharded(like):
+        return True
+    coordinate = like.device_mesh.get_coordinate()
+    return coordinate is not None and not any(coordinate)
+
+
+def broadcast(tensor: Tensor, like: Any) -> None:
+    """Overwrite `tensor` on every process by the owner's: bases must agree to the last bit, whatever the hardware."""
+    if is_sharded(like):
+        mesh = like.device_mesh
+        for axis in range(mesh.ndim):  # the owner's first line, then every line from its first member
+            torch.distributed.broadcast(tensor, group=mesh.get_group(axis), group_src=0)

@@ -11,11 +11,11 @@ from torch import Tensor
 from lowdim.errors import check_float, check_int
 from lowdim.linalg import has_numbers
 from lowdim.optim import dense, sharded
+from lowdim.optim.checking import check_full_gradient, check_params, check_saved_group, restored
 from lowdim.optim.inner import AdamWRule
 from lowdim.optim.parts import Parts, State
 from lowdim.optim.progress import Progress
 from lowdim.optim.projectors import Identity
-from lowdim.optim.restoring import check_saved_group, restored
 from lowdim.optim.watch import Watcher, square, subspace_numbers
 
 __all__ = ["ProjectedOptimizer"]
@@ -35,12 +35,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         max_norm: clip by the global norm of what the inner rules see: projected gradients, and the gradients of unprojected
             parameters. It is at most the norm of the full gradients. With `layerwise` the projected gradients then wait for
             `step()`, which alone knows all of them; full gradients are freed as they come all the same.
-        replicas: with `layerwise` in several processes that hold the same parameters: average gradients over them here (projected
-            ones while the subspace stands, which is `rank / side` of the traffic). Do not wrap such a model in DDP, which would
-            average too late; under FSDP2 gradients arrive averaged and this is not needed. False: each process has parameters of
-            its own. None refuses to guess.
-        stagger: choose the subspaces of different parameters at different steps, so that no step has to choose them all; the
-            first step still does.
+        replicas: with `layerwise` in several processes that hold the same parameters: average gradients over them here
+            (projected ones while the subspace stands, which is `rank / side` of the traffic). Do not wrap such a model in DDP,
+            which would average too late; under FSDP2 gradients arrive averaged and this is not needed. False: each process has
+            parameters of its own. None refuses to guess.
+        stagger: choose the subspaces of different parameters at different steps; the first step still chooses all.
         foreach: update the unprojected parameters of a group in one fused call where that computes the same.
 
     Class attributes for compositions:
@@ -101,29 +100,16 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         index, group = len(self.param_groups) - 1, self.param_groups[-1]
         try:
-            for p in group["params"]:
-                sharded.check_whole(p)
+            check_params(group["params"], index)
             self.check_group(group)
-            self._check_residual(group)
+            for p in group["params"]:
+                self.parts(group, p.ndim).store.check(p)
+            if any(self.parts(group, p.ndim).residual.full_size for p in group["params"]):
+                check_full_gradient(self.method, self.layerwise, self.accumulate, self.max_norm)
         except Exception:
             self.param_groups.pop()
             raise
         self._adopt(index)
-
-    def _check_residual(self, group: dict[str, Any]) -> None:
-        """A residual rule looks at the full gradient, which is gone where projected ones are summed or wait."""
-        if not any(self.parts(group, p.ndim).residual.full_size for p in group["params"]):
-            return
-        if self.accumulate > 1:
-            raise ValueError(
-                f"accumulate={self.accumulate}: {self.method} here looks at the full gradient, which the sum of projected "
-                "gradients does not hold; take layerwise=False (.grad is then the sum), or no residual rule"
-            )
-        if self.max_norm is not None:
-            way = "layerwise=False and torch.nn.utils.clip_grad_norm_" if self.layerwise else "torch.nn.utils.clip_grad_norm_"
-            raise ValueError(
-                f"max_norm={self.max_norm}: {self.method} here looks at the full gradient; clip that instead, with {way}"
-            )
 
     def _adopt(self, index: int) -> None:
         group = self.param_groups[index]
@@ -165,8 +151,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _finish(self) -> None:
-        """Layerwise: steps that got fewer micro-batches than `accumulate`, gradients that came without a backward pass, and low
-        gradients that wait to be clipped."""
+        """Layerwise: steps with too few micro-batches, gradients from elsewhere, low gradients that wait to be clipped."""
         for group in self.param_groups:
             for p in group["params"]:
                 parts = self.parts(group, p.ndim)
@@ -306,10 +291,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def log(self) -> dict[str, float]:
         """What the last step saw, in numbers for a training log (reads tensors: call it when you log, not every step).
 
-        `energy`: share of the gradients' energy in their subspaces when these were chosen, mean over parameters; `overlap`: share
+        `energy`: share of the gradients' energy in their subspaces when these were chosen, mean over parameters; `overlap`:
+            share
         of a new subspace that lay in the one before, likewise. With `optimizer.watcher.on = True` also `true_grad_norm`, of the
-        full gradients (not where projected gradients are summed over micro-batches), `projected_norm`, and `captured`, the share
-        of the projected parameters' energy that the subspaces hold now.
+        full gradients (not where projected gradients are summed over micro-batches), `projected_norm`, and `captured`, the
+        share of the projected parameters' energy that the subspaces hold now.
         """
         return {**self.watcher.numbers(), **subspace_numbers(self.state.values())}
 

@@ -12,9 +12,10 @@ from torch import nn
 
 from lowdim.errors import NoMatchingModuleError, check_int
 from lowdim.optim import sharded
+from lowdim.optim.int8 import Int8Linear, Int8Parameter
 from lowdim.surgery import find_layers, is_conv1d
 
-__all__ = ["ParamGroups", "param_groups", "state_bytes"]
+__all__ = ["ParamGroups", "param_groups", "projected_layers", "state_bytes"]
 
 _LOG = logging.getLogger("lowdim.optim")
 
@@ -81,17 +82,7 @@ def param_groups(
         1.bias                32  vector
         512 of 1,344 numbers projected (38.1%)
     """
-    check_int("rank", rank, 1)
-    wanted = _matrices(model, target_modules)
-    why: dict[nn.Parameter, tuple[str, list[str]]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for leaf, p in module._parameters.items():
-            if p is None or not p.requires_grad:
-                continue
-            name = f"{path}.{leaf}" if path else leaf
-            reason = _reason(p, module, (id(module), leaf) in wanted, rank)
-            before, names = why.get(p, ("", []))
-            why[p] = (before or reason, [*names, name])  # a reason against it at any of its names stands
+    why = _reasons(model, rank, target_modules)
     if not why:
         raise ValueError(f"model must have a parameter with requires_grad; {type(model).__name__} has none")
     projected = [p for p, (reason, _) in why.items() if not reason]
@@ -110,6 +101,12 @@ def param_groups(
     if not projected:
         warnings.warn(f"rank={rank}: no parameter of {type(model).__name__} is projected:\n{groups.describe()}", stacklevel=2)
     return groups
+
+
+def projected_layers(model: nn.Module, rank: int, target_modules: str | Iterable[str] | None = None) -> dict[str, nn.Module]:
+    """The linear layers whose weight `param_groups` would project, by name."""
+    chosen = {p for p, (reason, _) in _reasons(model, rank, target_modules).items() if not reason}
+    return {path: m for path, m in model.named_modules() if _is_linear(m) and m._parameters.get("weight") in chosen}
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -137,10 +134,36 @@ def _bytes(value: Any) -> int:
     return 0
 
 
+def _reasons(
+    model: nn.Module, rank: int, target_modules: str | Iterable[str] | None
+) -> dict[nn.Parameter, tuple[str, list[str]]]:
+    """Of each trained parameter: why it is not projected (empty where it is), and its names."""
+    check_int("rank", rank, 1)
+    wanted = _matrices(model, target_modules)
+    why: dict[nn.Parameter, tuple[str, list[str]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for leaf, p in module._parameters.items():
+            if p is None or not _trained(p):
+                continue
+            name = f"{path}.{leaf}" if path else leaf
+            reason = _reason(p, module, (id(module), leaf) in wanted, rank)
+            before, names = why.get(p, ("", []))
+            why[p] = (before or reason, [*names, name])  # a reason against it at any of its names stands
+    return why
+
+
+def _trained(p: nn.Parameter) -> bool:
+    return p.trainable if isinstance(p, Int8Parameter) else p.requires_grad
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Int8Linear)) or is_conv1d(module)
+
+
 def _matrices(model: nn.Module, target_modules: str | Iterable[str] | None) -> set[tuple[int, str]]:
     """`(id of the module, name of the parameter)` of the matrices that may be projected."""
     try:
-        layers = find_layers(model, target_modules, accept=lambda m: isinstance(m, nn.Linear) or is_conv1d(m))
+        layers = find_layers(model, target_modules, accept=_is_linear)
     except NoMatchingModuleError:
         if target_modules is not None:
             raise

@@ -17,6 +17,11 @@ __all__ = ["AdamW8bitRule", "AdamWRule", "rotated"]
 
 EpsMode = Literal["outside", "inside"]
 
+#: Entries whose 8-bit moments are in floating point at a time: what a core's cache holds; elsewhere few launches.
+_PIECE = {True: 2**18, False: 2**24}
+#: The code of 0 in the signed and in the unsigned codebook.
+_ZERO = {True: 127, False: 0}
+
 
 @dataclass(frozen=True)
 class AdamWRule(InnerRule):
@@ -87,9 +92,12 @@ class AdamW8bitRule(AdamWRule):
 
     def init(self, low: Tensor, state: State) -> None:
         """Zero moments, as bytes where the tensor is large enough."""
-        super().init(low, state)
-        if low.numel() >= self.min_size:
-            self._store(state, state["exp_avg"].float(), state["exp_avg_sq"].float())
+        if low.numel() < self.min_size:
+            return super().init(low, state)
+        blocks = -(-low.numel() // self.block)
+        for name, scale, zero in (("exp_avg", "absmax1", _ZERO[True]), ("exp_avg_sq", "absmax2", _ZERO[False])):
+            state[name] = torch.full(low.shape, zero, dtype=torch.uint8, device=low.device)
+            state[scale] = torch.zeros(blocks, dtype=torch.float32, device=low.device)
 
     def rotate(self, state: State, R: Tensor, side: Side) -> None:
         """Through float32 and back."""
@@ -99,12 +107,25 @@ class AdamW8bitRule(AdamWRule):
         self._store(state, rotated(m, R, side), rotated(v, R, side).abs_())
 
     def direction(self, low: Tensor, state: State, step: int, lr: float, weight: Tensor) -> tuple[Tensor, float]:
-        """`(D, η)`."""
+        """`(D, η)`; moments are read, advanced and stored again some blocks at a time: D is the only full-size float."""
         if "absmax1" not in state:
             return super().direction(low, state, step, lr, weight)
-        m, v = self._load(state)
-        D = self.advance(low, m, v, step)
-        self._store(state, m, v)
+        D = torch.empty(low.shape, dtype=torch.float32, device=low.device)
+        grad, out = low.reshape(-1), D.view(-1)
+        signed, unsigned = _codebooks(low)
+        kept = [
+            (state["exp_avg"].view(-1), state["absmax1"], signed),
+            (state["exp_avg_sq"].view(-1), state["absmax2"], unsigned),
+        ]
+        piece = _PIECE[low.device.type == "cpu"] // self.block * self.block
+        total = len(grad) if has_numbers(low) else min(piece, len(grad))  # in a forecast the first piece stands for all
+        for start in range(0, total, piece):
+            end = min(start + piece, total)
+            blocks = slice(start // self.block, -(-end // self.block))
+            m, v = (dequantize_blockwise(codes[start:end], scale[blocks], book, self.block) for codes, scale, book in kept)
+            out[start:end] = self.advance(grad[start:end], m, v, step)
+            for value, (codes, scale, book) in zip((m, v), kept):
+                codes[start:end], scale[blocks] = quantize_blockwise(value, book, self.block)
         return D, self.step_size(step, lr)
 
     def _load(self, state: State) -> tuple[Tensor, Tensor]:

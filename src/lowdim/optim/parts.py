@@ -150,7 +150,7 @@ class ResidualRule:
         step_size: float,
         beta: float,
     ) -> bool:
-        """`weight ← beta · weight − step_size · (scale · up(D) + after(…))` in place, with fewer temporaries than the two alone.
+        """`weight ← beta · weight − step_size · (scale · up(D) + after(…))` in place, with fewer temporaries.
 
         False: nothing was done, the two are to be added one after the other.
         """
@@ -172,6 +172,9 @@ class WeightStore:
 
     #: True where `write` draws random numbers: the driver then hands it a generator of its own for each step.
     stochastic: bool = False
+
+    def check(self, p: Tensor) -> None:
+        """Raise TypeError for a parameter of a kind that it does not keep."""
 
     def grad(self, p: Tensor) -> Tensor | None:
         """The gradient, or None where there is none."""
@@ -196,6 +199,13 @@ class WeightStore:
 
 class DenseStore(WeightStore):
     """An ordinary parameter: `.grad`, and the tensor itself, changed in place."""
+
+    def check(self, p: Tensor) -> None:
+        """Integer weights have no `.grad`: they would silently never be trained."""
+        if not p.is_floating_point():
+            raise TypeError(
+                f"params must be floating tensors; got {p.dtype} of shape {tuple(p.shape)} (for 8-bit weights: QGaLore)"
+            )
 
     def grad(self, p: Tensor) -> Tensor | None:
         """`p.grad`."""

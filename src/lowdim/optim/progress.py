@@ -18,13 +18,13 @@ class Progress:
 
     def __init__(self, method: str):
         self.method = method
-        self._step, self._begun, self._count, self._told = -1, 0.0, 0, 0.0
+        self._step, self._begun, self._count, self._told = -1, 0.0, 0, -_PAUSE
 
     def begin(self, step: int) -> None:
         """A subspace is about to be chosen in this step."""
         if step != self._step:
             self.close()
-            self._step, self._begun, self._count, self._told = step, time.monotonic(), 0, 0.0
+            self._step, self._begun, self._count, self._told = step, time.monotonic(), 0, -_PAUSE
 
     def chosen(self, total: int) -> None:
         """One more was chosen, of at most `total` in this step."""

@@ -67,7 +67,9 @@ class SVDProjector(Projector):
 
     def due(self, state: State, step: int) -> bool:
         """At steps 0, T, 2T, …, the state's `phase` (if any) steps before."""
-        return (step + state.get("phase", 0)) % self.update_interval == 0 or not ("right_basis" in state or "left_basis" in state)
+        return (step + state.get("phase", 0)) % self.update_interval == 0 or not (
+            "right_basis" in state or "left_basis" in state
+        )
 
     def prepare(self, a: Tensor, state: State, step: int) -> bool:
         """Decompose the gradient if due. A gradient with NaN or infinity leaves the old basis; without one: ValueError."""

@@ -10,12 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lowdim.linalg import gather, is_sharded, local, match, replicate
+from lowdim.linalg import broadcast, gather, is_sharded, local, match, owner, replicate
 
-__all__ = ["add_product", "average", "broadcast", "check_alone", "check_whole", "gather", "is_sharded", "local", "match", "owner", "replicate", "settle"]
+__all__ = [
+    "add_product",
+    "average",
+    "broadcast",
+    "check_alone",
+    "check_whole",
+    "gather",
+    "is_sharded",
+    "local",
+    "match",
+    "owner",
+    "replicate",
+    "settle",
+]
 
 
 def settle(low: Any) -> Tensor:
@@ -46,22 +58,6 @@ def _along(tensor: Any, weight: Any, axis: int) -> Tensor:
     return replicate(tensor, weight).redistribute(placements=placements).to_local()  # type: ignore[attr-defined]
 
 
-def owner(like: Any) -> bool:
-    """Whether this process decides for all that hold a part of `like`."""
-    if not is_sharded(like):
-        return True
-    coordinate = like.device_mesh.get_coordinate()
-    return coordinate is not None and not any(coordinate)
-
-
-def broadcast(tensor: Tensor, like: Any) -> None:
-    """Overwrite `tensor` on every process by the owner's: bases must agree to the last bit, whatever the hardware."""
-    if is_sharded(like):
-        mesh = like.device_mesh
-        for axis in range(mesh.ndim):  # the owner's first line, then every line from its first member
-            torch.distributed.broadcast(tensor, group=mesh.get_group(axis), group_src=0)
-
-
 def check_whole(p: Tensor) -> None:
     """Raise ValueError for a parameter that another library has flattened or cut: no matrix, no subspace."""
     flat = type(p).__name__ == "FlatParameter" or getattr(p, "_fsdp_flattened", False)
@@ -74,7 +70,7 @@ def check_whole(p: Tensor) -> None:
 
 
 def check_alone(p: Tensor, label: Callable[[Tensor], str]) -> None:
-    """Raise ValueError where an update in the backward pass would run on one process's gradient of a parameter that many hold."""
+    """Raise ValueError where an update in the backward pass would take one process's gradient for that of many."""
     import torch.distributed as dist
 
     if is_sharded(p) or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:

@@ -118,6 +118,7 @@ def _step(
         loss = loss + applied.adapted.regularizer()
     marks.begin(step, "backward", "after", "workspace")
     loss.backward()
+    tracker.add([p.float_grad for p in applied.model.parameters() if getattr(p, "float_grad", None) is not None], "gradients")
     tracker.add(optimizer_tensors(optimizer), "optimizer_state")
     marks.begin(step, "optimizer", "before", "workspace")
     optimizer.step()

@@ -6,8 +6,8 @@
     def test_two_processes_equal_one():
         check_sharded(SHARDED["mine"])
 
-The functions must be importable by name in a fresh interpreter, so they stand at the top level of a test module; a lambda inside
-a top-level dictionary is found through that module.
+The functions must be importable by name in a fresh interpreter, so they stand at the top level of a test module; a lambda
+inside a top-level dictionary is found through that module.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ class Subject:
     """What is trained, and how.
 
     Attributes:
-        net: builds the network in float64, with the same numbers each time; takes rows of `features` numbers. Each of its direct
-            children that has parameters is sharded on its own, then the whole.
+        net: builds the network in float64, with the same numbers each time; takes rows of `features` numbers. Each of its
+            direct children that has parameters is sharded on its own, then the whole.
         optimizer: `net -> optimizer`; a refresh should fall within ten steps.
         companion: `(net, optimizer) -> companion` with `step()`, `state_dict()`, `load_state_dict()`; it should act within ten.
+        how: `"fsdp"` (FSDP2), `"ddp"`, or `"replicas"`: the same parameters in each process, and the optimizer averages.
         features: entries of an input row.
         tolerance: allowed difference, relative to how far the weights moved.
     """
@@ -47,6 +48,7 @@ class Subject:
     net: Callable[[], nn.Module]
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     companion: Callable[[nn.Module, torch.optim.Optimizer], Any] | None = None
+    how: str = "fsdp"
     features: int = 7
     tolerance: float = 1e-10
 
@@ -56,17 +58,19 @@ class _Training:
 
     def __init__(self, subject: Subject, rank: int = 0, world: int = 1, mesh: Any = None):
         self.subject, self.rank, self.world = subject, rank, world
-        self.net = subject.net()
-        if mesh is not None:
+        self.net = self.forward = subject.net()
+        if mesh is not None and subject.how == "ddp":
+            self.forward = nn.parallel.DistributedDataParallel(self.net)
+        elif mesh is not None and subject.how == "fsdp":
             from torch.distributed.fsdp import fully_shard
 
             for child in self.net.children():
                 if any(True for _ in child.parameters()):
                     fully_shard(child, mesh=mesh)
             fully_shard(self.net, mesh=mesh)
-        self.optimizer = subject.optimizer(self.net)
-        if mesh is None and hasattr(self.optimizer, "replicas"):
-            self.optimizer.replicas = False
+        self.optimizer: Any = subject.optimizer(self.net)
+        if hasattr(self.optimizer, "replicas") and (mesh is None or subject.how == "replicas"):
+            self.optimizer.replicas = mesh is not None
         self.companion = None if subject.companion is None else subject.companion(self.net, self.optimizer)
 
     def run(self, steps: range) -> None:
@@ -74,7 +78,7 @@ class _Training:
         for step in steps:
             x = torch.randn(8, self.subject.features, generator=stream(0, "sharded", step), dtype=torch.float64)
             part = x.chunk(self.world)[self.rank]
-            (self.net(part) - part.sum(1, keepdim=True)).square().mean().backward()
+            (self.forward(part) - part.sum(1, keepdim=True)).square().mean().backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
             if self.companion is not None:
@@ -112,10 +116,10 @@ def _is(value: Any) -> bool:
 
 
 def sharded_numbers(rank: int, world: int, names: list[tuple[str, str]]) -> dict[str, Any]:
-    """For each `(module, key)`: weights after ten steps; and after ten with a checkpoint of one process loaded in the middle."""
-    import torch.distributed as dist
+    """For each `(module, key)`: weights after ten steps, trained through and through checkpoints in the middle."""
+    from torch.distributed.device_mesh import init_device_mesh
 
-    mesh = dist.init_device_mesh("cpu", (world,))
+    mesh = init_device_mesh("cpu", (world,))
     found = {}
     for module, key in names:
         try:
@@ -162,7 +166,8 @@ def check_sharded(subject: Subject, numbers: Any = None, *, module: str = "", ke
 
         if not key:
             for name, found in list(sys.modules.items()):
-                for k, s in (getattr(found, "SHARDED", None) or {}).items():
+                subjects = vars(found).get("SHARDED") if hasattr(found, "__dict__") else None
+                for k, s in (subjects if isinstance(subjects, dict) else {}).items():
                     if s is subject:
                         module, key = name, k
         assert key, "the subject must stand in a dictionary SHARDED at the top level of a module"

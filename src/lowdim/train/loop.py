@@ -207,7 +207,7 @@ def _trainer_class() -> Any:
             if self.applied.adapted is not None:
                 loss = loss + self.applied.adapted.regularizer()
             if model.training and hasattr(self.companion, "extra_loss"):
-                loss = loss + self.companion.extra_loss(lambda: model(**inputs).logits, outputs.logits)
+                loss = loss + self.companion.extra_loss(lambda: model(**inputs).logits, outputs["logits"])
             return (loss, outputs) if return_outputs else loss
 
         def plain_optimizer(self) -> Any:

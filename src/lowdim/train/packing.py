@@ -276,4 +276,3 @@ def _datasets() -> Any:
     except ImportError:
         raise MissingExtraError("datasets", "train", "training") from None
     return datasets
-

@@ -181,7 +181,8 @@ def accumulate(recipe: Recipe) -> int:
     at_once = recipe.batch_size * world
     if recipe.total_batch % at_once:
         raise ValueError(
-            f"total_batch must be a multiple of batch_size x processes = {recipe.batch_size} x {world}; got {recipe.total_batch}"
+            f"total_batch must be a multiple of batch_size x processes = {recipe.batch_size} x {world}; "
+            f"got {recipe.total_batch}"
         )
     return recipe.total_batch // at_once
 

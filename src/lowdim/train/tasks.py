@@ -200,7 +200,9 @@ def language_modelling(
     train, chosen = rest[: len(rest) - validation_count], rest[len(rest) - validation_count :]
     random.Random(f"{seed}/blocks").shuffle(train)
     learn, choose, report = (datasets.Dataset.from_dict({"input_ids": p, "labels": p}) for p in (train[:limit], chosen, held))
-    return Task("causal-lm", learn, choose, report, stack_blocks, max_length, (), tuple(notes), _name(files), evaluation_batch=16)
+    return Task(
+        "causal-lm", learn, choose, report, stack_blocks, max_length, (), tuple(notes), _name(files), evaluation_batch=16
+    )
 
 
 def _first(examples: Examples, limit: int) -> Examples:

@@ -22,7 +22,8 @@ class SpikeAlarm:
     """Tells a jump of the loss from its usual noise.
 
     Formula: with the median `M` and `D`, 1.4826 times the median distance from it, of the last `window` losses, a loss above
-    `M + max(factor · D, share · M)` is a spike. Spikes do not enter the window, so a loss that stays up is told again and again.
+    `M + max(factor · D, share · M)` is a spike. Spikes do not enter the window, so a loss that stays up is told again and
+    again.
 
     Args:
         patience: losses that must have been seen before anything is called a spike.
@@ -60,8 +61,8 @@ class SpikeAlarm:
 def rehearse_saving(model: nn.Module, optimizer: Any, companion: Any, folder: Path, kept: int) -> None:
     """Before the first step: is there room for the checkpoints, and does what they will hold come back as it was?
 
-    The optimizer's state is laid out (zeros) for the smallest parameter of each kind, written, read with `weights_only=True` and
-    loaded; a projected optimizer alone can say beforehand what its state will be.
+    The optimizer's state is laid out (zeros) for the smallest parameter of each kind, written, read with `weights_only=True`
+    and loaded; a projected optimizer alone can say beforehand what its state will be.
 
     Raises:
         OSError: the disk has no room for `kept` checkpoints.

@@ -1,4 +1,4 @@
-"""Checking a saved optimizer state against the optimizer that is to go on with it."""
+"""What an optimizer checks before it begins: its parameters, its rules together, and a state that it is to go on with."""
 
 from __future__ import annotations
 
@@ -7,9 +7,30 @@ from typing import Any
 
 from torch import Tensor
 
+from lowdim.optim import sharded
 from lowdim.optim.parts import Layout, State
 
-__all__ = ["check_saved_group", "restored"]
+__all__ = ["check_full_gradient", "check_params", "check_saved_group", "restored"]
+
+
+def check_params(params: list[Tensor], index: int) -> None:
+    """Raise ValueError for parameters that were flattened, or that a group lists twice (torch only warns)."""
+    for p in params:
+        sharded.check_whole(p)
+    if len(set(map(id, params))) < len(params):
+        raise ValueError(f"params: group {index} lists a parameter twice; it would be updated twice a step")
+
+
+def check_full_gradient(method: str, layerwise: bool, accumulate: int, max_norm: float | None) -> None:
+    """Raise ValueError where a rule looks at the full gradient, which is gone once projected ones are summed or wait."""
+    if accumulate > 1:
+        raise ValueError(
+            f"accumulate={accumulate}: {method} here looks at the full gradient, which the sum of projected gradients does not "
+            "hold; take layerwise=False (.grad is then the sum), or no residual rule"
+        )
+    if max_norm is not None:
+        way = "layerwise=False and torch.nn.utils.clip_grad_norm_" if layerwise else "torch.nn.utils.clip_grad_norm_"
+        raise ValueError(f"max_norm={max_norm}: {method} here looks at the full gradient; clip that instead, with {way}")
 
 
 def check_saved_group(index: int, saved: dict[str, Any], group: dict[str, Any], method: str, keys: Iterable[str]) -> None:

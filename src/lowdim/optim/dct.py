@@ -177,9 +177,10 @@ class PickingAdamW(AdamWRule):
 class DCTAdamW(ProjectedOptimizer):
     """Adam in a subspace that is picked anew at every step from a fixed cosine basis: no SVD, no basis in the state.
 
-    Formula: `S = A Q` with a fixed orthogonal Q (m >= n; else `Qᵀ A`), A the gradient, or gradient plus carried error; the `rank`
-    columns (rows) of S with the largest norm are the low gradient a; where other columns were picked than before, the moments of
-    those that stay are kept and the new ones start at zero; `W ← (1 − lr · weight_decay) W`,
+    Formula: `S = A Q` with a fixed orthogonal Q (m >= n; else `Qᵀ A`), A the gradient, or gradient plus carried error; the
+        `rank`
+    columns (rows) of S with the largest norm are the low gradient a; where other columns were picked than before, the moments
+    of those that stay are kept and the new ones start at zero; `W ← (1 − lr · weight_decay) W`,
     `m = β₁ m + (1−β₁) a`, `v = β₂ v + (1−β₂) a²`, `W ← W − lr √(1−β₂ᵏ)/(1−β₁ᵏ) · up(m / (√v + eps √(1−β₂ᵏ)))`.
     Composition: DCTProjector × AdamWRule("inside") × (NoResidual | ErrorFeedback | NormScaledResidual) × DenseStore.
 
@@ -193,8 +194,8 @@ class DCTAdamW(ProjectedOptimizer):
         basis: `"dct3"` or `"dct2"`: Q is the cosine matrix or its transpose.
         norm: of the scores, 1 or 2.
         rotate: carry moments over with their columns. Without it they stay where they are, and meet other columns.
-        error_feedback: False; True: what a step does not use is added to the next gradient (a tensor of the parameter's size and
-            dtype); 8: the same in one byte an entry.
+        error_feedback: False; True: what a step does not use is added to the next gradient (a tensor of the parameter's size
+            and dtype); 8: the same in one byte an entry.
         residual: `"none"`, or `"norm_scaled"`: the rest of the gradient is scaled and added, as in `Fira`.
         limiter: Fira's.
         layerwise: update inside the backward pass and free each gradient at once.
@@ -206,8 +207,8 @@ class DCTAdamW(ProjectedOptimizer):
     bits), `residual_norm`.
 
     Raises:
-        ValueError: a hyperparameter out of range; rank above the smaller side of a matrix; a rank on a group with tensors of more
-            than two dimensions; error feedback together with a residual; the first gradient is not finite.
+        ValueError: a hyperparameter out of range; rank above the smaller side of a matrix; a rank on a group with tensors of
+            more than two dimensions; error feedback together with a residual; the first gradient is not finite.
         TypeError: sparse gradients.
 
     Example:

@@ -46,8 +46,8 @@ class Fira(ProjectedOptimizer):
     GaLore's; no matrix of the weight's size is built.
 
     Raises:
-        ValueError: a hyperparameter out of range; rank above the smaller side of a matrix; a rank on a group that holds anything
-            but matrices; the first gradient is not finite.
+        ValueError: a hyperparameter out of range; rank above the smaller side of a matrix; a rank on a group that holds
+            anything but matrices; the first gradient is not finite.
         TypeError: sparse gradients.
 
     Example:

@@ -55,8 +55,8 @@ class GaLore(ProjectedOptimizer):
 
     State of a parameter: `step` (int), `right_basis (n, rank)` or `left_basis (m, rank)` (`factor0`, … for tensors), `energy`
     (share of ‖G‖² in the subspace at its choice), `overlap` (share of it in the one before), `phase` where staggered,
-    `exp_avg`, `exp_avg_sq` of the low gradient's shape (uint8 with `absmax1`, `absmax2` in 8 bits), or `row`, `col`. Bases and
-    moments are float32 where parameters have half precision.
+    `exp_avg`, `exp_avg_sq` of the low gradient's shape (uint8 with `absmax1`, `absmax2` in 8 bits), or `row`, `col`.
+    Moments are float32 where parameters have half precision.
 
     Raises:
         ValueError: a hyperparameter out of range; rank above the smaller side of a matrix; a rank on a group with vectors; the

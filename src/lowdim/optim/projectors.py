@@ -40,7 +40,9 @@ class SVDProjector(Projector):
     Formula: `G = U S Vᵀ`, `R = V[:, :rank]`, `L = U[:, :rank]`; `down = G R` or `Lᵀ G` or `Lᵀ G R`, `up = D Rᵀ` or `L D` or
     `L D Rᵀ`.
 
-    State: `right_basis (n, rank)` and/or `left_basis (m, rank)` in float32 or better, and `energy`, the share of `‖G‖²` that
+    State: `right_basis (n, rank)` and/or `left_basis (m, rank)`, computed in float32 or better and kept in the parameter's
+        dtype,
+    in which all products with them run; and `energy`, the share of `‖G‖²` that
     the subspace held when it was chosen, and `overlap`, the share of it that lay in the one before (1 at first), both 0-dim.
 
     Args:
@@ -84,11 +86,15 @@ class SVDProjector(Projector):
             key = f"{side}_basis"
             old = state.get(key)
             basis, energy = self._choose(full.mT if side == "right" else full, old, step, side, a)
-            turn = None if old is None else old.mT @ basis
+            turn = None if old is None else old.to(basis.dtype).mT @ basis
             if self.rotates and turn is not None:
                 state["rotation"] = turn
-            state[key], state["energy"], state["overlap"] = basis, energy, overlap(turn, energy)
+            state[key], state["energy"], state["overlap"] = self.kept(basis, a), energy, overlap(turn, energy)
         return True
+
+    def kept(self, basis: Tensor, like: Tensor) -> Tensor:
+        """The basis as it is kept between steps."""
+        return basis.to(like.dtype)
 
     def _choose(self, matrix: Tensor, old: Tensor | None, step: int, side: Side, like: Tensor) -> tuple[Tensor, Tensor]:
         if sharded.owner(like):
@@ -147,7 +153,7 @@ class SVDProjector(Projector):
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         """The bases, and the energy."""
         length = {"right": shape[1], "left": shape[0]}
-        bases = {f"{side}_basis": ((length[side], self.rank), compute_dtype(dtype)) for side in self.sides(shape)}
+        bases = {f"{side}_basis": ((length[side], self.rank), dtype) for side in self.sides(shape)}
         return {**bases, "energy": ((), torch.float32), "overlap": ((), torch.float32)}
 
 
@@ -164,7 +170,7 @@ class TuckerProjector(Projector):
 
     Formula: `g = G ×_i F_iᵀ`, `up = D ×_i F_i`; the factors by HOSVD, then HOOI.
 
-    State: `factor0 (d_0, r_0)`, `factor1`, … in float32 or better, and `energy`.
+    State: `factor0 (d_0, r_0)`, `factor1`, … in the parameter's dtype, and `energy`.
 
     Args:
         rank: one number, cut to each dimension, or one a dimension.
@@ -191,7 +197,7 @@ class TuckerProjector(Projector):
         for mode, factor in enumerate(factors):
             factor = factor.contiguous()
             sharded.broadcast(factor, a)
-            state[f"factor{mode}"] = factor
+            state[f"factor{mode}"] = factor.to(a.dtype)
         total = torch.linalg.vector_norm(full.to(core.dtype)).square()
         share = torch.linalg.vector_norm(core).square() / total
         state["energy"] = torch.where(total > 0, share, 1.0).clamp(max=1.0).to(torch.float32)
@@ -218,7 +224,7 @@ class TuckerProjector(Projector):
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         """The factors, and the energy."""
         ranks = self.low_shape(shape)
-        factors = {f"factor{i}": ((d, r), compute_dtype(dtype)) for i, (d, r) in enumerate(zip(shape, ranks))}
+        factors = {f"factor{i}": ((d, r), dtype) for i, (d, r) in enumerate(zip(shape, ranks))}
         return {**factors, "energy": ((), torch.float32)}
 
 

@@ -77,6 +77,10 @@ class QuantizedSVDProjector(SVDProjector):
             self._close(state, side, basis.mT.contiguous() if side == "right" else basis)
         return True
 
+    def kept(self, basis: Tensor, like: Tensor) -> Tensor:
+        """As it was computed: it is rounded once, to codes."""
+        return basis
+
     def _judge(self, state: State, before: Tensor, now: Tensor, count: int) -> None:
         cosine = (before @ now).abs() / (torch.linalg.vector_norm(before) * torch.linalg.vector_norm(now))
         state["queue"] = torch.cat([state["queue"][1:], cosine[None]])

@@ -26,8 +26,8 @@ class NormScaledResidual(ResidualRule):
 
     Formula, with α the projector's scale: `φ = ‖D‖ / (‖g‖ + 1e-8)` for each row of D (each column where D has fewer rows than
     columns), `S = φ ⊙ (G − α up(g))`. With a limiter γ, from the second step on: `c = max(‖S‖ / (‖S_prev‖ + 1e-8), γ) / γ`,
-    `S ← S / c`; `‖S‖ / c` is kept. A residual that is zero but for rounding is no measure for the next one: the norm kept before
-    stays, and where there is none, the next step is not limited either.
+    `S ← S / c`; `‖S‖ / c` is kept. A residual that is zero but for rounding is no measure for the next one: the norm kept
+    before stays, and where there is none, the next step is not limited either.
 
     Where φ runs along the side that is not projected (it does unless a wide matrix keeps its full rank), no S is built:
     `‖S‖² = Σ φᵢ² (‖Gᵢ‖² − (2α − α²) ‖gᵢ‖²)` for an orthonormal basis, and `up(φ ⊙ g) = φ ⊙ up(g)`, so that

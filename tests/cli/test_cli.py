@@ -20,15 +20,18 @@ COMMANDS = {
     "list": {"family", "--available", "--json"},
     "plan": {
         "--model", "--budget", "--methods", "--task", "--batch-size", "--length", "--dtype", "--gradient-checkpointing",
-        "--layers", "--json",
+        "--layerwise", "--layers", "--json",
     },
     "compare": {
-        "--model", "--data", "--eval", "--task", "--text", "--label", "--methods", "--budget", "--metric", "--seeds",
+        "--model", "--data", "--eval", "--task", "--tokenizer", "--text", "--label", "--methods", "--budget", "--metric", "--seeds",
         "--trials", "--steps", "--batch-size", "--max-length", "--time-limit", "--seed", "--out", "--resume",
     },
     "run": {"recipe", "--out", "--resume", "--steps", "--check"},
     "export": {"adapter", "out", "--model", "--format", "--rank", "--task", "--for", "--max-error"},
-    "compress": {"--model", "--out", "--data", "--method", "--param-ratio", "--samples", "--max-length"},
+    "compress": {
+        "--model", "--out", "--data", "--method", "--param-ratio", "--target", "--threshold", "--tune-steps", "--lr",
+        "--samples", "--max-length",
+    },
     "diagnose": {"diagnostic", "--base", "--tuned", "--k", "--threshold", "--out"},
     "report": {"source", "--out"},
     "reproduce": {"slug", "--data", "--quick", "--out"},
@@ -540,8 +543,82 @@ def test_compress(call, refused, tmp_path):
     assert models.load_model(str(tmp_path / "small"), "causal-lm")
     assert "is not empty" in refused(*common, "--out", tmp_path / "small")
     assert "--param-ratio must be" in refused(*common, "--out", tmp_path / "x", "--param-ratio", "0")
-    assert "--method must be one of lord" in refused(*common, "--out", tmp_path / "x", "--method", "svd")
+    assert "--method must be one of lord, welore" in refused(*common, "--out", tmp_path / "x", "--method", "svd")
     assert "--samples must be" in refused(*common[:5], "--out", tmp_path / "x", "--samples", "0")
+    assert not (tmp_path / "x").exists()
+
+
+def test_compress_by_weights(call, tmp_path):
+    import torch
+
+    from lowdim.compress import LowRankLinear, load_low_rank
+    from lowdim.files import read_tensors
+
+    common = ["compress", "--model", "stories260k", "--data", "lowdim:shakespeare", "--method", "welore", "--max-length", "32"]
+    code, out, err = call(*common, "--out", tmp_path / "small", "--target", "0.6")
+    assert (code, err) == (0, "")
+    assert "matrices are low-rank components" in out
+    record = json.loads((tmp_path / "small" / "compression.json").read_text())
+    assert (record["method"], record["target"]) == ("welore", 0.6)
+    assert record["ranks"]
+    assert 0 < record["threshold"] < 1
+    assert len(record["perplexity"]) == 2
+    dense = models.load_model(str(tmp_path / "small"), "causal-lm")
+    factors, _ = read_tensors(tmp_path / "small" / "factors.safetensors")
+    assert {key.rpartition(".")[0] for key in factors} == set(record["ranks"])
+    ids = torch.arange(20)[None] + 5
+    want = dense(ids).logits.detach()
+    small = load_low_rank(dense, {**dense.state_dict(), **factors})  # the thin model again
+    assert sum(isinstance(m, LowRankLinear) for m in small.modules()) == len(record["ranks"])
+    torch.testing.assert_close(small(ids).logits.detach(), want, rtol=1e-3, atol=1e-3)
+    code, out, err = call(*common, "--out", tmp_path / "again", "--threshold", record["threshold"])
+    assert (code, err) == (0, "")
+    again = json.loads((tmp_path / "again" / "compression.json").read_text())
+    assert (again["ranks"], again["target"]) == (record["ranks"], None)
+
+
+def test_compress_then_tune(call, tmp_path):
+    common = ["compress", "--model", "stories260k", "--data", "lowdim:shakespeare", "--method", "welore", "--max-length", "32"]
+    tuning = ["--target", "0.6", "--tune-steps", "6", "--lr", "3e-3", "--samples", "64"]
+    code, out, err = call(*common, *tuning, "--out", tmp_path / "small")
+    assert (code, err) == (0, "")
+    assert "(tuned)" in out
+    record = json.loads((tmp_path / "small" / "compression.json").read_text())
+    assert (record["tune_steps"], record["lr"], len(record["losses"])) == (6, 3e-3, 6)
+    assert record["trained"] < record["parameters"][1]
+    dense, compressed, tuned = record["perplexity"]
+    assert dense < compressed
+    assert tuned < compressed
+    code, _, err = call(*common, "--tune-steps", "6", "--lr", "1e9", "--out", tmp_path / "x", "--target", "0.6")
+    assert code != 0
+    assert "try a smaller --lr than 1e+09" in err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--target", "0.5"], "only --method welore has --target; --method lord takes --param-ratio"),
+        (["--tune-steps", "5", "--lr", "1"], "only --method welore has --tune-steps, --lr;"),
+        (
+            ["--method", "welore", "--param-ratio", "0.7"],
+            "only --method lord has --param-ratio; --method welore takes --target, --threshold",
+        ),
+        (
+            ["--method", "welore", "--target", "0.5", "--threshold", "0.2"],
+            "--target 0.5 and --threshold 0.2 exclude each other",
+        ),
+        (["--method", "welore", "--target", "1"], "--target must be a finite number in (0, 1)"),
+        (["--method", "welore", "--threshold", "2"], "--threshold must be a finite number in [0, 1]"),
+        (["--method", "welore", "--samples", "5"], "--samples: only tuning uses it; add --tune-steps"),
+        (["--method", "welore", "--lr", "0.1"], "--lr: only tuning uses it; add --tune-steps"),
+        (["--method", "welore", "--tune-steps", "0"], "--tune-steps must be an int >= 1"),
+        (["--method", "welore", "--tune-steps", "5", "--lr", "0"], "--lr must be a finite number"),
+    ],
+)
+def test_compress_refuses_what_it_would_not_use(options, part, refused, tmp_path):
+    common = ["compress", "--model", "stories260k", "--data", "lowdim:shakespeare", "--out", tmp_path / "x"]
+    assert part in refused(*common, *options)
     assert not (tmp_path / "x").exists()
 
 
@@ -571,7 +648,7 @@ def test_plan_with_a_budget_that_is_too_small(call, bert_folder):
 
 def test_reproduce_refuses(refused):
     assert "nearest: galore" in refused("reproduce", "galor")
-    assert "is not built yet" in refused("reproduce", "sltrain")
+    assert "is not built yet" in refused("reproduce", "pst")
 
 
 # --- what goes wrong outside -----------------------------------------------------------------------------------------------

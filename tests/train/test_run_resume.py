@@ -41,6 +41,7 @@ METHODS = {
     "s2ft": {"ratio": 0.2},
     "flora": {"ranks": 4, "dropout": 0.1},
     "galore": {"rank": 8, "update_interval": 3},
+    "q-galore": {"rank": 8, "update_interval": 3},
     "monarch": {"nblocks": 2},
 }
 
@@ -286,12 +287,12 @@ def test_a_run_whose_last_step_diverges_writes_no_model(tmp_path):
 def test_every_setting_of_the_loop_comes_from_the_recipe(tmp_path):
     changed = {
         "steps": 9, "batch_size": 3, "warmup": 0.3, "schedule": "cosine", "max_grad_norm": 0.5, "gradient_accumulation": 2,
-        "gradient_checkpointing": True, "bf16": True, "seed": 11, "save_steps": 4, "report_to": "tensorboard",
+        "gradient_checkpointing": True, "bf16": True, "seed": 11, "save_steps": 4, "report_to": "tensorboard", "eval_steps": 5,
     }  # fmt: skip
     settings = _settings(recipe(tmp_path, **changed), 0.125)
     assert {key: getattr(settings, key) for key in changed} == changed
     assert settings.lr == 0.125
-    assert {f.name for f in dataclasses.fields(settings)} == {*changed, "lr", "log_steps"}
+    assert {f.name for f in dataclasses.fields(settings)} == {*changed, "lr", "log_steps", "clips_itself", "watch"}
 
 
 def test_rates_that_are_left_out_are_the_methods_own(tmp_path):

@@ -72,8 +72,9 @@ def compare(
     chosen = [v for v in methods(",".join(settings.methods) or usual) if _suits(v, settings.task)]
     if not chosen:
         raise ValueError(
-            f"--methods {','.join(settings.methods)}: none of them is for --task {settings.task} "
-            "(linear-probe needs a new head, an adapter a trained model)"
+            f"--methods {','.join(settings.methods)} is for --task classify"
+            if settings.task == "causal-lm"
+            else f"--methods {','.join(settings.methods)}: an adapter needs a trained model, and --task pretrain starts without"
         )
     console.print(f"Reading {', '.join(settings.data)}", highlight=False, markup=False)
     tokenizer = recipe_tokenizer(settings.model, settings.tokenizer, settings.data, settings.text)

@@ -297,7 +297,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         full gradients (not where projected gradients are summed over micro-batches), `projected_norm`, and `captured`, the
         share of the projected parameters' energy that the subspaces hold now.
         """
-        return {**self.watcher.numbers(), **subspace_numbers(self.state.values())}
+        states = [self.state[p] for group in self.param_groups for p in group["params"] if p in self.state]
+        return {**self.watcher.numbers(), **subspace_numbers(states)}
 
     # Stepping inside the backward pass.
 

@@ -174,7 +174,7 @@ class ErrorFeedback(ResidualRule):
             return grad
         error = state["ef"]
         if "ef_low" in state:
-            error = torch.addcmul(state["ef_low"], error.to(state["ef_low"].dtype), state["ef_scale"]).to(grad.dtype)
+            error = error.to(state["ef_low"].dtype).mul_(state["ef_scale"]).add_(state["ef_low"]).to(grad.dtype)
         return error.add_(grad)
 
     def after(self, a: Tensor, low: Tensor, D: Tensor, projector: Projector, state: State) -> Tensor | None:

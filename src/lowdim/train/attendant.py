@@ -33,7 +33,9 @@ def attendant(trainer: Any, task: Task, settings: FitSettings, result: FitResult
                 optimizer.watcher.on = settings.watch
             self.alarm.recall(float(entry["loss"]) for entry in state.log_history if "loss" in entry)
             if settings.save_steps and not state.global_step and not trainer.is_fsdp_enabled and state.is_world_process_zero:
-                rehearse_saving(trainer.model, optimizer, trainer.companion, Path(args.output_dir), _KEPT)
+                short = rehearse_saving(trainer.model, optimizer, trainer.companion, Path(args.output_dir), _KEPT)
+                if short:
+                    say(f"note: {short}")
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if trainer.companion is not None:

@@ -224,11 +224,15 @@ def _table(files: _Files, tokenizer: Any, length: int, cache: str | Path | None)
         for row in _packed(files(), tokenizer, length):
             yield {"input_ids": row}
 
+    if next(blocks(), None) is None:  # which the library takes for an error
+        return datasets.Dataset.from_dict({"input_ids": []}, features=features)
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         place = None if cache is None else str(cache)
         return datasets.Dataset.from_generator(blocks, features=features, cache_dir=place, fingerprint=key)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ or error from None
     finally:
         if bars:
             datasets.enable_progress_bars()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import shutil
 import statistics
 from collections import deque
@@ -58,31 +60,35 @@ class SpikeAlarm:
             self.spike(loss)
 
 
-def rehearse_saving(model: nn.Module, optimizer: Any, companion: Any, folder: Path, kept: int) -> None:
-    """Before the first step: is there room for the checkpoints, and does what they will hold come back as it was?
+def rehearse_saving(model: nn.Module, optimizer: Any, companion: Any, folder: Path, kept: int) -> str | None:
+    """Before the first step: is there room for a checkpoint, and does what it will hold come back as it was?
 
     The optimizer's state is laid out (zeros) for the smallest parameter of each kind, written, read with `weights_only=True`
     and loaded; a projected optimizer alone can say beforehand what its state will be.
 
+    Returns:
+        A warning where there is room for one checkpoint, but not for `kept`.
+
     Raises:
-        OSError: the disk has no room for `kept` checkpoints.
+        OSError: the disk has no room for one checkpoint.
         ValueError: something that was saved does not load.
     """
     weights = sum(t.numel() * t.element_size() for t in model.state_dict().values() if isinstance(t, torch.Tensor))
     layouts = list(_layouts(optimizer))
-    state = sum(size for *_, size in layouts) if layouts else 2 * weights
+    trained = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+    one = weights + (sum(size for *_, size in layouts) if layouts else 2 * trained)
     free = shutil.disk_usage(folder if folder.is_dir() else _existing(folder)).free
-    need = kept * (weights + state)
-    if free < need:
-        raise OSError(
-            f"save_steps: {kept} checkpoints of {format_bytes(weights + state)} need {format_bytes(need)}, "
-            f"and {folder} has {format_bytes(free)} left; free some, or set save_steps to 0"
-        )
+    if free < one:
+        reason = f"{os.strerror(errno.ENOSPC)}: one needs {format_bytes(one)}, {format_bytes(free)} are left"
+        raise OSError(errno.ENOSPC, f"could not write a checkpoint to {folder} ({reason}); free some, or set save_steps to 0")
     if layouts:
         _round_trip(optimizer.state_dict, optimizer.load_state_dict, _trial_state(optimizer, layouts))
         optimizer.state.clear()
     if companion is not None:
         _round_trip(companion.state_dict, companion.load_state_dict, companion.state_dict())
+    if free < kept * one:
+        return f"{kept} checkpoints of {format_bytes(one)} will be kept, and {folder} has {format_bytes(free)} left"
+    return None
 
 
 def _existing(folder: Path) -> Path:

@@ -1,0 +1,189 @@
+"""Pretraining by recipe: every method, byte and character models, streams, layer-wise updates; killed and resumed to the same bits."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lowdim.catalogue import methods
+from lowdim.errors import DataError, UnknownNameError
+from lowdim.models import assets
+from lowdim.train.recipes import Recipe
+from lowdim.train.run import run_recipe
+from lowdim.train.watching import SpikeAlarm
+
+TRAINING = [v.name for v in methods("training")]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "short.txt"
+    file.write_text((assets() / "shakespeare" / "sample.txt").read_text()[:6000])
+    return file
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory):
+    """A configuration without weights or tokenizer, small enough to be trained in a moment."""
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("shape") / "small-llama"
+    LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    ).save_pretrained(folder)
+    return folder
+
+
+def recipe(out, text, shape, method="galore", **changes):
+    keys = {
+        "model": str(shape), "task": "pretrain", "tokenizer": "bytes", "data": [str(text)], "method": method, "steps": 8,
+        "batch_size": 4, "max_length": 16, "limit": 64, "save_steps": 3, "warmup": 0.0, "schedule": "constant",
+    }  # fmt: skip
+    return Recipe(**{**keys, **changes}, out=str(out))
+
+
+def small(method, **more):
+    ranked = {"rank": 8} if method not in ("full", "maestro", "monarch") else {}
+    if method in ("galore", "galore-8bit", "q-galore", "fira"):
+        ranked["update_interval"] = 3
+    return {**ranked, **more}
+
+
+class Kill:
+    def __new__(cls, step):
+        from transformers import TrainerCallback
+
+        class Callback(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == step:
+                    raise KeyboardInterrupt
+
+        return Callback()
+
+
+def trained(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def killed_and_resumed(tmp_path, *arguments, **changes):
+    want = run_recipe(recipe(tmp_path / "whole", *arguments, **changes))
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(tmp_path / "cut", *arguments, **changes), callbacks=(Kill(5),))
+    got = run_recipe(recipe(tmp_path / "cut", *arguments, **changes), resume=True)
+    assert got["losses"] == want["losses"]
+    for key in ("validation", "test", "evaluations", "subspaces"):
+        assert got[key] == want[key], key
+    assert same(trained(tmp_path / "cut"), trained(tmp_path / "whole"))
+    return got
+
+
+@pytest.mark.parametrize("method", TRAINING)
+def test_every_method_pretrains_and_resumes(method, text, shape, tmp_path):
+    record = killed_and_resumed(tmp_path, text, shape, method, options=small(method))
+    assert record["validation"] < record["before"] < 400
+    assert record["metric"] == "perplexity"
+    from lowdim.catalogue import variant
+
+    assert record["lr"] == (variant(method).scratch_rates or variant(method).rates)[0]
+
+
+@pytest.mark.parametrize("method", ["galore", "galore-8bit", "q-galore"])
+def test_layerwise_with_accumulation_and_clipping(method, text, shape, tmp_path):
+    """The same training whether gradients are kept until the step or not, but for the order of sums."""
+    options = small(method, stagger=True)
+    how = {"gradient_accumulation": 2, "max_grad_norm": 0.5, "options": options, "lr": 0.01}
+    record = killed_and_resumed(tmp_path, text, shape, method, layerwise=True, **how)
+    # Without layerwise a trainer clips full gradients: switched off, only accumulation is compared.
+    plain = run_recipe(recipe(tmp_path / "plain", text, shape, method, **{**how, "max_grad_norm": 0.0}))
+    free = run_recipe(recipe(tmp_path / "free", text, shape, method, layerwise=True, **{**how, "max_grad_norm": 0.0}))
+    assert free["losses"] == pytest.approx(plain["losses"], rel=1e-3)
+    assert record["losses"] != free["losses"], "clipping changed nothing"
+    assert "projected_norm" in record["subspaces"][0]
+    assert "true_grad_norm" not in record["subspaces"][0], "of summed projected gradients it is not known"
+
+
+def test_a_stream_resumes(shape, tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(json.dumps({"text": f"row {i} of a text, {i * i}"}) for i in range(900)))
+    record = killed_and_resumed(tmp_path, f"datasets:{folder}", shape, options=small("galore"), limit=None)
+    assert "train" not in record["data"]
+
+
+def test_characters(text, shape, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    record = run_recipe(recipe(tmp_path / "out", text, shape, "fira", tokenizer="characters", options=small("fira")))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    letters = set(text.read_text())
+    assert len(tokenizer) == len(letters) + 3
+    assert model.config.vocab_size == len(tokenizer)
+    assert tokenizer.decode(tokenizer("To be")["input_ids"]) == "To be"
+    assert record["data"]["train"] == 64
+
+
+def test_scores_on_the_way_and_what_is_watched(text, shape, tmp_path):
+    told = []
+    out = recipe(tmp_path / "out", text, shape, options=small("galore"), eval_steps=3, save_steps=0)
+    record = run_recipe(out, say=told.append)
+    assert [step for step, _ in record["evaluations"]] == [3, 6]
+    shown = [line for line in told if "validation perplexity" in line and line.startswith("step")]
+    assert shown == [f"step {s}: validation perplexity {math.exp(loss):.4f}" for s, loss in record["evaluations"]]
+    assert record["spikes"] == []
+    first = record["subspaces"][0]
+    assert first["step"] == 1
+    assert first["true_grad_norm"] >= first["projected_norm"] > 0
+    assert 0 < first["captured"] <= 1
+    assert 0 < record["subspaces"][3]["overlap"] <= 1
+
+
+def test_a_spike_is_told(text, shape, tmp_path, monkeypatch):
+    from lowdim.train import attendant
+
+    monkeypatch.setattr(attendant, "SpikeAlarm", lambda: SpikeAlarm(patience=2))
+    told = []
+    how = {"options": {}, "lr": 3.0, "save_steps": 0, "max_grad_norm": 0.0, "steps": 6}
+    record = run_recipe(recipe(tmp_path / "out", text, shape, "full", **how), say=told.append)
+    assert record["spikes"]
+    assert any(f"step {record['spikes'][0]}: the loss jumped to" in line for line in told)
+
+
+def test_total_batch(text, shape, tmp_path, monkeypatch):
+    from lowdim.train.run import accumulate
+
+    assert accumulate(recipe(tmp_path, text, shape, total_batch=12)) == 3
+    assert accumulate(recipe(tmp_path, text, shape, gradient_accumulation=5)) == 5
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert accumulate(recipe(tmp_path, text, shape, total_batch=12)) == 1
+    with pytest.raises(ValueError, match=r"total_batch must be a multiple of batch_size x processes = 4 x 3; got 8"):
+        run_recipe(recipe(tmp_path / "out", text, shape, total_batch=8))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"method": "sltrain", "layerwise": True}, ValueError, "layerwise updates need a lowdim.optim method"),
+        ({"method": "fira", "layerwise": True}, ValueError, "max_norm=1.0.*full gradient"),
+        ({"model": "llama-tiny", "tokenizer": None}, UnknownNameError, "a shape without a tokenizer; name one: bytes"),
+        ({"model": "llama-tiny", "task": "causal-lm"}, UnknownNameError, "shape without weights; it can be pretrained only"),
+        ({"tokenizer": "characters", "data": ["datasets:somewhere"]}, DataError, "needs all text beforehand"),
+    ],
+)
+def test_what_cannot_run(changes, error, message, text, shape, tmp_path):
+    changes = {"options": small(changes.get("method", "galore")), **changes}
+    with pytest.raises(error, match=message):
+        run_recipe(recipe(tmp_path / "out", text, shape, **changes))
+    assert not (tmp_path / "out").exists()

@@ -23,7 +23,8 @@ COMMANDS = {
         "--layerwise", "--layers", "--json",
     },
     "compare": {
-        "--model", "--data", "--eval", "--task", "--tokenizer", "--text", "--label", "--methods", "--budget", "--metric", "--seeds",
+        "--model", "--data", "--eval", "--task", "--tokenizer", "--text", "--label", "--methods", "--budget", "--metric",
+        "--seeds",
         "--trials", "--steps", "--batch-size", "--max-length", "--time-limit", "--seed", "--out", "--resume",
     },
     "run": {"recipe", "--out", "--resume", "--steps", "--check"},

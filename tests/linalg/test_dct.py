@@ -76,7 +76,9 @@ def test_columns_are_those_of_the_matrix():
     for kind in (2, 3):
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             index = torch.tensor([0, 3, 6], dtype=torch.int32)
-            assert torch.equal(dct_columns(7, index, kind=kind, dtype=dtype), dct_matrix(7, kind=kind, dtype=dtype)[:, index.long()])
+            assert torch.equal(
+                dct_columns(7, index, kind=kind, dtype=dtype), dct_matrix(7, kind=kind, dtype=dtype)[:, index.long()]
+            )
 
 
 def test_energy_compaction():

@@ -97,3 +97,24 @@ def test_has_numbers():
     assert not has_numbers(torch.ones(1, device="meta"))
     with FakeTensorMode():
         assert not has_numbers(torch.ones(1))
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_many_directions_are_left_as_they_are_found(warm, monkeypatch):
+    """Above a bound the basis spans the leading subspace and is not turned onto the singular vectors."""
+    from lowdim.linalg import leading
+
+    monkeypatch.setattr(leading, "_UNTURNED", 8)
+    draw = stream(0, "many")
+    left, right = (torch.linalg.qr(torch.randn(90, 60, generator=draw, dtype=torch.float64)).Q for _ in range(2))
+    matrix = (left * 0.8 ** torch.arange(60)) @ right.mT
+    start = leading_vectors(matrix, 12, method="exact")[0] if warm else None
+    basis, energy = leading_vectors(matrix, 12, method="randomized", start=start, generator=stream(1, "many"))
+    exact, most = leading_vectors(matrix, 12, method="exact")
+    assert torch.allclose(basis.mT @ basis, torch.eye(12, dtype=torch.float64), atol=1e-12)
+    assert bool((basis.gather(0, basis.abs().argmax(0, keepdim=True)) > 0).all())
+    assert float(energy) == pytest.approx(float((basis.mT @ matrix).square().sum() / matrix.square().sum()))
+    assert float(energy) >= 0.999 * float(most)
+    assert float((exact.mT @ basis).square().sum()) / 12 > 0.9
+    again = leading_vectors(matrix, 12, method="randomized", start=start, generator=stream(1, "many"))[0]
+    assert torch.equal(basis, again)

@@ -172,8 +172,8 @@ def test_bad_text(tmp_path):
                 pretraining(TOKENIZER, [path], length=64, cache=tmp_path / "cache", streaming=streaming)
     with pytest.raises(DataError, match="no such file"):
         pretraining(TOKENIZER, [tmp_path / "nowhere.txt"], length=64)
+    (tmp_path / "long.txt").write_text(TEXT)
     with pytest.raises(DataError, match="is shorter than a block"):
-        (tmp_path / "long.txt").write_text(TEXT)
         pretraining(TOKENIZER, [tmp_path / "long.txt"], length=64, evaluation=tmp_path / "short.txt", cache=tmp_path / "cache")
 
 
@@ -194,7 +194,7 @@ def test_bad_sources(file, source, tmp_path):
         pretraining(TOKENIZER, [source, source])
     with pytest.raises(DataError, match="cannot be read"):
         pretraining(TOKENIZER, [f"datasets:{tmp_path / 'nowhere'}"])
-    with pytest.raises(UnknownNameError, match="--text.*nearest: content"):
+    with pytest.raises(UnknownNameError, match=r"--text.*nearest: content"):
         pretraining(TOKENIZER, [source], text="contents")
     with pytest.raises(DataError, match="streaming=False is for files"):
         pretraining(TOKENIZER, [source], streaming=False)

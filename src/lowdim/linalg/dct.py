@@ -27,8 +27,8 @@ def dct_matrix(
 ) -> Tensor:
     """The orthogonal matrix of the discrete cosine transform.
 
-    Formula: `C[i, j] = √(2/n) cos(π i (2 j + 1) / (2 n))`, row 0 times `√(1/2)`; kind 2 is `C`, kind 3 its inverse `Cᵀ`. Rows of
-    `C` are cosines of increasing frequency; `dct_matrix(n) @ x` is the DCT-II of `x`.
+    Formula: `C[i, j] = √(2/n) cos(π i (2 j + 1) / (2 n))`, row 0 times `√(1/2)`; kind 2 is `C`, kind 3 its inverse `Cᵀ`. Rows
+    of `C` are cosines of increasing frequency; `dct_matrix(n) @ x` is the DCT-II of `x`.
 
     Args:
         n: side.

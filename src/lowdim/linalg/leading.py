@@ -10,8 +10,12 @@ from lowdim.linalg.svd import canonical_signs, compute_dtype, range_finder
 
 __all__ = ["has_numbers", "leading_vectors"]
 
-#: Up to this smaller side the exact decomposition is cheap; the rule of `truncated_svd`.
-_SMALL = 512
+#: Up to this smaller side the exact decomposition is cheap (the rule of `truncated_svd`), and up to the next one it is still
+#: cheaper than a sketch of more than a quarter of the side.
+_SMALL, _MEDIUM = 512, 2048
+#: Above this rank a sketch is left as the orthonormal basis that it is: turning it into singular vectors takes a decomposition
+#: of a square matrix of the rank's size, which on a GPU costs ten times the sketch.
+_UNTURNED = 512
 
 
 def has_numbers(tensor: Tensor) -> bool:
@@ -40,8 +44,12 @@ def leading_vectors(
     `A Ω` with power iterations. With `start = Q`, `Ω = Aᵀ (Q + N)`, N Gaussian with columns of norm about one: what the old
     basis found is found again in one pass, and a direction that it lacks can still enter through every column.
 
+    A sketch of more than 512 directions gives an orthonormal basis of the leading subspace, near the singular vectors and no
+    more: rotating it onto them would cost ten times as much.
+
     Args:
-        method: `"exact"`, `"randomized"`, or `"auto"`: exact when `min(m, n) <= 512` or `rank` is above a quarter of it.
+        method: `"exact"`, `"randomized"`, or `"auto"`: exact when `min(m, n) <= 512`, or up to 2048 where `rank` is above a
+            quarter of it.
         start: warm start, in the space of the result (randomised only).
         power_iterations: default 2, or 1 with a warm start (which is itself half of one).
 
@@ -70,10 +78,14 @@ def leading_vectors(
     check_choice("method", method, ("auto", "exact", "randomized"))
     work = matrix.detach().to(compute_dtype(matrix.dtype))
     if method == "auto":
-        method = "exact" if small <= _SMALL or 4 * rank > small else "randomized"
+        method = "exact" if small <= _SMALL or (4 * rank > small and small <= _MEDIUM) else "randomized"
     if method == "exact":
         vectors, squares = _left_vectors(work)
         total = squares.sum()
+    elif rank > _UNTURNED:
+        vectors = _span(work, rank, start, power_iterations, generator)
+        squares = torch.linalg.vector_norm(vectors.mT @ work, dim=1).square()
+        total = torch.linalg.vector_norm(work).square()
     else:
         q = _sketch(work, rank, start, oversample, power_iterations, generator)
         inner, squares = _left_vectors(q.mT @ work)
@@ -91,6 +103,20 @@ def _left_vectors(work: Tensor) -> tuple[Tensor, Tensor]:
         work = torch.linalg.qr(work.mT, mode="r").R.mT
     u, s, _ = torch.linalg.svd(work, full_matrices=False)
     return u, s.square()
+
+
+def _span(work: Tensor, rank: int, start: Tensor | None, power: int | None, generator: torch.Generator | None) -> Tensor:
+    """An orthonormal basis of about the leading subspace: products with `A Aᵀ`, one QR after each, and none between the two."""
+    m = work.shape[0]
+    device = work.device if generator is None else generator.device
+    mixed = torch.randn(m, rank, dtype=work.dtype, device=device, generator=generator).to(work.device).div_(m**0.5)
+    if start is not None:
+        kept = min(start.shape[1], rank)
+        mixed[:, :kept] += start[:, :kept].to(work.dtype)
+    times = 1 + (power if power is not None else 2 if start is None else 1)
+    for _ in range(times):
+        mixed = torch.linalg.qr(work @ (work.mT @ mixed)).Q
+    return mixed
 
 
 def _sketch(

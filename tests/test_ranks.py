@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowdim.ranks import by_energy, energy_rank
+import vectors
+from lowdim.ranks import by_energy, energy_rank, welore, welore_at
 
 
 def test_energy_rank_is_the_smallest_that_reaches_the_share():
@@ -69,3 +70,104 @@ def test_by_energy_of_a_zero_matrix():
 def test_by_energy_refuses(spectra, rank, choices):
     with pytest.raises(ValueError, match=r"rank|choices"):
         by_energy(spectra, rank=rank, choices=choices)
+
+
+# WeLore
+
+
+def by_definition(spectra, target, grid=0.005):
+    """Threshold and ranks, one layer and one threshold at a time; None where no threshold removes enough."""
+    total = sum(len(s) for s in spectra.values() if len(s) > 1)
+    for i in range(1, int(1 / grid + 1e-9) + 1):
+        threshold, kept = round(i * grid, 12), {}
+        for name, s in spectra.items():
+            low, high = float(s.min()), float(s.max())
+            below = 0 if low == high else sum((float(x) - low) / (high - low) < threshold for x in s)
+            kept[name] = len(s) - below
+        if sum(len(s) - kept[n] for n, s in spectra.items()) / total >= target:
+            return threshold, kept
+    return None
+
+
+def test_welore_vector():
+    v = vectors.load("welore", "target")
+    threshold, kept = welore({f"l{i}": v[f"s{i}"] for i in range(4)}, v.hyperparameters["target"])
+    assert threshold == pytest.approx(float(v["threshold"]), abs=1e-9)
+    assert list(kept.values()) == v["ranks"].tolist()
+
+
+values = st.lists(st.one_of(st.floats(0, 100, width=32), st.integers(0, 4).map(float)), min_size=1, max_size=12)
+
+
+@given(st.lists(values, min_size=1, max_size=5), st.floats(0.01, 0.99), st.sampled_from([0.005, 0.03, 0.25, 1.0]))
+def test_welore_by_its_definition(layers, target, grid):
+    spectra = {str(i): torch.tensor(s, dtype=torch.float64) for i, s in enumerate(layers)}
+    if all(len(s) == 1 for s in layers):
+        with pytest.raises(ValueError, match="more than one singular value"):
+            welore(spectra, target, grid=grid)
+        return
+    want = by_definition(spectra, target, grid)
+    if want is None:
+        with pytest.raises(ValueError, match="target must be at most"):
+            welore(spectra, target, grid=grid)
+        return
+    assert welore(spectra, target, grid=grid) == want
+    assert welore_at(spectra, want[0]) == want[1]
+    assert all(1 <= r <= len(spectra[n]) for n, r in want[1].items())
+
+
+def test_welore_normalises_by_the_least_value_too():
+    spectra = {"a": torch.tensor([1.0, 0.6, 0.5])}  # z = 1, 0.2, 0; s / max would be 1, 0.6, 0.5
+    assert welore_at(spectra, 0.21) == {"a": 1}
+    assert welore(spectra, 0.5) == (0.205, {"a": 1})
+
+
+def test_welore_does_not_look_at_scale_order_or_dtype():
+    s = torch.tensor([7.0, 3.0, 2.0, 0.5, 0.25])
+    flat = torch.tensor([3.0, 2.5, 2.25, 2.0])
+    want = welore({"s": s, "flat": flat}, 0.5)
+    assert welore({"s": s.flip(0) * 64, "flat": flat.bfloat16()}, 0.5) == want
+
+
+def test_welore_of_equal_values_and_single_ones():
+    spectra = {
+        "flat": torch.full((4,), 0.3),
+        "zero": torch.zeros(3),
+        "one": torch.ones(1),
+        "falls": torch.tensor([9.0, 1.0, 0.0]),
+    }
+    threshold, kept = welore(spectra, 0.2)
+    assert kept == {"flat": 4, "zero": 3, "one": 1, "falls": 1}
+    assert threshold == 0.115  # z = 1, 1/9, 0: both lie below; ten values count
+    with pytest.raises(ValueError, match=r"target must be at most 0\.2, what threshold 1 removes; got 0\.21"):
+        welore(spectra, 0.21)
+
+
+def test_welore_at_the_ends():
+    spectra = {"a": torch.tensor([3.0, 3.0, 1.0, 0.0])}
+    assert welore_at(spectra, 0.0) == {"a": 4}
+    assert welore_at(spectra, 1.0) == {"a": 2}  # both maxima stay
+
+
+@pytest.mark.parametrize(
+    ("spectra", "target", "grid", "match"),
+    [
+        ({}, 0.5, 0.005, "singular_values must hold at least one layer"),
+        ({"a": torch.ones(2)}, 0.0, 0.005, r"target must be a finite number in \(0, 1\); got 0\.0"),
+        ({"a": torch.ones(2)}, 1, 0.005, r"target must be .* got 1"),
+        ({"a": torch.ones(2)}, 0.5, 0.0, r"grid must be a finite number in \(0, 1\]; got 0\.0"),
+        ({"a": torch.ones(2, 2)}, 0.5, 0.005, r"singular_values\['a'\] must be a vector .* got shape \(2, 2\)"),
+        ({"a": torch.ones(0)}, 0.5, 0.005, r"singular_values\['a'\] must be a vector"),
+        ({"a": torch.tensor([1.0, torch.nan])}, 0.5, 0.005, r"singular_values\['a'\] has negative, NaN or infinite"),
+        ({"a": torch.tensor([1.0, -1.0])}, 0.5, 0.005, r"singular_values\['a'\] has negative"),
+    ],
+)
+def test_welore_refuses(spectra, target, grid, match):
+    with pytest.raises(ValueError, match=match):
+        welore(spectra, target, grid=grid)
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.01, float("nan"), None])
+def test_welore_at_refuses(bad):
+    with pytest.raises(ValueError, match="threshold"):
+        welore_at({"a": torch.ones(2)}, bad)

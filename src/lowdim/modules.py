@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowdim.errors import check_choice, check_float, check_int
-from lowdim.linalg import Cost, chain_cost, draw_normal, draw_uniform, truncated_svd
+from lowdim.linalg import Cost, balance_factors_, chain_cost, draw_normal, draw_uniform, truncated_svd
 from lowdim.surgery import make_linear
 
 __all__ = ["LowRankLinear", "StructuredLinear"]
@@ -102,7 +102,7 @@ class LowRankLinear(StructuredLinear):
     such as Monarch instead.
 
     Source: Wei et al., "Building on Efficient Foundations", NeurIPS 2024, arXiv 2406.16450 (init `"svd"`, `"random"`);
-    OptimAI-Lab's pretraining benchmark, arXiv 2505.22922 (`"kaiming"`, alpha).
+    OptimAI-Lab's pretraining benchmark, arXiv 2505.22922 (`"kaiming"`, alpha, `refactorize`).
     """
 
     def __init__(
@@ -196,6 +196,13 @@ class LowRankLinear(StructuredLinear):
     def products(self) -> list[tuple[int, int, int]]:
         """`A`, then `B`."""
         return [(self.A.numel(), self.in_features, self.rank), (self.B.numel(), self.rank, self.out_features)]
+
+    def refactorize(self) -> None:
+        """Make the factors balanced and orthogonal in place, `Bᵀ B = A Aᵀ = S` for `B A = U S Vᵀ`; the weight stays.
+
+        Moments that an optimizer holds for them belong to the old factors: see `lowdim.optim.Restart`.
+        """
+        balance_factors_(self.A, self.B)
 
     @classmethod
     def from_factors(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from lowdim.errors import check_float, check_int
 
-__all__ = ["by_energy", "energy_rank"]
+__all__ = ["by_energy", "energy_rank", "welore", "welore_at"]
 
 
 def energy_rank(
@@ -72,3 +74,98 @@ def by_energy(spectra: list[Tensor], *, rank: int, choices: Sequence[int]) -> li
             result[i] = choice
         start = stop
     return result
+
+
+def welore(
+    singular_values: Mapping[str, Tensor],  # name -> (d,)
+    target: float,
+    *,
+    grid: float = 0.005,
+) -> tuple[float, dict[str, int]]:
+    """WeLore's rule: one threshold on normalised singular values for all layers, the smallest that removes enough ranks.
+
+    Formula: with `z = (s - min s) / (max s - min s)` in each layer, the smallest `k` of `grid, 2 grid, ...` up to 1 with
+    `Σ_l #{z_l < k} / Σ_l d_l >= target`; layer l keeps `d_l - #{z_l < k}` ranks.
+
+    A layer whose singular values are all equal keeps them all, and counts in the sum of `d_l`; a layer with one singular value
+    has nothing to give and does not count.
+
+    Args:
+        singular_values: all singular values of each layer, in any order; they are compared in float64.
+        target: share of all ranks that is to go, in (0, 1). Some more goes, at most what one step of the grid adds.
+
+    Returns:
+        `(k, {name: kept rank})`; every kept rank is at least 1.
+
+    Raises:
+        ValueError: target outside (0, 1), grid outside (0, 1], no layer, a spectrum that is empty, not a vector, negative or
+            not finite (named); a target that no threshold reaches.
+
+    Example:
+        >>> import torch
+        >>> from lowdim.ranks import welore
+        >>> welore({"falls": torch.tensor([8.0, 1.0, 0.5, 0.0]), "flat": torch.tensor([1.0, 0.9, 0.9, 0.0])}, 0.5)
+        (0.13, {'falls': 1, 'flat': 3})
+
+    When not: where what is reduced must be parameters or energy; ranks of wide and square layers count alike here.
+
+    Source: Jaiswal et al., "From GaLore to WeLore: How Low-Rank Weights Non-uniformly Emerge from Low-Rank Gradients", arXiv
+    2407.11239.
+    """
+    check_float("target", target, 0.0, 1.0, low_open=True, high_open=True)
+    check_float("grid", grid, 0.0, 1.0, low_open=True)
+    normalised = _normalised(singular_values)
+    counted = [z for z in normalised.values() if len(z) > 1]
+    if not counted:
+        raise ValueError("singular_values must hold a layer with more than one singular value; all have one")
+    pool = torch.cat(counted).sort().values
+    steps = torch.arange(1, math.floor(1 / grid + 1e-9) + 1, dtype=torch.float64)
+    thresholds = (steps * grid).round(decimals=12).clamp_max(1.0)  # 0.205, not a hair above
+    removed = torch.searchsorted(pool, thresholds)  # how many z lie below each
+    enough = removed.double() / len(pool) >= target
+    if not bool(enough.any()):
+        most = int(removed[-1]) / len(pool)
+        raise ValueError(f"target must be at most {most:g}, what threshold {float(thresholds[-1]):g} removes; got {target!r}")
+    threshold = float(thresholds[int(enough.int().argmax())])
+    return threshold, _kept(normalised, threshold)
+
+
+def welore_at(
+    singular_values: Mapping[str, Tensor],  # name -> (d,)
+    threshold: float,
+) -> dict[str, int]:
+    """The ranks that `welore` keeps at a given threshold `k`: `#{z >= k}` in each layer.
+
+    Raises:
+        ValueError: threshold outside [0, 1]; a spectrum as in `welore`.
+
+    Example:
+        >>> import torch
+        >>> from lowdim.ranks import welore_at
+        >>> welore_at({"a": torch.tensor([3.0, 2.0, 1.0])}, 0.5)
+        {'a': 2}
+
+    Source: arXiv 2407.11239.
+    """
+    check_float("threshold", threshold, 0.0, 1.0)
+    return _kept(_normalised(singular_values), threshold)
+
+
+def _normalised(spectra: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each spectrum stretched to [0, 1] in float64; a constant one becomes ones, which no threshold removes."""
+    if not spectra:
+        raise ValueError("singular_values must hold at least one layer; got none")
+    found = {}
+    for name, values in spectra.items():
+        s = values.detach().to("cpu", torch.float64)
+        if s.ndim != 1 or not len(s):
+            raise ValueError(f"singular_values[{name!r}] must be a vector of at least one number; got shape {tuple(s.shape)}")
+        if not bool(torch.isfinite(s).all()) or bool((s < 0).any()):
+            raise ValueError(f"singular_values[{name!r}] has negative, NaN or infinite entries")
+        low, high = s.min(), s.max()
+        found[name] = (s - low) / (high - low) if bool(high > low) else torch.ones_like(s)
+    return found
+
+
+def _kept(normalised: Mapping[str, Tensor], threshold: float) -> dict[str, int]:
+    return {name: int((z >= threshold).sum()) for name, z in normalised.items()}

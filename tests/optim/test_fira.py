@@ -71,6 +71,7 @@ def made(cls=Fira, **options):
 SHARDED = {
     "fira": Subject(net=small_net, optimizer=made(scale=0.5)),
     "fira-reverse": Subject(net=small_net, optimizer=made(proj_type="reverse_std")),
+    "fira-replicas": Subject(net=small_net, optimizer=made(layerwise=True), how="replicas"),
     "fira-plain": Subject(net=small_net, optimizer=made(PlainFira, scale=0.5)),
     "fira-plain-reverse": Subject(net=small_net, optimizer=made(PlainFira, proj_type="reverse_std")),
 }
@@ -175,7 +176,9 @@ def test_fused_builds_no_matrix_of_the_weights_size():
 def test_the_written_formula():
     """Three steps of the specification's text, term by term, on a wide matrix."""
     m, n, r, lr, alpha, gamma = 6, 9, 2, 0.03, 0.5, 1.01
-    grads = torch.randn(3, m, n, generator=stream(1, "fira"), dtype=torch.float64) * torch.tensor([1.0, 5.0, 0.1])[:, None, None]
+    grads = (
+        torch.randn(3, m, n, generator=stream(1, "fira"), dtype=torch.float64) * torch.tensor([1.0, 5.0, 0.1])[:, None, None]
+    )
     W = torch.zeros(m, n, dtype=torch.float64)
     p = nn.Parameter(W.clone())
     optimizer = Fira([p], lr=lr, rank=r, scale=alpha, limiter=gamma, update_interval=100)

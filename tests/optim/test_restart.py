@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import vectors
+from lowdim import strategies
+from lowdim.catalogue import variant
 from lowdim.linalg import stream
 from lowdim.modules import LowRankLinear
 from lowdim.optim import GaLore, Restart, param_groups, quick_recovery_cosine
@@ -335,6 +337,20 @@ def test_a_foreign_state_is_refused(state):
     with pytest.raises(ValueError, match="steps must be an int >= 0; got"):
         restart.load_state_dict(state)
     assert restart.state_dict() == {"steps": 0}
+
+
+def test_companion_of_the_catalogues_variant():
+    """Swapped in, trained and restarted through the one interface of `compare` and `run`."""
+    chosen = strategies.with_options(variant("low-rank-restart"), {"rank": 2, "interval": 3, "recovery_steps": 2})
+    net = nn.Sequential(nn.Linear(7, 12), nn.Tanh(), nn.Linear(12, 9))
+    applied = strategies.apply(chosen, net, lr=0.02, steps=10, scratch=True)
+    optimizer = applied.make_optimizer(0.02)
+    restart = applied.make_companion(optimizer)
+    assert isinstance(restart, Restart)
+    assert (restart.interval, restart.recovery_steps, net[0].rank, net[0].scale) == (3, 2, 2, 1.0)
+    train(net, optimizer, range(3), restart)
+    assert not optimizer.state
+    torch.testing.assert_close(net[0].A @ net[0].A.mT, net[0].B.mT @ net[0].B)
 
 
 # Bad input.

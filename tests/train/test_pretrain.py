@@ -1,4 +1,4 @@
-"""Pretraining by recipe: every method, byte and character models, streams, layer-wise updates; killed and resumed to the same bits."""
+"""Pretraining by recipe: every method, bytes, characters, streams, layer-wise updates; killed and resumed to the same bits."""
 
 import json
 import math

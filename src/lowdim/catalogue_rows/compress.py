@@ -11,6 +11,8 @@ ROWS = (
         paper="From GaLore to WeLore: How Low-Rank Weights Non-uniformly Emerge from Low-Rank Gradients",
         arxiv="2407.11239",
         claim="Tuning only the low-rank parts of a half-size LLaMA-2-7B beats its full tuning: 3x throughput, 0.6x memory.",
+        target="lowdim.compress:welore",
+        reproduction="lowdim.reproduce.welore:run",
     ),
     Entry(
         number=17,

@@ -11,6 +11,18 @@ ROWS = (
         paper="SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining",
         arxiv="2406.02214",
         claim="Sparse plus low-rank weights reach perplexity 34.15 at 60M (full rank 34.06), in up to 73 % less memory at 7B.",
+        target="lowdim.layers:SLTrainLinear",
+        variants=(
+            Variant(
+                "sltrain",
+                "SLTrain",
+                "lowdim.layers:SLTrainLinear",
+                {"rank": 16, "density": 0.03, "alpha": 16.0},
+                (1e-3, 3e-4, 3e-3, 1e-4, 1e-2),
+                scratch_rates=(3e-3, 1e-2, 1e-3, 3e-2, 3e-4),
+            ),
+        ),
+        reproduction="lowdim.reproduce.sltrain:run",
     ),
     Entry(
         number=8,
@@ -32,6 +44,19 @@ ROWS = (
         paper="Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks",
         arxiv="2405.15481",
         claim="Training sampled singular vectors closes 67.6 % (OPT-125M) to 97.4 % (LLaMA-1.3B) of the gap to full rank.",
+        target="lowdim.layers:SSTLinear",
+        variants=(
+            Variant(
+                "sst",
+                "SST",
+                "lowdim.layers:SSTLinear",
+                {"rank": 16, "steps_per_iteration": 50, "warmup": 5},
+                (1e-3, 3e-4, 3e-3, 1e-4, 1e-2),
+                scratch_rates=(1e-2, 2e-2, 5e-3, 2e-3, 4e-2),
+                companion="lowdim.layers:SSTScheduler",
+            ),
+        ),
+        reproduction="lowdim.reproduce.sst:run",
     ),
     Entry(
         number=24,
@@ -50,6 +75,19 @@ ROWS = (
         paper="Maestro: Uncovering Low-Rank Structures via Trainable Decomposition",
         arxiv="2308.14929",
         claim="Ordered dropout finds each layer's rank in training, at kept accuracy; on linear maps it recovers SVD and PCA.",
+        target="lowdim.layers:MaestroLinear",
+        variants=(
+            Variant(
+                "maestro",
+                "Maestro",
+                "lowdim.layers:MaestroLinear",
+                {"lasso": 1e-3, "threshold": 0.05},
+                (1e-4, 3e-5, 3e-4, 1e-5, 1e-3),
+                scratch_rates=(3e-3, 1e-3, 1e-2, 3e-4, 3e-2),
+                companion="lowdim.layers:MaestroTraining",
+            ),
+        ),
+        reproduction="lowdim.reproduce.maestro:run",
     ),
     Entry(
         number=27,

@@ -11,6 +11,18 @@ ROWS = (
         paper="SVD-Free Low-Rank Adaptive Gradient Optimization for Large Language Models",
         arxiv="2505.17967",
         claim="DCT columns in place of an SVD: the same quality, faster, in up to 25 % less memory.",
+        target="lowdim.optim:DCTAdamW",
+        variants=(
+            Variant(
+                "dct",
+                "DCT-AdamW",
+                "lowdim.optim:DCTAdamW",
+                {"rank": 32, "update_interval": 20},
+                (1e-4, 3e-4, 3e-5, 1e-3, 3e-3),
+                scratch_rates=(1e-2, 2e-2, 3e-3, 5e-2, 1e-3),
+            ),
+        ),
+        reproduction="lowdim.reproduce.dct:run",
     ),
     Entry(
         number=35,
@@ -20,6 +32,18 @@ ROWS = (
         paper="Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?",
         arxiv="2410.01623",
         claim="Full-rank updates in GaLore's memory: perplexity 31.06 on LLaMA-60M, against 34.06 full rank and 34.88 GaLore.",
+        target="lowdim.optim:Fira",
+        variants=(
+            Variant(
+                "fira",
+                "Fira",
+                "lowdim.optim:Fira",
+                {"rank": 32, "update_interval": 20},
+                (1e-4, 3e-4, 3e-5, 1e-3, 3e-3),
+                scratch_rates=(3e-2, 1e-2, 6e-2, 3e-3, 1e-3),
+            ),
+        ),
+        reproduction="lowdim.reproduce.fira:run",
     ),
     Entry(
         number=37,

@@ -23,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-_Model = Annotated[str, typer.Option("--model", help="A folder, a hub id, or minilm, stories260k, smollm2-135m.")]
+_Model = Annotated[str, typer.Option("--model", help="A folder, a hub id, or minilm, stories260k, smollm2-135m, llama-7b.")]
 _Methods = Annotated[str, typer.Option("--methods", help="Names, families (adapters, optim, layers) or all, with commas.")]
 
 
@@ -57,18 +57,19 @@ def plan(
     model: _Model,
     budget: Annotated[str | None, typer.Option("--budget", help="Memory, e.g. 8GiB.")] = None,
     methods: _Methods = "all",
-    task: Annotated[str, typer.Option("--task", help="classify or causal-lm.")] = "causal-lm",
+    task: Annotated[str, typer.Option("--task", help="classify, causal-lm or pretrain.")] = "causal-lm",
     batch_size: Annotated[int, typer.Option("--batch-size")] = 1,
     length: Annotated[int, typer.Option("--length", help="Tokens in a sequence.")] = 512,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Recompute activations.")] = False,
+    layerwise: Annotated[bool, typer.Option("--layerwise", help="Optimizers that can: free gradients at once.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Show which modules the patterns match.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Forecast the peak memory of training by each method, without allocating the model."""
     from lowdim.cli.planning import plan as run
 
-    run(model, budget, methods, task, batch_size, length, dtype, checkpointing, layers, as_json)
+    run(model, budget, methods, task, batch_size, length, dtype, checkpointing, layerwise, layers, as_json)
 
 
 @app.command()
@@ -76,7 +77,8 @@ def compare(
     model: _Model = "minilm",
     data: Annotated[list[str] | None, typer.Option("--data", help="jsonl, csv, tsv, parquet or text; may be repeated.")] = None,
     evaluation: Annotated[str | None, typer.Option("--eval", help="A test file of its own.")] = None,
-    task: Annotated[str, typer.Option("--task", help="classify or causal-lm.")] = "classify",
+    task: Annotated[str, typer.Option("--task", help="classify, causal-lm or pretrain.")] = "classify",
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="pretrain: bytes, characters, a folder.")] = None,
     text: Annotated[str | None, typer.Option("--text", help="Name of the text column.")] = None,
     label: Annotated[str | None, typer.Option("--label", help="Name of the label column.")] = None,
     methods: Annotated[str | None, typer.Option("--methods", help="Names, families or all, with commas.")] = None,
@@ -96,8 +98,8 @@ def compare(
     from lowdim.cli.comparing import compare as run
 
     options = {
-        "model": model, "data": data, "evaluation": evaluation, "task": task, "text": text, "label": label,
-        "methods": methods, "budget": budget, "metric": metric, "seeds": seeds, "trials": trials, "steps": steps,
+        "model": model, "data": data, "evaluation": evaluation, "task": task, "tokenizer": tokenizer, "text": text, "label":
+        label, "methods": methods, "budget": budget, "metric": metric, "seeds": seeds, "trials": trials, "steps": steps,
         "batch_size": batch_size, "max_length": max_length, "time_limit": time_limit, "seed": seed,
     }  # fmt: skip
     run(options, out, resume)
@@ -139,15 +141,27 @@ def compress(
     model: _Model,
     out: Annotated[Path, typer.Option("--out", help="Where to write the smaller model.")],
     data: Annotated[list[str], typer.Option("--data", help="Text of the model's own domain.")],
-    method: Annotated[str, typer.Option("--method", help="lord.")] = "lord",
-    param_ratio: Annotated[float, typer.Option("--param-ratio", help="Share of each layer's parameters that is kept.")] = 0.7,
-    samples: Annotated[int, typer.Option("--samples", help="Sequences to calibrate on.")] = 200,
+    method: Annotated[
+        str, typer.Option("--method", help="lord: by a layer's outputs on the text; welore: by its weights.")
+    ] = "lord",
+    param_ratio: Annotated[
+        float | None, typer.Option("--param-ratio", help="lord: share of each layer's parameters that is kept (0.7).")
+    ] = None,
+    target: Annotated[float | None, typer.Option("--target", help="welore: share of all ranks that is to go (0.5).")] = None,
+    threshold: Annotated[
+        float | None, typer.Option("--threshold", help="welore: on normalised singular values, instead of --target.")
+    ] = None,
+    tune_steps: Annotated[int | None, typer.Option("--tune-steps", help="welore: then tune the factors on the text.")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate of --tune-steps (5e-5).")] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", help="Sequences that lord looks at (200), or that are tuned on (all).")
+    ] = None,
     max_length: Annotated[int, typer.Option("--max-length")] = 128,
 ) -> None:
-    """Shrink a trained model without training, and say what it cost."""
+    """Shrink a trained model, and say what it cost."""
     from lowdim.cli.shipping import compress as run_it
 
-    run_it(model, out, data, method, param_ratio, samples, max_length)
+    run_it(model, out, data, method, param_ratio, target, threshold, tune_steps, lr, samples, max_length)
 
 
 @app.command()

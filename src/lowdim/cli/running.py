@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def run(path: Path, out: Path | None, resume: bool, steps: int | None, check: bo
             say=lambda line: bar.console.print(line, highlight=False, markup=False),
             callbacks=(_bar(bar, task),),
         )
+    if int(os.environ.get("RANK", "0")):
+        return  # the first process tells and writes
     folder = Path(recipe.out)
     write_run(record, folder / "report.html")
     metric = record["metric"]

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lowdim.errors import CheckpointError, DataError, check_choice, check_float, check_int
+from lowdim.errors import CheckpointError, DataError, LowdimError, check_choice, check_float, check_int
 
 __all__ = ["compress", "diagnose", "export", "report"]
 
@@ -120,55 +120,149 @@ def _description(folder: Path) -> tuple[dict[str, Any], int]:
     return about, sizes[-1] if sizes else 0  # the last matrix of a head gives the logits
 
 
-def compress(model: str, out: Path, data: list[str], method: str, param_ratio: float, samples: int, max_length: int) -> None:
-    """Decompose a causal language model's or encoder's layers from its outputs on sample text."""
-    check_choice("--method", method, ("lord",))
+def compress(
+    model: str,
+    out: Path,
+    data: list[str],
+    method: str,
+    param_ratio: float | None,
+    target: float | None,
+    threshold: float | None,
+    tune_steps: int | None,
+    lr: float | None,
+    samples: int | None,
+    max_length: int,
+) -> None:
+    """Make a causal language model's layers low-rank, by their outputs on sample text (lord) or by their weights (welore)."""
+    check_choice("--method", method, ("lord", "welore"))
+    tuned = {"--tune-steps": tune_steps, "--lr": lr}
+    _check_options(
+        method, {"lord": {"--param-ratio": param_ratio}, "welore": {"--target": target, "--threshold": threshold, **tuned}}
+    )
+    param_ratio = 0.7 if param_ratio is None else param_ratio
     check_float("--param-ratio", param_ratio, 0.0, 1.0, low_open=True)
-    check_int("--samples", samples, 1)
+    if target is not None and threshold is not None:
+        raise ValueError(
+            f"--target {target:g} and --threshold {threshold:g} exclude each other: the threshold follows from the target"
+        )
+    target = 0.5 if target is None else target
+    check_float("--target", target, 0.0, 1.0, low_open=True, high_open=True)
+    if threshold is not None:
+        check_float("--threshold", threshold, 0.0, 1.0)
+    _check_tuning(method, tune_steps, lr, samples)
     check_int("--max-length", max_length, 4)
     _check_free(out)
     import math
 
     from lowdim import models
-    from lowdim.compress import LoRDConfig, lord
-    from lowdim.files import whole_folder, write_json, write_tensors
-    from lowdim.layers import densify
+    from lowdim.compress import LoRDConfig, WeLoreConfig, lord, welore
     from lowdim.train.metrics import metric_for
     from lowdim.train.tasks import language_modelling
 
     console = Console()
     tokenizer = models.load_tokenizer(model)
-    task = language_modelling(tokenizer, data, max_length=max_length, most=models.longest_text(model), limit=samples)
+    limit = 200 if samples is None and method == "lord" else samples
+    task = language_modelling(tokenizer, data, max_length=max_length, most=models.longest_text(model), limit=limit)
     loaded = models.load_model(model, "causal-lm", pad_token_id=tokenizer.pad_token_id)
     metric = metric_for("causal-lm", "perplexity")
-    before = task.evaluate(loaded, task.test, metric)
+    perplexity = [task.evaluate(loaded, task.test, metric)]
     size = sum(p.numel() for p in loaded.parameters())
-    batches = (batch for batch in task.sample_batches(math.ceil(len(task.train) / 8), 8, next(loaded.parameters()).device))
-    small = lord(loaded, LoRDConfig(param_ratio=param_ratio), ({"input_ids": b["input_ids"]} for b in batches))
-    after = task.evaluate(small, task.test, metric)
+    record: dict[str, Any] = {"method": method}
+    if method == "lord":
+        batches = (batch for batch in task.sample_batches(math.ceil(len(task.train) / 8), 8, next(loaded.parameters()).device))
+        small = lord(loaded, LoRDConfig(param_ratio=param_ratio), ({"input_ids": b["input_ids"]} for b in batches))
+        record["param_ratio"] = param_ratio
+    else:
+        config = WeLoreConfig(target=target) if threshold is None else WeLoreConfig(threshold=threshold)
+        small = welore(loaded, config)
+        record |= _found(small, console, None if threshold is not None else target)
+    perplexity.append(task.evaluate(small, task.test, metric))
     kept = sum(p.numel() for p in small.parameters())
     console.print(f"parameters {size:,} -> {kept:,} ({kept / size:.2f} x)", highlight=False)
-    console.print(f"perplexity on held-out blocks {before:.3f} -> {after:.3f}", highlight=False)
-    record = {
-        "method": method,
-        "param_ratio": param_ratio,
-        "parameters": [size, kept],
-        "perplexity": [before, after],
-        "data": data,
-    }
-    factors = {key: value for key, value in small.state_dict().items() if key.endswith((".A", ".B"))}
-    densify(small)
-    with whole_folder(out) as draft, models.quiet():
-        write_tensors(draft / "factors.safetensors", factors)
-        small.save_pretrained(draft)  # type: ignore[operator]
-        tokenizer.save_pretrained(draft)
-        write_json(draft / "compression.json", record)
+    if tune_steps is not None:
+        record |= _tune(small, task, tune_steps, 5e-5 if lr is None else lr)
+        perplexity.append(task.evaluate(small, task.test, metric))
+    steps = " -> ".join(f"{value:.3f}" for value in perplexity)
+    console.print(f"perplexity on held-out blocks {steps}{' (tuned)' if len(perplexity) > 2 else ''}", highlight=False)
+    record |= {"parameters": [size, kept], "perplexity": perplexity, "data": data}
+    _write_small(small, tokenizer, record, out)
     console.print(
         f"written {out}: the dense equivalent as a transformers checkpoint, and the thin factors in factors.safetensors",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
+
+
+def _check_options(method: str, own: dict[str, dict[str, Any]]) -> None:
+    """Refuse what belongs to another method, rather than ignore it."""
+    for other, options in own.items():
+        foreign = [name for name, value in options.items() if value is not None]
+        if other != method and foreign:
+            takes = ", ".join(own[method])
+            raise ValueError(f"only --method {other} has {', '.join(foreign)}; --method {method} takes {takes}")
+
+
+def _check_tuning(method: str, steps: int | None, lr: float | None, samples: int | None) -> None:
+    if samples is not None:
+        check_int("--samples", samples, 1)
+    if steps is not None:
+        check_int("--tune-steps", steps, 1)
+    if lr is not None:
+        check_float("--lr", lr, 0.0, low_open=True)
+    idle = {"--lr": lr is not None, "--samples": samples is not None and method == "welore"}
+    if steps is None and any(idle.values()):
+        names = [name for name, given in idle.items() if given]
+        raise ValueError(f"{', '.join(names)}: only tuning uses it; add --tune-steps (welore looks at weights, not at data)")
+
+
+def _found(small: Any, console: Console, target: float | None) -> dict[str, Any]:
+    """Say which threshold and components WeLore found; the same for the record."""
+    from lowdim.compress import last_report
+
+    found, details = small.welore_report, last_report(small).details
+    components = {name: rank for name, (kind, rank) in found["layers"].items() if kind == "lrc"}
+    console.print(
+        f"threshold {found['threshold']:g}: {len(components)} of {len(found['layers'])} matrices are low-rank components; "
+        f"{details['reduction_in_components']:.3f} of all ranks are cut ({details['reduction']:.3f} by the rule)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return {"target": target, "threshold": found["threshold"], "ranks": components}
+
+
+def _tune(small: Any, task: Any, steps: int, lr: float) -> dict[str, Any]:
+    """Train the factors of the low-rank components, and nothing else."""
+    import tempfile
+
+    import torch
+
+    from lowdim.catalogue import variant
+    from lowdim.compress import welore_freeze
+    from lowdim.strategies import Applied
+    from lowdim.train.loop import FitSettings, fit
+
+    parameters = welore_freeze(small)
+    applied = Applied(small, "full", variant("full"), lambda rate: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0))
+    with tempfile.TemporaryDirectory() as folder:
+        result = fit(applied, task, FitSettings(steps=steps, lr=lr, schedule="cosine"), Path(folder))
+    if result.failure:
+        raise LowdimError(f"{result.failure}; try a smaller --lr than {lr:g}. Nothing was written")
+    return {"tune_steps": steps, "lr": lr, "trained": applied.trained(), "losses": result.losses}
+
+
+def _write_small(small: Any, tokenizer: Any, record: dict[str, Any], out: Path) -> None:
+    from lowdim import models
+    from lowdim.files import whole_folder, write_json, write_tensors
+    from lowdim.layers import densify
+
+    factors = {key: value for key, value in small.state_dict().items() if key.endswith((".A", ".B"))}
+    densify(small)
+    with whole_folder(out) as draft, models.quiet():
+        write_tensors(draft / "factors.safetensors", factors)
+        small.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        write_json(draft / "compression.json", record)
 
 
 def diagnose(diagnostic: str, base: str, tuned: str, k: int, threshold: float, out: Path | None) -> None:

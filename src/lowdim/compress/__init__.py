@@ -3,6 +3,7 @@
 from lowdim.compress.load import load_low_rank
 from lowdim.compress.lord import LoRDConfig, lord, lord_factors, lord_rank, lord_spectra
 from lowdim.compress.report import CompressedLayer, CompressionReport, attach_report, last_report
+from lowdim.compress.welore import WeLoreConfig, WeLoreLinear, welore, welore_freeze
 from lowdim.modules import LowRankLinear
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "CompressionReport",
     "LoRDConfig",
     "LowRankLinear",
+    "WeLoreConfig",
+    "WeLoreLinear",
     "attach_report",
     "last_report",
     "load_low_rank",
@@ -17,4 +20,6 @@ __all__ = [
     "lord_factors",
     "lord_rank",
     "lord_spectra",
+    "welore",
+    "welore_freeze",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +17,9 @@ from lowdim.optim.galore import check_schedule
 from lowdim.optim.inner import AdamWRule
 from lowdim.optim.parts import Layout, NoResidual, Parts, Projector, ResidualRule, Side, State
 from lowdim.optim.projectors import Identity
-from lowdim.optim.residuals import ErrorFeedback, NormScaledResidual
+from lowdim.optim.residuals import ErrorFeedback, NormScaledResidual, few_rows
 
 __all__ = ["DCTAdamW", "DCTProjector"]
-
-#: Entries that are transformed at a time, so that no second matrix of the gradient's size is needed.
-_CHUNK = {"cpu": 2**17}
-_OTHER_CHUNK = 2**24
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ class DCTProjector(Projector):
         piece = sharded.local(a).detach()
         rows = piece if side == "right" else piece.mT
         scores = rows.new_zeros(rows.shape[1], dtype=compute_dtype(rows.dtype))
-        for some in _chunks(rows):
+        for some in few_rows(rows, rows.shape[1]):
             S = dct(some.to(scores.dtype), kind=2 if self.basis == "dct2" else 3)
             scores += S.abs_().sum(0) if self.norm == 1 else S.square_().sum(0)
         if placements:
@@ -148,11 +143,6 @@ def _from_left(low: Tensor, state: State) -> bool:
     return low.shape[1] > len(state["indices"])
 
 
-def _chunks(rows: Tensor) -> Iterator[Tensor]:
-    count = max(1, _CHUNK.get(rows.device.type, _OTHER_CHUNK) // max(1, rows.shape[1]))
-    return iter(rows.split(count) if rows.numel() else ())
-
-
 def _largest(scores: Tensor, count: int) -> Tensor:
     """Indices of the largest, ties to the lower index, ascending, int32."""
     order = torch.sort(scores, descending=True, stable=True).indices
@@ -178,9 +168,8 @@ class DCTAdamW(ProjectedOptimizer):
     """Adam in a subspace that is picked anew at every step from a fixed cosine basis: no SVD, no basis in the state.
 
     Formula: `S = A Q` with a fixed orthogonal Q (m >= n; else `Qᵀ A`), A the gradient, or gradient plus carried error; the
-        `rank`
-    columns (rows) of S with the largest norm are the low gradient a; where other columns were picked than before, the moments
-    of those that stay are kept and the new ones start at zero; `W ← (1 − lr · weight_decay) W`,
+    `rank` columns (rows) of S with the largest norm are the low gradient a; where other columns were picked than before, the
+    moments of those that stay are kept and the new ones start at zero; `W ← (1 − lr · weight_decay) W`,
     `m = β₁ m + (1−β₁) a`, `v = β₂ v + (1−β₂) a²`, `W ← W − lr √(1−β₂ᵏ)/(1−β₁ᵏ) · up(m / (√v + eps √(1−β₂ᵏ)))`.
     Composition: DCTProjector × AdamWRule("inside") × (NoResidual | ErrorFeedback | NormScaledResidual) × DenseStore.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowdim.errors import check_float, check_int
-from lowdim.linalg import has_numbers
+from lowdim.linalg import has_numbers, stream
 from lowdim.optim import dense, sharded
 from lowdim.optim.checking import check_full_gradient, check_params, check_saved_group, restored
 from lowdim.optim.inner import AdamWRule
@@ -165,11 +165,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _wait(self, p: Tensor, grad: Tensor | None, group: dict[str, Any], parts: Parts, low: Tensor | None = None) -> None:
         """Keep the low gradient until `_release`."""
-        if low is None:
-            assert grad is not None
-            state = self.state[p]
-            low = self._project(p, grad, group, state, state.get("step", 0), parts)
-        self._waiting[p] = low
+        state = self.state[p]
+        self._waiting[p] = self._project(p, grad, group, state, state.get("step", 0), parts) if low is None else low
 
     def _release(self) -> None:
         """Clip the low gradients by their global norm, and step."""
@@ -257,7 +254,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         parts.store.write(p, weight, self._generator(p, step, group) if parts.store.stochastic else None)
         state["step"] = step + 1
 
-    def _project(self, p: Tensor, a: Tensor, group: dict[str, Any], state: State, step: int, parts: Parts) -> Tensor:
+    def _project(self, p: Tensor, a: Any, group: dict[str, Any], state: State, step: int, parts: Parts) -> Tensor:
         projector = parts.projector
         if group["stagger"] and "phase" not in state and not isinstance(projector, Identity):
             state["phase"] = self._phase(p, group)
@@ -319,7 +316,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 self._accumulate(p, grad, group, parts)
 
     def _use(self, p: Tensor, grad: Tensor | None, group: dict[str, Any], parts: Parts, low: Tensor | None = None) -> None:
-        """Step, or wait for the norm of all."""
+        """Step, or wait."""
         if self.replicas:
             if low is None and grad is not None and not self._keeps_full(parts, self.state[p]):
                 low = self._project(p, grad, group, self.state[p], self.state[p].get("step", 0), parts)
@@ -342,7 +339,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _keeps_full(self, parts: Parts, state: State) -> bool:
         """Whether this step needs the full gradient, summed in its usual place."""
-        return isinstance(parts.projector, Identity) or parts.projector.due(state, state.get("step", 0))
+        whole = isinstance(parts.projector, Identity) or parts.residual.full_size
+        return whole or parts.projector.due(state, state.get("step", 0))
 
     def _last_micro_batch(self, p: Tensor, group: dict[str, Any], parts: Parts) -> None:
         state = self.state[p]
@@ -368,10 +366,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         return index, next(i for i, q in enumerate(self.param_groups[index]["params"]) if q is p)
 
     def _generator(self, p: Tensor, step: int, group: dict[str, Any]) -> torch.Generator:
-        from lowdim.linalg import stream
-
-        index, place = self._place(p)
-        return stream(group.get("seed", 0), "store", index, place, step)
+        return stream(group.get("seed", 0), "store", *self._place(p), step)
 
     # Checkpoints.
 

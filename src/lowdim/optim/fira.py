@@ -38,9 +38,8 @@ class Fira(ProjectedOptimizer):
         correct_bias: Adam's bias correction (False: η = lr).
         svd, seed: as in `GaLore`.
         layerwise: update inside the backward pass and free each gradient at once.
-        accumulate: must be 1: the sum of projected gradients lacks what S is made of.
-        stagger: spread the choices of subspaces over the interval.
-        foreach: update unprojected parameters in one fused call.
+        accumulate, max_norm: must be 1 and None: projected gradients lack what S is made of.
+        replicas, stagger, foreach: as in `GaLore`.
 
     State of a parameter: as GaLore's, and `residual_norm` (0-dim). A step adds one product and one pass over the gradient to
     GaLore's; no matrix of the weight's size is built.
@@ -95,6 +94,7 @@ class Fira(ProjectedOptimizer):
         layerwise: bool = False,
         accumulate: int = 1,
         max_norm: float | None = None,
+        replicas: bool | None = None,
         stagger: bool = False,
         foreach: bool = True,
     ):
@@ -112,7 +112,7 @@ class Fira(ProjectedOptimizer):
             "svd": svd,
             "seed": seed,
         }
-        how: dict[str, Any] = {"layerwise": layerwise, "accumulate": accumulate, "max_norm": max_norm}
+        how: dict[str, Any] = {"layerwise": layerwise, "accumulate": accumulate, "max_norm": max_norm, "replicas": replicas}
         super().__init__(params, defaults, **how, stagger=stagger, foreach=foreach)
 
     def parts(self, group: dict[str, Any], ndim: int) -> Parts:

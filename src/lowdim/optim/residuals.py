@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowdim.linalg import has_numbers
 from lowdim.optim import sharded
 from lowdim.optim.parts import Layout, Projector, ResidualRule, State, moment_dtype
 
-__all__ = ["ErrorFeedback", "NormScaledResidual"]
+__all__ = ["ErrorFeedback", "NormScaledResidual", "few_rows"]
 
 _TINY = 1e-8  # the authors', in both quotients
 _LEVELS = 255
 _ROWS = 16
-_CHUNK = {"cpu": 2**17}  # entries that are made bytes of at a time
+#: Entries that are worked on at a time, where a temporary of the whole matrix's size can be spared.
+_CHUNK = {"cpu": 2**17}
 _OTHER_CHUNK = 2**24
 
 
@@ -29,7 +32,7 @@ class NormScaledResidual(ResidualRule):
     `S ← S / c`; `‖S‖ / c` is kept. A residual that is zero but for rounding is no measure for the next one: the norm kept
     before stays, and where there is none, the next step is not limited either.
 
-    Where φ runs along the side that is not projected (it does unless a wide matrix keeps its full rank), no S is built:
+    Where φ runs along the side that is not projected (all but square matrices of full rank on the left), no S is built:
     `‖S‖² = Σ φᵢ² (‖Gᵢ‖² − (2α − α²) ‖gᵢ‖²)` for an orthonormal basis, and `up(φ ⊙ g) = φ ⊙ up(g)`, so that
     `α up(D) + S/c = α up(D − φ/c ⊙ g) + φ/c ⊙ G`: one product and one scaled addition onto the weight.
 
@@ -132,7 +135,7 @@ def _squares(matrix: Any, by_row: bool) -> Tensor:
     """Squared norms of rows `(m, 1)` or of columns `(1, n)`, in float32 or better, whole on every process."""
     piece = sharded.local(matrix)
     wide, dim = moment_dtype(piece.dtype), int(by_row)
-    if by_row or piece.device.type != "cpu":
+    if by_row or piece.device.type != "cpu" or not has_numbers(piece):
         found = torch.linalg.vector_norm(piece, dim=dim, keepdim=True, dtype=wide).square_()
     else:  # a CPU reduces a column entry by entry; a few rows at a time it adds along them
         sums = torch.zeros(min(_ROWS, piece.shape[0]), piece.shape[1], dtype=wide, device=piece.device)
@@ -211,8 +214,7 @@ def _to_bytes(error: Any) -> tuple[Tensor, Tensor, Tensor]:
     piece, low, unit = sharded.local(error), sharded.local(least), sharded.local(step)
     unit = torch.where(unit > 0, unit, 1.0)
     codes = torch.empty(piece.shape, dtype=torch.uint8, device=piece.device)
-    count = max(1, _CHUNK.get(piece.device.type, _OTHER_CHUNK) // max(1, piece.shape[1]))
-    for out, rows, start, width in zip(codes.split(count), piece.split(count), low.split(count), unit.split(count)):
+    for out, rows, start, width in zip(*(few_rows(x, piece.shape[1]) for x in (codes, piece, low, unit))):
         out.copy_((rows - start).div_(width).round_().clamp_(0, _LEVELS))
     if sharded.is_sharded(error):
         from torch.distributed.tensor import DTensor
@@ -229,3 +231,11 @@ def _of_rows(values: Any, like: Any) -> Any:
     from torch.distributed.tensor import Replicate
 
     return values.redistribute(placements=[p if p.is_shard(0) else Replicate() for p in like.placements])
+
+
+def few_rows(matrix: Tensor, width: int) -> Iterable[Tensor]:
+    """The rows of a matrix, so many at a time as are worth it for rows of this width; for a forecast the first ones only."""
+    count = max(1, _CHUNK.get(matrix.device.type, _OTHER_CHUNK) // max(1, width))
+    if not len(matrix):
+        return ()
+    return matrix.split(count) if has_numbers(matrix) else (matrix[:count],)

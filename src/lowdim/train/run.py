@@ -47,7 +47,11 @@ def run_recipe(
     chosen = strategies.with_options(variant(recipe.method), recipe.options)
     metric = metric_for(recipe.task, recipe.metric)
     check_tracker(recipe.report_to)
-    _claim(folder, recipe, resume)
+    first = int(os.environ.get("RANK", "0")) == 0  # of several processes that torchrun or accelerate has started
+    if first:
+        _claim(folder, recipe, resume)
+    else:
+        say = lambda line: None  # noqa: E731
     accumulation = accumulate(recipe)
     extras = strategies.training_extras(
         chosen, layerwise=recipe.layerwise, accumulate=accumulation, max_norm=recipe.max_grad_norm
@@ -64,7 +68,10 @@ def run_recipe(
 
         fit_head(model, head, task)
     lr = recipe.lr if recipe.lr is not None else chosen.rates_for(recipe.from_scratch)[0]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
     model.to(device)
     before = task.evaluate(model, task.validation, metric)
     say(f"before: validation {metric.name} {before:.4f}")
@@ -82,7 +89,8 @@ def run_recipe(
     )
     trained = applied.trained()  # now: some methods train less and less
     say(f"{chosen.label}: {trained:,} trained parameters, learning rate {lr:g}")
-    write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))
+    if first:
+        write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))
     settings = dataclasses.replace(
         _settings(recipe, lr), gradient_accumulation=accumulation, clips_itself=extras.get("max_norm") is not None
     )
@@ -124,6 +132,8 @@ def run_recipe(
         "environment": environment(),
         "lowdim": lowdim.__version__,
     }
+    if not first:
+        return record
     if applied.adapted is not None:
         applied.adapted.save(folder / "adapter")
     else:

@@ -86,7 +86,9 @@ def small_net():
 
 
 def made(**options):
-    return lambda net: DCTAdamW(param_groups(net, rank=3), **{"lr": 0.02, "update_interval": 2, "weight_decay": 0.01, **options})
+    return lambda net: DCTAdamW(
+        param_groups(net, rank=3), **{"lr": 0.02, "update_interval": 2, "weight_decay": 0.01, **options}
+    )
 
 
 SHARDED = {
@@ -94,6 +96,7 @@ SHARDED = {
     "dct-l2": Subject(net=small_net, optimizer=made(norm=2, basis="dct2", rotate=False, update_interval=1)),
     "dct-feedback": Subject(net=small_net, optimizer=made(error_feedback=True)),
     "dct-feedback-8bit": Subject(net=small_net, optimizer=made(error_feedback=8)),
+    "dct-replicas": Subject(net=small_net, optimizer=made(layerwise=True, error_feedback=True), how="replicas"),
     "dct-fira": Subject(net=small_net, optimizer=made(residual="norm_scaled")),
 }
 
@@ -144,9 +147,7 @@ def test_vectors_in_lower_precision(name, dtype):
     case.tensors = {k: t if t.dtype == torch.int64 else t.to(dtype) for k, t in case.tensors.items()}
     _, _, weights, indices = follow(case)
     want = case["weights_after"].double()
-    if not torch.equal(indices, case["indices"]):  # near ties between scores, which rounding decides
-        assert dtype == torch.bfloat16
-        return
+    assert torch.equal(indices, case["indices"])
     rounding = torch.finfo(dtype).eps * float(want.abs().max())
     assert float((weights.double() - want).abs().max()) <= 12 * rounding
 
@@ -350,7 +351,7 @@ def test_bytes_of_the_error_have_255_levels():
     state = {"ef": codes, "ef_low": least, "ef_scale": step}
     grad = torch.randn(12, 300, generator=stream(5, "ef"))
     kept = grad.clone()
-    assert torch.equal(ErrorFeedback(8).before(grad, state), torch.addcmul(least, codes.float(), step) + grad)
+    assert torch.equal(ErrorFeedback(8).before(grad, state), codes.float() * step + least + grad)
     assert torch.equal(grad, kept)
 
 
@@ -365,7 +366,7 @@ def test_feedback_in_bytes_follows_the_exact_one():
 
 
 def test_norm_scaled_residual_is_firas():
-    """In the basis of a full DCT subspace that Fira is handed: the same residual rule, decay before."""
+    """Fira's formula written out, with cosine columns in place of singular vectors and eps inside of the correction."""
     grads = torch.randn(4, 10, 6, generator=stream(6, "dct"), dtype=f64)
     p = nn.Parameter(torch.zeros(10, 6, dtype=f64))
     optimizer = DCTAdamW([p], lr=0.02, rank=2, update_interval=100, residual="norm_scaled", limiter=1.01)
@@ -408,7 +409,7 @@ def test_layerwise_accumulation_needs_no_residual():
     layered = DCTAdamW([nn.Parameter(torch.zeros(8, 6))], rank=2, layerwise=True, accumulate=2)
     assert layered.accumulate == 2
     for options in ({"error_feedback": True}, {"residual": "norm_scaled"}):
-        with pytest.raises(ValueError, match="accumulate=2.*full gradient"):
+        with pytest.raises(ValueError, match=r"accumulate=2.*full gradient"):
             DCTAdamW([nn.Parameter(torch.zeros(8, 6))], rank=2, layerwise=True, accumulate=2, **options)
 
 

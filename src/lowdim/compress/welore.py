@@ -1,0 +1,319 @@
+"""WeLore: each layer as low-rank as its singular values say, and fine-tuning of the low-rank layers only."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowdim import ranks as rank_rules
+from lowdim.compress.report import CompressedLayer, CompressionReport, attach_report
+from lowdim.errors import NoMatchingModuleError, check_float
+from lowdim.linalg import compute_dtype, truncated_svd
+from lowdim.modules import LowRankLinear
+from lowdim.surgery import (
+    Patterns,
+    dense_matrix,
+    find_layers,
+    freeze,
+    is_linear,
+    layer_dtype,
+    matrix_shape,
+    swap_layers,
+    without_tied,
+)
+
+__all__ = ["WeLoreConfig", "WeLoreLinear", "welore", "welore_freeze"]
+
+_log = logging.getLogger(__name__)
+
+#: Weights of up to this many entries are decomposed in float64.
+_SMALL = 2**20
+
+
+class _Unsaid(float):
+    """A target that nobody gave, which a threshold may replace."""
+
+
+@dataclass(frozen=True)
+class WeLoreConfig:
+    """How far `welore` reduces a model.
+
+    Attributes:
+        target: share of all ranks that is to go, in (0, 1); the threshold follows from it. 0.5 where no threshold is given.
+        threshold: the threshold itself, in [0, 1].
+        min_reduction: a layer is factored where more than this share of its ranks goes, in [0, 1). Below one half two factors
+            of a square matrix hold no fewer numbers than the matrix.
+        target_modules: last parts of module names, or a regular expression; None takes every nn.Linear and Conv1D outside the
+            output head.
+
+    Raises:
+        ValueError: both or neither of target and threshold; a number outside its interval.
+
+    Example:
+        >>> from lowdim.compress import WeLoreConfig
+        >>> WeLoreConfig().target, WeLoreConfig(threshold=0.175).target
+        (0.5, None)
+    """
+
+    target: float | None = _Unsaid(0.5)
+    threshold: float | None = None
+    min_reduction: float = 0.5
+    target_modules: Patterns = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target, _Unsaid):
+            object.__setattr__(self, "target", 0.5 if self.threshold is None else None)
+        if (self.target is None) == (self.threshold is None):
+            raise ValueError(
+                f"exactly one of target and threshold must be given; got target={self.target!r}, threshold={self.threshold!r}"
+            )
+        if self.target is not None:
+            check_float("target", self.target, 0.0, 1.0, low_open=True, high_open=True)
+        if self.threshold is not None:
+            check_float("threshold", self.threshold, 0.0, 1.0)
+        check_float("min_reduction", self.min_reduction, 0.0, 1.0, high_open=True)
+
+
+class WeLoreLinear(LowRankLinear):
+    """A low-rank layer whose factors go by WeLore's names as well: `y = U (V x) + bias`, `U` is `B` and `V` is `A`.
+
+    Example:
+        >>> from lowdim.compress import WeLoreLinear
+        >>> layer = WeLoreLinear(6, 4, rank=2)
+        >>> layer.U.shape, layer.V.shape, layer.U is layer.B
+        (torch.Size([4, 2]), torch.Size([2, 6]), True)
+
+    Source: arXiv 2407.11239.
+    """
+
+    @property
+    def U(self) -> nn.Parameter:
+        """`(out, rank)`."""
+        return self.B
+
+    @property
+    def V(self) -> nn.Parameter:
+        """`(rank, in)`."""
+        return self.A
+
+
+def welore(model: nn.Module, config: WeLoreConfig, batches: Iterable[Any] | None = None) -> nn.Module:
+    """Factor the layers whose singular values fall off, each at the rank at which they do, in place; without data.
+
+    Formula: `s` the singular values of `W (out, in)`, `z = (s - min s) / (max s - min s)`. At a threshold k, common to all
+    layers, the kept rank is `r = #{z >= k}` (`lowdim.ranks.welore` finds k from the target). Where more than `min_reduction`
+    of the ranks goes, `W ~ U V` with `U = U_r √S_r (out, r)`, `V = √S_r V_rᵀ (r, in)`: a low-rank component. Any other layer
+    stays as it is.
+
+    Args:
+        config: how far, and which layers.
+        batches: not looked at; other systems need samples there.
+
+    Returns:
+        The model. `model.welore_report` is `{"threshold": k, "layers": {name: ("lrc" or "dense", rank)}}`, the full rank for
+        dense ones; `lowdim.compress.last_report(model)` has parameters and the relative error `√(Σ_{i>r} s² / Σ s²)` of each
+        layer, and both shares of ranks that went: what the rule counts, and what was really cut, in low-rank components.
+
+    Raises:
+        ValueError: nothing matched, every layer has one row or column only, a weight with NaN or infinity, a target that cannot
+            be reached. The model is then left as it was.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lowdim.compress import WeLoreConfig, welore
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        >>> model[0].weight.data = torch.diag(torch.logspace(0, -2, 8))
+        >>> model[2].weight.data = torch.diag(torch.linspace(1, 0.5, 8))
+        >>> welore(model, WeLoreConfig(target=0.4)).welore_report["layers"]
+        {'0': ('lrc', 3), '2': ('dense', 8)}
+
+    One matrix is decomposed at a time: all singular values first, then factors where they are needed, which costs a second
+    decomposition of those matrices and holds no factor that is not kept. When not: the reduction is counted in ranks. A square
+    matrix at half its rank holds as many numbers as before; with samples at hand `lord` keeps more of a layer's outputs at the
+    same rank; encoders that were trained to use all their width have no layer that is much flatter than others, and uniform
+    ranks are then as good. Fine-tune afterwards (`welore_freeze`).
+
+    Source: Jaiswal et al., "From GaLore to WeLore: How Low-Rank Weights Non-uniformly Emerge from Low-Rank Gradients", arXiv
+    2407.11239.
+    """
+    del batches
+    named = config.target_modules not in (None, "all-linear")
+    found = find_layers(model, config.target_modules, accept=is_linear)
+    layers, tied = without_tied(model, found, named=named)
+    spectra = _spectra(layers)
+    threshold, kept = _ranks(layers, spectra, config)
+    factored = {
+        name: layer
+        for name, layer in layers.items()
+        if name in kept and (len(spectra[name]) - kept[name]) / len(spectra[name]) > config.min_reduction
+    }
+    report = _report(model, layers, tied, spectra, kept, set(factored), threshold)
+    swap_layers(model, factored, lambda name, layer: _factor(layer, kept[name]))
+    cast(Any, model).welore_report = {
+        "threshold": threshold,
+        "layers": {
+            name: ("lrc", kept[name]) if name in factored else ("dense", min(matrix_shape(layer)))
+            for name, layer in layers.items()
+        },
+    }
+    attach_report(model, report)
+    if not factored:
+        warnings.warn(
+            f"WeLore left all {len(layers)} layers of {type(model).__name__} dense: at threshold {threshold:g} none loses more "
+            f"than min_reduction={config.min_reduction:g} of its ranks; raise the target or lower min_reduction",
+            UserWarning,
+            stacklevel=2,
+        )
+    _log.info("%s", report.summary)
+    return model
+
+
+def welore_freeze(model: nn.Module, *, train_norms: bool = False) -> list[nn.Parameter]:
+    """Leave only the factors of the low-rank components trainable: gradients and optimizer state follow from that.
+
+    Works on a compressed model and on one that was saved and loaded again (`load_low_rank`); all its low-rank layers are then
+    taken to be components.
+
+    Args:
+        train_norms: the parameters of normalisation layers too, as the authors do. Biases stay frozen.
+
+    Returns:
+        What is trained, in model order: U and V of each component (and norms). Hand it to AdamW; the paper takes a rate of 5e-5
+        for continued training, 1e-4 for a downstream task, no weight decay.
+
+    Raises:
+        ValueError: the model has no low-rank component.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowdim.compress import WeLoreConfig, welore, welore_freeze
+        >>> model = welore(nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32)), WeLoreConfig(threshold=0.9, min_reduction=0))
+        >>> len(welore_freeze(model)), len(welore_freeze(model, train_norms=True))
+        (2, 4)
+
+    When not: right after a compression that left little low-rank; then tune all parameters, or an adapter.
+
+    Source: arXiv 2407.11239.
+    """
+    kind = WeLoreLinear if hasattr(model, "welore_report") else LowRankLinear
+    chosen: dict[int, nn.Parameter] = {}
+    components = 0
+    for module in model.modules():
+        if isinstance(module, kind):
+            components += 1
+            chosen |= {id(p): p for p in (module.B, module.A)}
+        elif train_norms and "norm" in type(module).__name__.lower():
+            chosen |= {id(p): p for p in module.parameters(recurse=False)}
+    if not components:
+        raise ValueError(
+            f"{type(model).__name__} has no low-rank component to train; compress it with welore first (a lower min_reduction, "
+            "or a higher target, gives more of them)"
+        )
+    freeze(model)
+    for parameter in chosen.values():
+        parameter.requires_grad_(True)
+    return list(chosen.values())
+
+
+def _spectra(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Singular values of each layer, descending, float64 on the CPU; a weight of several layers is decomposed once."""
+    found: dict[str, Tensor] = {}
+    first: dict[int, str] = {}
+    for name, layer in layers.items():
+        twin = first.setdefault(id(layer.weight), name)
+        if twin != name:
+            found[name] = found[twin]
+            continue
+        weight = _wide(layer)
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(
+                f"layer {name}: the weight has NaN or infinite entries; a decomposition of it would be meaningless"
+            )
+        found[name] = torch.linalg.svdvals(weight).to("cpu", torch.float64)
+    return found
+
+
+def _wide(layer: nn.Module) -> Tensor:
+    """The weight `(out, in)` in the dtype in which it is decomposed."""
+    weight = dense_matrix(layer).detach()
+    dtype = compute_dtype(weight.dtype)
+    if weight.numel() <= _SMALL and weight.device.type != "mps":  # which has no float64
+        dtype = torch.float64
+    return weight.to(dtype)
+
+
+def _ranks(
+    layers: Mapping[str, nn.Module], spectra: Mapping[str, Tensor], config: WeLoreConfig
+) -> tuple[float, dict[str, int]]:
+    """The threshold, and the kept rank of each layer that has more than one; a shared weight counts once."""
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        if len(spectra[name]) > 1:
+            owners.setdefault(id(layer.weight), name)
+    if not owners:
+        raise NoMatchingModuleError(
+            f"no layer is left: each of {', '.join(layers)} has one row or column, which has no rank to lose"
+        )
+    counted = {name: spectra[name] for name in owners.values()}
+    if config.target is not None:
+        threshold, kept = rank_rules.welore(counted, config.target)
+    else:
+        assert config.threshold is not None
+        threshold = float(config.threshold)
+        kept = rank_rules.welore_at(counted, threshold)
+    return threshold, {name: kept[owners[id(layer.weight)]] for name, layer in layers.items() if id(layer.weight) in owners}
+
+
+@torch.no_grad()
+def _factor(layer: nn.Module, rank: int) -> nn.Module:
+    u, s, vh = truncated_svd(_wide(layer), rank, method="exact")
+    root, dtype = s.sqrt(), layer_dtype(layer)
+    new = WeLoreLinear.from_factors((root[:, None] * vh).to(dtype), (u * root).to(dtype), cast("Tensor | None", layer.bias))
+    return new.train(layer.training)
+
+
+def _report(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    tied: Mapping[str, list[str]],
+    spectra: Mapping[str, Tensor],
+    kept: Mapping[str, int],
+    factored: set[str],
+    threshold: float,
+) -> CompressionReport:
+    rows, seen = [], set()
+    ranks = by_rule = cut = 0
+    for name, layer in model.named_modules():
+        if name not in layers and name not in tied:
+            continue
+        out_features, in_features = matrix_shape(layer)
+        new = [p for p in layer.parameters() if id(p) not in seen]  # a shared weight is counted where it comes first
+        before = sum(p.numel() for p in new)
+        twin = any(p is layer.weight for p in new)
+        seen |= {id(p) for p in new}
+        if name in kept and twin:
+            gone = len(spectra[name]) - kept[name]
+            ranks, by_rule, cut = ranks + len(spectra[name]), by_rule + gone, cut + gone * (name in factored)
+        if name in factored:
+            rank, energy = kept[name], spectra[name].square()
+            error = math.sqrt(float(energy[rank:].sum() / energy.sum()))
+            change = rank * (out_features + in_features) - out_features * in_features if twin else 0
+            rows.append(CompressedLayer(name, out_features, in_features, rank, error, before, before + change))
+            continue
+        if name in tied:
+            note = f"left dense: tied to {', '.join(tied[name])}"
+        elif name not in kept:
+            note = "left dense: it has one row or column"
+        else:
+            note = f"left dense: {len(spectra[name]) - kept[name]} of {len(spectra[name])} ranks below the threshold"
+        rows.append(CompressedLayer(name, out_features, in_features, None, 0.0, before, before, note))
+    details = {"threshold": threshold, "reduction": by_rule / ranks, "reduction_in_components": cut / ranks}
+    return CompressionReport("WeLore", tuple(rows), details)

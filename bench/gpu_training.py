@@ -1,11 +1,11 @@
 """LLaMA-7B in little memory on one GPU: peak bytes, tokens a second and the time of a refresh, beside torch's AdamW.
 
-    PYTHONPATH=src python bench/gpu_training.py [--methods adamw,galore-8bit,q-galore] [--layers 32] [--out results/bench-gpu-training.json]
+    python bench/gpu_training.py [--methods adamw,galore-8bit,q-galore] [--layers 32] [--out results/bench-gpu-training.json]
 
 Needs torch and the source tree only: the model is written out here (shapes of `lowdim.architectures`, bfloat16, batch 1 of 256
-tokens, checkpointing, random tokens: what is measured does not depend on them). Every method runs in a process of its own, so that
-none inherits another's memory. A method that does not fit is reported as such. On a CPU the sizes are cut down (`--device cpu`):
-that shows that it runs, and no more; peak memory is then not known.
+tokens, checkpointing, random tokens: what is measured does not depend on them). Every method runs in a process of its own, so
+that none inherits another's memory. A method that does not fit is reported as such. On a CPU the sizes are cut down (`--device
+cpu`): that shows that it runs, and no more; peak memory is then not known.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Block(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False, **place)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`(1, time, width)`."""
         b, t, d = x.shape
         y = self.norm1(x)
         q, k, v = (p(y).view(b, t, self.heads, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -75,6 +76,7 @@ class Llama(nn.Module):
         self.half = width // heads // 2
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """The loss of predicting each next token."""
         x = self.embed(tokens)
         place = torch.arange(tokens.shape[1], device=x.device)[:, None]
         angles = place / 10_000 ** (torch.arange(self.half, device=x.device) / self.half)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.errors import check_int
-from lowdim.linalg import Cost, compute_dtype, draw_uniform, gather, is_sharded, local, match, stream, svd
+from lowdim.linalg import Cost, broadcast, compute_dtype, draw_uniform, gather, local, match, stream, svd
 from lowdim.modules import StructuredLinear
 
 __all__ = ["SSTLinear"]
@@ -213,9 +213,8 @@ class SSTLinear(StructuredLinear):
 
     def _decompose(self, weight: Tensor) -> None:
         U, S, Vh = (part.contiguous() for part in svd(weight))
-        if is_sharded(self.S):  # bases must agree to the last bit, whatever the hardware
-            for part in (U, S, Vh):
-                _broadcast(part, self.S)
+        for part in (U, S, Vh):
+            broadcast(part, self.S)
         self.U.copy_(U)
         self.Vh.copy_(Vh)
         _assign(self.S, S)
@@ -326,9 +325,3 @@ def _normalise(vectors: Any, axis: int) -> None:
 
 def _assign(parameter: Any, values: Tensor) -> None:
     local(parameter).copy_(local(match(values.to(parameter.dtype), parameter)))
-
-
-def _broadcast(tensor: Tensor, like: Any) -> None:
-    mesh = like.device_mesh
-    for axis in range(mesh.ndim):  # the first process's line, then every line from its first member
-        torch.distributed.broadcast(tensor, group=mesh.get_group(axis), group_src=0)

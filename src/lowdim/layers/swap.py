@@ -32,8 +32,8 @@ def swap_linear(
         exclude: skip layers whose name contains one of these.
         fresh: draw new weights, `layer_class(in, out, bias, **how)`, instead of approximating the trained ones; for training
             from scratch, and for forecasts on the meta device.
-        how: hyperparameters of the layer; a `seed` among them is the seed of all of them: each layer gets its own from it and its
-            name.
+        how: hyperparameters of the layer; a `seed` among them is the seed of all of them: each layer gets its own from it and
+            its name.
 
     Returns:
         The model. Build the optimizer afterwards: the old parameters are gone.

@@ -118,7 +118,8 @@ def _step(
         loss = loss + applied.adapted.regularizer()
     marks.begin(step, "backward", "after", "workspace")
     loss.backward()
-    tracker.add([p.float_grad for p in applied.model.parameters() if getattr(p, "float_grad", None) is not None], "gradients")
+    beside = (getattr(p, "float_grad", None) for p in applied.model.parameters())  # of 8-bit weights, which have no .grad
+    tracker.add([grad for grad in beside if grad is not None], "gradients")
     tracker.add(optimizer_tensors(optimizer), "optimizer_state")
     marks.begin(step, "optimizer", "before", "workspace")
     optimizer.step()

@@ -146,6 +146,7 @@ def _fit(
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
+        ddp_broadcast_buffers=False,  # frozen bases are the same everywhere, and large
     )
     own = [AdaptedCallback(applied.adapted)] if applied.adapted is not None else []
     trainer = _trainer_class()(
@@ -203,11 +204,12 @@ def _trainer_class() -> Any:
             return self.optimizer
 
         def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            pair: Any = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            loss, outputs = pair
             if self.applied.adapted is not None:
                 loss = loss + self.applied.adapted.regularizer()
             if model.training and hasattr(self.companion, "extra_loss"):
-                loss = loss + self.companion.extra_loss(lambda: model(**inputs).logits, outputs["logits"])
+                loss = loss + self.companion.extra_loss(lambda: model(**inputs).logits, outputs.logits)
             return (loss, outputs) if return_outputs else loss
 
         def plain_optimizer(self) -> Any:

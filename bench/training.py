@@ -1,6 +1,6 @@
 """Training in little memory: optimizer steps beside their peers', and layers beside nn.Linear, in one process, in turns.
 
-    OMP_NUM_THREADS=1 python bench/training.py [--quick] [--out results/bench-training.json]
+    python bench/training.py [--quick] [--threads 1 2] [--out results/bench-training.json]
 
 Optimizers: one step on one float32 matrix, rank 128, no refresh in it: milliseconds (median), the median of the ratios within
 each turn to the peer and to torch's fused AdamW, and bytes of state beside the formula of the spec. A refresh: time and
@@ -85,6 +85,7 @@ def ours(m: int, n: int) -> dict[str, tuple[Any, nn.Parameter]]:
     for name, cls, options in (
         ("GaLore", GaLore, {}),
         ("GaLore 8-bit", GaLore, {"inner": "adamw8bit"}),
+        ("GaLore Adafactor", GaLore, {"inner": "adafactor"}),
         ("Fira", Fira, {}),
         ("DCT-AdamW", DCTAdamW, {}),
     ):
@@ -114,6 +115,7 @@ def formula(name: str, m: int, n: int) -> int | None:
     return {
         "GaLore": 4 * (s * RANK + 2 * long * RANK),
         "GaLore 8-bit": int(4 * s * RANK + moments8),
+        "GaLore Adafactor": 4 * (s * RANK + long + RANK),
         "Fira": 4 * (s * RANK + 2 * long * RANK) + 4,
         "DCT-AdamW": 2 * 4 * RANK + 4 * 2 * long * RANK,
         "Q-GaLore": int(s * RANK * (0.5 + 8 / 256) + 4 * s + moments8),
@@ -239,11 +241,10 @@ def cpu_name() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of optimizers and refreshes; layers run on one")
     parser.add_argument("--quick", action="store_true", help="small matrices: shows that it runs")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
     version = importlib.metadata.version
     names = ("galore-torch", "fira", "apollo-torch")
     record: dict[str, Any] = {
@@ -253,17 +254,18 @@ def main() -> None:
             "torch": torch.__version__,
             **{name: version(name) for name in ("lowdim", *names)},
             "cpu": cpu_name(),
-            "threads": given.threads,
             "load_average_before": round(os.getloadavg()[0], 2),
         },
-        "optimizers": {},
-        "refresh": {},
+        "threads": {},
         "layers": {},
     }
     shapes = ((512, 512),) if given.quick else SHAPES
-    for m, n in shapes:
-        record["optimizers"][f"{m}x{n}"] = optimizers(m, n, given.repeats)
-        record["refresh"][f"{m}x{n}"] = refresh(m, n, given.repeats)
+    for threads in given.threads:
+        torch.set_num_threads(threads)
+        record["threads"][threads] = {
+            f"{m}x{n}": {"step": optimizers(m, n, given.repeats), "refresh": refresh(m, n, given.repeats)} for m, n in shapes
+        }
+    torch.set_num_threads(1)
     for tokens, n_in, n_out in ((64, 256, 256),) if given.quick else LAYERS:
         record["layers"][f"{tokens} tokens, {n_in} -> {n_out}"] = layers(tokens, n_in, n_out, given.repeats)
     record["environment"]["load_average_after"] = round(os.getloadavg()[0], 2)

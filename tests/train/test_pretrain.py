@@ -187,3 +187,31 @@ def test_what_cannot_run(changes, error, message, text, shape, tmp_path):
     with pytest.raises(error, match=message):
         run_recipe(recipe(tmp_path / "out", text, shape, **changes))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["galore", "q-galore", "fira", "dct"])
+def test_as_an_optimizer_of_a_plain_trainer(method, text, shape, tmp_path):
+    """`Trainer(optimizers=(optimizer, schedule))`, layer-wise, without anything of lowdim.train in the loop."""
+    from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, get_scheduler
+
+    from lowdim.catalogue import variant
+    from lowdim.optim import param_groups
+    from lowdim.train.packing import pretraining
+    from lowdim.train.tokenizers import byte_tokenizer
+
+    task = pretraining(byte_tokenizer(), [text], length=16, cache=tmp_path / "cache")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(shape))
+    cls = variant(method).build()
+    if hasattr(cls, "prepare_model"):
+        model = cls.prepare_model(model, rank=8)
+    optimizer = cls(param_groups(model, rank=8), lr=0.01, layerwise=True)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=12, per_device_train_batch_size=8, logging_steps=1, save_strategy="no",
+        report_to="none", disable_tqdm=True, use_cpu=True, max_grad_norm=0.0,
+    )  # fmt: skip
+    schedule = get_scheduler("constant", optimizer)
+    trainer = Trainer(model, arguments, train_dataset=task.train, data_collator=task.collate, optimizers=(optimizer, schedule))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.5

@@ -83,7 +83,7 @@ ROWS = (
                 "lowdim.layers:MaestroLinear",
                 {"lasso": 1e-3, "threshold": 0.05},
                 (1e-4, 3e-5, 3e-4, 1e-5, 1e-3),
-                scratch_rates=(3e-3, 1e-3, 1e-2, 3e-4, 3e-2),
+                scratch_rates=(3e-3, 1e-2, 1e-3, 3e-4, 3e-2),
                 companion="lowdim.layers:MaestroTraining",
             ),
         ),

@@ -191,3 +191,14 @@ def test_gpt2s_transposed_layers():
     assert type(model.lm_head) is nn.Linear
     assert model.lm_head.weight is model.transformer.wte.weight
     torch.testing.assert_close(model(ids).logits, want, rtol=1e-3, atol=1e-4)
+
+
+def test_densify_gives_convolutions_back():
+    from lowdim.layers import MaestroConv2d
+
+    net = nn.Sequential(MaestroConv2d(3, 5, 3, stride=2, padding=1), nn.Flatten())
+    x = torch.randn(2, 3, 8, 8)
+    want = net(x)
+    densify(net)
+    assert type(net[0]) is nn.Conv2d
+    assert torch.allclose(net(x), want, atol=1e-5)

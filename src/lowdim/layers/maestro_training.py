@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lowdim.errors import CheckpointError, check_choice, check_float, check_int
 from lowdim.layers.maestro_model import maestro_layers
-from lowdim.linalg import stream
+from lowdim.linalg import real_numbers, stream
 
 __all__ = ["MaestroSampler", "MaestroTraining"]
 
@@ -84,14 +84,17 @@ class MaestroSampler:
         if self.kind == "across_layers":
             generator = stream(self.seed, "maestro", self.kind, self._round, self._position)
             self._position += 1
-            return {n: int(torch.randint(1, r + 1, (), generator=generator)) for n, r in self._ranks.items() if r > 0}
+            with real_numbers():
+                return {n: int(torch.randint(1, r + 1, (), generator=generator)) for n, r in self._ranks.items() if r > 0}
         count = sum(self._ranks.values())
         if count == 0:
             return {}
         if self._position == count:
             self._next_round()
         if self._order is None:
-            self._order = torch.randperm(count, generator=stream(self.seed, "maestro", self.kind, self._round)).tolist()
+            generator = stream(self.seed, "maestro", self.kind, self._round)
+            with real_numbers():
+                self._order = torch.randperm(count, generator=generator).tolist()
         place = self._order[self._position]
         self._position += 1
         for name, rank in self._ranks.items():

@@ -69,12 +69,12 @@ def swap_linear(
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Replace every submodule that has `to_linear` by its dense equivalent, in place: the turn of reverse sparsification.
+    """Replace every submodule that has `to_linear` or `to_conv` by its plain equivalent, in place.
 
-    Modules and weights that are tied stay tied. A module inside another one that has `to_linear` goes with it.
+    Modules and weights that are tied stay tied. A module inside another one that has such a method goes with it.
 
     Returns:
-        The model, or the new layer if the model itself has `to_linear`. Build a new optimizer afterwards: the old one holds
+        The model, or the new layer if the model itself has one. Build a new optimizer afterwards: the old one holds
         tensors that are no longer trained. Under FSDP2 gather the parameters first.
 
     Example:
@@ -85,13 +85,18 @@ def densify(model: nn.Module) -> nn.Module:
 
     Source: Dao et al., "Monarch", ICML 2022, arXiv 2204.00595.
     """
-    if callable(getattr(model, "to_linear", None)):
-        return cast(Any, model).to_linear()
+    if (plain := _plain(model)) is not None:
+        return plain()
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in layers)
-        if not inside and callable(getattr(module, "to_linear", None)):
+        if not inside and _plain(module) is not None:
             layers[name] = module
     with torch.no_grad():
-        swap_layers(model, layers, lambda _, layer: layer.to_linear())
+        swap_layers(model, layers, lambda _, layer: _plain(layer)())
     return model
+
+
+def _plain(module: nn.Module) -> Any:
+    """The method that gives a plain layer (a linear one, or a convolution), or None."""
+    return next((m for name in ("to_linear", "to_conv") if callable(m := getattr(module, name, None))), None)

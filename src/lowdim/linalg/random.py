@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 
-__all__ = ["derive_seed", "stream"]
+__all__ = ["derive_seed", "real_numbers", "stream"]
 
 
 def derive_seed(seed: int, *purpose: object) -> int:
@@ -26,3 +27,19 @@ def stream(seed: int, *purpose: object) -> torch.Generator:
         True
     """
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
+
+
+def real_numbers() -> Any:
+    """A context in which tensors have numbers, also within a forecast: for draws that are looked at.
+
+    Example:
+        >>> import torch
+        >>> from torch._subclasses.fake_tensor import FakeTensorMode
+        >>> from lowdim.linalg import real_numbers
+        >>> with FakeTensorMode(), real_numbers():
+        ...     torch.ones(2).tolist()
+        [1.0, 1.0]
+    """
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()

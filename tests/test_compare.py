@@ -27,6 +27,7 @@ from lowdim.compare.winner import hand_over, restore
 from lowdim.errors import BudgetError, LowdimError
 from lowdim.train.metrics import METRICS
 from lowdim.train.tasks import Task
+from lowdim.train.tokenizers import byte_tokenizer
 
 METHODS = ("linear-probe", "lora", "full", "lamda", "monarch")
 ACCURACY, PERPLEXITY = METRICS["accuracy"], METRICS["perplexity"]
@@ -563,3 +564,57 @@ def test_a_folder_that_cannot_be_a_comparison(make, tmp_path):
         run(make(), tmp_path / "file")
     with pytest.raises(FileExistsError, match="is not empty and holds no comparison"):
         run(make(), Path(tmp_path))
+
+
+def test_pretraining_from_random_weights(tmp_path):
+    """Weights of every kind: plain, factors with a companion, a basis in buffers, bytes; the winner loads as a plain model."""
+    from transformers import LlamaConfig
+
+    shape = tmp_path / "shape"
+    LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    ).save_pretrained(shape)
+    text = tmp_path / "text.txt"
+    text.write_text((models.assets() / "shakespeare" / "sample.txt").read_text()[:6000])
+    chosen = ("full", "galore", "q-galore", "sltrain", "sst", "maestro", "low-rank-restart")
+    settings = CompareSettings(
+        model=str(shape), task="pretrain", tokenizer="bytes", data=(str(text),), methods=chosen, seeds=1, trials=1, steps=4,
+        batch_size=4, max_length=16, limit=32,
+    )  # fmt: skip
+    result, said = run(settings, tmp_path / "out")
+    rows = {row["name"]: row for row in result["methods"]}
+    assert [row["status"] for row in rows.values()] == ["ok"] * len(chosen), said
+    assert result["metric"]["name"] == "perplexity"
+    assert all(1 < row["mean"] < 400 for row in rows.values())
+    assert all(row["measured_peak_bytes"] > 0 for row in rows.values())
+    assert result["winner"]["largest_difference"] < 2e-3
+    again, _ = run(settings, tmp_path / "out", resume=True)
+    assert [row["mean"] for row in again["methods"]] == [row["mean"] for row in result["methods"]]
+    for name in chosen[1:]:  # whatever wins must come back from its files
+        bench = _bench(
+            settings,
+            _task(settings, byte_tokenizer()),
+            PERPLEXITY,
+            tmp_path / "out",
+            byte_tokenizer(),
+            Console(file=io.StringIO()),
+        )
+        folder = tmp_path / "out" / "runs" / name / "seed-0"
+        model = restore(bench, folder)
+        score = bench.task.evaluate(model, bench.task.test, PERPLEXITY)
+        assert score == pytest.approx(rows[name]["mean"], rel=1e-6), name
+
+
+def test_what_pretraining_refuses(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a text " * 500)
+    usual = {"model": "llama-tiny", "task": "pretrain", "tokenizer": "bytes", "data": (str(text),), "steps": 3}
+    with pytest.raises(ValueError, match="an adapter needs a trained model"):
+        run(CompareSettings(**usual, methods=("lora",)), tmp_path / "out")
+    with pytest.raises(ValueError, match="--tokenizer is for --task pretrain"):
+        CompareSettings(**{**usual, "task": "causal-lm"})

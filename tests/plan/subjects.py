@@ -58,14 +58,17 @@ def loss_of(model, batch):
     return model(**batch).loss
 
 
-def train(config, chosen: Variant, steps: int = 2, *, checkpointing: bool = False, dtype: torch.dtype = torch.float32):
+def train(
+    config, chosen: Variant, steps: int = 2, *, checkpointing: bool = False, dtype: torch.dtype = torch.float32, extras=None
+):
     """Really train for a few steps; returns what it took."""
     task = task_of(config)
     model = build(config, task).to(dtype).train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     batches = [batch_of(config, seed) for seed in range(2)]
-    applied = apply(chosen, model, lr=1e-3, steps=100, head=head_modules(model, task), batches=iter(batches), loss_fn=loss_of)
+    head = head_modules(model, task)
+    applied = apply(chosen, model, lr=1e-3, steps=100, head=head, batches=iter(batches), loss_fn=loss_of, extras=extras)
     applied.model.train()
     optimizer = applied.make_optimizer(1e-3)  # hooks for layerwise updates come with it
     companion = None if applied.make_companion is None else applied.make_companion(optimizer)

@@ -71,6 +71,16 @@ def test_checkpointing_is_seen():
     assert thrifty.total == pytest.approx(train(config, variant("lora"), checkpointing=True)[0].bytes, rel=HIDDEN)
 
 
+@pytest.mark.parametrize("method", ["galore", "galore-8bit", "q-galore", "fira", "dct"])
+def test_layerwise_updates_are_seen(method):
+    """Gradients live one at a time; what remains is what training takes."""
+    config = llama(2, hidden_size=768, intermediate_size=2048)
+    plain, thrifty = predict(config, method), predict(config, method, layerwise=True)
+    real = train(config, variant(method), steps=3, extras={"layerwise": True})[0].bytes
+    assert thrifty.total == pytest.approx(real, rel=0.1)
+    assert thrifty.total < plain.total
+
+
 def test_bfloat16_weights():
     got = predict(llama(), "full", dtype=torch.bfloat16)
     assert got.weights == pytest.approx(predict(llama(), "full").weights / 2, rel=0.01)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.errors import CheckpointError, check_float, check_int
-from lowdim.linalg import draw_uniform, gather, is_sharded, svd
+from lowdim.linalg import draw_uniform, gather, has_numbers, is_sharded, svd
 
 __all__ = ["OrderedComponents"]
 
@@ -127,7 +127,8 @@ class OrderedComponents(nn.Module):
         check_float("threshold", threshold, 0.0)
         if prune and is_sharded(self.U):
             raise ValueError("prune must be False while the parameters are sharded (DTensor); got True. Gather the model first")
-        self._rank = min(self._rank, int((self.importance() >= threshold).sum()))
+        if has_numbers(self.U):  # a forecast cannot know what will be cut
+            self._rank = min(self._rank, int((self.importance() >= threshold).sum()))
         if prune:
             self.prune()
         return self._rank

@@ -95,6 +95,7 @@ class NormScaledResidual(ResidualRule):
         """What S is divided by, None for 1; the norm that is kept is replaced."""
         if self.limiter is None:
             return None
+        size = size.to(moment_dtype(dtype))  # whatever the inner rule computes in
         rounding = max(8 * torch.finfo(size.dtype).eps, torch.finfo(dtype).eps ** 2)
         size = torch.where(size.square() > rounding * total, size, 0.0)
         before = state.get("residual_norm")

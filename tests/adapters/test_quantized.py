@@ -172,6 +172,8 @@ def test_the_gradient_of_a_weight_that_cannot_have_one(name):
     loss = lambda m, x: m(x).square().mean()  # noqa: E731
     got = collect(model, {"0": model[0], "2": model[2]}, {"gradient"}, [X, X[:3]], loss)
     want = collect(dense, {"0": dense[0], "2": dense[2]}, {"gradient"}, [X, X[:3]], loss)
+    # Where no input needs a gradient, bitsandbytes' nf4 multiplies in bfloat16 on CPUs that have instructions for it.
+    rounding = {**ROUNDING, "bitsandbytes-nf4": 5e-3}.get(name, 1e-4)
     for place in ("0", "2"):
-        assert relative_error(got[place]["gradient"], want[place]["gradient"]) < ROUNDING.get(name, 1e-4)
+        assert relative_error(got[place]["gradient"], want[place]["gradient"]) < rounding
     assert not any(p.requires_grad for p in model.parameters() if not p.is_floating_point())

@@ -65,8 +65,8 @@ def run(context: Context) -> Outcome:
     by_seed = [f"{r['accuracy'] - r['cut to 8']:.2f}" for r in found["lambda 0.003"]]
     outcome.notes += [
         f"lambda 0.003: points lost by the cut to rank 8, seed by seed: {', '.join(by_seed)}.",
-        "Truncating the SVD of the plain network, which is trained without a second pass, is a strong rival on this easy task (the "
-        "cuts in its row beside those of the lambdas). No inequality between them is asked for.",
+        "Truncating the SVD of the plain network, which is trained without a second pass, is a strong rival on this easy task "
+        "(the cuts in its row beside those of the lambdas). No inequality between them is asked for.",
         "Without the lasso, sampling does not order the components in so few epochs.",
         "The steps of the rate matter: at a constant rate the lasso acts about twice as long, and the ranks are about half.",
         "share: parameters of the merged network (dense layers where those are smaller, biases included) over those of the "

@@ -8,6 +8,7 @@ from lowdim.linalg import stream
 from lowdim.optim import (
     AdafactorRule,
     AdamW8bitRule,
+    AdamW16bitRule,
     AdamWRule,
     DCTProjector,
     ErrorFeedback,
@@ -31,6 +32,7 @@ PROJECTORS = {
 INNER = {
     "adamw": AdamWRule(),
     "adamw-torch": AdamWRule(eps=1e-8, eps_mode="inside"),
+    "16bit": AdamW16bitRule(),
     "8bit": AdamW8bitRule(min_size=8),
     "adafactor": AdafactorRule(),
 }

@@ -8,7 +8,7 @@ from torch import nn
 
 import vectors
 from lowdim.linalg import dynamic_codebook
-from lowdim.optim import GaLore, state_bytes
+from lowdim.optim import AdamW16bitRule, GaLore, state_bytes
 from lowdim.testing.optimizer_case import OptimizerCase
 
 
@@ -37,6 +37,19 @@ class TestRandomized(TestAdamW):
 class Test8bit(TestAdamW):
     def make(self, params, **options):
         return super().make(params, inner="adamw8bit", inner_options={"min_size": 16}, **options)
+
+
+class Test16bit(TestAdamW):
+    def test_brings_the_loss_down_in_bfloat16(self):
+        """Moments are bfloat16 on purpose; what matters is that they still add up."""
+        net = self.model(torch.bfloat16)
+        optimizer = self.make(self.groups(net))
+        losses = self.run(net, optimizer, range(120), torch.bfloat16)
+        assert sum(losses[-10:]) < 0.33 * sum(losses[:10]), losses[::10]
+        assert optimizer.state[net[0].weight]["exp_avg_sq"].dtype == torch.bfloat16
+
+    def make(self, params, **options):
+        return super().make(params, inner="adamw16bit", **options)
 
 
 class TestAdafactor(TestAdamW):
@@ -179,6 +192,22 @@ def test_state_is_a_small_share_of_adamw():
         optimizer = GaLore([p], rank=r, inner=inner)
         optimizer.step()
         assert state_bytes(optimizer) == want + 8
+
+
+def test_a_second_moment_in_bfloat16_goes_on_growing():
+    """Rounded to the nearest it would stop at a quarter of what it should reach."""
+    rule = AdamW16bitRule()
+    low, state, exact = torch.ones(40, 50), {}, 0.0
+    rule.init(low, state)
+    for step in range(2000):
+        rule.direction(low, state, step, 0.1, low)
+        exact = 0.999 * exact + 0.001
+    assert float(state["exp_avg_sq"].float().mean()) == pytest.approx(exact, rel=0.01)
+    assert float(state["exp_avg"].float().mean()) == pytest.approx(1.0, rel=0.02)
+    stuck = torch.zeros(1, dtype=torch.bfloat16)
+    for _ in range(2000):
+        stuck = (stuck.float() * 0.999 + 0.001).bfloat16()
+    assert float(stuck) < 0.5 * exact
 
 
 def test_small_low_gradients_keep_float_moments():

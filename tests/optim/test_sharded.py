@@ -33,6 +33,7 @@ SETTINGS = {
     "reverse": {"proj_type": "reverse_std"},
     "full": {"proj_type": "full"},
     "adafactor": {"inner": "adafactor", "inner_options": {"scale_parameter": True}},
+    "16bit": {"inner": "adamw16bit"},
     "8bit": {"inner": "adamw8bit", "inner_options": {"min_size": 16}},
     "randomized": {"svd": "randomized"},
     "staggered": {"stagger": True},
@@ -41,7 +42,7 @@ SETTINGS = {
     "layerwise-clipped": {"layerwise": True, "max_norm": 0.3},
 }
 SHARDED = {
-    f"galore-{name}": Subject(small_net, Galore(**options), tolerance=1e-6 if name == "8bit" else 1e-10)
+    f"galore-{name}": Subject(small_net, Galore(**options), tolerance=1e-6 if name in ("8bit", "16bit") else 1e-10)
     for name, options in SETTINGS.items()
 }
 SHARDED["galore-ddp"] = Subject(small_net, Galore(), how="ddp")

@@ -9,6 +9,7 @@ from lowdim.optim.driver import ProjectedOptimizer
 from lowdim.optim.fira import Fira
 from lowdim.optim.galore import GaLore
 from lowdim.optim.groups import ParamGroups, param_groups, state_bytes
+from lowdim.optim.half import AdamW16bitRule
 from lowdim.optim.inner import AdamW8bitRule, AdamWRule
 from lowdim.optim.int8 import Int8Linear, Int8Parameter, Int8Store, quantize_linears
 from lowdim.optim.parts import DenseStore, InnerRule, NoResidual, Parts, Projector, ResidualRule, WeightStore
@@ -20,6 +21,7 @@ from lowdim.optim.restart import Restart, quick_recovery_cosine
 __all__ = [
     "AdafactorRule",
     "AdamW8bitRule",
+    "AdamW16bitRule",
     "AdamWRule",
     "DCTAdamW",
     "DCTProjector",

@@ -7,6 +7,7 @@ from typing import Any
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.optim.adafactor import AdafactorRule
 from lowdim.optim.driver import ProjectedOptimizer
+from lowdim.optim.half import AdamW16bitRule
 from lowdim.optim.inner import AdamW8bitRule, AdamWRule
 from lowdim.optim.parts import InnerRule, Parts
 from lowdim.optim.projectors import PROJ_TYPES, Identity, Projector, SVDProjector, TuckerProjector
@@ -16,6 +17,7 @@ __all__ = ["GaLore", "check_rank", "check_schedule"]
 #: What `inner_options` may hold, and where each default comes from.
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "adamw": (),
+    "adamw16bit": (),
     "adamw8bit": ("min_size",),
     "adafactor": ("eps", "clip_threshold", "decay_rate", "beta1", "scale_parameter", "relative_step", "warmup_init"),
 }
@@ -37,7 +39,7 @@ class GaLore(ProjectedOptimizer):
         update_interval: steps between subspaces, T.
         scale: factor on the projected update.
         proj_type: `"std"` projects the shorter side, `"reverse_std"` the longer, `"right"`/`"left"` a fixed one, `"full"` both.
-        inner: `"adamw"`, `"adamw8bit"` (moments as bytes), `"adafactor"`.
+        inner: `"adamw"`, `"adamw16bit"` (moments in bfloat16), `"adamw8bit"` (as bytes), `"adafactor"`.
         eps: None for the rule's own: 1e-6 (adamw, added to the uncorrected √v), 1e-8 (adamw8bit).
         correct_bias: Adam's bias correction (False: η = lr).
         inner_options: adamw8bit: `min_size=4096`, low gradients smaller than this keep float32 moments; adafactor: `eps`,
@@ -212,6 +214,6 @@ def _rule(group: dict[str, Any]) -> InnerRule:
     options, eps = group["inner_options"] or {}, group["eps"]
     if group["inner"] == "adafactor":
         return AdafactorRule(**options)
-    rule = AdamW8bitRule if group["inner"] == "adamw8bit" else AdamWRule
+    rule = {"adamw": AdamWRule, "adamw16bit": AdamW16bitRule, "adamw8bit": AdamW8bitRule}[group["inner"]]
     given = {} if eps is None else {"eps": eps}
     return rule(betas=tuple(group["betas"]), correct_bias=group["correct_bias"], **given, **options)

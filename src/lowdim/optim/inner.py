@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -13,7 +14,7 @@ from torch import Tensor
 from lowdim.linalg import dequantize_blockwise, dynamic_codebook, has_numbers, quantize_blockwise
 from lowdim.optim.parts import InnerRule, Layout, Side, State, moment_dtype
 
-__all__ = ["AdamW8bitRule", "AdamWRule", "rotated"]
+__all__ = ["AdamW8bitRule", "AdamWRule", "pieces", "rotated"]
 
 EpsMode = Literal["outside", "inside"]
 
@@ -117,15 +118,12 @@ class AdamW8bitRule(AdamWRule):
             (state["exp_avg"].view(-1), state["absmax1"], signed),
             (state["exp_avg_sq"].view(-1), state["absmax2"], unsigned),
         ]
-        piece = _PIECE[low.device.type == "cpu"] // self.block * self.block
-        total = len(grad) if has_numbers(low) else min(piece, len(grad))  # in a forecast the first piece stands for all
-        for start in range(0, total, piece):
-            end = min(start + piece, total)
-            blocks = slice(start // self.block, -(-end // self.block))
-            m, v = (dequantize_blockwise(codes[start:end], scale[blocks], book, self.block) for codes, scale, book in kept)
-            out[start:end] = self.advance(grad[start:end], m, v, step)
+        for here in pieces(low, self.block):
+            blocks = slice(here.start // self.block, -(-here.stop // self.block))
+            m, v = (dequantize_blockwise(codes[here], scale[blocks], book, self.block) for codes, scale, book in kept)
+            out[here] = self.advance(grad[here], m, v, step)
             for value, (codes, scale, book) in zip((m, v), kept):
-                codes[start:end], scale[blocks] = quantize_blockwise(value, book, self.block)
+                codes[here], scale[blocks] = quantize_blockwise(value, book, self.block)
         return D, self.step_size(step, lr)
 
     def _load(self, state: State) -> tuple[Tensor, Tensor]:
@@ -147,6 +145,14 @@ class AdamW8bitRule(AdamWRule):
         blocks = ((-(-total // self.block),), torch.float32)
         codes = (low_shape, torch.uint8)
         return {"exp_avg": codes, "absmax1": blocks, "exp_avg_sq": codes, "absmax2": blocks}
+
+
+def pieces(low: Tensor, block: int) -> Iterator[slice]:
+    """Slices of the flattened tensor, of whole blocks but for the last; in a forecast the first stands for all."""
+    piece = _PIECE[low.device.type == "cpu"] // block * block
+    total = low.numel() if has_numbers(low) else min(piece, low.numel())
+    for start in range(0, total, piece):
+        yield slice(start, min(start + piece, total))
 
 
 def _codebooks(like: Tensor) -> tuple[Tensor, Tensor]:

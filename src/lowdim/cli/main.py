@@ -220,7 +220,7 @@ def _quiet_libraries() -> None:
     import warnings
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    for name in ("peft", "transformers", "accelerate", "bitsandbytes"):
+    for name in ("peft", "transformers", "accelerate", "bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*Redirects are currently not supported.*")

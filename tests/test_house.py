@@ -207,3 +207,8 @@ def test_hooks_are_local():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     assert [repo["repo"] for repo in config["repos"]] == ["local"]
     assert {hook["id"] for hook in config["repos"][0]["hooks"]} == {"ruff", "ruff-format", "pyright", "lint-imports"}
+
+
+def test_no_page_has_a_gap_to_be_filled():
+    pages = [path for path in shipped() if path.suffix == ".md"]
+    assert not [local(path) for path in pages if re.search(r"@[A-Z]{4,}@", path.read_text(encoding="utf-8"))]

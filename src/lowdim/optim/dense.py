@@ -1,4 +1,4 @@
-"""Unprojected parameters, all of a group at once, through torch's fused AdamW."""
+"""Unprojected parameters: all of a group at once through torch's fused AdamW, or one a piece at a time."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch.optim.adamw import adamw
 
 from lowdim.optim import sharded
 from lowdim.optim.inner import AdamWRule
-from lowdim.optim.parts import InnerRule, State, moment_dtype
+from lowdim.optim.parts import InnerRule, Parts, State, moment_dtype
+from lowdim.optim.projectors import Identity
 
-__all__ = ["can_fuse", "fused_step"]
+__all__ = ["can_fuse", "can_walk", "fused_step", "walk"]
 
 
 def can_fuse(p: Tensor, grad: Tensor, inner: InnerRule) -> bool:
@@ -27,6 +28,30 @@ def can_fuse(p: Tensor, grad: Tensor, inner: InnerRule) -> bool:
         and grad.is_contiguous()
         and not sharded.is_sharded(p)
     )
+
+
+def can_walk(weight: Tensor, low: Tensor, state: State, parts: Parts) -> bool:
+    """Whether an unprojected parameter can be updated a piece at a time, without a direction of its size."""
+    return (
+        isinstance(parts.projector, Identity)
+        and isinstance(parts.inner, AdamWRule)
+        and not parts.residual.full_size
+        and not sharded.is_sharded(weight)
+        and weight.is_contiguous()
+        and low.is_contiguous()
+        and state["exp_avg"].is_contiguous()
+    )
+
+
+def walk(weight: Tensor, low: Tensor, state: State, parts: Parts, step: int, lr: float, kept: float) -> None:
+    """`weight ← kept · (weight − η D)` (decay after), or `kept · weight − η D`, in place."""
+    assert isinstance(parts.inner, AdamWRule)
+    eta = parts.inner.step_size(step, lr) * (1.0 if parts.decay == "before" else kept)
+    if kept != 1.0:
+        weight.mul_(kept)
+    flat = weight.view(-1)
+    for here, D in parts.inner.walk(low, state, step):
+        flat[here].add_(D, alpha=-eta)
 
 
 def fused_step(

@@ -27,11 +27,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     Args:
         params: as in torch: parameters, named parameters, or groups.
         defaults: hyperparameters that a group may set for itself.
-        layerwise: update a parameter as soon as its gradient is there, in the backward pass, and free the gradient; `step()`
-            then does nothing but call its closure.
+        layerwise: update a parameter as soon as its gradient is there, in the backward pass, and free the gradient.
         accumulate: micro-batches a step, for `layerwise` only. While the subspace stands the *projected* gradient is summed,
-            which is exact since projecting is linear; the full gradient is kept only in steps that choose a subspace. `step()`
-            finishes a step that got fewer micro-batches (the last of an epoch).
+            which is exact since projecting is linear; the full gradient is kept only in steps that choose a subspace.
+            `step()` finishes a step that got fewer micro-batches (the last of an epoch).
         max_norm: clip by the global norm of what the inner rules see: projected gradients, and the gradients of unprojected
             parameters. It is at most the norm of the full gradients. With `layerwise` the projected gradients then wait for
             `step()`, which alone knows all of them; full gradients are freed as they come all the same.
@@ -237,20 +236,22 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         lr, decay = float(group["lr"]), group["weight_decay"]
         weight = parts.store.read(p)
         shrink = inner.rate(step, lr, weight) * decay if decay else 0.0  # looks at the weight before it changes
-        D, eta = inner.direction(low, state, step, lr, weight)
-        on_device, before = isinstance(shrink, Tensor), parts.decay == "before"
-        if on_device and before:  # a rate that is a tensor stays where it lies
-            weight.mul_(1 - shrink)
-        kept = 1.0 if isinstance(shrink, Tensor) else 1.0 - shrink  # else decay is part of the multiply-add
-        size = eta if before else eta * kept  # decay after the update shrinks the update too
-        fused = residual.full_size and residual.fused(weight, a, low, D, projector, state, step_size=size, beta=kept)
-        if not fused:
-            extra = None if a is None else residual.after(a, low, D, projector, state)
-            projector.add_up(weight, D, state, alpha=-size * projector.scale, beta=kept)
-            if extra is not None:
-                weight.add_(sharded.match(extra, weight), alpha=-size)
-        if on_device and not before:
-            weight.mul_(1 - shrink)
+        kept = 1.0 if isinstance(shrink, Tensor) else 1.0 - shrink  # then decay is part of the multiply-add
+        if dense.can_walk(weight, low, state, parts):
+            dense.walk(weight, low, state, parts, step, lr, kept)
+        else:
+            D, eta = inner.direction(low, state, step, lr, weight)
+            before = parts.decay == "before"
+            if isinstance(shrink, Tensor) and before:  # a rate that is a tensor stays where it lies
+                weight.mul_(1 - shrink)
+            size = eta if before else eta * kept  # decay after the update shrinks the update too
+            if not residual.fused(weight, a, low, D, projector, state, step_size=size, beta=kept):
+                extra = None if a is None else residual.after(a, low, D, projector, state)
+                projector.add_up(weight, D, state, alpha=-size * projector.scale, beta=kept)
+                if extra is not None:
+                    weight.add_(sharded.match(extra, weight), alpha=-size)
+            if isinstance(shrink, Tensor) and not before:
+                weight.mul_(1 - shrink)
         parts.store.write(p, weight, self._generator(p, step, group) if parts.store.stochastic else None)
         state["step"] = step + 1
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lowdim.linalg import derive_seed, has_numbers
-from lowdim.optim.inner import AdamWRule, pieces, rotated
+from lowdim.optim.inner import AdamWRule, joined, pieces, rotated
 from lowdim.optim.parts import Layout, Side, State
 
 __all__ = ["AdamW16bitRule", "round_at_random"]
@@ -37,19 +38,20 @@ class AdamW16bitRule(AdamWRule):
             state[name] = (turned if name == "exp_avg" else turned.abs_()).bfloat16()
 
     def direction(self, low: Tensor, state: State, step: int, lr: float, weight: Tensor) -> tuple[Tensor, float]:
-        """`(D, η)`; moments are read, advanced and stored again a piece at a time: D is the only full-size float."""
-        D = torch.empty(low.shape, dtype=torch.float32, device=low.device)
-        grad, out = low.reshape(-1), D.view(-1)
-        m, v = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+        """`(D, η)`; D is the only full-size tensor in float32."""
+        return joined(low, self.walk(low, state, step)), self.step_size(step, lr)
+
+    def walk(self, low: Tensor, state: State, step: int) -> Iterator[tuple[slice, Tensor]]:
+        """Moments are read, advanced and stored again a piece at a time."""
+        grad, m, v = low.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         generator = None
         if has_numbers(low):
             generator = torch.Generator(low.device).manual_seed(derive_seed(step, "moments", *low.shape))
         for here in pieces(low, 1):
             first, second = m[here].float(), v[here].float()
-            out[here] = self.advance(grad[here].float(), first, second, step)
+            yield here, self.advance(grad[here].float(), first, second, step)
             m[here] = first.bfloat16()
             v[here] = round_at_random(second, generator)
-        return D, self.step_size(step, lr)
 
     def layout(self, low_shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         """Two moments."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -14,7 +14,7 @@ from torch import Tensor
 from lowdim.linalg import dequantize_blockwise, dynamic_codebook, has_numbers, quantize_blockwise
 from lowdim.optim.parts import InnerRule, Layout, Side, State, moment_dtype
 
-__all__ = ["AdamW8bitRule", "AdamWRule", "pieces", "rotated"]
+__all__ = ["AdamW8bitRule", "AdamWRule", "joined", "pieces", "rotated"]
 
 EpsMode = Literal["outside", "inside"]
 
@@ -54,6 +54,12 @@ class AdamWRule(InnerRule):
         """`(D, η)`."""
         m, v = state["exp_avg"], state["exp_avg_sq"]
         return self.advance(low, m, v, step), self.step_size(step, lr)
+
+    def walk(self, low: Tensor, state: State, step: int) -> Iterator[tuple[slice, Tensor]]:
+        """D of contiguous tensors a piece at a time, by slices of the flattened tensor; the moments are updated on the way."""
+        grad, m, v = low.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+        for here in pieces(low, 1):
+            yield here, self.advance(grad[here], m[here], v[here], step)
 
     def advance(self, low: Tensor, m: Tensor, v: Tensor, step: int) -> Tensor:
         """Update the moments in place; D, with one temporary."""
@@ -108,11 +114,17 @@ class AdamW8bitRule(AdamWRule):
         self._store(state, rotated(m, R, side), rotated(v, R, side).abs_())
 
     def direction(self, low: Tensor, state: State, step: int, lr: float, weight: Tensor) -> tuple[Tensor, float]:
-        """`(D, η)`; moments are read, advanced and stored again some blocks at a time: D is the only full-size float."""
+        """`(D, η)`; D is the only full-size tensor in floating point."""
         if "absmax1" not in state:
             return super().direction(low, state, step, lr, weight)
-        D = torch.empty(low.shape, dtype=torch.float32, device=low.device)
-        grad, out = low.reshape(-1), D.view(-1)
+        return joined(low, self.walk(low, state, step)), self.step_size(step, lr)
+
+    def walk(self, low: Tensor, state: State, step: int) -> Iterator[tuple[slice, Tensor]]:
+        """Moments are read, advanced and stored again some blocks at a time."""
+        if "absmax1" not in state:
+            yield from super().walk(low, state, step)
+            return
+        grad = low.reshape(-1)
         signed, unsigned = _codebooks(low)
         kept = [
             (state["exp_avg"].view(-1), state["absmax1"], signed),
@@ -121,10 +133,9 @@ class AdamW8bitRule(AdamWRule):
         for here in pieces(low, self.block):
             blocks = slice(here.start // self.block, -(-here.stop // self.block))
             m, v = (dequantize_blockwise(codes[here], scale[blocks], book, self.block) for codes, scale, book in kept)
-            out[here] = self.advance(grad[here], m, v, step)
+            yield here, self.advance(grad[here], m, v, step)
             for value, (codes, scale, book) in zip((m, v), kept):
                 codes[here], scale[blocks] = quantize_blockwise(value, book, self.block)
-        return D, self.step_size(step, lr)
 
     def _load(self, state: State) -> tuple[Tensor, Tensor]:
         signed, unsigned = _codebooks(state["exp_avg"])
@@ -153,6 +164,14 @@ def pieces(low: Tensor, block: int) -> Iterator[slice]:
     total = low.numel() if has_numbers(low) else min(piece, low.numel())
     for start in range(0, total, piece):
         yield slice(start, min(start + piece, total))
+
+
+def joined(low: Tensor, walk: Iterable[tuple[slice, Tensor]]) -> Tensor:
+    """D of the low gradient's shape, in float32, from its pieces."""
+    D = torch.empty(low.shape, dtype=torch.float32, device=low.device)
+    for here, piece in walk:
+        D.view(-1)[here] = piece
+    return D
 
 
 def _codebooks(like: Tensor) -> tuple[Tensor, Tensor]:

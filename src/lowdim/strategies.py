@@ -346,4 +346,6 @@ def _option_names(variant: Variant) -> list[str]:
     if kind == "layer":
         own = [n for n in names if n not in ("in_features", "out_features", "bias", "device", "dtype")]
         return ["target_modules", *own, *(_companion_names(variant) if variant.companion else ())]
+    if "how" in names:  # what is said of how one trains is no hyperparameter, but for these
+        names[names.index("how") :] = ["stagger", "foreach"]
     return [n for n in names if n not in ("params", "lr", "layerwise", "accumulate", "max_norm")]

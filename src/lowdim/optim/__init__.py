@@ -10,6 +10,7 @@ from lowdim.optim.fira import Fira
 from lowdim.optim.galore import GaLore
 from lowdim.optim.groups import ParamGroups, param_groups, state_bytes
 from lowdim.optim.half import AdamW16bitRule
+from lowdim.optim.how import How
 from lowdim.optim.inner import AdamW8bitRule, AdamWRule
 from lowdim.optim.int8 import Int8Linear, Int8Parameter, Int8Store, quantize_linears
 from lowdim.optim.parts import DenseStore, InnerRule, NoResidual, Parts, Projector, ResidualRule, WeightStore
@@ -29,6 +30,7 @@ __all__ = [
     "ErrorFeedback",
     "Fira",
     "GaLore",
+    "How",
     "Identity",
     "InnerRule",
     "Int8Linear",

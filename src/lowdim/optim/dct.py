@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from lowdim.optim import sharded
 from lowdim.optim.driver import ProjectedOptimizer
 from lowdim.optim.fira import check_limiter, check_matrix
 from lowdim.optim.galore import check_schedule
+from lowdim.optim.how import How
 from lowdim.optim.inner import AdamWRule
 from lowdim.optim.parts import Layout, NoResidual, Parts, Projector, ResidualRule, Side, State
 from lowdim.optim.projectors import Identity
@@ -244,12 +245,7 @@ class DCTAdamW(ProjectedOptimizer):
         max_dim: int | None = 32000,
         residual: str = "none",
         limiter: float | None = 1.01,
-        layerwise: bool = False,
-        accumulate: int = 1,
-        max_norm: float | None = None,
-        replicas: bool | None = None,
-        stagger: bool = False,
-        foreach: bool = True,
+        **how: Unpack[How],
     ):
         defaults = {
             "lr": lr,
@@ -266,8 +262,7 @@ class DCTAdamW(ProjectedOptimizer):
             "residual": residual,
             "limiter": limiter,
         }
-        how: dict[str, Any] = {"layerwise": layerwise, "accumulate": accumulate, "max_norm": max_norm, "replicas": replicas}
-        super().__init__(params, defaults, **how, stagger=stagger, foreach=foreach)
+        super().__init__(params, defaults, **how)
 
     def parts(self, group: dict[str, Any], ndim: int) -> Parts:
         """The composition for parameters of `ndim` dimensions."""

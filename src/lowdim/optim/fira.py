@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from lowdim.errors import check_choice, check_float
 from lowdim.optim.driver import ProjectedOptimizer
 from lowdim.optim.galore import check_rank, check_schedule
+from lowdim.optim.how import How
 from lowdim.optim.inner import AdamWRule
 from lowdim.optim.parts import Parts
 from lowdim.optim.projectors import Identity, SVDProjector
@@ -91,12 +92,7 @@ class Fira(ProjectedOptimizer):
         correct_bias: bool = True,
         svd: str = "auto",
         seed: int = 0,
-        layerwise: bool = False,
-        accumulate: int = 1,
-        max_norm: float | None = None,
-        replicas: bool | None = None,
-        stagger: bool = False,
-        foreach: bool = True,
+        **how: Unpack[How],
     ):
         defaults = {
             "lr": lr,
@@ -112,8 +108,7 @@ class Fira(ProjectedOptimizer):
             "svd": svd,
             "seed": seed,
         }
-        how: dict[str, Any] = {"layerwise": layerwise, "accumulate": accumulate, "max_norm": max_norm, "replicas": replicas}
-        super().__init__(params, defaults, **how, stagger=stagger, foreach=foreach)
+        super().__init__(params, defaults, **how)
 
     def parts(self, group: dict[str, Any], ndim: int) -> Parts:
         """The composition for parameters of `ndim` dimensions."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.optim.adafactor import AdafactorRule
 from lowdim.optim.driver import ProjectedOptimizer
 from lowdim.optim.half import AdamW16bitRule
+from lowdim.optim.how import How
 from lowdim.optim.inner import AdamW8bitRule, AdamWRule
 from lowdim.optim.parts import InnerRule, Parts
 from lowdim.optim.projectors import PROJ_TYPES, Identity, Projector, SVDProjector, TuckerProjector
@@ -108,12 +109,7 @@ class GaLore(ProjectedOptimizer):
         inner_options: dict[str, Any] | None = None,
         svd: str = "auto",
         seed: int = 0,
-        layerwise: bool = False,
-        accumulate: int = 1,
-        max_norm: float | None = None,
-        replicas: bool | None = None,
-        stagger: bool = False,
-        foreach: bool = True,
+        **how: Unpack[How],
     ):
         defaults = {
             "lr": lr,
@@ -130,8 +126,7 @@ class GaLore(ProjectedOptimizer):
             "svd": svd,
             "seed": seed,
         }
-        how: dict[str, Any] = {"layerwise": layerwise, "accumulate": accumulate, "max_norm": max_norm, "replicas": replicas}
-        super().__init__(params, defaults, **how, stagger=stagger, foreach=foreach)
+        super().__init__(params, defaults, **how)
 
     def parts(self, group: dict[str, Any], ndim: int) -> Parts:
         """The composition for parameters of `ndim` dimensions."""

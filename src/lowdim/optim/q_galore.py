@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from lowdim.optim import sharded
 from lowdim.optim.driver import ProjectedOptimizer
 from lowdim.optim.galore import check_rank, check_schedule
 from lowdim.optim.groups import projected_layers
+from lowdim.optim.how import How
 from lowdim.optim.inner import AdamW8bitRule, AdamWRule
 from lowdim.optim.int8 import Int8Linear, Int8Parameter, Int8Store, check_int8
 from lowdim.optim.parts import DenseStore, Layout, Parts, Projector, State
@@ -230,12 +231,7 @@ class QGaLore(ProjectedOptimizer):
         min_8bit_size: int = 4096,
         svd: str = "auto",
         seed: int = 0,
-        layerwise: bool = False,
-        accumulate: int = 1,
-        max_norm: float | None = None,
-        replicas: bool | None = None,
-        stagger: bool = False,
-        foreach: bool = True,
+        **how: Unpack[How],
     ):
         defaults = {
             "lr": lr,
@@ -255,8 +251,7 @@ class QGaLore(ProjectedOptimizer):
             "svd": svd,
             "seed": seed,
         }
-        how: dict[str, Any] = {"layerwise": layerwise, "accumulate": accumulate, "max_norm": max_norm, "replicas": replicas}
-        super().__init__(params, defaults, **how, stagger=stagger, foreach=foreach)
+        super().__init__(params, defaults, **how)
 
     @staticmethod
     def prepare_model(

@@ -20,7 +20,7 @@ COMMANDS = {
     "list": {"family", "--available", "--json"},
     "plan": {
         "--model", "--budget", "--methods", "--task", "--batch-size", "--length", "--dtype", "--gradient-checkpointing",
-        "--layerwise", "--layers", "--json",
+        "--rank", "--layerwise", "--layers", "--json",
     },
     "compare": {
         "--model", "--data", "--eval", "--task", "--tokenizer", "--text", "--label", "--methods", "--budget", "--metric",
@@ -645,6 +645,28 @@ def test_plan_with_a_budget_that_is_too_small(call, bert_folder):
     assert code == 2
     assert "nothing fits" in err
     assert err.count("\n") == 1
+
+
+def test_plan_for_pretraining(call):
+    base = [
+        "plan",
+        "--task",
+        "pretrain",
+        "--model",
+        "llama-tiny",
+        "--methods",
+        "galore,q-galore,lora",
+        "--length",
+        "32",
+        "--json",
+    ]
+    code, out, err = call(*base, "--rank", "16", "--layerwise")
+    assert code == 0, err
+    rows = {row["method"]: row for row in json.loads(out)}
+    assert set(rows) == {"galore", "q-galore"}  # an adapter needs a trained model
+    code, out, _ = call(*base, "--rank", "64", "--layerwise")
+    wider = {row["method"]: row for row in json.loads(out)}
+    assert wider["galore"]["optimizer_state"] > rows["galore"]["optimizer_state"]
 
 
 def test_reproduce_refuses(refused):

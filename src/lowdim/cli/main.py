@@ -62,6 +62,7 @@ def plan(
     length: Annotated[int, typer.Option("--length", help="Tokens in a sequence.")] = 512,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Recompute activations.")] = False,
+    rank: Annotated[int | None, typer.Option("--rank", help="Instead of each method's own, where it has one.")] = None,
     layerwise: Annotated[bool, typer.Option("--layerwise", help="Optimizers that can: free gradients at once.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Show which modules the patterns match.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
@@ -69,7 +70,7 @@ def plan(
     """Forecast the peak memory of training by each method, without allocating the model."""
     from lowdim.cli.planning import plan as run
 
-    run(model, budget, methods, task, batch_size, length, dtype, checkpointing, layerwise, layers, as_json)
+    run(model, budget, methods, task, batch_size, length, dtype, checkpointing, rank, layerwise, layers, as_json)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,7 @@ def plan(
     length: int,
     dtype: str,
     checkpointing: bool,
+    rank: int | None,
     layerwise: bool,
     layers: bool,
     as_json: bool,
@@ -43,6 +45,9 @@ def plan(
     from lowdim.strategies import kind_of
 
     chosen = [v for v in choose(methods) if task == "classify" or v.name != "linear-probe"]
+    if rank is not None:
+        check_int("--rank", rank, 1)
+        chosen = [dataclasses.replace(v, options={**v.options, "rank": rank}) if "rank" in v.options else v for v in chosen]
     if task == "pretrain":
         chosen = [v for v in chosen if kind_of(v) != "adapter"]
     import torch

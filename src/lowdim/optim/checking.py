@@ -7,10 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
+from lowdim.errors import CheckpointError
 from lowdim.optim import sharded
 from lowdim.optim.parts import Layout, State
 
-__all__ = ["check_full_gradient", "check_params", "check_saved_group", "restored"]
+__all__ = ["STATE_VERSION", "check_full_gradient", "check_params", "check_saved_group", "restored"]
+
+
+#: Of the layout of optimizers' states; a state of another version is refused, not guessed at.
+STATE_VERSION = 1
 
 
 def check_params(params: list[Tensor], index: int) -> None:
@@ -34,10 +39,20 @@ def check_full_gradient(method: str, layerwise: bool, accumulate: int, max_norm:
 
 
 def check_saved_group(index: int, saved: dict[str, Any], group: dict[str, Any], method: str, keys: Iterable[str]) -> None:
-    """Raise ValueError unless the group was saved by this method, with the same value of each of these keys."""
+    """Raise unless the group was saved by this method, in this version, with the same value of each of these keys.
+
+    Raises:
+        ValueError: another method, or another value.
+        CheckpointError: another version.
+    """
     if saved.get("method") != method:
         found = saved.get("method", "another optimizer")
         raise ValueError(f"state_dict must come from {method}; group {index} was saved by {found}")
+    if saved.get("version") != STATE_VERSION:
+        raise CheckpointError(
+            f"state_dict: group {index} was saved in version {saved.get('version')!r} of the state; "
+            f"this lowdim reads version {STATE_VERSION}"
+        )
     for key in keys:
         if _plain(saved.get(key)) != _plain(group.get(key)):
             raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowdim.errors import check_float, check_int
 from lowdim.linalg import has_numbers, stream
 from lowdim.optim import dense, sharded
-from lowdim.optim.checking import check_full_gradient, check_params, check_saved_group, restored
+from lowdim.optim.checking import STATE_VERSION, check_full_gradient, check_params, check_saved_group, restored
 from lowdim.optim.inner import AdamWRule
 from lowdim.optim.parts import Parts, State
 from lowdim.optim.progress import Progress
@@ -73,7 +73,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self.layerwise, self.accumulate, self.max_norm = layerwise, accumulate, max_norm
         self.replicas, self.foreach = replicas, foreach
         self._start()
-        super().__init__(params, {**defaults, "stagger": stagger, "method": self.method})
+        super().__init__(params, {**defaults, "stagger": stagger, "method": self.method, "version": STATE_VERSION})
 
     def _start(self) -> None:
         """What is no part of a checkpoint."""

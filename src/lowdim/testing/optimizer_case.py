@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowdim.errors import CheckpointError
 from lowdim.linalg import stream
 from lowdim.optim import ProjectedOptimizer, state_bytes
 
@@ -316,6 +317,10 @@ class OptimizerCase:
         plain = torch.optim.AdamW(self.groups(net))
         with raises(ValueError, self.make(self.groups(net)).method):
             self.make(self.groups(net)).load_state_dict(plain.state_dict())
+        later = copy.deepcopy(saved)
+        later["param_groups"][0]["version"] = 99
+        with raises(CheckpointError, "version 99"):
+            self.make(self.groups(net)).load_state_dict(later)
         broken = copy.deepcopy(saved)
         broken["state"][0]["exp_avg" if "exp_avg" in broken["state"][0] else "row"] = torch.zeros(1)
         with raises(ValueError, "shape"):

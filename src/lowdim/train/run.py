@@ -18,7 +18,8 @@ import lowdim
 from lowdim import models, strategies
 from lowdim.catalogue import Variant, variant
 from lowdim.errors import CheckpointError, LowdimError
-from lowdim.files import read_json, write_json, write_text
+from lowdim.files import read_json, whole_folder, write_json, write_text
+from lowdim.linalg import is_sharded
 from lowdim.train.environment import environment
 from lowdim.train.loop import FitSettings, check_tracker, fit
 from lowdim.train.metrics import metric_for
@@ -132,12 +133,13 @@ def run_recipe(
         "environment": environment(),
         "lowdim": lowdim.__version__,
     }
+    whole = whole_state(model)
     if not first:
         return record
     if applied.adapted is not None:
         applied.adapted.save(folder / "adapter")
     else:
-        save_plain(model, folder / "model", tokenizer)
+        save_plain(model, folder / "model", tokenizer, whole)
     write_json(folder / RECORD, record)
     return record
 
@@ -240,11 +242,38 @@ def load_run(folder: str | Path) -> tuple[Any, Recipe, Variant]:
     return load_adapter(base, folder / "adapter"), recipe, chosen
 
 
-def save_plain(model: nn.Module, folder: Path, tokenizer: Any) -> None:
-    """A whole model, as other tools load it."""
+def whole_state(model: nn.Module) -> dict[str, Any] | None:
+    """All tensors of a model that is spread over processes (FSDP2), on the first of them; None where nothing is spread.
+
+    Every process must call it.
+    """
+    if not any(is_sharded(p) for p in model.parameters()):
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def save_plain(model: Any, folder: Path, tokenizer: Any, whole: dict[str, Any] | None = None) -> None:
+    """A whole model, as other tools load it; `whole` are its tensors where it is spread over processes.
+
+    Raises:
+        LowdimError: a spread model has structured layers, which are made plain in one process only.
+    """
     from lowdim.export import export
 
-    export(model, folder, "merged", tokenizer=tokenizer)
+    if whole is None:
+        export(model, folder, "merged", tokenizer=tokenizer)
+        return
+    structured = next((name for name, m in model.named_modules() if hasattr(m, "to_linear") or hasattr(m, "to_conv")), None)
+    if structured is not None:
+        raise LowdimError(
+            f"layer {structured} is structured and spread over processes, so no plain model is written; "
+            f"go on from the checkpoints in {folder.parent} in one process (--resume), which writes it"
+        )
+    with whole_folder(folder) as draft:
+        model.save_pretrained(draft, state_dict=whole)
+        tokenizer.save_pretrained(draft)
 
 
 def _settings(recipe: Recipe, lr: float) -> FitSettings:

@@ -23,7 +23,7 @@ import torch
 from lowdim.catalogue import methods, variant
 from lowdim.models import head_modules, load_model
 from lowdim.plan import forecast, measure
-from lowdim.strategies import apply
+from lowdim.strategies import apply, total_loss
 from lowdim.units import format_bytes
 
 RESULTS = Path(__file__).parents[1] / "results" / "plan.json"
@@ -55,17 +55,20 @@ def one(name: str, task: str, method: str) -> dict:
     )
     applied.model.train()
     optimizer = applied.make_optimizer(1e-3)
+    companion = None if applied.make_companion is None else applied.make_companion(optimizer)
     applied.model.zero_grad(set_to_none=True)
     batch = batches[0]
 
     def step() -> None:
-        loss = loss_of(applied.model, batch)
+        loss = total_loss(applied.model, companion, lambda: loss_of(applied.model, batch))
         if applied.adapted is not None:
             loss = loss + applied.adapted.regularizer()
         loss.backward()
         optimizer.step()
         if applied.adapted is not None:
             applied.adapted.step(optimizer)
+        if companion is not None:
+            companion.step()
         optimizer.zero_grad()
 
     measured = measure(lambda: (step(), step()), model=applied.model, optimizer=optimizer, tensors=batch.values())

@@ -140,10 +140,15 @@ def test_scores_on_the_way_and_what_is_watched(text, shape, tmp_path):
     record = run_recipe(out, say=told.append)
     assert [step for step, _ in record["evaluations"]] == [3, 6]
     shown = [line for line in told if "validation perplexity" in line and line.startswith("step")]
-    assert shown == [f"step {s}: validation perplexity {math.exp(loss):.4f}" for s, loss in record["evaluations"]]
+    for line, (step, loss) in zip(shown, record["evaluations"], strict=True):
+        seen = record["subspaces"][step - 1]
+        more = f"captured {seen['captured']:.3g}; overlap with the last subspaces {seen['overlap']:.3g}"
+        assert line == f"step {step}: validation perplexity {math.exp(loss):.4f}; {more}"
+    assert record["loss_steps"] == list(range(1, 9)), "a score must not cost a loss"
     assert record["spikes"] == []
     first = record["subspaces"][0]
     assert first["step"] == 1
+    assert first["true_grad_norm"] > 1.5, "before it was clipped to 1"
     assert first["true_grad_norm"] >= first["projected_norm"] > 0
     assert 0 < first["captured"] <= 1
     assert 0 < record["subspaces"][3]["overlap"] <= 1

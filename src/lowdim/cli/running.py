@@ -62,6 +62,8 @@ def _bar(bar: Progress, task: Any) -> Any:
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
-                bar.update(task, description=f"loss {float(logs['loss']):.4f}")
+                seen = (("captured", "subspace_captured"), ("overlap", "subspace_overlap"))
+                more = "".join(f"  {word} {float(logs[key]):.2f}" for word, key in seen if key in logs)
+                bar.update(task, description=f"loss {float(logs['loss']):.4f}{more}")
 
     return Tick()

@@ -19,6 +19,15 @@ __all__ = ["attendant"]
 _KEPT = 3  # two whole checkpoints, and the next one beside them
 
 
+_WORDS = {"captured": "captured", "overlap": "overlap with the last subspaces"}
+
+
+def _seen(optimizer: Any) -> str:
+    """What a projected optimizer saw in the last step, in words."""
+    numbers = optimizer.log() if hasattr(optimizer, "watcher") else {}
+    return "".join(f"; {words} {numbers[name]:.3g}" for name, words in _WORDS.items() if name in numbers)
+
+
 def attendant(trainer: Any, task: Task, settings: FitSettings, result: FitResult, say: Callable[[str], None]) -> Any:
     """A callback for this trainer; made late, so that importing lowdim.train stays cheap."""
     from transformers import TrainerCallback
@@ -53,7 +62,10 @@ def attendant(trainer: Any, task: Task, settings: FitSettings, result: FitResult
             every = settings.eval_steps
             if every and state.global_step % every == 0 and state.global_step < settings.steps:
                 loss = task.evaluate(trainer.model, task.validation, metric_for(task.kind, "loss"))
+                due = control.should_log
                 trainer.log({"eval_loss": loss})
-                say(f"step {state.global_step}: validation perplexity {math.exp(min(loss, 50.0)):.4f}")
+                control.should_log = due  # which logging switches off: the step's own loss would be lost
+                score = f"step {state.global_step}: validation perplexity {math.exp(min(loss, 50.0)):.4f}"
+                say(score + _seen(trainer.plain_optimizer()))
 
     return Attendant()

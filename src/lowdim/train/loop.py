@@ -219,7 +219,7 @@ def _trainer_class() -> Any:
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             numbers = getattr(self.plain_optimizer(), "log", None)
             if "loss" in logs and numbers is not None and self.watch:
-                logs.update({f"{_SUBSPACE}{name}": value for name, value in numbers().items()})
+                logs.update({f"{_SUBSPACE}{name}": value for name, value in _unclipped(numbers(), logs).items()})
             super().log(logs, *args, **kwargs)
 
         def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -290,6 +290,15 @@ def _recorder(result: FitResult, applied: Applied, measure: bool) -> Any:
                 self.peak = None
 
     return Recorder()
+
+
+def _unclipped(numbers: dict[str, float], logs: dict[str, float]) -> dict[str, float]:
+    """Norms as they were before the trainer clipped the full gradients, which it tells as `grad_norm`."""
+    norm, seen = logs.get("grad_norm"), numbers.get("true_grad_norm")
+    if not norm or not seen:
+        return numbers
+    names = ("true_grad_norm", "projected_norm")
+    return {name: value * norm / seen if name in names else value for name, value in numbers.items()}
 
 
 def _subspace(entry: dict[str, Any]) -> dict[str, float]:

@@ -148,7 +148,7 @@ def test_scores_on_the_way_and_what_is_watched(text, shape, tmp_path):
     assert record["spikes"] == []
     first = record["subspaces"][0]
     assert first["step"] == 1
-    assert first["true_grad_norm"] > 1.5, "before it was clipped to 1"
+    assert first["true_grad_norm"] > 1.1, "before it was clipped to 1"
     assert first["true_grad_norm"] >= first["projected_norm"] > 0
     assert 0 < first["captured"] <= 1
     assert 0 < record["subspaces"][3]["overlap"] <= 1

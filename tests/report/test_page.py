@@ -253,3 +253,27 @@ def test_run_page_tolerates_anything(record):
     page = _Page(report.render_run(record))
     assert page.count("script") == 2
     page.data()
+
+
+def test_a_run_shows_what_was_watched():
+    from lowdim.report import render_run
+
+    rows = [
+        {"step": s, "true_grad_norm": 2.0, "projected_norm": 1.5, "captured": 0.5625, "overlap": 0.25} for s in range(1, 101)
+    ]
+    run = {
+        "method": "galore",
+        "losses": [3.0, 2.0],
+        "subspaces": rows,
+        "evaluations": [[50, 2.25], [100, 1.75]],
+        "spikes": [7, 9],
+    }
+    page = render_run(run)
+    assert "Overlap with the last subspaces" in page
+    assert page.count("0.5625") == 12  # of a hundred steps
+    assert "<td>100</td>" in page
+    assert "2.2500" in page
+    assert "The training loss jumped at step 7, 9." in page
+    plain = render_run({"method": "lora", "losses": [3.0, 2.0], "subspaces": "x", "evaluations": [[1]], "spikes": [None]})
+    assert "Subspaces" not in plain
+    assert "jumped" not in plain

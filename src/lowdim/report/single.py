@@ -16,7 +16,15 @@ __all__ = ["render_run", "write_run"]
 
 # What has its place on the page, or tells a reader nothing (a fingerprint, right or wrong for each test example).
 _PLACED = {"schema", "title", "method", "label", "config", "versions", "hardware", "environment", "losses", "loss_steps"}
-_PLACED |= {"notes", "command", "created", "failure", "hits", "fingerprint"}
+_PLACED |= {"notes", "command", "created", "failure", "hits", "fingerprint", "evaluations", "subspaces", "spikes"}
+#: What a run's log holds of subspaces, as (key, heading), and how many of its steps are shown.
+_SEEN = (
+    ("true_grad_norm", "Gradient norm"),
+    ("projected_norm", "Projected norm"),
+    ("captured", "Share captured"),
+    ("overlap", "Overlap with the last subspaces"),
+)
+_SHOWN = 12
 _SCORES = (("score", ""), ("test", "test "), ("validation", "validation "))
 
 
@@ -49,6 +57,8 @@ def render_run(run: Mapping[str, Any]) -> str:
     seed = f", seed {plain(run.get('seed'), 40)}" if run.get("seed") is not None else ""
     warnings = [f"The run failed: {failure}"] if failure else []
     warnings += ["The training loss was not finite at some steps."] if line and line.lost else []
+    spikes = [f"{number(step):.0f}" for step in items(run.get("spikes"))[:50] if number(step) is not None]
+    warnings += [f"The training loss jumped at step {', '.join(spikes)}."] if spikes else []
     warnings += [plain(note) for note in items(run.get("notes"))[:200] if note is not None]
     config = run.get("config")
     circumstances = (
@@ -63,6 +73,8 @@ def render_run(run: Mapping[str, Any]) -> str:
             sections.tile_list(_tiles(run, scores, known), "Numbers of this run"),
             trust(warnings),
             chart("losses", "Training loss", "", "curves", "") if known else "",
+            sections.section("scores", "Scores on the way", _scores(run)),
+            sections.section("subspaces", "Subspaces", _subspaces(run)),
             sections.section("config", "Configuration", _described(config)),
             sections.section("circumstances", "Circumstances", circumstances),
         )
@@ -100,6 +112,41 @@ def _tiles(run: Mapping[str, Any], scores: list[tuple[str, float]], losses: list
         ("Trained parameters", count(number(run.get("trained_parameters"))), ""),
         ("Saved file", size(number(run.get("file_bytes"))), ""),
     ]
+
+
+def _scores(run: Mapping[str, Any]) -> str:
+    rows = [items(row) for row in items(run.get("evaluations"))]
+    known = [(number(r[0]), number(r[1])) for r in rows if len(r) == 2]
+    cells = [[f"{step:.0f}", f"{loss:.4f}"] for step, loss in known if step is not None and loss is not None]
+    return _table(["Step", "Validation loss, nats a token"], _some(cells))
+
+
+def _subspaces(run: Mapping[str, Any]) -> str:
+    rows = [mapping(row) for row in items(run.get("subspaces"))]
+    keys = [(key, head) for key, head in _SEEN if any(number(row.get(key)) is not None for row in rows)]
+    cells = []
+    for row in _some(rows):
+        values = [number(row.get(key)) for key, _ in keys]
+        cells.append([plain(row.get("step"), 20), *("" if v is None else f"{v:.4g}" for v in values)])
+    return _table(["Step", *(head for _, head in keys)], cells) if keys else ""
+
+
+def _some(rows: list[Any]) -> list[Any]:
+    """At most so many rows, evenly spaced, the first and the last among them."""
+    if len(rows) <= _SHOWN:
+        return rows
+    return [rows[round(i * (len(rows) - 1) / (_SHOWN - 1))] for i in range(_SHOWN)]
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col">{esc(h)}</th>' for h in heads)
+    body = "".join("<tr>" + "".join(f"<td>{esc(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="Numbers by step">'
+        f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def _described(value: Any) -> str:

@@ -20,7 +20,7 @@ from lowdim.linalg.leading import has_numbers, leading_vectors
 from lowdim.linalg.lowrank import add_low_rank, add_product, compress_factors, low_rank_norm, low_rank_product
 from lowdim.linalg.monarch import monarch_dense, monarch_multiply, monarch_project
 from lowdim.linalg.quantize import dequantize_blockwise, dynamic_codebook, quantize_blockwise
-from lowdim.linalg.random import derive_seed, real_numbers, stream
+from lowdim.linalg.random import derive_seed, real_numbers, stream, stream_on
 from lowdim.linalg.random_rows import combine_rows, random_rows
 from lowdim.linalg.scaled_sum import scaled_sum
 from lowdim.linalg.sharded import broadcast, gather, is_sharded, local, match, owner, replicate
@@ -85,6 +85,7 @@ __all__ = [
     "scaled_sum",
     "store_affine",
     "stream",
+    "stream_on",
     "svd",
     "truncated_svd",
     "tucker",

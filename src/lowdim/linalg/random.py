@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["derive_seed", "real_numbers", "stream"]
+__all__ = ["derive_seed", "real_numbers", "stream", "stream_on"]
 
 
 def derive_seed(seed: int, *purpose: object) -> int:
@@ -27,6 +27,21 @@ def stream(seed: int, *purpose: object) -> torch.Generator:
         True
     """
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
+
+
+def stream_on(device: torch.device | str, seed: int, *purpose: object) -> torch.Generator:
+    """A generator for one purpose where the numbers are needed: on a GPU there, where millions of them are drawn at a step.
+
+    Elsewhere it is `stream`. The numbers differ between kinds of devices, as sums do.
+
+    Example:
+        >>> from lowdim.linalg import stream_on
+        >>> stream_on("cpu", 0, "noise").device.type
+        'cpu'
+    """
+    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+        return stream(seed, *purpose)
+    return torch.Generator(device).manual_seed(derive_seed(seed, *purpose))
 
 
 def real_numbers() -> Any:

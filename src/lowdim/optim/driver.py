@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowdim.errors import check_float, check_int
-from lowdim.linalg import has_numbers, stream
+from lowdim.linalg import has_numbers, stream_on
 from lowdim.optim import dense, sharded
 from lowdim.optim.checking import STATE_VERSION, check_full_gradient, check_params, check_saved_group, restored
 from lowdim.optim.inner import AdamWRule
@@ -367,7 +367,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         return index, next(i for i, q in enumerate(self.param_groups[index]["params"]) if q is p)
 
     def _generator(self, p: Tensor, step: int, group: dict[str, Any]) -> torch.Generator:
-        return stream(group.get("seed", 0), "store", *self._place(p), step)
+        return stream_on(p.device, group.get("seed", 0), "store", *self._place(p), step)
 
     # Checkpoints.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowdim.linalg import derive_seed, has_numbers
+from lowdim.linalg import has_numbers, stream_on
 from lowdim.optim.inner import AdamWRule, joined, pieces, rotated
 from lowdim.optim.parts import Layout, Side, State
 
@@ -44,9 +44,7 @@ class AdamW16bitRule(AdamWRule):
     def walk(self, low: Tensor, state: State, step: int) -> Iterator[tuple[slice, Tensor]]:
         """Moments are read, advanced and stored again a piece at a time."""
         grad, m, v = low.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-        generator = None
-        if has_numbers(low):
-            generator = torch.Generator(low.device).manual_seed(derive_seed(step, "moments", *low.shape))
+        generator = stream_on(low.device, step, "moments", *low.shape) if has_numbers(low) else None
         for here in pieces(low, 1):
             first, second = m[here].float(), v[here].float()
             yield here, self.advance(grad[here].float(), first, second, step)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowdim.linalg import compute_dtype, derive_seed, has_numbers, leading_vectors, mode_products, stream, tucker
+from lowdim.linalg import compute_dtype, has_numbers, leading_vectors, mode_products, stream_on, tucker
 from lowdim.optim import sharded
 from lowdim.optim.parts import Layout, Projector, Side, State
 
@@ -98,7 +98,7 @@ class SVDProjector(Projector):
 
     def _choose(self, matrix: Tensor, old: Tensor | None, step: int, side: Side, like: Tensor) -> tuple[Tensor, Tensor]:
         if sharded.owner(like):
-            generator = self._generator(matrix, step, side)
+            generator = stream_on(matrix.device, self.seed, "subspace", step, side, *matrix.shape)
             basis, energy = leading_vectors(matrix, self.rank, method=self.svd, start=old, generator=generator)
             energy = energy.to(torch.float32)
         else:
@@ -107,13 +107,6 @@ class SVDProjector(Projector):
         sharded.broadcast(basis, like)
         sharded.broadcast(energy, like)
         return basis, energy
-
-    def _generator(self, matrix: Tensor, step: int, side: Side) -> torch.Generator:
-        """On the matrix's device: millions of numbers drawn on a CPU would take longer than all the rest."""
-        purpose = ("subspace", step, side, *matrix.shape)
-        if matrix.device.type != "cuda" or not has_numbers(matrix):
-            return stream(self.seed, *purpose)
-        return torch.Generator(matrix.device).manual_seed(derive_seed(self.seed, *purpose))
 
     def down(self, a: Tensor, state: State) -> Tensor:
         """`a R`, `Lᵀ a` or `Lᵀ a R`; products run in the gradient's dtype."""

@@ -2,13 +2,14 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lowdim.catalogue import methods
-from lowdim.errors import DataError, UnknownNameError
+from lowdim.errors import CheckpointError, DataError, UnknownNameError
 from lowdim.models import assets
 from lowdim.train.recipes import Recipe
 from lowdim.train.run import run_recipe
@@ -220,3 +221,24 @@ def test_as_an_optimizer_of_a_plain_trainer(method, text, shape, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize("file", ["companion.pt", "optimizer.pt", "model.safetensors", "rng_state.pth"])
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_a_damaged_checkpoint_says_how_to_go_on(file, harm, text, shape, tmp_path):
+    """And going on from the one before gives what an uninterrupted run gives."""
+    how = {"options": {"rank": 8, "steps_per_iteration": 3}, "save_steps": 2}
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(tmp_path / "cut", text, shape, "sst", **how), callbacks=(Kill(5),))
+    folder = tmp_path / "cut" / "checkpoints" / "checkpoint-4"
+    if harm == "cut":
+        (folder / file).write_bytes((folder / file).read_bytes()[:100])
+    else:
+        (folder / file).unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 cannot be read .*remove that folder, and --resume goes on"):
+        run_recipe(recipe(tmp_path / "cut", text, shape, "sst", **how), resume=True)
+    shutil.rmtree(folder)
+    got = run_recipe(recipe(tmp_path / "cut", text, shape, "sst", **how), resume=True)
+    want = run_recipe(recipe(tmp_path / "whole", text, shape, "sst", **how))
+    assert got["losses"] == want["losses"]
+    assert same(trained(tmp_path / "cut"), trained(tmp_path / "whole"))

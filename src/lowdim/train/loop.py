@@ -8,7 +8,8 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,10 +228,21 @@ def _trainer_class() -> Any:
             if self.companion is not None and self.args.should_save:
                 torch.save(self.companion.state_dict(), Path(output_dir) / _COMPANION)
 
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            with _reading(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
         def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            if self.companion is not None and checkpoint is not None:
-                self.companion.load_state_dict(torch.load(Path(checkpoint) / _COMPANION, weights_only=True))
+            with _reading(checkpoint):
+                if checkpoint is not None and not self.is_fsdp_enabled:
+                    _check_complete(Path(checkpoint))
+                super()._load_optimizer_and_scheduler(checkpoint)
+                if self.companion is not None and checkpoint is not None:
+                    self.companion.load_state_dict(torch.load(Path(checkpoint) / _COMPANION, weights_only=True))
+
+        def _load_rng_state(self, checkpoint: str | None) -> None:
+            with _reading(checkpoint):
+                super()._load_rng_state(checkpoint)
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             try:
@@ -290,6 +302,27 @@ def _recorder(result: FitResult, applied: Applied, measure: bool) -> Any:
                 self.peak = None
 
     return Recorder()
+
+
+def _check_complete(checkpoint: Path) -> None:
+    """Raise FileNotFoundError where a part is missing that the trainer would silently do without."""
+    for pattern in ("optimizer.pt", "scheduler.pt", "rng_state*.pth"):  # one random state a process
+        if not list(checkpoint.glob(pattern)):
+            raise FileNotFoundError(f"it has no {pattern.replace('*', '')}")
+
+
+@contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    """What goes wrong while a checkpoint is read is its damage, and says how to go on."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch, safetensors, zip files and the system each have an error of their own for it
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(
+            f"{checkpoint} cannot be read ({reason}); remove that folder, and --resume goes on from the checkpoint before it"
+        ) from error
 
 
 def _unclipped(numbers: dict[str, float], logs: dict[str, float]) -> dict[str, float]:

@@ -36,6 +36,7 @@ class Applied:
         make_companion: `optimizer -> companion`, or None where the method needs none. Its `step()` must run after each
             optimizer step; its `extra_loss(forward, logits)`, if it has one, be added to the loss; its `state_dict()` go into
             checkpoints.
+        notes: what was left as it was, in words.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Applied:
     adapted: Adapted | None = None
     options: dict[str, Any] = field(default_factory=dict)
     make_companion: Callable[[torch.optim.Optimizer], Any] | None = None
+    notes: tuple[str, ...] = ()
 
     def trained(self) -> int:
         """How many numbers are trained."""
@@ -126,15 +128,23 @@ def apply(
         return _optimizer(variant, model, lr, extras or {})
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    make_companion = None
+    make_companion, notes = None, ()
     if kind == "layer":
         own, beside = split_options(variant, steps)
-        _swap_layers(variant, model, own, fresh=scratch or not initialise, seed=seed)
+        left = _swap_layers(variant, model, own, fresh=scratch or not initialise, seed=seed)
+        if left:
+            notes = (f"{len(left)} layers stay dense, as their smaller side is not above the rank: {', '.join(left[:4])}",)
         if variant.companion:
             make_companion = functools.partial(_companion, variant, model, beside)
     options = dict(variant.options)
     return Applied(
-        model, kind, variant, lambda rate: _adamw(model.parameters(), rate), options=options, make_companion=make_companion
+        model,
+        kind,
+        variant,
+        lambda rate: _adamw(model.parameters(), rate),
+        options=options,
+        make_companion=make_companion,
+        notes=notes,
     )
 
 
@@ -306,7 +316,8 @@ def _make_optimizer(
         return variant.build()(param_groups(model, rank=rank), lr=lr, **options)
 
 
-def _swap_layers(variant: Variant, model: nn.Module, options: dict[str, Any], *, fresh: bool, seed: int) -> None:
+def _swap_layers(variant: Variant, model: nn.Module, options: dict[str, Any], *, fresh: bool, seed: int) -> list[str]:
+    """Returns the names of layers that stay dense, since no rank would make them smaller."""
     import inspect
 
     from lowdim.layers import swap_linear
@@ -314,18 +325,25 @@ def _swap_layers(variant: Variant, model: nn.Module, options: dict[str, Any], *,
     cls, targets = variant.build(), options.pop("target_modules", None)
     if fresh and "seed" in inspect.signature(cls).parameters:
         options.setdefault("seed", seed)
+    left: list[str] = []
     if targets is None and "rank" in options:
-        targets = _above_rank(model, options["rank"])
+        targets, left = _above_rank(model, options["rank"])
     swap_linear(model, cls, targets, fresh=fresh, **options)
+    return left
 
 
-def _above_rank(model: nn.Module, rank: int) -> list[str] | None:
-    """The layers whose smaller side is above the rank, where some are not: a factorization of those would save nothing."""
+def _above_rank(model: nn.Module, rank: int) -> tuple[list[str] | None, list[str]]:
+    """The layers whose smaller side is above the rank, and the others, which a factorization would not make smaller.
+
+    `(None, [])` where all are, or none is: the layer's own error then says what rank is possible.
+    """
     from lowdim.surgery import find_layers, is_linear, matrix_shape, without_tied
 
     layers, _ = without_tied(model, find_layers(model, accept=is_linear), named=False)
     large = [name for name, layer in layers.items() if min(matrix_shape(layer)) > rank]
-    return large if large and len(large) < len(layers) else None
+    if not large or len(large) == len(layers):
+        return None, []
+    return large, [name for name in layers if name not in set(large)]
 
 
 def _adamw(parameters: Any, lr: float) -> torch.optim.Optimizer:

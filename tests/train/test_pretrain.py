@@ -242,3 +242,17 @@ def test_a_damaged_checkpoint_says_how_to_go_on(file, harm, text, shape, tmp_pat
     want = run_recipe(recipe(tmp_path / "whole", text, shape, "sst", **how))
     assert got["losses"] == want["losses"]
     assert same(trained(tmp_path / "cut"), trained(tmp_path / "whole"))
+
+
+def test_layers_that_stay_dense_are_told(text, tmp_path):
+    """A key projection of 8 rows has no factors of rank 8 that would be smaller."""
+    from transformers import LlamaConfig
+
+    shape = tmp_path / "shape"
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1}
+    LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, **heads).save_pretrained(shape)
+    told = []
+    run_recipe(
+        recipe(tmp_path / "out", text, shape, "sltrain", options=small("sltrain"), save_steps=0, steps=2), say=told.append
+    )
+    assert any("2 layers stay dense" in line and "k_proj" in line and "v_proj" in line for line in told), told

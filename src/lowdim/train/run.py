@@ -88,6 +88,8 @@ def run_recipe(
         scratch=recipe.from_scratch,
         extras=extras,
     )
+    for note in applied.notes:
+        say(f"note: {note}")
     trained = applied.trained()  # now: some methods train less and less
     say(f"{chosen.label}: {trained:,} trained parameters, learning rate {lr:g}")
     if first:

@@ -154,42 +154,20 @@ def _suits(variant: Variant, task: str) -> bool:
 
 
 def _task(settings: CompareSettings, tokenizer: Any) -> Task:
+    usual: dict[str, Any] = {
+        "evaluation": settings.evaluation,
+        "text": settings.text,
+        "most": models.longest_text(settings.model),
+        "seed": settings.seed,
+        "limit": settings.limit,
+    }
     if settings.task == "classify":
-        return classification(
-            tokenizer,
-            settings.data,
-            evaluation=settings.evaluation,
-            text=settings.text,
-            label=settings.label,
-            max_length=settings.max_length,
-            most=models.longest_text(settings.model),
-            seed=settings.seed,
-            limit=settings.limit,
-        )
+        return classification(tokenizer, settings.data, label=settings.label, max_length=settings.max_length, **usual)
     if settings.label is not None:
         raise DataError("--label is for --task classify; a language model has no labels")
-    most = models.longest_text(settings.model)
     if settings.task == "pretrain":
-        return pretraining(
-            tokenizer,
-            settings.data,
-            length=settings.max_length,
-            evaluation=settings.evaluation,
-            text=settings.text,
-            most=most,
-            seed=settings.seed,
-            limit=settings.limit,
-        )
-    return language_modelling(
-        tokenizer,
-        settings.data,
-        evaluation=settings.evaluation,
-        text=settings.text,
-        max_length=settings.max_length,
-        most=most,
-        seed=settings.seed,
-        limit=settings.limit,
-    )
+        return pretraining(tokenizer, settings.data, length=settings.max_length, **usual)
+    return language_modelling(tokenizer, settings.data, max_length=settings.max_length, **usual)
 
 
 def _forecast(

@@ -1,0 +1,47 @@
+"""Files that an earlier lowdim wrote are read, and give the numbers that they gave then (`golden/make.py` wrote them)."""
+
+import pytest
+import torch
+
+from golden import adapters
+from lowdim.catalogue import entries
+from lowdim.files import read_json, read_tensors
+
+#: Largest error relative to the largest wanted entry. The stored numbers are float64; draws and decompositions that are made
+#: again may differ by a rounding in float32 on another processor, a changed formula differs by far more.
+TOLERANCE = 1e-6
+
+
+def assert_close(got, want):
+    assert got.keys() == want.keys()
+    for name, expected in want.items():
+        assert got[name].dtype == expected.dtype, name
+        assert got[name].shape == expected.shape, name
+        error = float((got[name] - expected).abs().max() / expected.abs().max())
+        assert error <= TOLERANCE, f"{name}: relative error {error:.3g}"
+
+
+@pytest.mark.parametrize("name", adapters.CASES)
+def test_a_stored_adapter_answers_and_goes_on_as_it_did(name):
+    adapted, batch, want = adapters.load(name)
+    assert_close(adapters.answers(adapted, batch, adapters.CASES[name].merges), want)
+
+
+@pytest.mark.parametrize("name", adapters.CASES)
+def test_a_stored_adapter_is_saved_as_it_was(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(adapters.FOLDER / name)  # the names of aTLAS's task vector files are relative
+    folder = adapters.load(name)[0].save(tmp_path)
+    (tensors, about), (stored, wanted) = (
+        read_tensors(place / "adapter.safetensors") for place in (folder, adapters.FOLDER / name)
+    )
+    assert tensors.keys() == stored.keys()
+    assert all(tensors[key].dtype == stored[key].dtype and torch.equal(tensors[key], stored[key]) for key in stored)
+    assert about.keys() == wanted.keys()
+    description, before = (read_json(place / "adapter.json") for place in (folder, adapters.FOLDER / name))
+    assert description == {**before, "lowdim": description["lowdim"]}
+
+
+def test_every_adapter_of_the_catalogue_has_a_stored_one():
+    systems = {row.slug for row in entries() if row.family == "adapters" and row.available}
+    variants = {v.name for row in entries() if row.slug in systems for v in row.variants} | {"lora"}
+    assert systems | variants <= {path.name for path in adapters.FOLDER.iterdir()}

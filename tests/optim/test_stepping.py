@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lowdim.linalg import stream
-from lowdim.optim import Fira, GaLore, param_groups
+from lowdim.optim import AdamWRule, Fira, GaLore, Identity, Parts, ProjectedOptimizer, SVDProjector, param_groups
 from lowdim.optim import progress as progress_module
 from lowdim.testing.optimizer_case import OptimizerCase
 
@@ -180,6 +180,24 @@ def test_staggered_refreshes_never_fall_together():
         when = [step for step, chosen in enumerate(later, 1) if matrix in chosen]
         assert len(when) == 3, when
         assert {b - a for a, b in pairwise(when)} == {6}
+
+
+class Scheduled(ProjectedOptimizer):
+    """Its groups have no `update_interval`: only the projector knows one."""
+
+    method = "scheduled"
+
+    def parts(self, group, ndim):
+        return Parts(SVDProjector(2, 6) if group["rank"] else Identity(), AdamWRule())
+
+
+def test_staggering_asks_the_projector_for_its_interval():
+    net = CASE.model(torch.float64)
+    optimizer = Scheduled(CASE.groups(net), {"lr": 0.01, "rank": 2, "weight_decay": 0.0}, stagger=True)
+    seen = refreshes(optimizer, net, 13)
+    assert [step for step, chosen in enumerate(seen) if chosen] == [0, 2, 4, 6, 8, 10, 12]
+    assert max(map(len, seen[1:])) == 1
+    assert not any("phase" in optimizer.state[p] for p in net.parameters() if p.ndim == 1)
 
 
 def test_without_staggering_they_do():

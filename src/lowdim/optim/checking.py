@@ -1,4 +1,4 @@
-"""What an optimizer checks before it begins: its parameters, its rules together, and a state that it is to go on with."""
+"""What an optimizer checks before it begins: hyperparameters, parameters, its rules together, and a state to continue from."""
 
 from __future__ import annotations
 
@@ -7,11 +7,21 @@ from typing import Any
 
 from torch import Tensor
 
-from lowdim.errors import CheckpointError
+from lowdim.errors import CheckpointError, check_float, check_int
 from lowdim.optim import sharded
 from lowdim.optim.parts import Layout, State
 
-__all__ = ["STATE_VERSION", "check_full_gradient", "check_params", "check_saved_group", "restored"]
+__all__ = [
+    "STATE_VERSION",
+    "check_full_gradient",
+    "check_limiter",
+    "check_matrix",
+    "check_params",
+    "check_rank",
+    "check_saved_group",
+    "check_schedule",
+    "restored",
+]
 
 
 #: Of the layout of optimizers' states; a state of another version is refused, not guessed at.
@@ -36,6 +46,48 @@ def check_full_gradient(method: str, layerwise: bool, accumulate: int, max_norm:
     if max_norm is not None:
         way = "layerwise=False and torch.nn.utils.clip_grad_norm_" if layerwise else "torch.nn.utils.clip_grad_norm_"
         raise ValueError(f"max_norm={max_norm}: {method} here looks at the full gradient; clip that instead, with {way}")
+
+
+def check_schedule(group: dict[str, Any]) -> None:
+    """lr, betas, weight_decay, update_interval."""
+    check_float("lr", float(group["lr"]), 0.0)
+    check_float("weight_decay", group["weight_decay"], 0.0)
+    check_int("update_interval", group["update_interval"], 1)
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers; got {betas!r}")
+    for index, beta in enumerate(betas):
+        check_float(f"betas[{index}]", beta, 0.0, 1.0, high_open=True)
+
+
+def check_rank(rank: int | tuple[int, ...] | list[int] | None, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a parameter of this shape can be projected to this rank."""
+    if rank is None:
+        return
+    if len(shape) < 2:
+        raise ValueError(f"rank must be None for a group that holds vectors (shape {shape}); got rank={rank}")
+    if isinstance(rank, int):
+        check_int("rank", rank, 1)
+        if len(shape) == 2 and rank > min(shape):
+            raise ValueError(f"rank must be at most the smaller side of a matrix of shape {shape}; got {rank}")
+        return
+    if not isinstance(rank, (tuple, list)) or len(shape) == 2 or len(rank) != len(shape):
+        raise ValueError(f"rank must be an int, or for a tensor of shape {shape} one int a dimension; got {rank!r}")
+    for mode, (r, size) in enumerate(zip(rank, shape)):
+        check_int(f"rank[{mode}]", r, 1, size)
+
+
+def check_limiter(limiter: Any) -> None:
+    """None, or a number of at least 1."""
+    if limiter is not None:
+        check_float("limiter", limiter, 1.0)
+
+
+def check_matrix(rank: Any, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a parameter of this shape is left alone or is a matrix that can be projected to this rank."""
+    if rank is not None and len(shape) > 2:
+        raise ValueError(f"rank must be None for a group that holds tensors of more than two dimensions (shape {shape})")
+    check_rank(rank, shape)
 
 
 def check_saved_group(index: int, saved: dict[str, Any], group: dict[str, Any], method: str, keys: Iterable[str]) -> None:

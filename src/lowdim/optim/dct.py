@@ -11,9 +11,8 @@ from torch import Tensor
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.linalg import compute_dtype, dct, dct_columns, has_numbers
 from lowdim.optim import sharded
+from lowdim.optim.checking import check_limiter, check_matrix, check_schedule
 from lowdim.optim.driver import ProjectedOptimizer
-from lowdim.optim.fira import check_limiter, check_matrix
-from lowdim.optim.galore import check_schedule
 from lowdim.optim.how import How
 from lowdim.optim.inner import AdamWRule
 from lowdim.optim.parts import Layout, NoResidual, Parts, Projector, ResidualRule, Side, State
@@ -46,6 +45,11 @@ class DCTProjector(Projector):
     rotates: bool = True
     max_dim: int | None = 32000
     scale: float = 1.0
+
+    @property
+    def interval(self) -> int:
+        """Steps between two choices."""
+        return self.update_interval
 
     def sides(self, shape: tuple[int, ...]) -> tuple[Side, ...]:
         """The side of a matrix of this shape that is projected: the shorter; none of a huge one."""
@@ -171,7 +175,7 @@ class DCTAdamW(ProjectedOptimizer):
     Formula: `S = A Q` with a fixed orthogonal Q (m >= n; else `Qᵀ A`), A the gradient, or gradient plus carried error; the
     `rank` columns (rows) of S with the largest norm are the low gradient a; where other columns were picked than before, the
     moments of those that stay are kept and the new ones start at zero; `W ← (1 − lr · weight_decay) W`,
-    `m = β₁ m + (1−β₁) a`, `v = β₂ v + (1−β₂) a²`, `W ← W − lr √(1−β₂ᵏ)/(1−β₁ᵏ) · up(m / (√v + eps √(1−β₂ᵏ)))`.
+    `m ← β₁ m + (1−β₁) a`, `v ← β₂ v + (1−β₂) a²`, `W ← W − lr √(1−β₂ᵏ)/(1−β₁ᵏ) · up(m / (√v + eps √(1−β₂ᵏ)))`.
     Composition: DCTProjector × AdamWRule("inside") × (NoResidual | ErrorFeedback | NormScaledResidual) × DenseStore.
 
     Args:

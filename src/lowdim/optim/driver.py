@@ -257,8 +257,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _project(self, p: Tensor, a: Any, group: dict[str, Any], state: State, step: int, parts: Parts) -> Tensor:
         projector = parts.projector
-        if group["stagger"] and "phase" not in state and not isinstance(projector, Identity):
-            state["phase"] = self._phase(p, group)
+        if group["stagger"] and "phase" not in state and projector.interval is not None:
+            state["phase"] = self._phase(p, projector.interval)
         due = projector.due(state, step) and has_numbers(a)  # a forecast chooses nothing, and takes its time
         if due:
             self._progress.begin(step)
@@ -277,9 +277,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self.watcher.saw(a, None if isinstance(projector, Identity) else low)
         return low
 
-    def _phase(self, p: Tensor, group: dict[str, Any]) -> int:
+    def _phase(self, p: Tensor, interval: int) -> int:
         """How many steps before the others this parameter is due; spread evenly over an interval, the first parameter at 0."""
-        projected, interval = self._projected(), group["update_interval"]
+        projected = self._projected()
         place = next(i for i, q in enumerate(projected) if q is p)
         return -(place * interval // len(projected)) % interval
 
@@ -290,10 +290,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """What the last step saw, in numbers for a training log (reads tensors: call it when you log, not every step).
 
         `energy`: share of the gradients' energy in their subspaces when these were chosen, mean over parameters; `overlap`:
-            share
-        of a new subspace that lay in the one before, likewise. With `optimizer.watcher.on = True` also `true_grad_norm`, of the
-        full gradients (not where projected gradients are summed over micro-batches), `projected_norm`, and `captured`, the
-        share of the projected parameters' energy that the subspaces hold now.
+        share of a new subspace that lay in the one before, likewise. With `optimizer.watcher.on = True` also `true_grad_norm`,
+        of the full gradients (not where projected gradients are summed over micro-batches), `projected_norm`, and `captured`,
+        the share of the projected parameters' energy that the subspaces hold now.
         """
         states = [self.state[p] for group in self.param_groups for p in group["params"] if p in self.state]
         return {**self.watcher.numbers(), **subspace_numbers(states)}

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any, Unpack
 
 from lowdim.errors import check_choice, check_float
+from lowdim.optim.checking import check_limiter, check_matrix, check_schedule
 from lowdim.optim.driver import ProjectedOptimizer
-from lowdim.optim.galore import check_rank, check_schedule
 from lowdim.optim.how import How
 from lowdim.optim.inner import AdamWRule
 from lowdim.optim.parts import Parts
 from lowdim.optim.projectors import Identity, SVDProjector
 from lowdim.optim.residuals import NormScaledResidual
 
-__all__ = ["Fira", "check_limiter"]
+__all__ = ["Fira"]
 
 _PROJ_TYPES = ("std", "reverse_std", "right", "left")
 
@@ -130,16 +130,3 @@ class Fira(ProjectedOptimizer):
         check_limiter(group["limiter"])
         for p in group["params"]:
             check_matrix(group["rank"], tuple(p.shape))
-
-
-def check_limiter(limiter: Any) -> None:
-    """None, or a number of at least 1."""
-    if limiter is not None:
-        check_float("limiter", limiter, 1.0)
-
-
-def check_matrix(rank: Any, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless a parameter of this shape is left alone or is a matrix that can be projected to this rank."""
-    if rank is not None and len(shape) > 2:
-        raise ValueError(f"rank must be None for a group that holds tensors of more than two dimensions (shape {shape})")
-    check_rank(rank, shape)

@@ -6,6 +6,7 @@ from typing import Any, Unpack
 
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.optim.adafactor import AdafactorRule
+from lowdim.optim.checking import check_rank, check_schedule
 from lowdim.optim.driver import ProjectedOptimizer
 from lowdim.optim.half import AdamW16bitRule
 from lowdim.optim.how import How
@@ -13,7 +14,7 @@ from lowdim.optim.inner import AdamW8bitRule, AdamWRule
 from lowdim.optim.parts import InnerRule, Parts
 from lowdim.optim.projectors import PROJ_TYPES, Identity, Projector, SVDProjector, TuckerProjector
 
-__all__ = ["GaLore", "check_rank", "check_schedule"]
+__all__ = ["GaLore"]
 
 #: What `inner_options` may hold, and where each default comes from.
 _OPTIONS: dict[str, tuple[str, ...]] = {
@@ -157,35 +158,6 @@ class GaLore(ProjectedOptimizer):
         _check_options(group)
         for p in group["params"]:
             check_rank(group["rank"], tuple(p.shape))
-
-
-def check_schedule(group: dict[str, Any]) -> None:
-    """lr, betas, weight_decay, update_interval."""
-    check_float("lr", float(group["lr"]), 0.0)
-    check_float("weight_decay", group["weight_decay"], 0.0)
-    check_int("update_interval", group["update_interval"], 1)
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"betas must be two numbers; got {betas!r}")
-    for index, beta in enumerate(betas):
-        check_float(f"betas[{index}]", beta, 0.0, 1.0, high_open=True)
-
-
-def check_rank(rank: int | tuple[int, ...] | list[int] | None, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless a parameter of this shape can be projected to this rank."""
-    if rank is None:
-        return
-    if len(shape) < 2:
-        raise ValueError(f"rank must be None for a group that holds vectors (shape {shape}); got rank={rank}")
-    if isinstance(rank, int):
-        check_int("rank", rank, 1)
-        if len(shape) == 2 and rank > min(shape):
-            raise ValueError(f"rank must be at most the smaller side of a matrix of shape {shape}; got {rank}")
-        return
-    if not isinstance(rank, (tuple, list)) or len(shape) == 2 or len(rank) != len(shape):
-        raise ValueError(f"rank must be an int, or for a tensor of shape {shape} one int a dimension; got {rank!r}")
-    for mode, (r, size) in enumerate(zip(rank, shape)):
-        check_int(f"rank[{mode}]", r, 1, size)
 
 
 def _check_options(group: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ _ZERO = {True: 127, False: 0}
 class AdamWRule(InnerRule):
     """Adam's direction; where eps stands tells two families of implementations apart.
 
-    Formula: `m = β₁ m + (1−β₁) g`, `v = β₂ v + (1−β₂) g²`, `D = m / (√v + e)`, `η = lr √(1−β₂ᵏ) / (1−β₁ᵏ)`, k = step + 1.
+    Formula: `m ← β₁ m + (1−β₁) g`, `v ← β₂ v + (1−β₂) g²`, `D = m / (√v + e)`, `η = lr √(1−β₂ᵏ) / (1−β₁ᵏ)`, k = step + 1.
     `eps_mode="outside"`: e = eps (as transformers had it); `"inside"`: `e = eps √(1−β₂ᵏ)` (torch's AdamW).
     `correct_bias=False`: η = lr.
     """

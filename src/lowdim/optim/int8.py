@@ -301,7 +301,7 @@ def _without_autocast(place: str) -> Any:
 
 
 def _add_product(weight: Int8Parameter, g: Tensor, x: Tensor) -> None:
-    """`float_grad += gᵀ x`."""
+    """`float_grad ← float_grad + gᵀ x`."""
     wanted, total = torch.promote_types(x.dtype, weight.scales.dtype), weight.float_grad
     if total is None:
         weight.float_grad = (g.mT @ x).to(wanted)

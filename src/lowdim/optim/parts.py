@@ -46,6 +46,11 @@ class Projector:
 
     scale: float = 1.0
 
+    @property
+    def interval(self) -> int | None:
+        """Steps between two choices of a subspace; None where none is chosen again, so that nothing can be staggered."""
+        return None
+
     def due(self, state: State, step: int) -> bool:
         """Whether `prepare` will look at this step's gradient to choose a new subspace."""
         return False
@@ -254,5 +259,5 @@ class Parts:
 
 
 def moment_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Moments of half-precision parameters are kept in float32: `v += 0.001 g²` is lost in eight bits of mantissa."""
+    """Moments of half-precision parameters are kept in float32: `v ← v + 0.001 g²` is lost in eight bits of mantissa."""
     return compute_dtype(dtype)

@@ -41,9 +41,8 @@ class SVDProjector(Projector):
     `L D Rᵀ`.
 
     State: `right_basis (n, rank)` and/or `left_basis (m, rank)`, computed in float32 or better and kept in the parameter's
-        dtype,
-    in which all products with them run; and `energy`, the share of `‖G‖²` that
-    the subspace held when it was chosen, and `overlap`, the share of it that lay in the one before (1 at first), both 0-dim.
+    dtype, in which all products with them run; and `energy`, the share of `‖G‖²` that the subspace held when it was chosen,
+    and `overlap`, the share of it that lay in the one before (1 at first), both 0-dim.
 
     Args:
         svd: `"exact"`, `"randomized"` (warm-started from the old basis), or `"auto"`: exact for small matrices.
@@ -57,6 +56,11 @@ class SVDProjector(Projector):
     svd: str = "auto"
     seed: int = 0
     rotates: bool = False
+
+    @property
+    def interval(self) -> int:
+        """Steps between two choices."""
+        return self.update_interval
 
     def sides(self, shape: tuple[int, ...]) -> tuple[Side, ...]:
         """Which sides of a matrix of this shape are projected."""
@@ -179,6 +183,11 @@ class TuckerProjector(Projector):
     rank: int | tuple[int, ...]
     update_interval: int = 200
     scale: float = 0.25
+
+    @property
+    def interval(self) -> int:
+        """Steps between two choices."""
+        return self.update_interval
 
     def due(self, state: State, step: int) -> bool:
         """At steps 0, T, 2T, …, the state's `phase` (if any) steps before."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.linalg import compute_dtype, dequantize_affine, has_numbers, pack_nibbles, quantize_affine, unpack_nibbles
 from lowdim.optim import sharded
+from lowdim.optim.checking import check_rank, check_schedule
 from lowdim.optim.driver import ProjectedOptimizer
-from lowdim.optim.galore import check_rank, check_schedule
 from lowdim.optim.groups import projected_layers
 from lowdim.optim.how import How
 from lowdim.optim.inner import AdamW8bitRule, AdamWRule

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowdim.calibrate import call_model, collect
+from lowdim.calibrate import call_model, capture, capturing, collect
 
 
 class Net(nn.Module):
@@ -324,3 +324,73 @@ def test_embeddings_have_no_input_statistics():
     model = nn.Sequential(nn.Embedding(5, 4))
     with pytest.raises(ValueError, match="input statistics of an embedding"):
         collect(model, layers(model, "0"), {"covariance"}, [torch.tensor([1, 2])])
+
+
+# capture
+
+
+class Branching(nn.Module):
+    """A block that runs twice, one that gives a tuple, and one that only long inputs reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.pair, self.rare = nn.Linear(3, 3), nn.LSTM(3, 2), nn.Linear(3, 1)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        x = self.drop(self.twice(self.twice(x)))
+        if len(x) > 4:
+            self.rare(x)
+        return self.pair(x)[0]
+
+
+def test_capture_gives_outputs_and_inputs_of_each_batch():
+    model, batches = Branching().train(), [torch.randn(2, 3), torch.randn(5, 3)]
+    W, b = model.twice.weight.detach(), model.twice.bias.detach()
+    outputs = list(capture(model, ["twice", "pair", "rare"], iter(batches)))
+    inputs = list(capture(model, ["twice", "rare"], batches, inputs=True))
+    for x, out, into in zip(batches, outputs, inputs, strict=True):
+        once = x @ W.T + b
+        again = once @ W.T + b
+        torch.testing.assert_close(out["twice"], torch.cat([once, again]))
+        torch.testing.assert_close(into["twice"], torch.cat([x, once]))
+        assert out["pair"].shape == (len(x), 2)
+        assert not out["pair"].requires_grad
+        assert ("rare" in out) is ("rare" in into) is (len(x) > 4)
+    torch.testing.assert_close(inputs[1]["rare"], (batches[1] @ W.T + b) @ W.T + b)  # no dropout
+    assert model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_capturing_keeps_the_graph_and_forgets_the_last_pass():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
+    with capturing(model, ["0"]) as found:
+        model(torch.ones(4, 3))
+        model(torch.ones(1, 3))
+        assert found["0"].shape == (1, 2)
+        found["0"].sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, torch.ones(2, 3))
+    model(torch.ones(4, 3))
+    assert found["0"].shape == (1, 2)
+
+
+def test_capture_leaves_no_hook_after_an_error():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
+    with pytest.raises(RuntimeError):
+        list(capture(model, ["0"], [torch.ones(1, 4)]))
+    with pytest.raises(ValueError, match=r"'1\.linear' is not a module of the model; nearest: "):
+        list(capture(model, ["0", "1.linear"], [torch.ones(1, 3)]))
+    with pytest.raises(ValueError, match="names must hold at least one"):
+        list(capture(model, [], [torch.ones(1, 3)]))
+    with pytest.raises(TypeError, match="batches must be an iterable of batches; got one Tensor"):
+        list(capture(model, ["0"], torch.ones(1, 3)))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_capture_needs_tensors():
+    class Dictionary(nn.Module):
+        def forward(self, x):
+            return {"x": x}
+
+    with pytest.raises(TypeError, match="module 0: its output must be a tensor; got dict"):
+        list(capture(nn.Sequential(Dictionary()), ["0"], [torch.ones(1)]))

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vectors
-from lowdim.ranks import by_energy, energy_rank, welore, welore_at
+from lowdim.ranks import by_energy, energy_rank, parameter_rank, welore, welore_at
 
 
 def test_energy_rank_is_the_smallest_that_reaches_the_share():
@@ -171,3 +171,20 @@ def test_welore_refuses(spectra, target, grid, match):
 def test_welore_at_refuses(bad):
     with pytest.raises(ValueError, match="threshold"):
         welore_at({"a": torch.ones(2)}, bad)
+
+
+@pytest.mark.parametrize(("out", "inn", "share"), [(1536, 384, 0.5), (40, 24, 1 / 3), (18, 33, 1 / 1.5), (100, 100, 0.58)])
+def test_parameter_rank_is_the_largest_that_fits_the_share(out, inn, share):
+    rank = parameter_rank(out, inn, share=share)
+    assert rank * (out + inn) <= share * out * inn + 1e-6 < (rank + 1) * (out + inn)
+
+
+def test_parameter_rank_in_multiples():
+    assert parameter_rank(100, 100, share=0.58) == 29  # 0.58 * 100 * 100 / 200 falls just below 29 in floating point
+    assert parameter_rank(1536, 384, share=0.5, multiple=64) == 128
+    assert parameter_rank(40, 24, share=0.5, multiple=64) == 7  # below one multiple it stays
+    assert parameter_rank(2, 2, share=0.5) == 0
+    assert parameter_rank(8, 8, share=3.0) == 12
+    for bad in ({"share": 0.0}, {"share": float("nan")}, {"share": 0.5, "multiple": 0}):
+        with pytest.raises(ValueError, match="must be"):
+            parameter_rank(8, 8, **bad)

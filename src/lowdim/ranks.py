@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowdim.errors import check_float, check_int
 
-__all__ = ["by_energy", "energy_rank", "welore", "welore_at"]
+__all__ = ["by_energy", "energy_rank", "parameter_rank", "welore", "welore_at"]
 
 
 def energy_rank(
@@ -74,6 +74,30 @@ def by_energy(spectra: list[Tensor], *, rank: int, choices: Sequence[int]) -> li
             result[i] = choice
         start = stop
     return result
+
+
+def parameter_rank(out_features: int, in_features: int, *, share: float, multiple: int = 1) -> int:
+    """The rank at which two factors hold this share of a matrix's parameters.
+
+    Formula: `⌊share · out · in / (out + in)⌋`, rounded down to a multiple of `multiple` unless that is 0. It may be 0, for a
+    matrix too small to be factored, or above min(out, in) for a share above 1: the caller clips or refuses.
+
+    Raises:
+        ValueError: a size or `multiple` below 1, a share that is not a positive number.
+
+    Example:
+        >>> from lowdim.ranks import parameter_rank
+        >>> parameter_rank(1536, 384, share=0.5), parameter_rank(1536, 384, share=0.5, multiple=64)
+        (153, 128)
+
+    Source: the rule of LoRD (arXiv 2309.14021) and, with `share = 1 / ratio`, of PELA (arXiv 2310.10700).
+    """
+    check_int("out_features", out_features, 1)
+    check_int("in_features", in_features, 1)
+    check_float("share", share, 0.0, low_open=True)
+    check_int("multiple", multiple, 1)
+    rank = math.floor(share * in_features * out_features / (in_features + out_features) + 1e-9)  # 0.29 * 100 is just below 29
+    return rank // multiple * multiple or rank
 
 
 def welore(

@@ -6,12 +6,12 @@ import base64
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowdim.errors import CheckpointError
+from lowdim.linalg import smallest_mask
 from lowdim.surgery import make_linear, weight_matrix, with_matrix
 
 __all__ = ["Masks", "magnitude_mask", "pruned_layer"]
@@ -67,24 +67,12 @@ def magnitude_mask(
 ) -> Tensor:
     """True where a weight stays when the `round(ratio · numel)` smallest magnitudes go, of equal ones the lower index first."""
     gone = round(ratio * weight.numel())
-    size = weight.detach().abs().flatten()
+    size = weight.detach().abs()
     if not gone or size.is_meta:
         return torch.ones_like(weight, dtype=torch.bool)
     if not bool(size.max() < torch.inf):  # false for NaN too
         raise ValueError("the weight has NaN or infinite entries; its smallest ones are not defined")
-    edge = _smallest(size.float() if size.dtype.itemsize < 4 else size, gone)
-    kept, below = size > edge, int(torch.count_nonzero(size < edge))
-    equal = size.numel() - below - int(torch.count_nonzero(kept))
-    if equal > gone - below:
-        kept[torch.nonzero(size == edge).flatten()[gone - below :]] = True
-    return kept.view(weight.shape)
-
-
-def _smallest(values: Tensor, count: int) -> float:
-    """The `count`-th smallest value."""
-    if values.device.type == "cpu":  # numpy selects ten times faster
-        return float(np.partition(values.numpy(), count - 1)[count - 1])
-    return float(torch.kthvalue(values, count).values)
+    return ~smallest_mask(size, gone)
 
 
 @torch.no_grad()

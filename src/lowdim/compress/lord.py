@@ -17,6 +17,7 @@ from lowdim.compress.report import CompressedLayer, CompressionReport, attach_re
 from lowdim.errors import check_float, check_int, nearest
 from lowdim.linalg import canonical_signs, compute_dtype
 from lowdim.modules import LowRankLinear
+from lowdim.ranks import parameter_rank
 from lowdim.surgery import (
     Patterns,
     as_linear,
@@ -236,9 +237,12 @@ def lord_rank(
         raise ValueError(f"exactly one of rank_ratio and param_ratio must be given; got {rank_ratio!r} and {param_ratio!r}")
     _check_ratios(rank_ratio, param_ratio)
     full = min(in_features, out_features)
-    share = param_ratio * in_features * out_features / (in_features + out_features) if param_ratio else (rank_ratio or 0) * full
-    rank = math.floor(share + 1e-9)  # 0.29 * 100 is a hair below 29
-    return max(1, min(_round_down(rank, multiple), full))
+    if param_ratio is not None:
+        rank = parameter_rank(out_features, in_features, share=param_ratio, multiple=multiple)
+    else:
+        assert rank_ratio is not None
+        rank = _round_down(math.floor(rank_ratio * full + 1e-9), multiple)  # 0.29 * 100 is just below 29
+    return max(1, min(rank, full))
 
 
 def _check_ratios(rank_ratio: float | None, param_ratio: float | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lowdim import ranks as rank_rules
 from lowdim.compress.report import CompressedLayer, CompressionReport, attach_report
 from lowdim.errors import NoMatchingModuleError, check_float
-from lowdim.linalg import compute_dtype, truncated_svd
+from lowdim.linalg import balanced_factors, compute_dtype
 from lowdim.modules import LowRankLinear
 from lowdim.surgery import (
     Patterns,
@@ -274,9 +274,9 @@ def _ranks(
 
 @torch.no_grad()
 def _factor(layer: nn.Module, rank: int) -> nn.Module:
-    u, s, vh = truncated_svd(_wide(layer), rank, method="exact")
-    root, dtype = s.sqrt(), layer_dtype(layer)
-    new = WeLoreLinear.from_factors((root[:, None] * vh).to(dtype), (u * root).to(dtype), cast("Tensor | None", layer.bias))
+    A, B = balanced_factors(_wide(layer), rank)
+    dtype = layer_dtype(layer)
+    new = WeLoreLinear.from_factors(A.to(dtype), B.to(dtype), cast("Tensor | None", layer.bias))
     return new.train(layer.training)
 
 

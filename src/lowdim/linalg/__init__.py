@@ -18,6 +18,7 @@ from lowdim.linalg.fastfood import (
 from lowdim.linalg.ldu import ldu, ldu_steps
 from lowdim.linalg.leading import has_numbers, leading_vectors
 from lowdim.linalg.lowrank import add_low_rank, add_product, compress_factors, low_rank_norm, low_rank_product
+from lowdim.linalg.masks import largest_mask, nm_mask, smallest_mask
 from lowdim.linalg.monarch import monarch_dense, monarch_multiply, monarch_project
 from lowdim.linalg.quantize import dequantize_blockwise, dynamic_codebook, quantize_blockwise
 from lowdim.linalg.random import derive_seed, real_numbers, stream, stream_on
@@ -25,7 +26,15 @@ from lowdim.linalg.random_rows import combine_rows, random_rows
 from lowdim.linalg.scaled_sum import scaled_sum
 from lowdim.linalg.sharded import broadcast, gather, is_sharded, local, match, owner, replicate
 from lowdim.linalg.sketch import CountSketch
-from lowdim.linalg.svd import canonical_signs, captured_energy, compute_dtype, range_finder, svd, truncated_svd
+from lowdim.linalg.svd import (
+    balanced_factors,
+    canonical_signs,
+    captured_energy,
+    compute_dtype,
+    range_finder,
+    svd,
+    truncated_svd,
+)
 from lowdim.linalg.tucker import mode_products, tucker, tucker_reconstruct, unfold
 from lowdim.linalg.wide import widest
 
@@ -37,6 +46,7 @@ __all__ = [
     "add_product",
     "balance_factors",
     "balance_factors_",
+    "balanced_factors",
     "broadcast",
     "canonical_signs",
     "captured_energy",
@@ -62,6 +72,7 @@ __all__ = [
     "hadamard_transform",
     "has_numbers",
     "is_sharded",
+    "largest_mask",
     "ldu",
     "ldu_steps",
     "leading_vectors",
@@ -73,6 +84,7 @@ __all__ = [
     "monarch_dense",
     "monarch_multiply",
     "monarch_project",
+    "nm_mask",
     "owner",
     "pack_bits",
     "pack_nibbles",
@@ -83,6 +95,7 @@ __all__ = [
     "real_numbers",
     "replicate",
     "scaled_sum",
+    "smallest_mask",
     "store_affine",
     "stream",
     "stream_on",

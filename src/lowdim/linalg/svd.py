@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["canonical_signs", "captured_energy", "compute_dtype", "range_finder", "svd", "truncated_svd"]
+__all__ = ["balanced_factors", "canonical_signs", "captured_energy", "compute_dtype", "range_finder", "svd", "truncated_svd"]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -145,6 +145,34 @@ def truncated_svd(
     u, vh = canonical_signs(q @ ub[:, :rank], vh[:rank])
     assert vh is not None
     return u, s[:rank], vh
+
+
+def balanced_factors(
+    weight: Tensor,  # (out, in)
+    rank: int,
+) -> tuple[Tensor, Tensor]:
+    """The best approximation of a weight at this rank as two factors of equal spectra.
+
+    Formula: `W ≈ B A` with `A = √S_r V_rᵀ`, `B = U_r √S_r`, so that `A Aᵀ = Bᵀ B = S_r`.
+
+    Returns:
+        `A (rank, in)`, `B (out, rank)`, in float32 or better.
+
+    Raises:
+        ValueError: rank outside [1, min(out, in)], NaN or infinity in the weight.
+
+    Example:
+        >>> import torch
+        >>> from lowdim.linalg import balanced_factors
+        >>> A, B = balanced_factors(torch.diag(torch.tensor([9.0, 4.0, 1.0])), 2)
+        >>> (B @ A).diag().round().tolist(), (A @ A.T).diag().round().tolist()
+        ([9.0, 4.0, 0.0], [9.0, 4.0])
+
+    Source: Eckart, Young, "The approximation of one matrix by another of lower rank", Psychometrika 1936.
+    """
+    u, s, vh = truncated_svd(weight, rank, method="exact")
+    root = s.sqrt()
+    return root[:, None] * vh, u * root
 
 
 def captured_energy(matrix: Tensor, singular_values: Tensor) -> float:

@@ -1,14 +1,4 @@
-"""One pass over sample batches that collects what data-driven systems need, layer by layer.
-
-`collect(model, layers, needs, batches, loss_fn)` gives every layer a mapping with some of
-
-* `"covariance"`: `Σ x xᵀ` of the layer's inputs `(in, in)`, and `"count"`, the number of rows in it;
-* `"context_covariance"`: under the key `"covariance"`, the mean over samples of `Xᵀ X` with each sample `X (rows, in)` divided
-  by the magnitude of its largest entry, so that samples count alike (CorDA); float32. Also `"count"` and `"samples"`;
-* `"norms"`: `√(Σ x²)` of each input column `(in,)`;
-* `"output_mean"`, `"output_covariance"`: mean `(out,)` and centred covariance `(out, out)` of the layer's outputs;
-* `"gradient"`: `Σ_batches ∂L/∂W / batch_size`, `(out, in)`.
-"""
+"""Sums over sample batches, layer by layer: covariances, norms, gradients."""
 
 from __future__ import annotations
 
@@ -21,23 +11,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lowdim.calibrate.passes import as_it_was, call_model
 from lowdim.linalg import widest
-from lowdim.surgery import is_conv1d, is_quantized, weight_matrix
+from lowdim.surgery import is_conv1d, is_quantized
 
-__all__ = ["KINDS", "LossFn", "call_model", "collect"]
+__all__ = ["KINDS", "LossFn", "collect"]
 
 KINDS = frozenset({"covariance", "context_covariance", "norms", "output_covariance", "gradient"})
 LossFn = Callable[[nn.Module, Any], Tensor]
 Stats = dict[str, Any]
-
-
-def call_model(model: nn.Module, batch: Any) -> Any:
-    """`model(**batch)` for a mapping, `model(*batch)` for a tuple or list, else `model(batch)`."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        return model(*batch)
-    return model(batch)
 
 
 def collect(
@@ -85,7 +67,7 @@ def collect(
         )
     collector = _Collector(layers, kinds)
     seen = 0
-    with _as_it_was(model, layers, want_gradient="gradient" in kinds), collector.hooks():
+    with as_it_was(model, layers, want_gradient="gradient" in kinds), collector.hooks():
         for batch in batches:
             seen += 1
             collector.mask = _mask(batch)
@@ -303,28 +285,3 @@ def _batch_size(batch: Any) -> int:
         if isinstance(value, Tensor) and value.ndim:
             return int(value.shape[0])
     return 1
-
-
-@contextmanager
-def _as_it_was(model: nn.Module, layers: Mapping[str, nn.Module], *, want_gradient: bool) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    flags = {p: p.requires_grad for p in model.parameters()}
-    grads = {p: p.grad for p in model.parameters()}
-    model.eval()
-    for p in flags:
-        p.requires_grad_(False)
-        p.grad = None
-    if want_gradient:
-        for layer in layers.values():
-            if is_quantized(layer):
-                continue
-            weight_matrix(layer)  # a clear error for a layer without one
-            layer.weight.requires_grad_(True)  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for p, flag in flags.items():
-            p.requires_grad_(flag)
-            p.grad = grads[p]

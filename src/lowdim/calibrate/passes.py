@@ -1,0 +1,48 @@
+"""One pass of a model over sample data, which leaves the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lowdim.surgery import is_quantized, weight_matrix
+
+__all__ = ["as_it_was", "call_model"]
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """`model(**batch)` for a mapping, `model(*batch)` for a tuple or list, else `model(batch)`."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)
+
+
+@contextmanager
+def as_it_was(model: nn.Module, layers: Mapping[str, nn.Module], *, want_gradient: bool) -> Iterator[None]:
+    """Evaluation mode, gradients off and cleared (on for the weights of `layers` where they are wanted); then all as before."""
+    training = {module: module.training for module in model.modules()}
+    flags = {p: p.requires_grad for p in model.parameters()}
+    grads = {p: p.grad for p in model.parameters()}
+    model.eval()
+    for p in flags:
+        p.requires_grad_(False)
+        p.grad = None
+    if want_gradient:
+        for layer in layers.values():
+            if is_quantized(layer):
+                continue
+            weight_matrix(layer)  # a clear error for a layer without one
+            layer.weight.requires_grad_(True)  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+            p.grad = grads[p]

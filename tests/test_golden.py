@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from golden import adapters
+from golden import adapters, curves
 from lowdim.catalogue import entries
 from lowdim.files import read_json, read_tensors
 
@@ -45,3 +45,13 @@ def test_every_adapter_of_the_catalogue_has_a_stored_one():
     systems = {row.slug for row in entries() if row.family == "adapters" and row.available}
     variants = {v.name for row in entries() if row.slug in systems for v in row.variants} | {"lora"}
     assert systems | variants <= {path.name for path in adapters.FOLDER.iterdir()}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in curves.FOLDER.glob("*.json")))
+def test_a_short_run_gives_the_stored_numbers(name):
+    """To the bit where it was stored on this processor with these versions, to 1e-5 elsewhere."""
+    got, want = curves.curve(name), read_json(curves.place(name))
+    tolerance = 0.0 if got.pop("environment") == want.pop("environment") else 1e-5
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        assert curves.flat(got[key]) == pytest.approx(curves.flat(value), rel=tolerance, abs=0), key

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in the same order in every run
 
-from golden import adapters, bases
+from golden import adapters, bases, curves
 
 
 def main(kinds: list[str]) -> None:
@@ -36,7 +36,16 @@ def _adapters() -> list[str]:
     return missing
 
 
-WRITERS = {"adapters": _adapters}
+def _curves() -> list[str]:
+    if not curves.MODELS.exists():
+        curves.write_models()
+    missing = [name for name in curves.cases() if not curves.place(name).exists()]
+    for name in missing:
+        curves.write(name)
+    return missing
+
+
+WRITERS = {"adapters": _adapters, "curves": _curves}
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -11,6 +11,9 @@ class TestLowRank(LayerCase):
     how = {"rank": 3}  # noqa: RUF012 (typed in the base class)
     lossless = {"rank": 12}  # noqa: RUF012
 
+    def dense(self, layer):
+        return layer.B @ layer.A
+
 
 class TestLowRankTall(TestLowRank):
     in_features, out_features = 20, 12
@@ -19,6 +22,9 @@ class TestLowRankTall(TestLowRank):
 class TestLowRankScaled(TestLowRank):
     how = {"rank": 4, "alpha": 6.0}  # noqa: RUF012
     lossless = {"rank": 12, "alpha": 0.5}  # noqa: RUF012
+
+    def dense(self, layer):
+        return 6.0 / 4 * layer.B @ layer.A
 
 
 class TestLowRankSVD(TestLowRank):

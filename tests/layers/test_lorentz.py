@@ -10,6 +10,27 @@ from lowdim.layers import LorentzLinear, SSTLinear, SSTScheduler
 from lowdim.testing.sharded_case import Subject, check_sharded
 
 
+def by_the_formula(x, weight, bias, log_scale):
+    """`t = exp(s) sigmoid(z₀) + 1.1`; the space part of z, stretched to the length `√(t² − 1)`."""
+    z = x @ weight.T + bias
+    t = log_scale.exp() / (1 + (-z[:, :1]).exp()) + 1.1
+    return torch.cat([t, z[:, 1:] * (t**2 - 1).sqrt() / z[:, 1:].norm(dim=1, keepdim=True)], 1)
+
+
+@pytest.mark.parametrize("scale", [10.0, 3.0])
+def test_forward_and_gradients_are_the_formula(scale):
+    layer = LorentzLinear(nn.Linear(4, 5, dtype=torch.float64), scale=scale)
+    log_scale = torch.full((1,), math.log(scale), dtype=torch.float64, requires_grad=True)
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    y, want = layer(x), by_the_formula(x, layer.linear.weight, layer.linear.bias, log_scale)
+    torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
+    weights = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view(y.shape)
+    shared = (x, layer.linear.weight, layer.linear.bias)
+    got = torch.autograd.grad((y * weights).sum(), (*shared, layer.log_scale))
+    for a, b in zip(got, torch.autograd.grad((want * weights).sum(), (*shared, log_scale)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 def on_hyperboloid(y):
     return -y[..., 0].square() + y[..., 1:].square().sum(-1)
 

@@ -16,7 +16,25 @@ from lowdim.testing.layer_case import LayerCase
 class TestMaestroWide(LayerCase):
     layer_class = MaestroLinear
     lossless = {}  # noqa: RUF012 (typed in the base class)
-    keeps_dense = True  # U or V is square: the saving comes with shrinking
+
+    # U or V is square: the saving comes with shrinking
+    test_backward_keeps_no_dense_matrix = None  # type: ignore[assignment]
+
+    def dense(self, layer):
+        return layer.U @ layer.V
+
+
+class TestMaestroShrunk(TestMaestroWide):
+    """Five of twelve components are in use."""
+
+    def make(self, **options):
+        layer = super().make(**options)
+        layer.rank = 5
+        return layer
+
+    def dense(self, layer):
+        r = 12 if layer.rank == 12 else 5  # `from_linear` keeps all components
+        return layer.U[:, :r] @ layer.V[:r]
 
 
 class TestMaestroTall(TestMaestroWide):
@@ -346,9 +364,14 @@ def test_convolution_is_the_dense_one(how, channels):
     plain = fresh.to_conv()
     assert type(plain) is nn.Conv2d
     assert torch.allclose(plain(x), fresh(x), atol=1e-12)
-    assert torch.allclose(plain.weight, fresh.weight)
+    half = min(channels[1], channels[0] * kernel.numel()) // 2
+    formula = torch.einsum("or,rikl->oikl", fresh.U[:, :half], fresh.V[:half])
+    assert torch.allclose(fresh.dense_weight(), formula)
+    assert torch.allclose(plain.weight, formula)
     grads = torch.autograd.grad(fresh(x).square().sum(), (x, fresh.U, fresh.V))
-    dense = F.conv2d(x, fresh.dense_weight(), fresh.bias, plain.stride, plain.padding, plain.dilation)
+    how = {"stride": 1, "padding": 0, "dilation": 1, **how}
+    dense = F.conv2d(x, formula, fresh.bias, how["stride"], how["padding"], how["dilation"])
+    assert torch.allclose(fresh(x), dense, atol=1e-12)
     for got, want in zip(grads, torch.autograd.grad(dense.square().sum(), (x, fresh.U, fresh.V)), strict=True):
         assert torch.allclose(got, want)
 

@@ -12,6 +12,14 @@ class TestMonarchWide(LayerCase):
     how = {"nblocks": 4}  # noqa: RUF012 (typed in the base class)
     lossless = {"nblocks": 1}  # noqa: RUF012
 
+    def dense(self, layer):
+        """Block a of x gives channels `a q + c`; channel `j k + b` goes to row class b, whose output e is `e k + b`."""
+        k = self.how["nblocks"]
+        first = torch.block_diag(*layer.blkdiag1)
+        second = torch.einsum("bej,bc->ebjc", layer.blkdiag2, torch.eye(k, dtype=layer.blkdiag2.dtype))
+        second = second.reshape(k * layer.blkdiag2.shape[1], -1)
+        return (second @ first)[: self.out_features, : self.in_features]
+
 
 class TestMonarchTall(TestMonarchWide):
     in_features, out_features = 20, 12

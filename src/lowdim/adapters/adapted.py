@@ -22,6 +22,7 @@ from lowdim.adapters.shared import SHARED, free_name
 from lowdim.calibrate import LossFn
 from lowdim.errors import NoGradientError
 from lowdim.linalg import gather, is_sharded
+from lowdim.results import html_table
 from lowdim.surgery import replace_layer
 
 __all__ = ["Adapted"]
@@ -297,6 +298,19 @@ class Adapted:
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.trainable().values())
         return f"Adapted({type(self.model).__name__}, {self.method!r}, layers={len(self.layers)}, trained={count:,})"
+
+    def _repr_html_(self) -> str:
+        trained = sum(p.numel() for p in self.trainable().values())
+        share = trained / max(sum(p.numel() for p in self.model.parameters()), 1)
+        rows = [
+            {
+                "layer": name,
+                "shape": f"{layer.out_features} x {layer.in_features}",
+                "trained": sum(p.numel() for p in layer.update.parameters() if p.requires_grad),
+            }
+            for name, layer in self.layers.items()
+        ]
+        return html_table(f"{self.method}: {trained:,} parameters trained ({share:.2%}), {len(rows)} adapted layers", rows)
 
 
 def _ties_words(config: Any) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lowdim.adapters.layer import AdaptedLayer
+from lowdim.results import Result
 from lowdim.surgery import weight_matrix
 
 __all__ = ["LayerChange", "MergeReport", "merged_layer"]
@@ -25,15 +26,22 @@ class LayerChange:
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(Result):
     """The layers that a merge changed, and which tied weights it had to separate."""
 
     layers: tuple[LayerChange, ...]
     untied: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able record."""
-        return {"layers": [vars(change) for change in self.layers], "untied": list(self.untied)}
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each layer."""
+        return [vars(change).copy() for change in self.layers]
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        largest = max((change.relative_change for change in self.layers), default=0.0)
+        untied = f"; {len(self.untied)} tied weights separated" if self.untied else ""
+        return f"{len(self.layers)} layers merged, largest relative change {largest:.3e}{untied}"
 
     def __str__(self) -> str:
         lines = [f"{'layer':<48} {'|dW|/|W|':>10} {'max':>10} {'rounding':>10}"]

@@ -19,13 +19,14 @@ from lowdim.adapters.peft_factors import Cut, cut, pad_rank
 from lowdim.adapters.peft_targets import TARGETS, problems, rank_limit, usage
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.files import write_json, write_tensors
+from lowdim.results import Result
 from lowdim.surgery import CONVOLUTIONS, is_conv1d
 
 __all__ = ["PeftExport", "to_peft"]
 
 
 @dataclass(frozen=True)
-class PeftExport:
+class PeftExport(Result):
     """What an export wrote and lost.
 
     Attributes:
@@ -47,6 +48,16 @@ class PeftExport:
     def exact(self) -> bool:
         """Whether nothing was lost."""
         return not any(self.errors.values())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each layer: its rank and what was lost."""
+        return [{"layer": name, "rank": self.ranks.get(name), "error": error} for name, error in self.errors.items()]
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        lost = "exact" if self.exact else f"largest relative error {max(self.errors.values()):.3g}"
+        return f"{self.folder}: {len(self.errors)} layers, {lost}"
 
 
 def to_peft(

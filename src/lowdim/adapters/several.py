@@ -21,13 +21,14 @@ from lowdim.adapters.merging import LayerChange, MergeReport, merged_layer
 from lowdim.errors import check_float, check_int, unknown
 from lowdim.files import read_json
 from lowdim.linalg import compress_factors, truncated_svd
+from lowdim.results import Result
 from lowdim.surgery import replace_layer, with_matrix
 
 __all__ = ["AdapterSet", "Combination"]
 
 
 @dataclass(frozen=True)
-class Combination:
+class Combination(Result):
     """What combining adapters kept and lost.
 
     Attributes:
@@ -42,6 +43,16 @@ class Combination:
     def exact(self) -> bool:
         """Whether nothing was lost."""
         return not any(self.errors.values())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each layer: its rank and what was lost."""
+        return [{"layer": name, "rank": rank, "error": self.errors[name]} for name, rank in self.ranks.items()]
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        lost = "exact" if self.exact else f"largest relative error {max(self.errors.values()):.3g}"
+        return f"{len(self.ranks)} layers combined, {lost}"
 
 
 class AdapterSet:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import nn
+
+from lowdim.results import Result
 
 __all__ = ["CompressedLayer", "CompressionReport", "attach_report", "last_report"]
 
@@ -29,7 +31,7 @@ class CompressedLayer:
 
 
 @dataclass(frozen=True)
-class CompressionReport:
+class CompressionReport(Result):
     """What a system did to a model, layer by layer in model order. `str(report)` is a table."""
 
     system: str
@@ -67,14 +69,18 @@ class CompressionReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able record."""
+        """The fields and the totals, as strict JSON."""
         totals = {
             "replaced": len(self.replaced),
             "left_dense": len(self.left_dense),
             "before": self.before,
             "after": self.after,
         }
-        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers], **totals}
+        return {**super().to_dict(), **totals}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each layer."""
+        return [vars(layer).copy() for layer in self.layers]
 
     def __str__(self) -> str:
         width = max((len(layer.name) for layer in self.layers), default=0)

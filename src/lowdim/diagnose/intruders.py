@@ -4,30 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lowdim.diagnose.weights import Weights, plain_model, weights_of
-from lowdim.errors import MissingExtraError, check_float, check_int, nearest
+from lowdim.errors import check_float, check_int, nearest
 from lowdim.linalg import compute_dtype, svd
+from lowdim.results import Result
 
 __all__ = ["IntruderResult", "LayerIntruders", "find_intruders", "intruder_dimensions", "paired_weights", "scale_intruders"]
 
 _GAP = 1e-6  # of the largest singular value: closer neighbours have no vectors of their own
-_SHOWN = 64  # rows and columns of |U' U0| that are kept for the heat map
+_SHOWN = 64  # rows and columns of |Uᵀ U0| that are kept for the heat map
 
 
 @dataclass(frozen=True)
-class LayerIntruders:
+class LayerIntruders(Result):
     """One layer's measurement. Tensors lie on the CPU, in float32 or better."""
 
-    similarity: Tensor  # (min(k, min(out, in)),): max_i |u_j' u0_i|
+    left_out: ClassVar[tuple[str, ...]] = ("overlap",)
+
+    similarity: Tensor  # (min(k, min(out, in)),): max_i |u_jᵀ u0_i|
     indices: list[int]  # intruders among the first k, ascending
     singular_values: Tensor  # (min(out, in),) of the tuned weight, descending
     degenerate: list[int]  # j < k whose gap to j + 1 is below 1e-6 s_1: their vectors (and intruders there) are arbitrary
-    overlap: Tensor = field(repr=False)  # upper left corner of |U' U0|, at most (64, 64)
+    overlap: Tensor = field(repr=False)  # upper left corner of |Uᵀ U0|, at most (64, 64)
 
     @property
     def count(self) -> int:
@@ -41,7 +44,7 @@ class LayerIntruders:
 
 
 @dataclass(frozen=True)
-class IntruderResult:
+class IntruderResult(Result):
     """Intruder dimensions of a model, layer by layer."""
 
     layers: dict[str, LayerIntruders]
@@ -59,39 +62,32 @@ class IntruderResult:
         return {name: layer.doubtful for name, layer in self.layers.items() if layer.doubtful}
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able record."""
-        layers = {
-            name: {
-                "count": layer.count,
-                "indices": list(layer.indices),
-                "similarity": layer.similarity.tolist(),
-                "singular_values": layer.singular_values.tolist(),
-                "degenerate": list(layer.degenerate),
-            }
-            for name, layer in self.layers.items()
-        }
+        """The measurements without heat maps, as strict JSON."""
+        layers = {name: {"count": layer.count, **layer.to_dict()} for name, layer in self.layers.items()}
         return {"k": self.k, "threshold": self.threshold, "total": self.total, "layers": layers}
 
-    def to_dataframe(self) -> Any:
-        """A pandas table with a row for each of the first k singular vectors of each layer."""
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise MissingExtraError("pandas", "plot", "to_dataframe") from error
-        columns = ["layer", "index", "similarity", "singular_value", "intruder", "degenerate"]
-        rows = [
-            (name, j, s, float(layer.singular_values[j]), j in layer.indices, j in layer.degenerate)
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each of the first k singular vectors of each layer."""
+        return [
+            {
+                "layer": name,
+                "index": j,
+                "similarity": similarity,
+                "singular_value": float(layer.singular_values[j]),
+                "intruder": j in layer.indices,
+                "degenerate": j in layer.degenerate,
+            }
             for name, layer in self.layers.items()
-            for j, s in enumerate(layer.similarity.tolist())
+            for j, similarity in enumerate(layer.similarity.tolist())
         ]
-        return pd.DataFrame(rows, columns=columns)
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        return f"{self.total} intruder dimensions among the first {self.k} of {len(self.layers)} matrices"
 
     def plot(self, name: str | None = None, *, ax: Any = None) -> Any:
-        """Heat map of `|U' U0|` for one layer (the one with most intruders unless named); gives the matplotlib axes."""
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise MissingExtraError("matplotlib", "plot", "plot") from error
+        """Heat map of `|Uᵀ U0|` for one layer (the one with most intruders unless named); gives the matplotlib axes."""
         if not self.layers:
             raise ValueError("nothing to plot: no layer was measured")
         if name is None:
@@ -99,9 +95,9 @@ class IntruderResult:
         if name not in self.layers:
             raise ValueError(f"name must be a measured layer; got {name!r}, nearest: {', '.join(nearest(name, self.layers))}")
         layer = self.layers[name]
-        axes = plt.subplots()[1] if ax is None else ax
+        axes = self._axes(ax)
         image = axes.imshow(layer.overlap.float().numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis")
-        axes.figure.colorbar(image, ax=axes, label="|u' u0|")
+        axes.figure.colorbar(image, ax=axes, label="|uᵀ u0|")
         axes.set_xlabel("left singular vector of the base")
         axes.set_ylabel("left singular vector of the tuned weight")
         axes.set_title(f"{name or 'weight'}: {layer.count} intruders below {self.threshold:g}")
@@ -118,7 +114,7 @@ def intruder_dimensions(
 ) -> IntruderResult:
     """Count the singular vectors of a tuned model that its base lacks.
 
-    Formula: with `W0 = U0 S0 V0'`, `W = U S V'`: `similarity_j = max_i |u_j' u0_i|`; intruders are
+    Formula: with `W0 = U0 S0 V0ᵀ`, `W = U S Vᵀ`: `similarity_j = max_i |u_jᵀ u0_i|`; intruders are
     `{ j < k : similarity_j < threshold }`.
 
     Args:
@@ -169,7 +165,7 @@ def scale_intruders(
 ) -> Tensor:
     """The tuned weight with its intruder dimensions scaled.
 
-    Formula: `W' = W + (scale - 1) Σ_{j in intruders} s_j u_j v_j'`.
+    Formula: `W_new = W + (scale - 1) Σ_{j in intruders} s_j u_j v_jᵀ`.
 
     Args:
         base, tuned: `(out, in)`.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,19 +13,43 @@ from lowdim.diagnose.intruders import check_options, find_intruders, paired_weig
 from lowdim.diagnose.weights import is_lowdim_layer, is_peft_layer, plain_model
 from lowdim.errors import check_float
 from lowdim.linalg import canonical_signs
+from lowdim.results import Result
 
 __all__ = ["Reduction", "reduce_intruders", "scale_intruders_lora"]
 
 
-class Reduction(dict[str, float]):
-    """Layer -> relative change `‖W' - W‖_F / ‖W‖_F` of its effective weight; `.truncation` has what LoRA factors cannot hold.
+@dataclass(frozen=True, eq=False)  # equal to any mapping with the same items
+class Reduction(Result, Mapping[str, float]):
+    """What scaling intruders changed: a read-only mapping from layer to relative change.
 
-    `.truncation[name]` is `‖D - B'A'‖_F / ‖D‖_F` with D the wanted update, for LoRA layers only.
+    Attributes:
+        changes: layer -> `‖W_new - W‖_F / ‖W‖_F` of its effective weight; 0 where there was no intruder.
+        truncation: layer -> `‖D - B_new A_new‖_F / ‖D‖_F`, with D the update that was wanted: what LoRA factors of this rank
+            cannot hold. LoRA layers only.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.truncation: dict[str, float] = {}
+    changes: dict[str, float] = field(default_factory=dict)
+    truncation: dict[str, float] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> float:
+        return self.changes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.changes)
+
+    def __len__(self) -> int:
+        return len(self.changes)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each layer."""
+        return [{"layer": n, "change": change, "truncation": self.truncation.get(n)} for n, change in self.changes.items()]
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        changed = sum(change > 0 for change in self.changes.values())
+        largest = max(self.changes.values(), default=0.0)
+        return f"intruders scaled in {changed} of {len(self)} layers; largest relative change {largest:.3g}"
 
 
 def scale_intruders_lora(
@@ -39,8 +64,8 @@ def scale_intruders_lora(
 ) -> tuple[Tensor, Tensor]:
     """LoRA factors whose merged weight has its intruder dimensions scaled, as far as rank r allows.
 
-    Formula: `W = W0 + scaling B A`, `D = (W' - W0) / scaling = P diag(q) R'` with `W'` from scale_intruders;
-    `B' = P_r diag(√q_r)`, `A' = diag(√q_r) R_r'`.
+    Formula: `W = W0 + scaling B A`, `D = (W_new - W0) / scaling = P diag(q) Rᵀ` with `W_new` from scale_intruders;
+    `B_new = P_r diag(√q_r)`, `A_new = diag(√q_r) R_rᵀ`.
 
     Args:
         base: frozen weight `(out, in)`.
@@ -49,8 +74,8 @@ def scale_intruders_lora(
         scale, k, threshold: as in scale_intruders.
 
     Returns:
-        `(A', B')` of the same shapes and dtypes; plain copies where there is no intruder. D can have rank up to r plus the
-        number of intruders, so this truncates; reduce_intruders reports by how much.
+        `(A_new, B_new)` of the same shapes and dtypes; plain copies where there is no intruder. D can have rank up to r plus
+        the number of intruders, so this truncates; reduce_intruders reports by how much.
 
     Raises:
         ValueError: shapes that do not fit, a scaling of 0, options out of range, NaN or infinity.
@@ -81,7 +106,7 @@ def reduce_intruders(
 ) -> Reduction:
     """Scale the intruder dimensions of every layer of a tuned model, in place.
 
-    Formula: per layer `W <- W + (scale - 1) Σ_{j in intruders} s_j u_j v_j'`; for a PEFT LoRA layer its factors become those of
+    Formula: per layer `W ← W + (scale - 1) Σ_{j in intruders} s_j u_j v_jᵀ`; for a PEFT LoRA layer its factors become those of
     scale_intruders_lora and the frozen weight stays.
 
     Args:
@@ -119,20 +144,20 @@ def reduce_intruders(
             raise TypeError(f"layer {name}: {targets[name]}")
         if base.shape(name) != tuned.shape(name):
             raise ValueError(
-                f"layer {name}: base and tuned must have one shape; got {base.shape(name)} and {tuned.shape(name)}"
+                f"layer {name}: base and tuned must have the same shape; got {base.shape(name)} and {tuned.shape(name)}"
             )
-    report, done = Reduction(), dict[int, str]()
+    changes, truncation, done = dict[str, float](), dict[str, float](), dict[int, str]()
     for name in wanted:
         target = targets[name]
         if id(target) in done:  # a tied weight, changed already under its other name
-            report[name] = report[done[id(target)]]
+            changes[name] = changes[done[id(target)]]
             continue
         done[id(target)] = name
         if isinstance(target, Tensor):
-            report[name] = _scale_in_place(base[name], tuned[name], scale, k, threshold, name)
+            changes[name] = _scale_in_place(base[name], tuned[name], scale, k, threshold, name)
         else:
-            report[name], report.truncation[name] = _scale_lora_layer(base[name], target, scale, k, threshold, name)
-    return report
+            changes[name], truncation[name] = _scale_lora_layer(base[name], target, scale, k, threshold, name)
+    return Reduction(changes, truncation)
 
 
 def _scale_in_place(base: Tensor, tuned: Tensor, scale: float, k: int, threshold: float, name: str) -> float:
@@ -175,7 +200,7 @@ def _scale_pair(
     j = layer.indices
     if not j or scale == 1.0:
         return A.detach().clone(), B.detach().clone(), 0.0, 0.0
-    # D = [B, u_j s_j] [A; c v_j'] has rank r + len(j): its SVD comes from two thin QRs, D itself is never built.
+    # D = [B, u_j s_j] [A; c v_jᵀ] has rank r + len(j): its SVD comes from two thin QRs, D itself is never built.
     left = torch.linalg.qr(torch.cat([b, u[:, j] * s[j]], dim=1))
     right = torch.linalg.qr(torch.cat([a, (scale - 1) / scaling * vh[j]]).T)
     p, q, rh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)

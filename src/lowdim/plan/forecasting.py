@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from lowdim.errors import BudgetError, LowdimError, check_int
 from lowdim.plan.fake import LossFn, Subject, fake_mode, model_loss
 from lowdim.plan.rehearse import Plan, Rehearsal, rehearse
 from lowdim.plan.tracker import KINDS, Peak, unique_bytes
+from lowdim.results import Result
 from lowdim.units import format_bytes, parse_bytes
 
 __all__ = ["Forecast", "affordable", "forecast"]
@@ -24,7 +25,7 @@ _EVERYTHING = ("all-linear", None)
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Result):
     """What training takes at its peak, by what it is taken for.
 
     Attributes:
@@ -70,11 +71,20 @@ class Forecast:
         return None if self.budget_bytes is None else self.total <= self.budget_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able record."""
-        return {**asdict(self), "depths": list(self.depths), "fits": self.fits}
+        """The fields and the verdict on the budget, as strict JSON."""
+        return {**super().to_dict(), "fits": self.fits}
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        return f"{self.label}: {format_bytes(self.total)} at the peak, {self.trained_parameters:,} trained parameters"
 
     def __str__(self) -> str:
-        return f"{self.label}: {format_bytes(self.total)} at the peak, {self.trained_parameters:,} trained parameters"
+        return self.summary
+
+    def _table(self) -> list[dict[str, Any]]:
+        parts = ("weights", "gradients", "optimizer_state", "activations", "workspace", "total")
+        return [{"at the peak": name.replace("_", " "), "size": format_bytes(getattr(self, name))} for name in parts]
 
 
 def forecast(

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowdim.plan.tracker import tensors_in, unique_bytes
+from lowdim.results import Result
 
 __all__ = ["Measured", "PeakMemory", "measure"]
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Result):
     """Bytes at the peak of the code that was measured.
 
     Attributes:
@@ -28,10 +29,6 @@ class Measured:
     bytes: int
     start_bytes: int
     device: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able record."""
-        return asdict(self)
 
 
 class PeakMemory:

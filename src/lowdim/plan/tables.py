@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from lowdim.catalogue import Variant, variant
 from lowdim.plan.fake import Subject, fake_mode
 from lowdim.plan.forecasting import Forecast
+from lowdim.results import Result
 from lowdim.strategies import apply
 from lowdim.units import format_bytes, parse_bytes
 
@@ -86,17 +87,13 @@ def _caption(forecasts: Sequence[Forecast], limits: Iterable[int]) -> str:
 
 
 @dataclass(frozen=True)
-class Touched:
+class Touched(Result):
     """A module that a method changes or trains: its name, class, weight's shape, and how many of its numbers are trained."""
 
     name: str
     kind: str
     shape: tuple[int, ...]
     trained: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able record."""
-        return {**asdict(self), "shape": list(self.shape)}
 
 
 def shows(

@@ -12,25 +12,23 @@ from torch import Tensor
 
 from lowdim.errors import check_int
 from lowdim.represent.mrl import check_dims
+from lowdim.results import Result
 
 __all__ = ["CascadeResult", "MatryoshkaCascade"]
 
 
 @dataclass(frozen=True)
-class CascadeResult:
+class CascadeResult(Result):
     """What a cascade chose."""
 
     predictions: Tensor  # (N,) int64
     level: Tensor  # (N,) int64, index into dims of the size that was used
     expected_dim: float  # mean of dims[level]
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able record."""
-        return {
-            "predictions": self.predictions.tolist(),
-            "level": self.level.tolist(),
-            "expected_dim": self.expected_dim,
-        }
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each sample."""
+        pairs = zip(self.predictions.tolist(), self.level.tolist())
+        return [{"sample": i, "prediction": prediction, "level": level} for i, (prediction, level) in enumerate(pairs)]
 
 
 class MatryoshkaCascade:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lowdim.errors import check_int
 from lowdim.linalg import compute_dtype
+from lowdim.results import Result
 
 __all__ = ["RetrievalResult", "adaptive_retrieve", "funnel_retrieve"]
 
@@ -22,16 +23,20 @@ _LEAST = 8  # a block has at least this many times as many rows as it must yield
 
 
 @dataclass(frozen=True)
-class RetrievalResult:
+class RetrievalResult(Result):
     """Neighbours of each query, nearest first."""
 
     indices: Tensor  # (Q, k) int64, rows of the database
     distances: Tensor  # (Q, k) L2 between unit vectors at the last size, ascending
     mflops: float  # per query
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able record."""
-        return {"indices": self.indices.tolist(), "distances": self.distances.tolist(), "mflops": self.mflops}
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each neighbour of each query, nearest first."""
+        return [
+            {"query": q, "place": place, "index": index, "distance": distance}
+            for q, (indices, distances) in enumerate(zip(self.indices.tolist(), self.distances.tolist()))
+            for place, (index, distance) in enumerate(zip(indices, distances))
+        ]
 
 
 def adaptive_retrieve(

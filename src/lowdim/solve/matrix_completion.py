@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowdim.errors import MissingExtraError, check_choice, check_float, check_int
 from lowdim.linalg import canonical_signs, stream, truncated_svd
+from lowdim.results import Result
 from lowdim.solve.grouped import Block, Entries, blocks_of
 from lowdim.solve.least_squares import Tally, solve_exact, solve_sketched
 
@@ -23,8 +24,10 @@ _POWER = 6  # power iterations of the sparse start
 
 
 @dataclass(frozen=True)
-class CompletionResult:
-    """Factors of a completed matrix `U V'` and how they were found. Arrays are numpy or torch as the input was."""
+class CompletionResult(Result):
+    """Factors of a completed matrix `U Vᵀ` and how they were found. Arrays are numpy or torch, as the input was."""
+
+    left_out: ClassVar[tuple[str, ...]] = ("U", "V")
 
     U: Any  # (m, k), not orthonormalised
     V: Any  # (n, k), orthonormal columns
@@ -42,10 +45,18 @@ class CompletionResult:
         return (self.U[rows] * self.V[cols]).sum(-1)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able record without the factors."""
-        left_out = ("U", "V")
-        record = {name: value for name, value in self.__dict__.items() if name not in left_out}
-        return {**record, "shape": [len(self.U), len(self.V)], "rank": int(self.U.shape[1])}
+        """The fields without the factors, and their sizes, as strict JSON."""
+        return {**super().to_dict(), "shape": [len(self.U), len(self.V)], "rank": int(self.U.shape[1])}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each round: its relative error on the observed entries."""
+        return [{"round": i, "error": error} for i, error in enumerate(self.errors, 1)]
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        shape = f"{len(self.U)} x {len(self.V)}, rank {self.U.shape[1]}"
+        return f"{shape}: {self.reason} after {self.iterations} rounds, observed error {self.errors[-1]:.3g}"
 
 
 def complete_matrix(

@@ -1,0 +1,185 @@
+"""The base of every result: its fields as strict JSON, its table, its plot, and what a terminal and a notebook show."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any, ClassVar
+
+from lowdim.errors import MissingExtraError
+
+__all__ = ["Result", "html_table", "json_value"]
+
+_SHOWN = 20  # rows of a table in a terminal or a notebook
+
+
+class Result:
+    """What a function found, in a frozen dataclass: subclass it and declare the fields.
+
+    The base gives `to_dict()`, `rows()`, `to_dataframe()`, `str()` and the view in a notebook. Override `rows` where the result
+    has a natural table (a row for each layer, iteration or query), `summary` where another line says more, and `plot` where a
+    picture says more than the table; `plot` starts with `axes = self._axes(ax)`.
+
+    Attributes:
+        left_out: names of fields that `to_dict` leaves out, because they are large and are not the answer to the question.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> from lowdim.results import Result
+        >>> @dataclass(frozen=True)
+        ... class Spectrum(Result):
+        ...     values: torch.Tensor  # (n,), descending
+        ...     condition: float  # largest over smallest
+        >>> Spectrum(torch.tensor([2.0, 0.0]), float("inf")).to_dict()
+        {'values': [2.0, 0.0], 'condition': None}
+        >>> print(Spectrum(torch.tensor([2.0, 1.0]), 2.0))
+        Spectrum: condition 2
+    """
+
+    left_out: ClassVar[tuple[str, ...]] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as strict JSON: arrays are lists, dataclasses are dicts, infinity and NaN are null.
+
+        Raises:
+            TypeError: a field holds what JSON has no form for; names the field.
+        """
+        return _record(self, type(self).__name__, self.left_out)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table: one dict a row. By default one row with the fields that hold a number, a text or nothing."""
+        return [{name: value for name, value in self.to_dict().items() if not isinstance(value, (list, dict))}]
+
+    def to_dataframe(self) -> Any:
+        """`rows()` as a pandas table.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise MissingExtraError("pandas", "plot", f"{type(self).__name__}.to_dataframe") from error
+        return pd.DataFrame(self.rows())
+
+    def plot(self, *, ax: Any = None) -> Any:
+        """A picture of the result on matplotlib axes (new ones unless given), which are returned.
+
+        Raises:
+            TypeError: this result has no picture. MissingExtraError: matplotlib is not installed.
+        """
+        raise TypeError(f"{type(self).__name__} has no plot; print it, or use to_dataframe()")
+
+    @property
+    def summary(self) -> str:
+        """One line: the fields that hold a number or a text."""
+        values = {name: value for name, value in Result.rows(self)[0].items() if value is not None}
+        parts = ", ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in values.items())
+        return f"{type(self).__name__}: {parts}" if parts else type(self).__name__
+
+    def __str__(self) -> str:
+        return "\n".join([self.summary, *_text_table(self._table())])
+
+    def _repr_html_(self) -> str:
+        return html_table(self.summary, self._table())
+
+    def _table(self) -> list[dict[str, Any]]:
+        """The rows that are shown below the summary: none where the summary says them already."""
+        return [] if type(self).rows is Result.rows else self.rows()
+
+    def _axes(self, ax: Any = None) -> Any:
+        """These axes, or new ones."""
+        if ax is not None:
+            return ax
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError as error:
+            raise MissingExtraError("matplotlib", "plot", f"{type(self).__name__}.plot") from error
+        return plt.subplots()[1]
+
+
+def json_value(value: Any, where: str = "value") -> Any:
+    """The value in types that JSON has: tensors and arrays become lists, dataclasses dicts, infinity and NaN None.
+
+    Args:
+        where: what the value is, for the error.
+
+    Raises:
+        TypeError: JSON has no form for it; names the place.
+
+    Example:
+        >>> import numpy as np
+        >>> from lowdim.results import json_value
+        >>> json_value({"x": np.array([1.0, np.nan]), 3: (True, None)})
+        {'x': [1.0, None], '3': [True, None]}
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, Result):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _record(value, where)
+    if isinstance(value, Mapping):
+        return {_key(key, where): json_value(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_value(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, PurePath):
+        return str(value)
+    if callable(getattr(value, "tolist", None)):  # tensors, numpy arrays and numbers
+        return json_value(value.tolist(), where)
+    raise TypeError(f"{where} is a {type(value).__name__}, which JSON has no form for")
+
+
+def html_table(caption: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A small table for a notebook: everything in it is escaped, and long tables are cut."""
+    lines = [f"<table><caption>{html.escape(caption)}</caption>"]
+    if rows:
+        lines += _html_row("th", rows[0])
+        for row in rows[:_SHOWN]:
+            lines += _html_row("td", map(_shown, row.values()))
+        if len(rows) > _SHOWN:
+            lines.append(f'<tr><td colspan="{len(rows[0])}">and {len(rows) - _SHOWN} more</td></tr>')
+    return "\n".join([*lines, "</table>"])
+
+
+def _html_row(tag: str, cells: Iterable[str]) -> list[str]:
+    return ["<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"]
+
+
+def _text_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Aligned columns, texts to the left and numbers to the right."""
+    if not rows:
+        return []
+    cells = [list(rows[0]), *([_shown(value) for value in row.values()] for row in rows[:_SHOWN])]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    texts = [isinstance(value, str) for value in rows[0].values()]
+    lines = [
+        "  ".join(cell.ljust(width) if text else cell.rjust(width) for cell, width, text in zip(line, widths, texts)).rstrip()
+        for line in cells
+    ]
+    return lines + ([f"and {len(rows) - _SHOWN} more"] if len(rows) > _SHOWN else [])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+def _record(value: Any, where: str, left_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(value) if field.name not in left_out]
+    return {name: json_value(getattr(value, name), f"{where}.{name}") for name in names}
+
+
+def _key(key: Any, where: str) -> str:
+    if isinstance(key, (str, int, float)):
+        return str(key)
+    raise TypeError(f"a key of {where} is a {type(key).__name__}, which JSON has no form for: {key!r}")

@@ -1,0 +1,202 @@
+import ast
+import builtins
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lowdim
+from lowdim.adapters import LoRA
+from lowdim.diagnose import Reduction
+from lowdim.errors import MissingExtraError
+from lowdim.plan import forecast
+from lowdim.results import Result, html_table, json_value
+
+
+@dataclass(frozen=True)
+class Inner(Result):
+    left_out = ("heavy",)
+    name: str
+    heavy: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Plain:
+    values: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Outer(Result):
+    score: float
+    label: str
+    absent: None
+    tensor: torch.Tensor
+    array: np.ndarray
+    count: np.int64
+    inner: dict[str, Inner]
+    plain: list[Plain]
+    place: Path
+
+
+@dataclass(frozen=True)
+class Layers(Result):
+    errors: dict[str, float]
+
+    def rows(self):
+        return [{"layer": name, "error": error} for name, error in self.errors.items()]
+
+
+def outer():
+    return Outer(
+        math.nan,
+        "<b>",
+        None,
+        torch.tensor([[1.0, math.inf], [-math.inf, 0.5]]).bfloat16().requires_grad_(),
+        np.array([1, 2], dtype=np.int32),
+        np.int64(3),
+        {"0": Inner("x", torch.ones(2))},
+        [Plain((1, 2))],
+        Path("a") / "b",
+    )
+
+
+def test_to_dict_is_strict_json():
+    record = outer().to_dict()
+    assert record == {
+        "score": None,
+        "label": "<b>",
+        "absent": None,
+        "tensor": [[1.0, None], [None, 0.5]],
+        "array": [1, 2],
+        "count": 3,
+        "inner": {"0": {"name": "x"}},
+        "plain": [{"values": [1, 2]}],
+        "place": str(Path("a") / "b"),
+    }
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert all(type(value) is int for value in (*record["array"], record["count"]))
+
+
+def test_what_json_has_no_form_for_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"Layers\.errors\['a'\]\[1\] is a set"):
+        Layers({"a": [1, {2}]}).to_dict()  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=r"a key of Layers\.errors is a tuple.*\(1, 2\)"):
+        Layers({(1, 2): 0.0}).to_dict()  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="value is a type"):
+        json_value(Plain)
+
+
+def test_without_a_table_of_its_own_the_plain_fields_are_one_row():
+    (row,) = outer().rows()
+    assert row == {"score": None, "label": "<b>", "absent": None, "count": 3, "place": str(Path("a") / "b")}
+    assert list(outer().to_dataframe().columns) == list(row)
+    assert str(outer()) == f"Outer: label <b>, count 3, place {Path('a') / 'b'}"
+
+
+def test_a_table_is_shown_aligned_and_cut():
+    result = Layers({f"layer{i}": i / 3 for i in range(25)})
+    lines = str(result).splitlines()
+    assert lines[:3] == ["Layers", "layer     error", "layer0        0"]
+    assert lines[3] == "layer1   0.3333"
+    assert lines[-1] == "and 5 more"
+    assert len(lines) == 1 + 1 + 20 + 1
+    frame = result.to_dataframe()
+    assert frame.shape == (25, 2)
+    assert frame["error"].tolist() == [i / 3 for i in range(25)]
+    shown = result._repr_html_()
+    assert shown.count("<tr>") == 22
+    assert "and 5 more" in shown
+
+
+def test_html_is_escaped():
+    shown = html_table("a < b", [{"<i>": "x & y"}])
+    assert "a &lt; b" in shown
+    assert "<th>&lt;i&gt;</th>" in shown
+    assert "<td>x &amp; y</td>" in shown
+    assert "&lt;b&gt;" in outer()._repr_html_()
+
+
+def test_a_result_without_a_picture_says_so():
+    with pytest.raises(TypeError, match="Layers has no plot"):
+        Layers({}).plot()
+
+
+@pytest.mark.parametrize(("package", "call"), [("pandas", lambda r: r.to_dataframe()), ("matplotlib", lambda r: r._axes())])
+def test_a_missing_extra_is_named(monkeypatch, package, call):
+    real = builtins.__import__
+
+    def without(name, *args, **kw):
+        if name.split(".")[0] == package:
+            raise ImportError(name)
+        return real(name, *args, **kw)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingExtraError, match=rf"Layers\..*{package}.*lowdim\[plot\]"):
+        call(Layers({}))
+
+
+def test_a_reduction_reads_like_a_dict():
+    found = Reduction({"a": 0.5, "b": 0.0}, {"a": 0.1})
+    assert found == {"a": 0.5, "b": 0.0}
+    assert dict(found) == {"a": 0.5, "b": 0.0}
+    assert not isinstance(found, dict)
+    assert found.to_dict() == {"changes": {"a": 0.5, "b": 0.0}, "truncation": {"a": 0.1}}
+    assert found.rows()[1] == {"layer": "b", "change": 0.0, "truncation": None}
+    assert "1 of 2 layers" in str(found)
+
+
+def test_an_adapted_model_shows_method_share_and_layers():
+    adapted = lowdim.adapt(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)), LoRA(rank=1))
+    trained, total = 1 * (6 + 4) + 1 * (4 + 2), (6 * 4 + 4) + (4 * 2 + 2) + 16
+    shown = adapted._repr_html_()
+    assert f"{trained} parameters trained ({trained / total:.2%}), 2 adapted layers" in shown
+    assert "LoRA(rank=1" in shown
+    assert "<td>0</td><td>4 x 6</td><td>10</td>" in shown
+
+
+def test_a_forecast_shows_its_parts():
+    found = forecast(nn.Sequential(nn.Linear(30, 20)), "lora", batch=lambda: torch.ones(2, 30), loss_fn=lambda m, b: m(b).sum())
+    shown = found._repr_html_()
+    assert str(found) in shown
+    assert "<td>optimizer state</td>" in shown
+    assert found.to_dict()["fits"] is None
+
+
+def test_merging_combining_and_exporting_have_a_row_for_each_layer(tmp_path):
+    adapted = lowdim.adapt(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)), LoRA(rank=1))
+    with torch.no_grad():
+        for layer in adapted.layers.values():
+            layer.update.B.fill_(0.5)
+    export = adapted.export(tmp_path, format="peft")
+    assert export.rows() == [{"layer": name, "rank": 1, "error": 0.0} for name in ("0", "1")]
+    assert "2 layers, exact" in export.summary
+    assert export.to_dict()["folder"] == str(tmp_path)
+    adapted.merge()
+    report = adapted.merge_report
+    assert [row["layer"] for row in report.rows()] == ["0", "1"]
+    assert report.to_dict()["layers"] == report.rows()
+    assert all(row["relative_change"] > 0 for row in report.rows())
+
+
+#: Classes with a `to_dict` of their own that are not results of a function.
+RECORDS = {
+    "Result": "the base itself",
+    "Outcome": "the record of a reproduction, filled in while it runs",
+    "CompareSettings": "settings, not a result",
+}
+
+
+def test_every_result_stands_on_the_base():
+    source = Path(lowdim.__file__).parent
+    found = {
+        node.name: [ast.unparse(base) for base in node.bases]
+        for path in source.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and any(getattr(item, "name", "") == "to_dict" for item in node.body)
+    }
+    assert {name for name, bases in found.items() if "Result" not in bases} == set(RECORDS)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lowdim.lazy import lazy_names
+
 __version__ = "0.1.0"
 
-_FUNCTIONS = {"adapt": "lowdim.adapters", "load_adapter": "lowdim.adapters"}
+_FUNCTIONS = {"adapt": "adapters", "load_adapter": "adapters"}
 _PACKAGES = (
     "adapters", "calibrate", "catalogue", "compress", "diagnose", "errors", "export", "layers", "linalg", "modules",
-    "optim", "plan", "ranks", "report", "represent", "solve", "surgery", "train",
+    "optim", "plan", "ranks", "report", "represent", "results", "solve", "surgery", "train",
 )  # fmt: skip
 
 __all__ = ["__version__", *_FUNCTIONS, *_PACKAGES]
@@ -25,11 +27,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FUNCTIONS:
-        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
-    if name in _PACKAGES:
-        return importlib.import_module(f"lowdim.{name}")
-    raise AttributeError(f"module 'lowdim' has no attribute {name!r}")
+    return importlib.import_module(f"lowdim.{name}") if name in _PACKAGES else lazy_names(__name__, _FUNCTIONS)(name)
 
 
 def __dir__() -> list[str]:

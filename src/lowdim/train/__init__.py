@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lowdim.lazy import lazy_names
 
 if TYPE_CHECKING:
     from lowdim.train.callbacks import AdaptedCallback
@@ -43,8 +44,4 @@ _HOMES = {
     "run_recipe": "run",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"lowdim.train.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'lowdim.train' has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _HOMES)

@@ -75,6 +75,8 @@ class Entry:
         target: `"module:attribute"` of its main public name; empty while it is not built.
         variants: the names under which it can be trained by `compare`, `plan` and `run`; the first is the default.
         reproduction: `"module:function"`, or empty.
+        options: what `lowdim compress` takes where the user chooses neither that option nor an alternative to it.
+        tuned: `"module:function"` that gives the parameters which training afterwards changes; empty where there is none.
     """
 
     number: int
@@ -87,11 +89,25 @@ class Entry:
     target: str = ""
     variants: tuple[Variant, ...] = ()
     reproduction: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tuned: str = ""
 
     @property
     def available(self) -> bool:
         """Whether it works today."""
         return bool(self.target)
+
+    def build(self) -> Any:
+        """Its main public name itself (imports its module)."""
+        return _named(self.target)
+
+    def build_tuned(self) -> Any:
+        """`model -> parameters` for training after a compression."""
+        return _named(self.tuned)
+
+    def build_reproduction(self) -> Any:
+        """The experiment, `context -> Outcome`."""
+        return _named(self.reproduction)
 
 
 def entries() -> tuple[Entry, ...]:

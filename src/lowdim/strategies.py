@@ -70,7 +70,7 @@ def with_options(variant: Variant, options: Mapping[str, Any]) -> Variant:
     """
     if not options:
         return variant
-    known = _option_names(variant)
+    known = option_names(variant)
     for name in options:
         if name not in known:
             close = f"; nearest: {', '.join(nearest(str(name), known))}" if known else " (it has none)"
@@ -224,7 +224,7 @@ def _try_companion(variant: Variant) -> None:
 
 def fill(variant: Variant, *, lr: float, steps: int) -> dict[str, Any]:
     """The variant's options, with `lr` and `total_steps` filled in where the method has such fields and they are open."""
-    names = _option_names(variant)
+    names = option_names(variant)
     options = dict(variant.options)
     if "total_steps" in names and options.get("total_steps") is None:
         options["total_steps"] = steps
@@ -352,7 +352,7 @@ def _adamw(parameters: Any, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
 
 
-def _option_names(variant: Variant) -> list[str]:
+def option_names(variant: Variant) -> list[str]:
     if not variant.target:
         return []
     import inspect

@@ -17,7 +17,7 @@ from lowdim.cli import app
 from lowdim.cli.main import main
 
 COMMANDS = {
-    "list": {"family", "--available", "--json"},
+    "list": {"name", "--available", "--json"},
     "plan": {
         "--model", "--budget", "--methods", "--task", "--batch-size", "--length", "--dtype", "--gradient-checkpointing",
         "--rank", "--layerwise", "--layers", "--json",
@@ -30,10 +30,10 @@ COMMANDS = {
     "run": {"recipe", "--out", "--resume", "--steps", "--check"},
     "export": {"adapter", "out", "--model", "--format", "--rank", "--task", "--for", "--max-error"},
     "compress": {
-        "--model", "--out", "--data", "--method", "--param-ratio", "--target", "--threshold", "--tune-steps", "--lr",
-        "--samples", "--max-length",
+        "--model", "--out", "--data", "--method", "--option", "--param-ratio", "--target", "--threshold", "--tune-steps",
+        "--lr", "--samples", "--max-length",
     },
-    "diagnose": {"diagnostic", "--base", "--tuned", "--k", "--threshold", "--out"},
+    "diagnose": {"diagnostic", "--base", "--tuned", "--option", "--k", "--threshold", "--out"},
     "report": {"source", "--out"},
     "reproduce": {"slug", "--data", "--quick", "--out"},
 }  # fmt: skip
@@ -82,8 +82,7 @@ def test_commands_and_options_are_frozen():
 def test_every_option_says_what_it_is():
     for name, command in typer.main.get_command(app).commands.items():
         assert command.help, name
-        bare = {p.opts[0] for p in command.params if not getattr(p, "help", None)}
-        assert bare <= {"--batch-size", "--max-length"}, name
+        assert not [p.opts[0] for p in command.params if not getattr(p, "help", None)], name
 
 
 @pytest.mark.parametrize(
@@ -133,7 +132,26 @@ def test_list_by_family_and_as_json(call, refused):
     assert {row["family"] for row in rows} == {"solve"}
     _, out, _ = call("list", "--available", "--json")
     assert all(row["works"] for row in json.loads(out))
-    assert "nearest: adapters" in refused("list", "adapter")
+    assert "no family, system or method is called 'adapter'; nearest: adapters" in refused("list", "adapter")
+
+
+def test_list_of_one_system_shows_its_options(call, refused):
+    _, out, _ = call("list", "lord")
+    assert "LORD: Low Rank Decomposition" in out
+    assert "param_ratio = null   a number in (0, 1] or null" in out
+    assert "the layer's share of parameters" in out
+    _, out, _ = call("list", "intruders")
+    assert "k = 10   a whole number >= 1" in out
+    _, out, _ = call("list", "lamda")  # both of its methods, with the defaults of their rows
+    assert "Options of lamda\n" in out
+    assert "rank = 32   " in out
+    assert "rank_choices = [24, 32, 40]" in out[out.index("Options of lamda++") :]
+    _, out, _ = call("list", "low-rank-restart", "--json")
+    record = json.loads(out)
+    assert record["slug"] == "pretrain-bench"
+    assert record["options"]["low-rank-restart"]["interval"]["default"] == "100"
+    assert "full has no options" in call("list", "full")[1]
+    assert "not yet" in call("list", "pst")[1]
 
 
 def test_a_reader_that_has_enough_is_no_error():
@@ -178,8 +196,8 @@ def compare(refused, bert_folder, two_classes, tmp_path):
         ({"text": "txt"}, ["no column 'txt'; nearest: text"]),
         ({"budget": "8 parsecs"}, ["a size must be a number and a unit, such as 8GiB", "'8 parsecs'"]),
         ({"budget": "1KiB"}, ["--budget 1.00 KiB: nothing fits; lora needs least", "try a smaller --batch-size"]),
-        ({"time_limit": "soon"}, ["--time-limit must be a number of s, m or h", "'soon'"]),
-        ({"time_limit": "0m"}, ["--time-limit must be", "above zero"]),
+        ({"time_limit": "soon"}, ["--time-limit must be a positive number of s, m or h", "'soon'"]),
+        ({"time_limit": "0m"}, ["--time-limit must be a positive number"]),
         ({"seeds": 0}, ["--seeds must be an int >= 1; got 0"]),
         ({"trials": 6}, ["--trials must be an int in [1, 5]; got 6"]),
         ({"steps": 2}, ["--steps must be an int >= 3; got 2"]),
@@ -383,7 +401,7 @@ def damage(folder, kind):
         ("flipped", "is damaged: its tensors do not match its digest"),
         ("foreign", "was not written by lowdim"),
         ("missing", "adapter.safetensors does not exist"),
-        ("peft", "holds a PEFT adapter already"),
+        ("peft", "already holds a PEFT adapter"),
     ],
 )
 def test_export_refuses_a_damaged_adapter(kind, part, refused, finished, tmp_path):
@@ -439,7 +457,7 @@ def test_export_refuses(refused, finished, tmp_path):
     assert "is not empty; name another folder" in refused("export", finished, tmp_path / "mine")
     assert "is a file; name a folder" in refused("export", finished, tmp_path / "mine" / "a.txt")
     assert "--format must be one of peft, merged" in refused("export", finished, tmp_path / "out", "--format", "pft")
-    assert "is no folder" in refused("export", tmp_path / "nowhere", tmp_path / "out")
+    assert "is not a folder" in refused("export", tmp_path / "nowhere", tmp_path / "out")
     assert "rank must be an int >= 1; got 0" in refused("export", finished, tmp_path / "out", "--rank", "0")
     assert "adapter.safetensors does not exist" in refused("export", tmp_path / "mine", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -512,7 +530,7 @@ def test_report(call, refused, finished, tmp_path):
     assert "holds neither" in refused("report", tmp_path / "nowhere")
     for content in ("[1, 2]", '{"a": 1}', '"text"'):
         (tmp_path / "run.json").write_text(content)
-        assert "is no record of" in refused("report", tmp_path)
+        assert "is not a record of" in refused("report", tmp_path)
     (tmp_path / "run.json").write_text('{"losses": [')
     assert "run.json is damaged" in refused("report", tmp_path)
     assert not (tmp_path / "report.html").exists()
@@ -526,9 +544,19 @@ def test_diagnose(call, refused, finished, tmp_path):
     assert (code, err) == (0, "")
     assert "intruder dimensions among the first 2" in out
     assert json.loads((tmp_path / "r.json").read_text())
+    assert (
+        call(*common, tmp_path / "merged", "--option", "k=2", "--option", "threshold=5e-1", "--out", tmp_path / "s.json")[0]
+        == 0
+    )
+    assert (tmp_path / "s.json").read_text() == (tmp_path / "r.json").read_text()
     assert "diagnostic must be one of intruders" in refused("diagnose", "intruder", "--base", base, "--tuned", base)
-    assert "k must be" in refused(*common, base, "--k", "0")
-    assert "threshold must be" in refused(*common, base, "--threshold", "2")
+    assert "option k of intruders must be a whole number >= 1; got 0" in refused(*common, base, "--k", "0")
+    assert "option threshold of intruders must be a number in (0, 1]; got 2" in refused(*common, base, "--threshold", "2")
+    assert "intruders has no option 'treshold'; nearest: threshold (a number in (0, 1])" in refused(
+        *common, base, "--option", "treshold=0.2"
+    )
+    assert "intruders measures --base and --tuned; --tuned is missing" in refused("diagnose", "intruders", "--base", base)
+    assert "option k of intruders is given more than once" in refused(*common, base, "--k", "1", "--option", "k=2")
     assert "no such folder" in refused("diagnose", "intruders", "--base", "./nowhere", "--tuned", base)
 
 
@@ -543,7 +571,10 @@ def test_compress(call, refused, tmp_path):
     assert record["parameters"][1] < record["parameters"][0]
     assert models.load_model(str(tmp_path / "small"), "causal-lm")
     assert "is not empty" in refused(*common, "--out", tmp_path / "small")
-    assert "--param-ratio must be" in refused(*common, "--out", tmp_path / "x", "--param-ratio", "0")
+    assert record["param_ratio"] == 0.8
+    assert set(record["ranks"].values()) == {int(0.8 * i * o / (i + o)) for i, o in ((64, 32), (64, 64), (64, 172))}
+    message = refused(*common, "--out", tmp_path / "x", "--param-ratio", "0")
+    assert "option param_ratio of lord must be a number in (0, 1] or null; got 0" in message
     assert "--method must be one of lord, welore" in refused(*common, "--out", tmp_path / "x", "--method", "svd")
     assert "--samples must be" in refused(*common[:5], "--out", tmp_path / "x", "--samples", "0")
     assert not (tmp_path / "x").exists()
@@ -558,7 +589,8 @@ def test_compress_by_weights(call, tmp_path):
     common = ["compress", "--model", "stories260k", "--data", "lowdim:shakespeare", "--method", "welore", "--max-length", "32"]
     code, out, err = call(*common, "--out", tmp_path / "small", "--target", "0.6")
     assert (code, err) == (0, "")
-    assert "matrices are low-rank components" in out
+    assert "layers replaced" in out
+    assert "(threshold 0." in out
     record = json.loads((tmp_path / "small" / "compression.json").read_text())
     assert (record["method"], record["target"]) == ("welore", 0.6)
     assert record["ranks"]
@@ -599,20 +631,21 @@ def test_compress_then_tune(call, tmp_path):
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        (["--target", "0.5"], "only --method welore has --target; --method lord takes --param-ratio"),
-        (["--tune-steps", "5", "--lr", "1"], "only --method welore has --tune-steps, --lr;"),
-        (
-            ["--method", "welore", "--param-ratio", "0.7"],
-            "only --method lord has --param-ratio; --method welore takes --target, --threshold",
-        ),
-        (
-            ["--method", "welore", "--target", "0.5", "--threshold", "0.2"],
-            "--target 0.5 and --threshold 0.2 exclude each other",
-        ),
-        (["--method", "welore", "--target", "1"], "--target must be a finite number in (0, 1)"),
-        (["--method", "welore", "--threshold", "2"], "--threshold must be a finite number in [0, 1]"),
-        (["--method", "welore", "--samples", "5"], "--samples: only tuning uses it; add --tune-steps"),
-        (["--method", "welore", "--lr", "0.1"], "--lr: only tuning uses it; add --tune-steps"),
+        (["--target", "0.5"], "lord has no option 'target' (welore has); nearest: "),
+        (["--option", "param_rato=0.5"], "lord has no option 'param_rato'; nearest: param_ratio (a number in (0, 1] or null)"),
+        (["--method", "welore", "--param-ratio", "0.7"], "welore has no option 'param_ratio' (lord has); nearest: "),
+        (["--option", "rank=8", "--option", "rank_ratio=0.5"], "exactly one of rank, rank_ratio and param_ratio must be given"),
+        (["--option", "rank=8", "--option", "rank=9"], "option rank of lord is given more than once"),
+        (["--option", "rank=eight"], "option rank of lord must be a whole number >= 1 or a mapping or null; got 'eight'"),
+        (["--option", "centered=2"], "option centered of lord must be true or false; got 2"),
+        (["--option", "rank"], "--option must be name=value; got 'rank'"),
+        (["--option", "rank={"], "option rank of lord: '{' is not YAML"),
+        (["--tune-steps", "5"], "--tune-steps: lord leaves nothing to tune by itself"),
+        (["--method", "welore", "--target", "0.5", "--threshold", "0.2"], "exactly one of target and threshold must be given"),
+        (["--method", "welore", "--target", "1"], "option target of welore must be a number in (0, 1) or null; got 1"),
+        (["--method", "welore", "--threshold", "2"], "option threshold of welore must be a number in [0, 1] or null"),
+        (["--method", "welore", "--samples", "5"], "--samples is only used for tuning, since welore needs no samples"),
+        (["--method", "welore", "--lr", "0.1"], "--lr is only used for tuning; add --tune-steps"),
         (["--method", "welore", "--tune-steps", "0"], "--tune-steps must be an int >= 1"),
         (["--method", "welore", "--tune-steps", "5", "--lr", "0"], "--lr must be a finite number"),
     ],
@@ -678,13 +711,13 @@ def test_reproduce_refuses(refused):
 
 
 def test_interrupted_and_bugs(call, monkeypatch):
-    from lowdim.cli import catalogue
+    from lowdim import catalogue
 
     def raise_(error):
-        def show(*args):
+        def entries():
             raise error
 
-        monkeypatch.setattr(catalogue, "show", show)
+        monkeypatch.setattr(catalogue, "entries", entries)
 
     raise_(KeyboardInterrupt())
     code, _, err = call("list")
@@ -701,15 +734,21 @@ def test_interrupted_and_bugs(call, monkeypatch):
 def test_a_warning_is_one_line(call, monkeypatch):
     import warnings
 
-    from lowdim.cli import catalogue
+    from lowdim import catalogue
 
-    monkeypatch.setattr(catalogue, "show", lambda *args: warnings.warn("mind the step", stacklevel=2))
+    rows = catalogue.entries()
+
+    def entries():
+        warnings.warn("mind the step", stacklevel=2)
+        return rows
+
+    monkeypatch.setattr(catalogue, "entries", entries)
     assert call("list")[2] == "note: mind the step\n"
 
 
 def test_debug_shows_the_whole(monkeypatch):
     monkeypatch.setenv("LOWDIM_DEBUG", "1")
-    with pytest.raises(ValueError, match="family must be one of"):
+    with pytest.raises(ValueError, match="no family, system or method is called"):
         main(["list", "nothing"])
 
 

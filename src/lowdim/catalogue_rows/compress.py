@@ -12,6 +12,7 @@ ROWS = (
         arxiv="2407.11239",
         claim="Tuning only the low-rank parts of a half-size LLaMA-2-7B beats its full tuning: 3x throughput, 0.6x memory.",
         target="lowdim.compress:welore",
+        tuned="lowdim.compress:welore_freeze",
         reproduction="lowdim.reproduce.welore:run",
     ),
     Entry(
@@ -50,6 +51,7 @@ ROWS = (
         arxiv="2309.14021",
         claim="Ranks fall by up to 39.58 % for under 1 % perplexity; StarCoder 16B to 13.2B in 10 minutes at equal pass@1.",
         target="lowdim.compress:lord",
+        options={"param_ratio": 0.7},
         reproduction="lowdim.reproduce.lord:run",
     ),
     Entry(

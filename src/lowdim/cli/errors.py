@@ -14,7 +14,7 @@ __all__ = ["clear_errors", "short_warnings"]
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """What the user can mend ends with one message on standard error and exit code 2; anything else is a bug, shown whole.
+    """What the user can fix ends with one message on standard error and exit code 2; anything else is a bug, shown whole.
 
     `LOWDIM_DEBUG=1` shows the whole traceback in either case.
     """
@@ -22,7 +22,7 @@ def clear_errors() -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, KeyboardInterrupt) or end.code == 130:  # typer makes the second of the first
-            print("interrupted; finished work is kept (go on with --resume where the command has it)", file=sys.stderr)
+            print("interrupted; finished work is kept (commands that have --resume continue from it)", file=sys.stderr)
             raise SystemExit(130) from None
         raise
     except Exception as error:
@@ -34,7 +34,7 @@ def clear_errors() -> Iterator[None]:
 
 @contextmanager
 def short_warnings() -> Iterator[None]:
-    """A warning is one line on standard error: the place in the program that gave it tells a user nothing."""
+    """A warning is one line on standard error, without the place in the program that gave it."""
     usual = warnings.showwarning
 
     def note(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
@@ -51,7 +51,7 @@ def short_warnings() -> Iterator[None]:
 
 
 def _expected(error: BaseException) -> bool:
-    """Whether this was raised on purpose by lowdim, or is the system's word on a file."""
+    """Whether lowdim raised this on purpose, or the operating system did about a file."""
     from lowdim.errors import LowdimError
 
     if isinstance(error, (LowdimError, OSError)):

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,11 @@ class LoRDConfig:
     """How `lord` decomposes a model.
 
     Attributes:
-        rank: one rank for all layers, or `{module name: rank}`, which also selects the layers where `target_modules` is None.
+        rank: one rank >= 1 for all layers, or `{module name: rank}`, which also selects the layers where `target_modules` is
+            None.
         rank_ratio: rank = ⌊ratio · min(in, out)⌋, in (0, 1].
         param_ratio: rank = ⌊ratio · in · out / (in + out)⌋, the layer's share of parameters that is kept, in (0, 1].
-        rank_multiple: ranks are rounded down to a multiple of this; 64 or 128 suit tensor cores.
+        rank_multiple: ranks are rounded down to a multiple of this, >= 1; 64 or 128 suit tensor cores.
         target_modules: names, dotted suffixes or a regular expression; None takes every nn.Linear and Conv1D whose name
             contains no entry of `exclude` (and is not the model's prediction head).
         exclude: used where `target_modules` is None.
@@ -50,6 +51,9 @@ class LoRDConfig:
 
     Exactly one of `rank`, `rank_ratio` and `param_ratio` must be given.
     """
+
+    #: Options that are alternatives to each other.
+    one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("rank", "rank_ratio", "param_ratio"),)
 
     rank: int | Mapping[str, int] | None = None
     rank_ratio: float | None = None
@@ -61,7 +65,7 @@ class LoRDConfig:
     centered: bool = True
 
     def __post_init__(self) -> None:
-        given = [name for name in ("rank", "rank_ratio", "param_ratio") if getattr(self, name) is not None]
+        given = [name for name in self.one_of[0] if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"exactly one of rank, rank_ratio and param_ratio must be given; got {', '.join(given) or 'none'}")
         if isinstance(self.rank, Mapping):

@@ -121,7 +121,7 @@ def intruder_dimensions(
         base, tuned: two matrices `(out, in)`, two mappings name -> weight, two modules, or paths (a safetensors file or a
             checkpoint folder), mixed as you like. Adapters (PEFT's and lowdim's) are merged in a copy, layer by layer. Where
             both are one adapted model, `base` means its weights from before adapting.
-        k: how many of the strongest singular vectors are looked at.
+        k: how many of the strongest singular vectors are looked at, >= 1.
         threshold: similarity below which a vector is an intruder, in (0, 1].
         names: only these weights; None takes every 2-D weight of `base`.
 

@@ -1,0 +1,101 @@
+"""`lowdim list`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from lowdim.cli.options import print_line
+
+if TYPE_CHECKING:
+    from lowdim.catalogue import Entry
+    from lowdim.jobs import Option
+
+__all__ = ["list_systems"]
+
+
+def list_systems(
+    name: Annotated[str | None, typer.Argument(help="Only this family; or one system or method, with its options.")] = None,
+    available: Annotated[bool, typer.Option("--available", help="Only what works today.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """The catalogue: sixty systems, what works today and what does not yet; or the options of one system."""
+    from lowdim.catalogue import FAMILIES, entries
+
+    if name is not None and name not in FAMILIES:
+        _show_system(name, as_json)
+        return
+    rows = [e for e in entries() if (name is None or e.family == name) and (e.available or not available)]
+    if as_json:
+        print(json.dumps([_record(entry) for entry in rows], indent=1, ensure_ascii=False))
+    else:
+        _show_table(rows)
+
+
+def _record(entry: Entry) -> dict[str, Any]:
+    return {
+        "number": entry.number, "slug": entry.slug, "name": entry.name, "family": entry.family, "paper": entry.paper,
+        "arxiv": entry.arxiv, "claim": entry.claim, "works": entry.available, "target": entry.target,
+        "methods": [v.name for v in entry.variants],
+    }  # fmt: skip
+
+
+def _show_table(rows: list[Entry]) -> None:
+    from lowdim.catalogue import BASELINES
+
+    console = Console()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    cells = [
+        (str(e.number), e.slug, e.family, "works" if e.available else "not yet", ", ".join(v.name for v in e.variants))
+        for e in rows
+    ]
+    heads = ("", "slug", "family", "today", "compare / plan / run")
+    room = console.width - sum(max(len(h), *(len(c[i]) for c in cells)) + 2 for i, h in enumerate(heads))
+    wide = room >= 40  # a narrow terminal gets what the names need; the claims are in --json and the docs
+    table.add_column("", justify="right", style="dim")
+    for head in heads[1:]:
+        table.add_column(head, no_wrap=True)
+    if wide:
+        table.add_column("what it claims", overflow="ellipsis", no_wrap=True, width=room)
+    for entry, (number, slug, family, today, names) in zip(rows, cells):
+        works = f"[green]{today}[/]" if entry.available else f"[dim]{today}[/]"
+        table.add_row(number, slug, family, works, names, *([escape(entry.claim)] if wide else []))
+    console.print(table)
+    ready = sum(e.available for e in rows)
+    console.print(f"\n{ready} of {len(rows)} work today; baselines: {', '.join(v.name for v in BASELINES)}", highlight=False)
+
+
+def _show_system(name: str, as_json: bool) -> None:
+    """One system: what it is, and the options of each way to use it."""
+    from lowdim.jobs.systems import described_system
+
+    entry, options = described_system(name)
+    if as_json:
+        about = {} if entry is None else _record(entry)
+        shown = {use: {o.name: _option_record(o) for o in found.values()} for use, found in options.items()}
+        print(json.dumps({**about, "options": shown}, indent=1, ensure_ascii=False))
+        return
+    console = Console()
+    if entry is not None:
+        today = "works" if entry.available else "not yet"
+        console.print(f"[bold]{escape(entry.name)}[/]  ({entry.slug}, {entry.family}, {today})", highlight=False)
+        print_line(console, f"paper   {entry.paper}{f', arXiv {entry.arxiv}' if entry.arxiv else ''}")
+        print_line(console, f"claim   {entry.claim}")
+    for use, found in options.items():
+        console.print(f"\n[bold]Options of {escape(use)}[/]" if found else f"\n{escape(use)} has no options", highlight=False)
+        for option in found.values():
+            console.print(
+                f"  [bold]{option.name}[/] = {escape(option.default_text)}   [dim]{escape(option.what)}[/]", highlight=False
+            )
+            console.print(Padding(Text(option.help), (0, 0, 0, 6)))
+
+
+def _option_record(option: Option) -> dict[str, Any]:
+    return {"default": option.default_text, "value": option.what, "help": option.help}

@@ -1,0 +1,77 @@
+"""`lowdim run`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lowdim.cli.options import print_line
+
+__all__ = ["run"]
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Instead of the recipe's folder.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    steps: Annotated[int | None, typer.Option("--steps", help="Instead of the recipe's.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only check the recipe and print it filled in.")] = False,
+) -> None:
+    """Fine-tune with one method, as a recipe says."""
+    import yaml
+
+    from lowdim import strategies
+    from lowdim.catalogue import variant
+    from lowdim.train.recipes import load_recipe
+
+    loaded = load_recipe(recipe, out=None if out is None else str(out), steps=steps)
+    strategies.with_options(variant(loaded.method), loaded.options)
+    console = Console()
+    if check:
+        console.print(yaml.safe_dump(loaded.model_dump(), sort_keys=False, allow_unicode=True), highlight=False, markup=False)
+        return
+    from lowdim.report import write_run
+    from lowdim.train.run import run_recipe
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        record = run_recipe(
+            loaded,
+            resume=resume,
+            say=lambda line: bar.console.print(line, highlight=False, markup=False),
+            callbacks=(_callback(bar, bar.add_task("training", total=loaded.steps)),),
+        )
+    if int(os.environ.get("RANK", "0")):
+        return  # the first process prints and writes
+    folder = Path(loaded.out)
+    write_run(record, folder / "report.html")
+    console.print(
+        f"{record['label']}: validation {record['metric']} {record['before']:.4f} before, {record['validation']:.4f} after; "
+        f"test {record['test']:.4f}",
+        highlight=False,
+        markup=False,
+    )
+    kept = folder / "adapter" if (folder / "adapter").is_dir() else folder / "model"
+    print_line(console, f"written {kept}, {folder / 'run.json'}, {folder / 'report.html'}")
+
+
+def _callback(bar: Progress, task: Any) -> Any:
+    """Moves the bar and shows the loss; made here, since its base class is imported late."""
+    from transformers import TrainerCallback
+
+    class Tick(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            bar.update(task, completed=state.global_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                shown = (("captured", "subspace_captured"), ("overlap", "subspace_overlap"))
+                more = "".join(f"  {word} {float(logs[key]):.2f}" for word, key in shown if key in logs)
+                bar.update(task, description=f"loss {float(logs['loss']):.4f}{more}")
+
+    return Tick()

@@ -1,0 +1,224 @@
+"""Compress a trained language model: measure, compress, tune where asked for, measure again, write.
+
+This stands above `train` and not in `lowdim.compress`, since a family imports neither models nor training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowdim.errors import LowdimError, check_float, check_int
+from lowdim.jobs.folders import check_free
+from lowdim.jobs.systems import Compressor, compressor
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lowdim.compress import CompressionReport
+    from lowdim.train.tasks import Task
+
+__all__ = ["CompressOutcome", "CompressSettings", "compress"]
+
+#: Sequences that a method looks at where it needs samples and `samples` is left open.
+SAMPLES = 200
+_BATCH = 8
+_RATE = 5e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressSettings:
+    """One compression.
+
+    Attributes:
+        model: a folder, a hub id, or a name of ours.
+        data: text of the model's own domain: files, or `lowdim:shakespeare`.
+        out: the folder that is written.
+        method: a name of `lowdim list compress`.
+        options: fields of the method's config; others keep the row's or the config's defaults.
+        tune_steps: train what the method leaves trainable for so many optimizer steps afterwards; None does not.
+        lr: learning rate of the tuning; None takes 5e-5.
+        samples: sequences that the method looks at (None: 200), or that are tuned on (None: all).
+        max_length: tokens in a sequence.
+
+    Raises:
+        ValueError: a value out of range, or one that nothing would use.
+
+    Example:
+        >>> from lowdim.jobs import CompressSettings
+        >>> CompressSettings(model="stories260k", data=("lowdim:shakespeare",), out="small", options={"rank_ratio": 0.5}).method
+        'lord'
+    """
+
+    model: str
+    data: tuple[str, ...]
+    out: str | Path
+    method: str = "lord"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tune_steps: int | None = None
+    lr: float | None = None
+    samples: int | None = None
+    max_length: int = 128
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("--data must name at least one file")
+        check_int("--max-length", self.max_length, 4)
+        if self.samples is not None:
+            check_int("--samples", self.samples, 1)
+        if self.tune_steps is not None:
+            check_int("--tune-steps", self.tune_steps, 1)
+        if self.lr is not None:
+            check_float("--lr", self.lr, 0.0, low_open=True)
+            if self.tune_steps is None:
+                raise ValueError("--lr is only used for tuning; add --tune-steps")
+
+
+@dataclass(frozen=True)
+class CompressOutcome:
+    """What a compression did.
+
+    Attributes:
+        method: its name.
+        options: every field of its config.
+        parameters: of the model before and after.
+        perplexity: on held-out blocks: before, after, and after tuning where there was one.
+        report: layer by layer.
+        tuning: steps, rate, how many numbers were trained, and the losses; empty without tuning.
+        data: what it was measured on.
+        folder: where the model was written.
+    """
+
+    method: str
+    options: Mapping[str, Any]
+    parameters: tuple[int, int]
+    perplexity: tuple[float, ...]
+    report: CompressionReport
+    tuning: Mapping[str, Any]
+    data: tuple[str, ...]
+    folder: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `compression.json` holds."""
+        ranks = {layer.name: layer.rank for layer in self.report.replaced}
+        found = {**self.options, **self.report.details, "ranks": ranks, **self.tuning}
+        measured = {"parameters": list(self.parameters), "perplexity": list(self.perplexity), "data": list(self.data)}
+        return {"method": self.method, **found, **measured}
+
+
+def compress(settings: CompressSettings, *, say: Callable[[str], None] = lambda line: None) -> CompressOutcome:
+    """Compress a causal language model and write it.
+
+    Args:
+        say: gets a line after each stage.
+
+    Returns:
+        What was kept, what it cost, and where it lies. `compression.json` in that folder holds the same.
+
+    Raises:
+        UnknownNameError, ValueError: see `CompressSettings` and `lowdim list METHOD`.
+        FileExistsError: the folder is not empty.
+        LowdimError: the loss of the tuning is not finite; nothing is written.
+
+    Example:
+        >>> from lowdim.jobs import CompressSettings, compress
+        >>> data = ("lowdim:shakespeare",)
+        >>> done = compress(CompressSettings(model="stories260k", data=data, out="small", samples=16, max_length=32))
+        >>> done.parameters[0] > done.parameters[1]
+        True
+    """
+    method = compressor(settings.method)
+    config = method.build(settings.options)
+    _check_use(settings, method)
+    out = Path(settings.out)
+    check_free(out)
+    from lowdim import models
+    from lowdim.compress import last_report
+    from lowdim.train.metrics import metric_for
+    from lowdim.train.tasks import language_modelling
+
+    tokenizer = models.load_tokenizer(settings.model)
+    limit = SAMPLES if settings.samples is None and method.needs_batches else settings.samples
+    longest = models.longest_text(settings.model)
+    task = language_modelling(tokenizer, list(settings.data), max_length=settings.max_length, most=longest, limit=limit)
+    model = models.load_model(settings.model, "causal-lm", pad_token_id=tokenizer.pad_token_id)
+    metric = metric_for("causal-lm", "perplexity")
+    perplexity = [task.evaluate(model, task.test, metric)]
+    size = _size(model)
+    model = method.function(model, config, *_samples(method, model, task))
+    perplexity.append(task.evaluate(model, task.test, metric))
+    kept = _size(model)
+    say(f"parameters {size:,} -> {kept:,} ({kept / size:.2f} x)")
+    tuning: dict[str, Any] = {}
+    if settings.tune_steps is not None:
+        tuning = _tune(method, model, task, settings.tune_steps, _RATE if settings.lr is None else settings.lr)
+        perplexity.append(task.evaluate(model, task.test, metric))
+    outcome = CompressOutcome(
+        method=settings.method,
+        options=dataclasses.asdict(config),
+        parameters=(size, kept),
+        perplexity=tuple(perplexity),
+        report=last_report(model),
+        tuning=tuning,
+        data=settings.data,
+        folder=out,
+    )
+    _write(model, tokenizer, outcome.to_dict(), out)
+    return outcome
+
+
+def _check_use(settings: CompressSettings, method: Compressor) -> None:
+    """Refuse what would be ignored."""
+    name = settings.method
+    if settings.tune_steps is not None and not method.entry.tuned:
+        raise ValueError(f"--tune-steps: {name} leaves nothing to tune by itself; fine-tune the model that it writes")
+    if settings.samples is not None and settings.tune_steps is None and not method.needs_batches:
+        raise ValueError(f"--samples is only used for tuning, since {name} needs no samples; add --tune-steps")
+
+
+def _samples(method: Compressor, model: nn.Module, task: Task) -> tuple[Any, ...]:
+    if not method.needs_batches:
+        return ()
+    batches = task.sample_batches(math.ceil(len(task.train) / _BATCH), _BATCH, next(model.parameters()).device)
+    return ([{"input_ids": batch["input_ids"]} for batch in batches],)
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _tune(method: Compressor, model: nn.Module, task: Task, steps: int, lr: float) -> dict[str, Any]:
+    """Train what the method itself leaves trainable, and nothing else."""
+    import torch
+
+    from lowdim.catalogue import variant
+    from lowdim.strategies import Applied
+    from lowdim.train.loop import FitSettings, fit
+
+    parameters = method.entry.build_tuned()(model)
+    applied = Applied(model, "full", variant("full"), lambda rate: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0))
+    with tempfile.TemporaryDirectory() as folder:
+        result = fit(applied, task, FitSettings(steps=steps, lr=lr, schedule="cosine"), Path(folder))
+    if result.failure:
+        raise LowdimError(f"{result.failure}; try a smaller --lr than {lr:g}. Nothing was written")
+    return {"tune_steps": steps, "lr": lr, "trained": applied.trained(), "losses": result.losses}
+
+
+def _write(model: nn.Module, tokenizer: Any, record: dict[str, Any], out: Path) -> None:
+    """The dense equivalent as a transformers checkpoint, and the thin factors in a file of their own."""
+    from lowdim import models
+    from lowdim.files import whole_folder, write_json, write_tensors
+    from lowdim.layers import densify
+
+    factors = {key: value for key, value in model.state_dict().items() if key.endswith((".A", ".B"))}
+    densify(model)
+    with whole_folder(out) as draft, models.quiet():
+        write_tensors(draft / "factors.safetensors", factors)
+        model.save_pretrained(draft)  # type: ignore[operator]
+        tokenizer.save_pretrained(draft)
+        write_json(draft / "compression.json", record)

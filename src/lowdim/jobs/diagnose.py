@@ -1,0 +1,73 @@
+"""Measure trained weights with one diagnostic.
+
+This stands above `train` and not in `lowdim.diagnose`, since a family does not load models by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowdim.errors import UnknownNameError
+from lowdim.jobs.options import check_options
+from lowdim.jobs.systems import diagnostic
+
+__all__ = ["DiagnoseSettings", "diagnose"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnoseSettings:
+    """One measurement.
+
+    Attributes:
+        diagnostic: a name of `lowdim list diagnose`.
+        inputs: what is measured, by the diagnostic's own names (`base`, `tuned`): folders, safetensors files, or model names.
+        options: its keyword arguments; others keep their defaults.
+    """
+
+    diagnostic: str
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def diagnose(settings: DiagnoseSettings) -> Any:
+    """Run a diagnostic on models that are named or lie in folders.
+
+    Returns:
+        The diagnostic's own result; `to_dict()` is its record.
+
+    Raises:
+        UnknownNameError, ValueError: an unknown diagnostic, input or option, a missing input, a value out of range.
+
+    Example:
+        >>> from lowdim.jobs import DiagnoseSettings, diagnose
+        >>> inputs = {"base": "stories260k", "tuned": "stories260k"}
+        >>> diagnose(DiagnoseSettings(diagnostic="intruders", inputs=inputs, options={"k": 2})).total
+        0
+    """
+    chosen = diagnostic(settings.diagnostic)
+    for name in settings.inputs:
+        if name not in chosen.inputs:
+            raise UnknownNameError(f"{settings.diagnostic} takes no --{name}; it measures {_flags(chosen.inputs)}")
+    missing = [name for name in chosen.inputs if name not in settings.inputs]
+    if missing:
+        raise ValueError(f"{settings.diagnostic} measures {_flags(chosen.inputs)}; {_flags(missing)} is missing")
+    check_options(settings.diagnostic, chosen.options, settings.options)
+    return chosen.function(*(_source(settings.inputs[name]) for name in chosen.inputs), **settings.options)
+
+
+def _flags(names: Any) -> str:
+    return " and ".join(f"--{name}" for name in names)
+
+
+def _source(name: str) -> Any:
+    """A path as it is; the model of any other name."""
+    path = Path(name)
+    if path.exists():
+        return path
+    from lowdim import models
+
+    source = models.resolve(name)
+    return models.load_model(name, "causal-lm") if source.gguf else Path(source.path)

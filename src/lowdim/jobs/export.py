@@ -1,0 +1,114 @@
+"""Write an adapter, or the result of a run, for other tools: finds the base model and the task by itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowdim.errors import CheckpointError, DataError, check_choice
+from lowdim.jobs.folders import check_free
+
+__all__ = ["ExportSettings", "export"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """One export.
+
+    Attributes:
+        adapter: a folder of `adapted.save`, of `lowdim run`, or of a run of a comparison.
+        out: the folder that is written.
+        model: the base model; None takes the name in the adapter's record.
+        format: `"peft"` or `"merged"`.
+        rank: at which updates of full rank are truncated.
+        task: `"classify"` or `"causal-lm"`; None finds out.
+        target: `"vllm"` or `"llamacpp"`: a LoRA that it loads, checked first.
+        max_error: choose each layer's rank by this relative error.
+    """
+
+    adapter: Path
+    out: Path
+    model: str | None = None
+    format: str = "peft"
+    rank: int | None = None
+    task: str | None = None
+    target: str | None = None
+    max_error: float | None = None
+
+
+def export(settings: ExportSettings) -> Any:
+    """Write an adapter, or a whole run of `lowdim run`, for other tools.
+
+    Returns:
+        `lowdim.export.ExportResult`.
+
+    Raises:
+        CheckpointError, DataError: no adapter is there, it is damaged, or its model is unknown.
+        FileExistsError: the folder is not empty.
+        ValueError: what cannot be exported this way.
+    """
+    from lowdim import models
+    from lowdim.adapters.peft_targets import TARGETS
+    from lowdim.export import FORMATS
+    from lowdim.export import export as write
+
+    check_choice("--format", settings.format, FORMATS)
+    if settings.target is not None:
+        check_choice("--for", settings.target, TARGETS)
+    check_free(settings.out)
+    name, adapted = _load(settings)
+    return write(
+        adapted,
+        settings.out,
+        settings.format,
+        tokenizer=models.load_tokenizer(name),
+        source=models.resolve(name),
+        rank=settings.rank,
+        max_error=settings.max_error,
+        target=settings.target,
+    )
+
+
+def _load(settings: ExportSettings) -> tuple[str, Any]:
+    """The base model's name, and the model with the adapter attached."""
+    from lowdim import models
+    from lowdim.adapters import load_adapter
+    from lowdim.train.run import load_run
+
+    folder = settings.adapter
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; name one that `lowdim run` or `adapted.save` wrote")
+    if (folder / "run.json").is_file() and (folder / "recipe.yaml").is_file():
+        adapted, recipe, _ = load_run(folder)
+        if settings.format == "peft" and not recipe.pretrained:
+            raise ValueError(f"{folder} started from random weights, which no other tool has; export it with --format merged")
+        return recipe.model, adapted
+    if (folder / "adapter").is_dir():  # a run of a comparison
+        folder = folder / "adapter"
+    about, labels = _description(folder)
+    name = settings.model or (about.get("base_model") or {}).get("name_or_path")
+    if not name:
+        raise DataError(f"{folder} does not say which model it is for; name it with --model")
+    kind = settings.task or ("classify" if labels else "causal-lm")
+    pad = models.load_tokenizer(name).pad_token_id
+    return name, load_adapter(models.load_model(name, kind, num_labels=labels or 2, pad_token_id=pad), folder)
+
+
+def _description(folder: Path) -> tuple[dict[str, Any], int]:
+    """What an adapter's file says of itself, and how many classes its head has (0 without a head)."""
+    from lowdim.files import read_tensors
+    from lowdim.surgery import HEAD_NAMES
+
+    file = folder / "adapter.safetensors"
+    if not file.is_file() and (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"{folder} already holds a PEFT adapter; load it with peft.PeftModel.from_pretrained")
+    tensors, metadata = read_tensors(file)
+    try:
+        about = json.loads(metadata["lowdim"])
+        heads = tuple(f"{name}." for name in about["modules_to_save"] if name.rpartition(".")[2] in HEAD_NAMES)
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{file} was not written by lowdim: its header has no description") from None
+    sizes = [len(t) for key, t in sorted(tensors.items()) if t.ndim == 2 and heads and key.startswith(heads)]
+    return about, sizes[-1] if sizes else 0  # the last matrix of a head gives the logits

@@ -1,0 +1,15 @@
+"""Where a job writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["check_free"]
+
+
+def check_free(out: Path) -> None:
+    """Raise FileExistsError unless `out` is an empty folder, or nothing yet."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; name another folder")

@@ -1,0 +1,123 @@
+"""Forecast the memory of several methods on one model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lowdim.catalogue import Variant
+from lowdim.catalogue import methods as choose
+from lowdim.errors import check_choice, check_int
+
+__all__ = ["PlanOutcome", "PlanSettings", "plan", "touched_layers"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """What is forecast.
+
+    Attributes:
+        model: a folder, a hub id, or a name of ours.
+        methods: names, families or `all`, with commas.
+        task: `"classify"`, `"causal-lm"` or `"pretrain"`.
+        length: tokens in a sequence.
+        dtype: of the weights.
+        gradient_checkpointing: activations are computed again in the backward pass.
+        rank: instead of each method's own, where it has one.
+        layerwise: optimizers that can free each gradient at once do so.
+        budget: bytes.
+    """
+
+    model: str
+    methods: str = "all"
+    task: str = "causal-lm"
+    batch_size: int = 1
+    length: int = 512
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False
+    rank: int | None = None
+    layerwise: bool = False
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("--task", self.task, ("classify", "causal-lm", "pretrain"))
+        check_choice("--dtype", self.dtype, _DTYPES)
+        check_int("--batch-size", self.batch_size, 1)
+        check_int("--length", self.length, 1)
+        if self.rank is not None:
+            check_int("--rank", self.rank, 1)
+
+    def chosen(self) -> list[Variant]:
+        """The methods that make sense for the task."""
+        from lowdim.strategies import kind_of
+
+        found = [v for v in choose(self.methods) if self.task == "classify" or v.name != "linear-probe"]
+        if self.rank is not None:
+            options = {"rank": self.rank}
+            found = [dataclasses.replace(v, options={**v.options, **options}) if "rank" in v.options else v for v in found]
+        return [v for v in found if self.task != "pretrain" or kind_of(v) != "adapter"]
+
+
+@dataclass(frozen=True)
+class PlanOutcome:
+    """Forecasts of the methods that can train the model, and why the others cannot."""
+
+    forecasts: tuple[Any, ...]
+    refused: tuple[tuple[Variant, str], ...]
+
+
+def plan(settings: PlanSettings, *, say: Callable[[str], None] = lambda line: None) -> PlanOutcome:
+    """Forecast the peak memory of training by each method, without allocating the model.
+
+    Args:
+        say: gets a line before each forecast.
+
+    Raises:
+        UnknownNameError, ValueError: an unknown name or a value out of range.
+
+    Example:
+        >>> from lowdim.jobs import PlanSettings, plan
+        >>> [f.method for f in plan(PlanSettings(model="stories260k", methods="lora", length=32)).forecasts]
+        ['lora']
+    """
+    chosen = settings.chosen()
+    import torch
+
+    from lowdim import models
+    from lowdim.plan import forecast
+    from lowdim.strategies import kind_of
+
+    config = models.load_config(settings.model)
+    forecasts, refused = [], []
+    for variant in chosen:
+        say(f"forecasting {variant.label}")
+        try:
+            forecasts.append(
+                forecast(
+                    config,
+                    variant,
+                    batch_size=settings.batch_size,
+                    sequence_length=settings.length,
+                    task=settings.task,
+                    dtype=getattr(torch, settings.dtype),
+                    gradient_checkpointing=settings.gradient_checkpointing,
+                    layerwise=settings.layerwise and kind_of(variant) == "optimizer",
+                    budget_bytes=settings.budget,
+                )
+            )
+        except (ValueError, TypeError) as error:
+            refused.append((variant, str(error)))
+    return PlanOutcome(tuple(forecasts), tuple(refused))
+
+
+def touched_layers(settings: PlanSettings) -> list[tuple[Variant, list[Any]]]:
+    """Which modules each method's patterns match, with shapes and trained numbers."""
+    from lowdim import models
+    from lowdim.plan import shows
+
+    config = models.load_config(settings.model)
+    return [(variant, list(shows(config, variant, task=settings.task))) for variant in settings.chosen()]

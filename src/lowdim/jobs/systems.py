@@ -1,0 +1,160 @@
+"""From the name of a compression or a diagnostic to what its catalogue row says: the function and its options."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lowdim.catalogue import BASELINES, FAMILIES, Entry, Variant, entries, variants
+from lowdim.errors import UnknownNameError, nearest, unknown
+from lowdim.jobs.options import Option, check_options, described, options_of
+
+__all__ = ["Compressor", "Diagnostic", "compressor", "described_system", "diagnostic", "names_of"]
+
+
+def names_of(family: str) -> list[str]:
+    """The slugs of a family that work today."""
+    return [entry.slug for entry in entries() if entry.family == family and entry.available]
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """A way to compress: `function(model, config, batches)`, its config dataclass, and what the row adds.
+
+    Attributes:
+        needs_batches: whether it must see samples; those of others take none.
+    """
+
+    entry: Entry
+    function: Callable[..., Any]
+    config: type
+    needs_batches: bool
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """The fields of the config."""
+        return options_of(self.config)
+
+    def build(self, given: Mapping[str, Any]) -> Any:
+        """The config, with the row's defaults where the user chose neither that option nor an alternative to it.
+
+        Raises:
+            UnknownNameError, ValueError: see `check_options`, and what the config itself refuses.
+        """
+        known = self.options
+        strangers = [name for name in given if name not in known]
+        check_options(self.entry.slug, known, given, _owners(strangers[0]) if strangers else ())
+        groups = getattr(self.config, "one_of", ())
+        taken = set(given).union(*(group for group in groups if set(group) & set(given)))
+        return self.config(**{n: v for n, v in self.entry.options.items() if n not in taken}, **given)
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """A measurement: `function(*inputs, **options) -> result`.
+
+    Attributes:
+        inputs: names of the positional parameters.
+    """
+
+    entry: Entry
+    function: Callable[..., Any]
+    inputs: tuple[str, ...]
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """The keyword-only parameters."""
+        return options_of(self.function)
+
+
+def compressor(name: str) -> Compressor:
+    """The compression of this name.
+
+    Raises:
+        UnknownNameError: no system of `lowdim.compress` that works today.
+
+    Example:
+        >>> from lowdim.jobs import compressor
+        >>> compressor("lord").config.__name__, compressor("welore").needs_batches
+        ('LoRDConfig', False)
+    """
+    entry = _entry("compress", "--method", name)
+    function = entry.build()
+    hints = typing.get_type_hints(function)
+    batches = inspect.signature(function).parameters.get("batches")
+    return Compressor(entry, function, hints["config"], batches is not None and batches.default is batches.empty)
+
+
+def diagnostic(name: str) -> Diagnostic:
+    """The diagnostic of this name.
+
+    Raises:
+        UnknownNameError: no system of `lowdim.diagnose` that works today.
+
+    Example:
+        >>> from lowdim.jobs import diagnostic
+        >>> diagnostic("intruders").inputs
+        ('base', 'tuned')
+    """
+    entry = _entry("diagnose", "diagnostic", name)
+    function = entry.build()
+    parameters = inspect.signature(function).parameters.values()
+    return Diagnostic(entry, function, tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD))
+
+
+def described_system(name: str) -> tuple[Entry | None, dict[str, dict[str, Option]]]:
+    """The row of a system or method (None for a baseline), and the options of each way to use it.
+
+    Raises:
+        UnknownNameError: neither a family nor a system nor a method.
+
+    Example:
+        >>> from lowdim.jobs.systems import described_system
+        >>> entry, options = described_system("lamda++")
+        >>> entry.slug, list(options)
+        ('lamda', ['lamda++'])
+    """
+    for baseline in BASELINES:
+        if name == baseline.name:
+            return None, {name: variant_options(baseline)}
+    row = next((e for e in entries() if name == e.slug or name in (v.name for v in e.variants)), None)
+    if row is None:
+        known = [*FAMILIES, *(e.slug for e in entries()), *(v.name for v in variants().values())]
+        raise UnknownNameError(f"no family, system or method is called {name!r}; nearest: {', '.join(nearest(name, known))}")
+    if not row.available:
+        return row, {}
+    if row.family == "compress":
+        return row, {name: compressor(name).options}
+    if row.family == "diagnose":
+        return row, {name: diagnostic(name).options}
+    return row, {v.name: variant_options(v) for v in row.variants if name in (row.slug, v.name)}
+
+
+def variant_options(variant: Variant) -> dict[str, Option]:
+    """The hyperparameters of a method that is trained, with the defaults of its catalogue row."""
+    if not variant.target:
+        return {}
+    from lowdim import strategies
+
+    known = {"target_modules": Option("target_modules", Any, None, "which layers; null takes every linear layer but the head")}
+    parts = [variant.build(), *([variant.build_companion()] if variant.companion else [])]
+    for part in parts:
+        known |= options_of(part)
+    texts = described(parts[0])
+    found = {n: known.get(n) or Option(n, Any, None, texts.get(n, "")) for n in strategies.option_names(variant)}
+    return {n: dataclasses.replace(o, default=variant.options.get(n, o.default)) for n, o in found.items()}
+
+
+def _entry(family: str, argument: str, name: str) -> Entry:
+    for entry in entries():
+        if entry.family == family and entry.available and entry.slug == name:
+            return entry
+    raise unknown(argument, name, names_of(family))
+
+
+def _owners(option: str) -> list[str]:
+    return [name for name in names_of("compress") if option in compressor(name).options]

@@ -555,7 +555,7 @@ def test_diagnose(call, refused, finished, tmp_path):
     assert "intruders has no option 'treshold'; nearest: threshold (a number in (0, 1])" in refused(
         *common, base, "--option", "treshold=0.2"
     )
-    assert "intruders measures --base and --tuned; --tuned is missing" in refused("diagnose", "intruders", "--base", base)
+    assert "intruders measures --base and --tuned; missing: --tuned" in refused("diagnose", "intruders", "--base", base)
     assert "option k of intruders is given more than once" in refused(*common, base, "--k", "1", "--option", "k=2")
     assert "no such folder" in refused("diagnose", "intruders", "--base", "./nowhere", "--tuned", base)
 

@@ -128,7 +128,7 @@ def compress(settings: CompressSettings, *, say: Callable[[str], None] = lambda 
     Example:
         >>> from lowdim.jobs import CompressSettings, compress
         >>> data = ("lowdim:shakespeare",)
-        >>> done = compress(CompressSettings(model="stories260k", data=data, out="small", samples=16, max_length=32))
+        >>> done = compress(CompressSettings(model="stories260k", data=data, out="small", samples=64, max_length=32))
         >>> done.parameters[0] > done.parameters[1]
         True
     """

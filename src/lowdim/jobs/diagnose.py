@@ -53,7 +53,7 @@ def diagnose(settings: DiagnoseSettings) -> Any:
             raise UnknownNameError(f"{settings.diagnostic} takes no --{name}; it measures {_flags(chosen.inputs)}")
     missing = [name for name in chosen.inputs if name not in settings.inputs]
     if missing:
-        raise ValueError(f"{settings.diagnostic} measures {_flags(chosen.inputs)}; {_flags(missing)} is missing")
+        raise ValueError(f"{settings.diagnostic} measures {_flags(chosen.inputs)}; missing: {_flags(missing)}")
     check_options(settings.diagnostic, chosen.options, settings.options)
     return chosen.function(*(_source(settings.inputs[name]) for name in chosen.inputs), **settings.options)
 

@@ -17,8 +17,8 @@ __all__ = ["Compressor", "Diagnostic", "compressor", "described_system", "diagno
 
 
 def names_of(family: str) -> list[str]:
-    """The slugs of a family that work today."""
-    return [entry.slug for entry in entries() if entry.family == family and entry.available]
+    """The slugs of a family that work today, in alphabetical order."""
+    return sorted(entry.slug for entry in entries() if entry.family == family and entry.available)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,17 @@ class Blocks(nn.Module):
             h = h + torch.tanh(block["q"](h)) * torch.sigmoid(block["v"](h))
             h = h + block["down"](torch.tanh(block["up"](h)))
         return self.head(h)
+
+
+class Three(nn.Module):
+    """Three linear layers in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
 class Convolutions(nn.Module):
@@ -55,6 +67,7 @@ class Words(nn.Module):
 
 KINDS = {
     "blocks": (Blocks, lambda: torch.randn(10, 6)),
+    "three": (Three, lambda: torch.randn(10, 6)),
     "conv1d": (lambda: Convolutions(1), lambda: torch.randn(6, 3, 7)),
     "conv2d": (lambda: Convolutions(2), lambda: torch.randn(6, 3, 5, 4)),
     "conv3d": (lambda: Convolutions(3), lambda: torch.randn(6, 3, 4, 3, 3)),
@@ -76,7 +89,7 @@ def write(kind: str) -> None:
     )
 
 
-def read(kind: str) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+def read(kind: str) -> tuple[Any, tuple[Tensor, Tensor]]:
     """A base in training mode and its batch `(x, target)`."""
     numbers = load_file(FILES / "bases" / f"{kind}.safetensors")
     batch = numbers.pop("x"), numbers.pop("target")

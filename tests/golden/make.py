@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in the same order in every run
 
-from golden import adapters, bases, curves
+from golden import adapters, bases, curves, layers, optimizers
 
 
 def main(kinds: list[str]) -> None:
@@ -24,28 +25,28 @@ def main(kinds: list[str]) -> None:
     for kind in bases.KINDS:
         if not (bases.FILES / "bases" / f"{kind}.safetensors").exists():
             bases.write(kind)
-    for kind in kinds or WRITERS:
-        for name in WRITERS[kind]():
-            print(f"wrote {kind}/{name}")  # noqa: T201
-
-
-def _adapters() -> list[str]:
-    missing = [name for name in adapters.CASES if not (adapters.FOLDER / name / "expected.safetensors").exists()]
-    for name in missing:
-        adapters.write(name)
-    return missing
-
-
-def _curves() -> list[str]:
     if not curves.MODELS.exists():
         curves.write_models()
-    missing = [name for name in curves.cases() if not curves.place(name).exists()]
-    for name in missing:
-        curves.write(name)
-    return missing
+    for kind in kinds or WRITERS:
+        names, place, write = WRITERS[kind]
+        for name in names:
+            if not place(name).exists():
+                write(name)
+                print(f"wrote {kind}/{name}")  # noqa: T201
 
 
-WRITERS = {"adapters": _adapters, "curves": _curves}
+def _expected(folder: Path) -> Callable[[str], Path]:
+    """Where the answers of a golden folder are: they are written last."""
+    return lambda name: folder / name / "expected.safetensors"
+
+
+#: kind -> its names, where the last file of a name is, and what writes it
+WRITERS: dict[str, tuple[Iterable[str], Callable[[str], Path], Callable[[str], None]]] = {
+    "adapters": (adapters.CASES, _expected(adapters.FOLDER), adapters.write),
+    "curves": (curves.cases(), curves.place, curves.write),
+    "layers": (layers.CASES, _expected(layers.FOLDER), layers.write),
+    "optimizers": (optimizers.CASES, _expected(optimizers.FOLDER), optimizers.write),
+}
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -1,5 +1,6 @@
 """DCT-AdamW: the authors' numbers, what is selected, how moments move, what is carried, every error, and the shared case."""
 
+import formulas
 import pytest
 import torch
 from torch import nn
@@ -20,35 +21,98 @@ from lowdim.optim import (
 )
 from lowdim.optim.dct import PickingAdamW
 from lowdim.testing.optimizer_case import OptimizerCase
+from lowdim.testing.optimizer_problem import OptimizerProblem
 from lowdim.testing.sharded_case import Subject, check_sharded
 
 f64 = torch.float64
 
 
 class TestDCT(OptimizerCase):
+    interval, transposed, norm = 3, False, 1
+
     def make(self, params, **options):
         return DCTAdamW(params, **{"lr": 0.03, "rank": 4, "update_interval": self.update_interval, **options})
 
+    def reference_step(self, weight, grad, state, step, projected):
+        """Decay first, then AdamW as torch has it: plain, or in four columns of Q."""
+        weight, eta = (1 - 0.03 * self.decay) * weight, formulas.step_size(step, 0.03)
+        if not projected:
+            return weight - eta * formulas.adam_inside(grad, state, step)
+        if grad.shape[0] < grad.shape[1]:  # the left side: of the transposed matrix the right one
+            return (weight.mT - eta * self.update(grad.mT, state, step)).mT
+        return weight - eta * self.update(grad, state, step)
+
+    def update(self, grad, state, step):
+        """`up(D)` of a tall matrix."""
+        A = self.accumulated(grad, state)
+        i = torch.arange(A.shape[1], dtype=f64)
+        Q = (2 / len(i)) ** 0.5 * torch.cos(torch.pi * i[:, None] * (2 * i + 1) / (2 * len(i)))
+        Q[0] *= 0.5**0.5
+        Q = Q.mT if self.transposed else Q
+        if step == 0 or (step + 1) % self.interval == 0:
+            new = (A @ Q).norm(p=self.norm, dim=0).topk(4).indices.sort().values
+            if step:
+                turn = Q[:, state["columns"]].mT @ Q[:, new]  # a one where a column stays
+                state["m"], state["v"] = state["m"] @ turn, (state["v"] @ turn).abs()
+            state["columns"] = new
+        P = Q[:, state["columns"]]
+        D = formulas.adam_inside(A @ P, state, step)
+        return D @ P.mT + self.rest(A, A @ P, D, P, state)
+
+    def accumulated(self, grad, state):
+        """What is projected."""
+        return grad
+
+    def rest(self, A, g, D, P, state):
+        """What is added to the update."""
+        return 0.0
+
 
 class TestEveryStep(TestDCT):
+    interval, transposed, norm = 1, True, 2
+
     def make(self, params, **options):
         return super().make(params, **{"update_interval": 1, "norm": 2, "basis": "dct2", **options})
 
 
-class TestErrorFeedback(TestDCT):
+class TestErrorFeedback8bit(TestDCT):
+    formula = 1e-6  # an entry in the middle between two codes
+
+    def make(self, params, **options):
+        return super().make(params, **{"error_feedback": 8, **options})
+
+    def accumulated(self, grad, state):
+        return grad + state.get("error", 0)
+
+    def rest(self, A, g, D, P, state):
+        """Nothing; what the step does not use waits for the next."""
+        error = A - g @ P.mT
+        state["error"] = self.kept(error.mT).mT if error.shape == (16, 5) else self.kept(error)  # the wide one: transposed
+        return 0.0
+
+    def kept(self, error):
+        """Of each row the least value, the step and a byte an entry."""
+        least, most = error.min(1, keepdim=True).values, error.max(1, keepdim=True).values
+        unit = (most - least) / 255
+        return ((error - least) / unit).round() * unit + least
+
+
+class TestErrorFeedback(TestErrorFeedback8bit):
     test_brings_the_loss_down_in_bfloat16 = None  # type: ignore[assignment]  # the error has the parameter's dtype; see below
+    formula = 1e-9
 
     def make(self, params, **options):
         return super().make(params, error_feedback=True, **options)
 
-
-class TestErrorFeedback8bit(TestDCT):
-    def make(self, params, **options):
-        return super().make(params, error_feedback=8, **options)
+    def kept(self, error):
+        return error
 
 
 class TestNormScaled(TestDCT):
     test_update_lies_in_the_subspace = None  # type: ignore[assignment]  # leaving it is the point
+
+    def rest(self, A, g, D, P, state):
+        return formulas.norm_scaled(A, g @ P.mT, g, D, state)
 
     def make(self, params, **options):
         return super().make(params, residual="norm_scaled", **options)
@@ -59,6 +123,10 @@ class TestNothingProjected(TestDCT):
 
     test_update_lies_in_the_subspace = None  # type: ignore[assignment]  # there is none
     test_named_parameters = None  # type: ignore[assignment]  # nothing is chosen, so no gradient is refused
+
+    def reference_step(self, weight, grad, state, step, projected):
+        """The first layer has 16 outputs, the others have 16 inputs."""
+        return super().reference_step(weight, grad, state, step, projected=False)
 
     def make(self, params, **options):
         return super().make(params, max_dim=16, error_feedback=True, **options)
@@ -461,7 +529,7 @@ def test_learns_as_well_as_fira_with_its_residual():
     """On the shared problem, in the same steps."""
     ends = {}
     for name, cls in (("dct", DCTAdamW), ("fira", Fira)):
-        case = OptimizerCase()
+        case = OptimizerProblem()
         net = case.model()
         options = {"residual": "norm_scaled"} if cls is DCTAdamW else {}
         optimizer = cls(case.groups(net), lr=0.02, rank=3, update_interval=3, **options)

@@ -8,7 +8,7 @@ from torch import nn
 
 from lowdim.linalg import stream
 from lowdim.optim import AdamW8bitRule, AdamWRule, GaLore, Parts, ProjectedOptimizer, ResidualRule, SVDProjector, WeightStore
-from lowdim.testing.optimizer_case import OptimizerCase
+from lowdim.testing.optimizer_problem import OptimizerProblem
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def test_accumulation_is_refused_where_the_full_gradient_is_needed():
 
 def test_resume_in_the_middle_of_an_accumulation():
     """The sum of projected gradients is part of the state."""
-    case = OptimizerCase()
+    case = OptimizerProblem()
     nets, optimizers = [], []
     for _ in range(2):
         net = case.model(torch.float64)
@@ -238,7 +238,7 @@ def test_unprojected_parameters_fused_or_not_are_the_same():
     for decay in (0.0, 0.3):
         ends = []
         for foreach in (True, False):
-            case = OptimizerCase()
+            case = OptimizerProblem()
             net = case.model(torch.float64)
             groups = [{"params": list(net.parameters()), "rank": None}]
             optimizer = GaLore(groups, lr=0.05, foreach=foreach, weight_decay=decay)

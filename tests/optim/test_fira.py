@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import formulas
 import pytest
 import torch
 from torch import nn
@@ -15,22 +16,49 @@ from lowdim.testing.sharded_case import Subject, check_sharded
 
 class TestFira(OptimizerCase):
     test_update_lies_in_the_subspace = None  # type: ignore[assignment]  # leaving it is the point
+    scale, limiter = 1.0, 1.01
 
     def make(self, params, **options):
         return Fira(params, **{"lr": 0.02, "rank": 3, "update_interval": self.update_interval, **options})
 
+    def side(self, grad):
+        return formulas.shorter(grad)
+
+    def reference_step(self, weight, grad, state, step, projected):
+        """`g = Lᵀ G R`, `W ← W − η (scale · L D Rᵀ + S)` with S of `formulas.norm_scaled`, then the decay."""
+        eta = formulas.step_size(step, 0.02)
+        if not projected:
+            return (1 - 0.02 * self.decay) * (weight - eta * formulas.adam_outside(grad, state))
+        if step % 3 == 0:
+            state["L"], state["R"] = formulas.sided(grad, self.side(grad), 3)
+        L, R = state["L"], state["R"]
+        g = L.mT @ grad @ R
+        D = formulas.adam_outside(g, state)
+        S = formulas.norm_scaled(grad, self.scale * L @ g @ R.mT, g, D, state, self.limiter)
+        return (1 - 0.02 * self.decay) * (weight - eta * (self.scale * L @ D @ R.mT + S))
+
 
 class TestReverse(TestFira):
+    scale = 0.25
+
+    def side(self, grad):
+        return "left" if formulas.shorter(grad) == "right" else "right"
+
     def make(self, params, **options):
         return super().make(params, proj_type="reverse_std", scale=0.25, **options)
 
 
 class TestRight(TestFira):
+    def side(self, grad):
+        return "right"
+
     def make(self, params, **options):
         return super().make(params, proj_type="right", **options)
 
 
 class TestUnlimited(TestFira):
+    limiter = None
+
     def make(self, params, **options):
         return super().make(params, limiter=None, **options)
 

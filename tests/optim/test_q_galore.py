@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import io
 
+import formulas
 import pytest
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from lowdim.optim import (
     state_bytes,
 )
 from lowdim.testing.optimizer_case import OptimizerCase
+from lowdim.testing.optimizer_problem import OptimizerProblem
 from lowdim.testing.processes import in_processes
 from lowdim.testing.sharded_case import Subject, check_sharded
 
@@ -28,27 +30,74 @@ from lowdim.testing.sharded_case import Subject, check_sharded
 class TestFloatWeights(OptimizerCase):
     """On ordinary parameters, with a 4-bit basis whose groups do not fit the small matrices."""
 
+    bits, group = 4, 256
+
     def make(self, params, **options):
         return QGaLore(params, **{"lr": 0.1, "rank": 3, "update_interval": self.update_interval, **options})
 
+    def adam(self, g, state, step):
+        return formulas.adam_inside(g, state, step)
+
+    def due(self, grad, state, step):
+        return step % 3 == 0
+
+    def kept(self, basis, side):
+        """What the codes say; a right basis lies transposed, `(rank, n)`, when it is cut into groups."""
+        flat = basis.mT if side == "right" else basis
+        flat = flat if self.bits is None else formulas.rounded(flat, self.bits, self.group)
+        return flat.mT if side == "right" else flat
+
+    def reference_step(self, weight, grad, state, step, projected):
+        """GaLore's with P read back from its codes, `η · 0.25 · D Pᵀ` (or `P D`), then the decay."""
+        eta, side = formulas.step_size(step, 0.1), formulas.shorter(grad) if projected else None
+        if projected and self.due(grad, state, step):
+            state["P"] = self.kept(formulas.leading(grad, side, 3), side)
+        if side == "right":
+            update = 0.25 * self.adam(grad @ state["P"], state, step) @ state["P"].mT
+        elif side == "left":
+            update = 0.25 * state["P"] @ self.adam(state["P"].mT @ grad, state, step)
+        else:
+            update = self.adam(grad, state, step)
+        return (1 - 0.1 * self.decay) * (weight - eta * update)
+
 
 class TestFloatBasis(TestFloatWeights):
+    bits = None
+
     def make(self, params, **options):
         return super().make(params, projector_bits=None, **options)
 
 
 class TestByteMoments(TestFloatWeights):
+    bits, group, formula = 6, 4, 1e-5  # moments are float32
+
+    def adam(self, g, state, step):
+        """Vectors of fewer than 16 entries keep moments in floating point."""
+        return (formulas.adam_in_bytes if g.numel() >= 16 else formulas.adam_inside)(g, state, step)
+
     def make(self, params, **options):
         return super().make(params, min_8bit_size=16, projector_group_size=4, projector_bits=6, **options)
 
 
 class TestFloatMoments(TestFloatWeights):
+    # a sketch of a square matrix is near its singular vectors and no more; compared with them in the tests of linalg
+    test_steps_are_those_of_the_formula = None  # type: ignore[assignment]
+
     def make(self, params, **options):
         return super().make(params, inner="adamw", svd="randomized", **options)
 
 
 class TestAlwaysLazy(TestFloatWeights):
     """The interval doubles whenever it may; queue and interval must survive a checkpoint."""
+
+    def due(self, grad, state, step):
+        """At multiples of the interval, two steps and one step earlier for the second and third matrix."""
+        phase = {(16, 6): 0, (16, 16): 2, (5, 16): 1}[tuple(grad.shape)]
+        interval, count = state.get("interval", 3), state.get("count", 0)
+        if count and (step + phase) % interval:
+            return False
+        state["count"], state["interval"] = count + 1, 2 * interval if count else interval
+        return True
 
     def make(self, params, **options):
         return super().make(params, cos_threshold=0.0, queue_size=1, stagger=True, **options)
@@ -219,7 +268,7 @@ def test_bad_gradient_at_a_refresh_keeps_basis_and_count():
 # --- 8-bit weights ------------------------------------------------------------------------------------------------------
 
 
-class Eight(OptimizerCase):
+class Eight(OptimizerProblem):
     """The shared problem on 8-bit layers."""
 
     def model(self, dtype=torch.float32, **options):

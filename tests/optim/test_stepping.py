@@ -10,11 +10,11 @@ from torch import nn
 from lowdim.linalg import stream
 from lowdim.optim import AdamWRule, Fira, GaLore, Identity, Parts, ProjectedOptimizer, SVDProjector, param_groups
 from lowdim.optim import progress as progress_module
-from lowdim.testing.optimizer_case import OptimizerCase
+from lowdim.testing.optimizer_problem import OptimizerProblem
 
 
-class Case(OptimizerCase):
-    """Only its model, its batches and its comparisons are used here."""
+class Case(OptimizerProblem):
+    """With GaLore in its usual form."""
 
     def make(self, params, **options):
         return GaLore(params, **{"lr": 0.1, "rank": 3, "update_interval": 3, **options})

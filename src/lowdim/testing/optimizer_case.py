@@ -2,9 +2,13 @@
 
     class TestMine(OptimizerCase):
         def make(self, params, **options):
-            return Mine(params, lr=0.05, rank=2, update_interval=3, **options)
+            return Mine(params, **{"lr": 0.05, "rank": 2, "update_interval": 3, **options})
 
-A method whose name is set to None on the subclass is skipped; say beside it why.
+        def reference_step(self, weight, grad, state, step, projected):
+            state["m"] = 0.9 * state.get("m", 0) + 0.1 * grad  # … the paper's formula, with the numbers of `make`
+            return (1 - 0.05 * self.decay) * (weight - 0.05 * state["m"])
+
+A check that an optimizer cannot pass is switched off by name, with the reason: `test_closure = None  # why`.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ from __future__ import annotations
 import copy
 import io
 import re
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.errors import CheckpointError
-from lowdim.linalg import stream
 from lowdim.optim import ProjectedOptimizer, state_bytes
+from lowdim.testing.optimizer_problem import OptimizerProblem
 
 __all__ = ["OptimizerCase", "raises"]
 
@@ -38,86 +43,56 @@ def raises(error: type[Exception], pattern: str) -> Iterator[None]:
     assert re.search(pattern, message), f"{message!r} does not match {pattern!r}"
 
 
-class OptimizerCase:
-    """Subclass it, write `make`, and every test here runs for the new optimizer.
+class OptimizerCase(OptimizerProblem, ABC):
+    """Subclass it, write `make` and `reference_step`, and every test here runs for the new optimizer.
 
     Attributes:
         update_interval: steps between subspaces in what `make` builds; tests run across at least one refresh.
+        decay: the weight decay with which steps are compared with the formula.
+        formula: allowed difference from the formula, relative to how far a parameter has moved (float64).
         rounding: allowed relative difference where only the order of sums differs (float64).
-        exact_layerwise: whether an update in the backward pass gives the same bits (no batched kernel in between).
     """
 
     update_interval = 3
+    decay = 0.1
+    formula = 1e-9
     rounding = 1e-9
 
+    @abstractmethod
     def make(self, params: Any, **options: Any) -> ProjectedOptimizer:
         """The optimizer with a small rank (at most 4) and a learning rate that brings the loss of `problem` down."""
-        raise NotImplementedError
 
-    # What the tests train on.
+    @abstractmethod
+    def reference_step(self, weight: Tensor, grad: Tensor, state: dict[str, Any], step: int, projected: bool) -> Tensor:
+        """The next weight, by the paper's formulas in plain tensors.
 
-    def model(self, dtype: torch.dtype = torch.float32) -> nn.Sequential:
-        """A tall, a square and a wide matrix."""
-        draw = stream(0, "case", "model")
-        net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 5))
-        with torch.no_grad():
-            for p in net.parameters():
-                p.copy_(torch.randn(p.shape, generator=draw) / p.shape[-1] ** 0.5)
-        return net.to(dtype)
+        Written out in the test with the numbers that `make` passes: nothing of `lowdim` computes it.
 
-    def groups(self, net: nn.Module) -> list[dict[str, Any]]:
-        """Matrices projected, vectors not."""
-        matrices = [p for p in net.parameters() if p.ndim == 2]
-        return [{"params": matrices}, {"params": [p for p in net.parameters() if p.ndim != 2], "rank": None}]
-
-    def batch(self, index: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Inputs and a target that a linear map of low rank gives."""
-        draw = stream(0, "case", "map")
-        target = torch.randn(6, 2, generator=draw) @ torch.randn(2, 5, generator=draw)
-        x = torch.randn(32, 6, generator=stream(0, "case", "batch", index))
-        return x.to(dtype), (x @ target / 3).to(dtype)
-
-    def loss(self, net: nn.Module, index: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Mean squared error on one batch."""
-        x, y = self.batch(index, dtype)
-        return (net(x) - y).square().mean()
-
-    def run(
-        self,
-        net: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        steps: range,
-        dtype: torch.dtype = torch.float32,
-        each: Callable[[], None] | None = None,
-    ) -> list[float]:
-        """Train; the losses."""
-        losses = []
-        for index in steps:
-            value = self.loss(net, index, dtype)
-            value.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(float(value.detach()))
-            if each is not None:
-                each()
-        return losses
-
-    def weights(self, net: nn.Module) -> list[Tensor]:
-        """Copies."""
-        return [p.detach().clone() for p in net.parameters()]
-
-    def same(self, left: list[Tensor], right: list[Tensor]) -> None:
-        """Equal to the last bit."""
-        for a, b in zip(left, right, strict=True):
-            assert torch.equal(a, b), f"largest difference {float((a - b).abs().max()):.3g}"
-
-    def close(self, left: list[Tensor], right: list[Tensor], tolerance: float) -> None:
-        """Equal but for rounding."""
-        for a, b in zip(left, right, strict=True):
-            error = float((a - b).norm() / b.norm().clamp_min(1e-30))
-            assert error <= tolerance, f"relative difference {error:.3g} > {tolerance:.3g}"
+        Args:
+            weight, grad: of one parameter, in float64.
+            state: the formula's own memory of this parameter, empty at step 0; it changes in place.
+            step: steps done before this one.
+            projected: it lies in the group with a rank (matrices do, vectors do not).
+        """
 
     # Training.
+
+    def test_steps_are_those_of_the_formula(self) -> None:
+        """Tall, square and wide matrices and vectors, with weight decay, across two more choices of a subspace."""
+        net = self.model(torch.float64)
+        optimizer = self.make(self.groups(net), weight_decay=self.decay)
+        start = self.weights(net)
+        want, states = self.weights(net), [{} for _ in start]  # type: ignore[var-annotated]
+        for step in range(2 * self.update_interval + 2):
+            self.loss(net, step, torch.float64).backward()
+            for i, p in enumerate(net.parameters()):
+                assert p.grad is not None
+                want[i] = self.reference_step(want[i], p.grad.clone(), states[i], step, p.ndim == 2)
+            optimizer.step()
+            optimizer.zero_grad()
+            for got, right, old in zip(net.parameters(), want, start, strict=True):
+                error = float((got.detach() - right).norm() / (right - old).norm())
+                assert error <= self.formula, f"step {step}, shape {tuple(got.shape)}: {error:.3g} > {self.formula:.3g}"
 
     def test_brings_the_loss_down(self) -> None:
         """To a fifth in 120 steps."""
@@ -227,9 +202,14 @@ class OptimizerCase:
         net = self.model()
         optimizer = self.make(self.groups(net))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step == 0 else 0.0)
-        middle: list[list[Tensor]] = []
-        self.run(net, optimizer, range(3), each=lambda: (schedule.step(), middle.append(self.weights(net)))[0])
-        self.same(middle[0], middle[2])
+        after: list[list[Tensor]] = []
+
+        def advance() -> None:
+            schedule.step()
+            after.append(self.weights(net))
+
+        self.run(net, optimizer, range(3), each=advance)
+        self.same(after[0], after[2])
 
     def test_named_parameters(self) -> None:
         """Pairs `(name, parameter)` are taken as in torch; errors then carry the name."""

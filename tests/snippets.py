@@ -42,7 +42,7 @@ def blocks(page: Path, *languages: str) -> list[Block]:
 
 def run_python(block: Block) -> None:
     """Execute a block as a program of its own; a failure names the page and the line."""
-    from lowdim.adapters import base
+    from lowdim.adapters.core import base
 
     source = "\n" * block.line + block.body  # so that a traceback's line is the page's
     known = dict(base._REGISTRY)

@@ -23,7 +23,7 @@ from lowdim.compare import CompareSettings, compare, runner, runs
 from lowdim.compare.live import LiveTable
 from lowdim.compare.result import mark, sampling_error
 from lowdim.compare.runner import _bench, _task
-from lowdim.compare.winner import hand_over, restore
+from lowdim.compare.winner import export_winner, restore
 from lowdim.errors import BudgetError, LowdimError
 from lowdim.train.metrics import METRICS
 from lowdim.train.tasks import Task
@@ -182,7 +182,7 @@ def test_whoever_wins_is_exported_and_reloads_with_the_same_logits(method, whole
     folder = shutil.copytree(whole[0], tmp_path / "out")
     settings = make()
     bench, tokenizer = rebuilt(settings, folder)
-    winner = hand_over(bench, settings, tokenizer, by_name(whole[1])[method], folder)
+    winner = export_winner(bench, settings, tokenizer, by_name(whole[1])[method], folder)
     assert winner["format"] == ("PEFT adapter" if method in ("lora", "lamda") else "merged model")
     assert winner["largest_difference"] < 1e-5
     model = restore(bench, folder / "runs" / method / "seed-0")
@@ -229,7 +229,7 @@ def test_killed_and_resumed_gives_the_same_numbers(ticks, whole, make, tmp_path,
     assert numbers(result) == numbers(whole[1])
 
 
-@pytest.mark.parametrize("where", ["hand_over", "write_json"])
+@pytest.mark.parametrize("where", ["export_winner", "write_json"])
 def test_killed_at_the_end(where, whole, make, tmp_path, monkeypatch):
     folder = shutil.copytree(whole[0], tmp_path / "out")
     for name in ("comparison.json", "report.html"):

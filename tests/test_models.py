@@ -11,7 +11,7 @@ import torch
 import tiny
 from lowdim import models
 from lowdim.errors import MissingExtraError, UnknownNameError
-from lowdim.sentence_classifier import SentenceClassifier
+from lowdim.models.sentence_classifier import SentenceClassifier
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 
 from lowdim.adapters import Adapted, to_peft
-from lowdim.adapters.peft_targets import TARGETS
+from lowdim.adapters.core.files.peft_targets import TARGETS
 from lowdim.errors import check_choice
 from lowdim.files import read_tensors, whole_folder, write_tensors, write_text
 from lowdim.layers import densify
 from lowdim.models import Source, encoder_options, quiet
-from lowdim.sentence_classifier import SentenceClassifier
+from lowdim.models.sentence_classifier import SentenceClassifier
 
 __all__ = ["FORMATS", "ExportResult", "export"]
 

@@ -260,8 +260,8 @@ def _adapter(
 def _columns(variant: Variant, model: nn.Module, head: tuple[str, ...]) -> list[str]:
     """What the layers that can be adapted are called in each block (`"query"`, `"value"`), for methods that must be told."""
     from lowdim.adapters import LoRA
-    from lowdim.adapters.attaching import target_layers
-    from lowdim.adapters.layer import kind_of as kind_of_layer
+    from lowdim.adapters.core.attach import target_layers
+    from lowdim.adapters.core.layer import kind_of as kind_of_layer
 
     chosen = target_layers(model, _beside(LoRA(), model, head))
     takes = variant.build().takes
@@ -271,7 +271,7 @@ def _columns(variant: Variant, model: nn.Module, head: tuple[str, ...]) -> list[
 def _beside(method: Any, model: nn.Module, head: tuple[str, ...]) -> Any:
     """The method, kept off the layers of a head that is trained whole (a new pooler, say) where it would take every layer."""
     from lowdim.adapters import ModelMethod
-    from lowdim.adapters.attaching import target_layers
+    from lowdim.adapters.core.attach import target_layers
 
     if isinstance(method, ModelMethod) or method.target_modules not in (None, "all-linear"):
         return method

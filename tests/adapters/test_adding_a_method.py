@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from lowdim.adapters import base
+from lowdim.adapters.core import base
 from lowdim.testing.adapter_case import AdapterCase
 from snippets import ROOT, blocks
 

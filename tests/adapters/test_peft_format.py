@@ -13,9 +13,9 @@ from torch import nn
 import lowdim
 import tiny
 from lowdim.adapters import LoRA, Method, RandLoRA, ThinUpdate, WeightUpdate, to_peft
-from lowdim.adapters.base import wide
-from lowdim.adapters.peft_factors import cut
-from lowdim.adapters.peft_targets import VLLM_RANKS
+from lowdim.adapters.core.base import wide
+from lowdim.adapters.core.files.peft_factors import cut
+from lowdim.adapters.core.files.peft_targets import VLLM_RANKS
 from lowdim.errors import UnknownNameError
 from lowdim.linalg import stream
 from lowdim.testing.adapter_dense import relative_error

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 import lowdim
 import vectors
 from lowdim.adapters import SaRA
-from lowdim.adapters.entries import EntriesLayer
-from lowdim.adapters.sara import NOMINAL
+from lowdim.adapters.sara.entries import EntriesLayer
+from lowdim.adapters.sara.method import NOMINAL
 from lowdim.errors import CheckpointError
 from lowdim.files import read_tensors
 from lowdim.plan.kept import kept_tensors

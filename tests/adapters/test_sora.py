@@ -10,7 +10,7 @@ from torch import nn
 import lowdim
 import vectors
 from lowdim.adapters import AdaptedLayer, SoRA
-from lowdim.adapters.shared import StepCounter
+from lowdim.adapters.core.shared import StepCounter
 from lowdim.adapters.sora import SoRAAdapted, SoRAUpdate
 from lowdim.files import read_tensors
 from lowdim.plan.kept import kept_bytes

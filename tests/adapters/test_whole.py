@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 import lowdim
 from lowdim.adapters import ATLAS, SAID, said
-from lowdim.adapters.composed import Composition, compose, is_composed, places_of, release
+from lowdim.adapters.core.composed import Composition, compose, is_composed, places_of, release
 from lowdim.linalg import gather, stream
 from lowdim.surgery import freeze
 from lowdim.testing.adapter_dense import relative_error

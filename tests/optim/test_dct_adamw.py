@@ -407,7 +407,7 @@ def test_error_feedback_loses_nothing():
 def test_bytes_of_the_error_have_255_levels():
     error = torch.randn(12, 300, generator=stream(4, "ef")) * torch.logspace(-3, 3, 12)[:, None]
     error[3] = 0.5
-    from lowdim.optim.residuals import _to_bytes
+    from lowdim.optim.core.residuals import _to_bytes
 
     codes, least, step = _to_bytes(error)
     assert codes.dtype == torch.uint8

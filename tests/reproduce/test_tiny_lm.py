@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowdim.linalg import stream
-from lowdim.reproduce import tiny_lm
+from lowdim.reproduce.settings import tiny_lm
 
 
 @pytest.fixture(scope="module")

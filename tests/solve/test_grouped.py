@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowdim.solve import grouped
-from lowdim.solve.grouped import Entries, blocks_of
+from lowdim.solve.matrix_completion.grouped import Entries, blocks_of
 
 
 def draw(seed, m=40, n=60, p=0.3):

@@ -4,7 +4,7 @@ import torch
 
 from lowdim.linalg import stream
 from lowdim.solve import least_squares
-from lowdim.solve.least_squares import Tally, solve_exact, solve_sketched
+from lowdim.solve.matrix_completion.least_squares import Tally, solve_exact, solve_sketched
 
 
 def systems(g=6, l=40, k=4, seed=0, condition=1.0):

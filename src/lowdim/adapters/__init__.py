@@ -1,35 +1,38 @@
 """The update of a frozen weight, made low-dimensional: one Method per paper, all reached by `lowdim.adapt`."""
 
-from lowdim.adapters.adapted import Adapted
 from lowdim.adapters.allora import ALLoRA
-from lowdim.adapters.atlas import ATLAS, ATLASAdapted
-from lowdim.adapters.attaching import adapt
-from lowdim.adapters.base import AdaptedLayer, Method, ModelMethod, WeightUpdate, registered_methods
+from lowdim.adapters.atlas.method import ATLAS, ATLASAdapted
+from lowdim.adapters.atlas.task_vectors import TaskVector, task_vector
 from lowdim.adapters.block_lora import BlockLoRA
-from lowdim.adapters.channels import ChannelGroup, gqa_channels, recover_lora, select_channels
-from lowdim.adapters.checkpoint import load_adapter
 from lowdim.adapters.corda import CorDA, discard
-from lowdim.adapters.diffora import DiffoRA
-from lowdim.adapters.diffora_search import DiffoRAAdapted
+from lowdim.adapters.core.adapted import Adapted
+from lowdim.adapters.core.adapter_set import AdapterSet, Combination
+from lowdim.adapters.core.attach import adapt
+from lowdim.adapters.core.base import AdaptedLayer, Method, ModelMethod, WeightUpdate, registered_methods
+from lowdim.adapters.core.files.checkpoint import load_adapter
+from lowdim.adapters.core.files.peft import PeftExport, to_peft
+from lowdim.adapters.core.merging import LayerChange, MergeReport
+from lowdim.adapters.core.thin import ThinUpdate
+from lowdim.adapters.diffora.method import DiffoRA
+from lowdim.adapters.diffora.search import DiffoRAAdapted
 from lowdim.adapters.flora import FLoRA
-from lowdim.adapters.increlora import IncreLoRA, increlora_lr_lambda
+from lowdim.adapters.increlora.method import IncreLoRA, increlora_lr_lambda
 from lowdim.adapters.lamda import LaMDA
 from lowdim.adapters.loldu import LoLDU
 from lowdim.adapters.lora import LoRA
 from lowdim.adapters.lora_sb import LoRASB, LoRAXS
-from lowdim.adapters.loram import LoRAM
-from lowdim.adapters.merging import LayerChange, MergeReport
+from lowdim.adapters.loram.channels import ChannelGroup, gqa_channels, recover_lora, select_channels
+from lowdim.adapters.loram.method import LoRAM
 from lowdim.adapters.nola import NOLA
-from lowdim.adapters.peft_format import PeftExport, to_peft
 from lowdim.adapters.randlora import RandLoRA
 from lowdim.adapters.s2ft import S2FT, s2ft_scores
 from lowdim.adapters.said import SAID, SubspaceAdapted, SubspaceModel, said
-from lowdim.adapters.sara import SaRA
-from lowdim.adapters.several import AdapterSet, Combination
+from lowdim.adapters.sara.method import SaRA
 from lowdim.adapters.sora import SoRA
 from lowdim.adapters.svfit import SVFit
-from lowdim.adapters.task_vectors import TaskVector, task_vector
-from lowdim.adapters.thin import ThinUpdate
+from lowdim.moved import keep_importable
+
+keep_importable(__name__, diffora_search="diffora.search")
 
 __all__ = [
     "ATLAS",

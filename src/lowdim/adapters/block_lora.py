@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.base import Method, Stats, wide
-from lowdim.adapters.common import draw_uniform
-from lowdim.adapters.thin import ThinUpdate
+from lowdim.adapters.core.base import Method, Stats, wide
+from lowdim.adapters.core.common import draw_uniform
+from lowdim.adapters.core.thin import ThinUpdate
 from lowdim.errors import check_float, check_int
 
 __all__ = ["BlockLoRA", "BlockLoRAUpdate"]

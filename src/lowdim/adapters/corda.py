@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowdim.adapters.base import Method, Stats, wide
-from lowdim.adapters.common import check_rank
+from lowdim.adapters.core.base import Method, Stats, wide
+from lowdim.adapters.core.common import check_rank
 from lowdim.adapters.lora import LoRAUpdate
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.linalg import context_svd

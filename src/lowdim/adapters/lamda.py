@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowdim.adapters.base import Method, Stats, wide
-from lowdim.adapters.common import check_rank, draw_uniform, top_triplets
-from lowdim.adapters.guards import naming
-from lowdim.adapters.thin import ThinUpdate
+from lowdim.adapters.core.base import Method, Stats, wide
+from lowdim.adapters.core.common import check_rank, draw_uniform, top_triplets
+from lowdim.adapters.core.guards import error_context
+from lowdim.adapters.core.thin import ThinUpdate
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.linalg import local, match, stream
 from lowdim.ranks import by_energy
@@ -216,7 +216,7 @@ class LaMDA(Method):
         for name, layer in layers.items():
             weight = weight_matrix(layer).detach()
             count = min(most, *matrix_shape(layer))
-            with naming("LaMDA", name, layer):
+            with error_context("LaMDA", name, layer):
                 found[name] = top_triplets(weight, count, stream(seed, "LaMDA++", name))
             spectra.append(_spectrum(found[name][1], weight))
         ranks = by_energy(spectra, rank=self.rank, choices=self.rank_choices)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.base import Method, Stats, wide
-from lowdim.adapters.common import check_rank
-from lowdim.adapters.diagonal import DiagonalUpdate
+from lowdim.adapters.core.base import Method, Stats, wide
+from lowdim.adapters.core.common import check_rank
+from lowdim.adapters.core.diagonal import DiagonalUpdate
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.linalg import draw_normal, draw_uniform, ldu, ldu_steps, widest
 
@@ -77,7 +77,7 @@ class LoLDUUpdate(DiagonalUpdate):
         return ("z", "pivots", *scale, *(("z0",) if self.init in RANDOM else ()))
 
     @torch.no_grad()
-    def take(self, weight: Tensor, generator: torch.Generator | None) -> None:
+    def initialise_from(self, weight: Tensor, generator: torch.Generator | None) -> None:
         """Choose the pivots, take the factors and set the start."""
         weight = widest(weight)
         perm, _, d, upper = ldu(weight[:, : self.rank])  # these columns alone decide the pivots
@@ -177,4 +177,4 @@ class LoLDU(Method):
 
     def initialise(self, update: LoLDUUpdate, weight: Tensor, stats: Stats, generator: torch.Generator | None) -> None:
         """Decompose the weight; `z` starts at `z0`."""
-        update.take(weight, generator)
+        update.initialise_from(weight, generator)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.base import Method, Stats, wide
-from lowdim.adapters.thin import ThinUpdate
+from lowdim.adapters.core.base import Method, Stats, wide
+from lowdim.adapters.core.thin import ThinUpdate
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.linalg import combine_rows, derive_seed, random_rows
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowdim.adapters.base import Method, Stats, WeightUpdate, wide
-from lowdim.adapters.guards import naming
+from lowdim.adapters.core.base import Method, Stats, WeightUpdate, wide
+from lowdim.adapters.core.guards import error_context
 from lowdim.errors import check_choice, check_float, check_int, unknown
 from lowdim.linalg import add_product, derive_seed, stream
 from lowdim.surgery import matrix_shape
@@ -176,7 +176,7 @@ class S2FT(Method):
             return {name: {} for name in layers}
         stops, total = [], 0
         for name, layer in layers.items():
-            with naming("S2FT", name, layer):
+            with error_context("S2FT", name, layer):
                 total += self._blocks(*matrix_shape(layer))
             stops.append(total)
         count = int(total * self.ratio)

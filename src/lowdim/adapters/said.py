@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.composed import Composition, compose, is_composed, places_of, refuse_spread
-from lowdim.adapters.guards import fingerprint
-from lowdim.adapters.merging import MergeReport
-from lowdim.adapters.whole import WholeAdapted, WholeMethod, make_for_itself, merge_parameters, refuse_adapted
+from lowdim.adapters.core.composed import Composition, compose, is_composed, places_of, refuse_spread
+from lowdim.adapters.core.guards import fingerprint
+from lowdim.adapters.core.merging import MergeReport
+from lowdim.adapters.core.whole import WholeAdapted, WholeMethod, make_for_itself, merge_parameters, refuse_adapted
 from lowdim.errors import CheckpointError, NoMatchingModuleError, check_int, nearest
 from lowdim.linalg import FastfoodDraws, fastfood_draws, fastfood_size
 from lowdim.linalg.fastfood import fastfood_op

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.adapted import Adapted
-from lowdim.adapters.base import Method, Stats, wide
-from lowdim.adapters.common import check_rank, draw_normal, draw_uniform
-from lowdim.adapters.gated import GatedLoRAUpdate
-from lowdim.adapters.shared import StepCounter
+from lowdim.adapters.core.adapted import Adapted
+from lowdim.adapters.core.base import Method, Stats, wide
+from lowdim.adapters.core.common import check_rank, draw_normal, draw_uniform
+from lowdim.adapters.core.gated import GatedLoRAUpdate
+from lowdim.adapters.core.shared import StepCounter
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.linalg import gather, local
 from lowdim.surgery import model_device

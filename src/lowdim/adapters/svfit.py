@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.base import AdaptedLayer, Method, Stats
-from lowdim.adapters.common import check_rank, top_triplets
-from lowdim.adapters.diagonal import DiagonalUpdate
+from lowdim.adapters.core.base import AdaptedLayer, Method, Stats
+from lowdim.adapters.core.common import check_rank, top_triplets
+from lowdim.adapters.core.diagonal import DiagonalUpdate
 from lowdim.errors import check_float, check_int
 from lowdim.linalg import svd, widest
 from lowdim.ranks import energy_rank
@@ -33,7 +33,7 @@ class SVFitUpdate(DiagonalUpdate):
     Vh: Tensor
 
     @torch.no_grad()
-    def take(self, triplets: Triplets, *, exact: bool) -> None:
+    def initialise_from(self, triplets: Triplets, *, exact: bool) -> None:
         """Take the triplets of a weight; those of a sketch are not determined by the weight alone."""
         u, s, vh = triplets
         self.U.copy_(u[:, : self.rank])
@@ -43,7 +43,7 @@ class SVFitUpdate(DiagonalUpdate):
 
     def recompute(self, weight: Tensor) -> None:
         """The weight's exact triplets."""
-        self.take(_exact_triplets(weight), exact=True)
+        self.initialise_from(_exact_triplets(weight), exact=True)
 
     def meta(self) -> dict[str, Any]:
         """The chosen rank."""
@@ -108,9 +108,9 @@ class SVFit(Method):
         """Take the weight's triplets; `s` starts at its singular values."""
         small = min(weight.shape)
         if "triplets" in stats:
-            update.take(stats["triplets"], exact=True)
+            update.initialise_from(stats["triplets"], exact=True)
         elif small > 512 and 4 * update.rank <= small:  # a few of many: a sketch takes seconds where the whole takes minutes
-            update.take(top_triplets(weight, update.rank, generator), exact=False)
+            update.initialise_from(top_triplets(weight, update.rank, generator), exact=False)
         else:
             update.recompute(weight)
         update.s.copy_(update.s0)

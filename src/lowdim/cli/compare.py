@@ -48,7 +48,7 @@ def compare(
         from lowdim.units import parse_bytes
 
         given["budget"] = parse_bytes(budget)
-    from lowdim.architectures import SHAPES
+    from lowdim.models.architectures import SHAPES
     from lowdim.compare import CompareSettings
     from lowdim.compare import compare as run
     from lowdim.compare.runner import quote

@@ -28,7 +28,7 @@ def export(
     max_error: Annotated[float | None, typer.Option("--max-error", help="Choose each layer's rank by this error.")] = None,
 ) -> None:
     """Write an adapter for PEFT (vLLM, llama.cpp), or merge it into a transformers checkpoint."""
-    from lowdim.adapters.peft_targets import rank_limit
+    from lowdim.adapters.core.files.peft_targets import rank_limit
     from lowdim.jobs import ExportSettings
     from lowdim.jobs import export as run
 

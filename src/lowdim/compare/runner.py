@@ -21,7 +21,7 @@ from lowdim.compare.live import LiveTable
 from lowdim.compare.result import mark, summarise
 from lowdim.compare.runs import Bench, Run, load_run, perform
 from lowdim.compare.settings import DEFAULT_METHODS, TRAINING_METHODS, CompareSettings
-from lowdim.compare.winner import hand_over
+from lowdim.compare.winner import export_winner
 from lowdim.errors import BudgetError, DataError, LowdimError
 from lowdim.files import read_json, write_json
 from lowdim.linalg import derive_seed
@@ -122,7 +122,7 @@ def compare(
         "notes": [*notes, *_remarks(best, rows, metric, rounds)],
     }
     if best is not None:
-        result["winner"] = hand_over(bench, settings, tokenizer, best, folder)
+        result["winner"] = export_winner(bench, settings, tokenizer, best, folder)
     _finish(result, folder, console, begun)
     if best is None:
         reasons = "; ".join(f"{r['label']}: {r['reason']}" for r in rows)

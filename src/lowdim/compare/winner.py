@@ -17,10 +17,12 @@ from lowdim.compare.settings import CompareSettings
 from lowdim.export import ExportResult, export
 from lowdim.files import read_json, read_tensors
 
-__all__ = ["hand_over", "restore"]
+__all__ = ["export_winner", "restore"]
 
 
-def hand_over(bench: Bench, settings: CompareSettings, tokenizer: Any, best: dict[str, Any], folder: Path) -> dict[str, Any]:
+def export_winner(
+    bench: Bench, settings: CompareSettings, tokenizer: Any, best: dict[str, Any], folder: Path
+) -> dict[str, Any]:
     """Export the best method's model (of its first seed) to `winner/`; returns what the report says of it.
 
     An adapter whose update is low-rank (or that PEFT has itself) goes out as a PEFT folder, everything else merged.

@@ -1,8 +1,8 @@
 """Systems that make trained weights, activations and the KV cache low-dimensional."""
 
-from lowdim.compress.load import load_low_rank
+from lowdim.compress.core.load import load_low_rank
+from lowdim.compress.core.report import CompressedLayer, CompressionReport, attach_report, last_report
 from lowdim.compress.lord import LoRDConfig, lord, lord_factors, lord_rank, lord_spectra
-from lowdim.compress.report import CompressedLayer, CompressionReport, attach_report, last_report
 from lowdim.compress.welore import WeLoreConfig, WeLoreLinear, welore, welore_freeze
 from lowdim.modules import LowRankLinear
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.calibrate import collect
-from lowdim.compress.report import CompressedLayer, CompressionReport, attach_report
+from lowdim.compress.core.report import CompressedLayer, CompressionReport, attach_report
 from lowdim.errors import check_float, check_int, nearest
 from lowdim.linalg import canonical_signs, compute_dtype
 from lowdim.modules import LowRankLinear

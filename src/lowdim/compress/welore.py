@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdim import ranks as rank_rules
-from lowdim.compress.report import CompressedLayer, CompressionReport, attach_report
+from lowdim.compress.core.report import CompressedLayer, CompressionReport, attach_report
 from lowdim.errors import NoMatchingModuleError, check_float
 from lowdim.linalg import balanced_factors, compute_dtype
 from lowdim.modules import LowRankLinear

@@ -1,9 +1,9 @@
 """What is measured here: spectra, landscapes, dynamics; `model or weights -> result dataclass`."""
 
-from lowdim.diagnose.intruders import IntruderResult, LayerIntruders, intruder_dimensions, scale_intruders
-from lowdim.diagnose.reduce import Reduction, reduce_intruders, scale_intruders_lora
-from lowdim.diagnose.subspace import compression_bound, quantize_subspace
-from lowdim.diagnose.weights import Weights, weights_of
+from lowdim.diagnose.core.subspace import compression_bound, quantize_subspace
+from lowdim.diagnose.core.weights import Weights, weights_of
+from lowdim.diagnose.intruders.measure import IntruderResult, LayerIntruders, intruder_dimensions, scale_intruders
+from lowdim.diagnose.intruders.reduce import Reduction, reduce_intruders, scale_intruders_lora
 
 __all__ = [
     "IntruderResult",

@@ -50,7 +50,7 @@ def export(settings: ExportSettings) -> Any:
         ValueError: what cannot be exported this way.
     """
     from lowdim import models
-    from lowdim.adapters.peft_targets import TARGETS
+    from lowdim.adapters.core.files.peft_targets import TARGETS
     from lowdim.export import FORMATS
     from lowdim.export import export as write
 

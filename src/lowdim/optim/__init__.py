@@ -1,23 +1,25 @@
 """Systems that make the gradient and the optimizer state low-dimensional.
 
-Every optimizer here is a composition of four parts (`lowdim.optim.parts`) run by one driver (`lowdim.optim.driver`).
+Every optimizer here is a composition of four parts (`lowdim.optim.core.parts`) run by one driver (`lowdim.optim.core.driver`).
 """
 
-from lowdim.optim.adafactor import AdafactorRule
+from lowdim.optim.core.adafactor import AdafactorRule
+from lowdim.optim.core.driver import ProjectedOptimizer
+from lowdim.optim.core.groups import ParamGroups, param_groups, state_bytes
+from lowdim.optim.core.half import AdamW16bitRule
+from lowdim.optim.core.inner import AdamW8bitRule, AdamWRule
+from lowdim.optim.core.int8 import Int8Linear, Int8Parameter, Int8Store, quantize_linears
+from lowdim.optim.core.options import TrainingOptions
+from lowdim.optim.core.parts import DenseStore, InnerRule, NoResidual, Parts, Projector, ResidualRule, WeightStore
+from lowdim.optim.core.projectors import Identity, SVDProjector, TuckerProjector
+from lowdim.optim.core.residuals import ErrorFeedback, NormScaledResidual
 from lowdim.optim.dct import DCTAdamW, DCTProjector
-from lowdim.optim.driver import ProjectedOptimizer
 from lowdim.optim.fira import Fira
 from lowdim.optim.galore import GaLore
-from lowdim.optim.groups import ParamGroups, param_groups, state_bytes
-from lowdim.optim.half import AdamW16bitRule
-from lowdim.optim.how import How
-from lowdim.optim.inner import AdamW8bitRule, AdamWRule
-from lowdim.optim.int8 import Int8Linear, Int8Parameter, Int8Store, quantize_linears
-from lowdim.optim.parts import DenseStore, InnerRule, NoResidual, Parts, Projector, ResidualRule, WeightStore
-from lowdim.optim.projectors import Identity, SVDProjector, TuckerProjector
 from lowdim.optim.q_galore import QGaLore, QuantizedSVDProjector
-from lowdim.optim.residuals import ErrorFeedback, NormScaledResidual
 from lowdim.optim.restart import Restart, quick_recovery_cosine
+
+How = TrainingOptions  # the name in 0.1
 
 __all__ = [
     "AdafactorRule",
@@ -47,6 +49,7 @@ __all__ = [
     "ResidualRule",
     "Restart",
     "SVDProjector",
+    "TrainingOptions",
     "TuckerProjector",
     "WeightStore",
     "param_groups",

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.linalg import compute_dtype, dct, dct_columns, has_numbers
-from lowdim.optim import sharded
-from lowdim.optim.checking import check_limiter, check_matrix, check_schedule
-from lowdim.optim.driver import ProjectedOptimizer
-from lowdim.optim.how import How
-from lowdim.optim.inner import AdamWRule
-from lowdim.optim.parts import Layout, NoResidual, Parts, Projector, ResidualRule, Side, State
-from lowdim.optim.projectors import Identity
-from lowdim.optim.residuals import ErrorFeedback, NormScaledResidual, few_rows
+from lowdim.optim.core import sharded
+from lowdim.optim.core.checking import check_limiter, check_matrix, check_schedule
+from lowdim.optim.core.driver import ProjectedOptimizer
+from lowdim.optim.core.inner import AdamWRule
+from lowdim.optim.core.options import TrainingOptions
+from lowdim.optim.core.parts import Layout, NoResidual, Parts, Projector, ResidualRule, Side, State
+from lowdim.optim.core.projectors import Identity
+from lowdim.optim.core.residuals import ErrorFeedback, NormScaledResidual, few_rows
 
 __all__ = ["DCTAdamW", "DCTProjector"]
 
@@ -249,7 +249,7 @@ class DCTAdamW(ProjectedOptimizer):
         max_dim: int | None = 32000,
         residual: str = "none",
         limiter: float | None = 1.01,
-        **how: Unpack[How],
+        **how: Unpack[TrainingOptions],
     ):
         defaults = {
             "lr": lr,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any, Unpack
 
 from lowdim.errors import check_choice, check_float
-from lowdim.optim.checking import check_limiter, check_matrix, check_schedule
-from lowdim.optim.driver import ProjectedOptimizer
-from lowdim.optim.how import How
-from lowdim.optim.inner import AdamWRule
-from lowdim.optim.parts import Parts
-from lowdim.optim.projectors import Identity, SVDProjector
-from lowdim.optim.residuals import NormScaledResidual
+from lowdim.optim.core.checking import check_limiter, check_matrix, check_schedule
+from lowdim.optim.core.driver import ProjectedOptimizer
+from lowdim.optim.core.inner import AdamWRule
+from lowdim.optim.core.options import TrainingOptions
+from lowdim.optim.core.parts import Parts
+from lowdim.optim.core.projectors import Identity, SVDProjector
+from lowdim.optim.core.residuals import NormScaledResidual
 
 __all__ = ["Fira"]
 
@@ -92,7 +92,7 @@ class Fira(ProjectedOptimizer):
         correct_bias: bool = True,
         svd: str = "auto",
         seed: int = 0,
-        **how: Unpack[How],
+        **how: Unpack[TrainingOptions],
     ):
         defaults = {
             "lr": lr,

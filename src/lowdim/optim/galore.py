@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any, Unpack
 
 from lowdim.errors import check_choice, check_float, check_int
-from lowdim.optim.adafactor import AdafactorRule
-from lowdim.optim.checking import check_rank, check_schedule
-from lowdim.optim.driver import ProjectedOptimizer
-from lowdim.optim.half import AdamW16bitRule
-from lowdim.optim.how import How
-from lowdim.optim.inner import AdamW8bitRule, AdamWRule
-from lowdim.optim.parts import InnerRule, Parts
-from lowdim.optim.projectors import PROJ_TYPES, Identity, Projector, SVDProjector, TuckerProjector
+from lowdim.optim.core.adafactor import AdafactorRule
+from lowdim.optim.core.checking import check_rank, check_schedule
+from lowdim.optim.core.driver import ProjectedOptimizer
+from lowdim.optim.core.half import AdamW16bitRule
+from lowdim.optim.core.inner import AdamW8bitRule, AdamWRule
+from lowdim.optim.core.options import TrainingOptions
+from lowdim.optim.core.parts import InnerRule, Parts
+from lowdim.optim.core.projectors import PROJ_TYPES, Identity, Projector, SVDProjector, TuckerProjector
 
 __all__ = ["GaLore"]
 
@@ -110,7 +110,7 @@ class GaLore(ProjectedOptimizer):
         inner_options: dict[str, Any] | None = None,
         svd: str = "auto",
         seed: int = 0,
-        **how: Unpack[How],
+        **how: Unpack[TrainingOptions],
     ):
         defaults = {
             "lr": lr,

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.linalg import compute_dtype, dequantize_affine, has_numbers, pack_nibbles, quantize_affine, unpack_nibbles
-from lowdim.optim import sharded
-from lowdim.optim.checking import check_rank, check_schedule
-from lowdim.optim.driver import ProjectedOptimizer
-from lowdim.optim.groups import projected_layers
-from lowdim.optim.how import How
-from lowdim.optim.inner import AdamW8bitRule, AdamWRule
-from lowdim.optim.int8 import Int8Linear, Int8Parameter, Int8Store, check_int8
-from lowdim.optim.parts import DenseStore, Layout, Parts, Projector, State
-from lowdim.optim.projectors import Identity, SVDProjector
+from lowdim.optim.core import sharded
+from lowdim.optim.core.checking import check_rank, check_schedule
+from lowdim.optim.core.driver import ProjectedOptimizer
+from lowdim.optim.core.groups import projected_layers
+from lowdim.optim.core.inner import AdamW8bitRule, AdamWRule
+from lowdim.optim.core.int8 import Int8Linear, Int8Parameter, Int8Store, check_int8
+from lowdim.optim.core.options import TrainingOptions
+from lowdim.optim.core.parts import DenseStore, Layout, Parts, Projector, State
+from lowdim.optim.core.projectors import Identity, SVDProjector
 from lowdim.surgery import as_linear, is_linear, matrix_shape, swap_layers
 
 __all__ = ["QGaLore", "QuantizedSVDProjector"]
@@ -231,7 +231,7 @@ class QGaLore(ProjectedOptimizer):
         min_8bit_size: int = 4096,
         svd: str = "auto",
         seed: int = 0,
-        **how: Unpack[How],
+        **how: Unpack[TrainingOptions],
     ):
         defaults = {
             "lr": lr,

@@ -10,8 +10,8 @@ from lowdim.files import write_text
 from lowdim.report import sections
 from lowdim.report.frame import answer, chart, costs_of, document, footer, method_view, trust
 from lowdim.report.record import Comparison, read
+from lowdim.report.sentences import caveats, headline, subtitle
 from lowdim.report.text import date, esc, rate
-from lowdim.report.words import caveats, headline, subtitle
 
 __all__ = ["render", "write"]
 

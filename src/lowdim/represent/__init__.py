@@ -1,8 +1,8 @@
 """What is made low-dimensional here: features, labels and prediction heads."""
 
-from lowdim.represent.cascade import CascadeResult, MatryoshkaCascade
-from lowdim.represent.mrl import MatryoshkaCrossEntropy, MatryoshkaEmbeddingLoss, MatryoshkaHead
-from lowdim.represent.retrieval import RetrievalResult, adaptive_retrieve, funnel_retrieve
+from lowdim.represent.matryoshka.cascade import CascadeResult, MatryoshkaCascade
+from lowdim.represent.matryoshka.heads import MatryoshkaCrossEntropy, MatryoshkaEmbeddingLoss, MatryoshkaHead
+from lowdim.represent.matryoshka.retrieval import RetrievalResult, adaptive_retrieve, funnel_retrieve
 
 __all__ = [
     "CascadeResult",

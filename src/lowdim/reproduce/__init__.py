@@ -4,6 +4,6 @@ A reproduction is a module `lowdim.reproduce.SLUG` with `run(context) -> Outcome
 through the catalogue.
 """
 
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 __all__ = ["Check", "Context", "Outcome"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lowdim.adapters import ALLoRA, LoRA, Method
-from lowdim.reproduce.minilm_trec import TARGETS, best_rate, load_setting, probe_accuracy
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.minilm_trec import TARGETS, best_rate, load_setting, probe_accuracy
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 __all__ = ["run"]
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import lowdim
 from lowdim.adapters import ATLAS, task_vector
-from lowdim.reproduce.digits import Digits, accuracy, digits, fit, mlp
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.digits import Digits, accuracy, digits, fit, mlp
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 __all__ = ["run"]
 

@@ -18,10 +18,10 @@ from lowdim.calibrate import call_model, collect
 from lowdim.errors import MissingExtraError
 from lowdim.linalg import context_svd, stream, svd
 from lowdim.plan.kept import kept_bytes
-from lowdim.reproduce.beside import Pairs, four_layers, step_pairs
-from lowdim.reproduce.minilm import ENCODER_LINEARS, load_minilm, tokenized
-from lowdim.reproduce.minilm_trec import TARGETS, Setting, best_rate, load_setting, lora_baseline, probe_accuracy
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.minilm import ENCODER_LINEARS, load_minilm, tokenized
+from lowdim.reproduce.settings.minilm_trec import TARGETS, Setting, best_rate, load_setting, lora_baseline, probe_accuracy
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.paired_timing import Pairs, four_layers, step_pairs
 from lowdim.surgery import find_layers, weight_matrix
 
 __all__ = ["run"]

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 import lowdim
 from lowdim.adapters import DiffoRA, DiffoRAAdapted, LoRA
 from lowdim.linalg import stream
-from lowdim.reproduce.digits import batches, digits, fit
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.digits import batches, digits, fit
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 __all__ = ["run"]
 

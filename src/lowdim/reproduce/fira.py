@@ -10,8 +10,8 @@ from torch import nn
 
 from lowdim.linalg import stream
 from lowdim.optim import Fira, GaLore, state_bytes
-from lowdim.reproduce import tiny_lm
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings import tiny_lm
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 __all__ = ["run"]
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from lowdim.adapters import FLoRA, LoRA, Method
 from lowdim.linalg import stream, tucker_reconstruct
-from lowdim.reproduce.digits import Digits, digits, fit
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.digits import Digits, digits, fit
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 __all__ = ["run"]
 

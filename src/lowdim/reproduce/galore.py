@@ -13,9 +13,9 @@ from lowdim.errors import DataError
 from lowdim.linalg import stream
 from lowdim.modules import LowRankLinear
 from lowdim.optim import GaLore, state_bytes
-from lowdim.reproduce import tiny_lm
-from lowdim.reproduce.data import fashion_mnist
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings import tiny_lm
+from lowdim.reproduce.settings.data import fashion_mnist
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 __all__ = ["run"]
 

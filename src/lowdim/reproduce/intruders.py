@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lowdim.diagnose import intruder_dimensions, reduce_intruders
 from lowdim.errors import MissingExtraError
 from lowdim.linalg import derive_seed, stream
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 LAYERS = ("0.weight", "2.weight")
 SEEDS = 3  # those that the checks look at; five more say how far the checks can be relied on

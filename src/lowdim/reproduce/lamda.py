@@ -8,8 +8,8 @@ from torch import nn
 import lowdim
 from lowdim.adapters import LaMDA, LoRA, Method
 from lowdim.plan.kept import kept_bytes
-from lowdim.reproduce.minilm_trec import TARGETS, best_rate, load_setting, lora_baseline, probe_accuracy, steps_of
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.minilm_trec import TARGETS, best_rate, load_setting, lora_baseline, probe_accuracy, steps_of
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 __all__ = ["run"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from lowdim.adapters import LoLDU
-from lowdim.reproduce.minilm_trec import TARGETS, best_rate, load_setting, lora_baseline, probe_accuracy
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.minilm_trec import TARGETS, best_rate, load_setting, lora_baseline, probe_accuracy
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 __all__ = ["run"]
 

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from lowdim.compress import LoRDConfig, LowRankLinear, last_report, lord
 from lowdim.errors import MissingExtraError
 from lowdim.linalg import derive_seed, stream
-from lowdim.reproduce.data import tiny_shakespeare
-from lowdim.reproduce.minilm import ENCODER_LINEARS, load_minilm, sentence_embeddings, subjectivity, tokenized
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.data import tiny_shakespeare
+from lowdim.reproduce.settings.minilm import ENCODER_LINEARS, load_minilm, sentence_embeddings, subjectivity, tokenized
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 from lowdim.surgery import as_linear, swap_layers
 
 CLAIM = "Ranks of the linear layers of code models fall by up to 39.58 % with less than 1 % more perplexity, in one shot."

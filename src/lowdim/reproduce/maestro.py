@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from lowdim.layers import MaestroLinear, MaestroSampler, MaestroTraining, maestro_decompose, maestro_merge
 from lowdim.linalg import stream, svd
-from lowdim.reproduce.data import fashion_mnist
-from lowdim.reproduce.digits import mlp
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.data import fashion_mnist
+from lowdim.reproduce.settings.digits import mlp
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 CLAIM = "Lower footprint at kept accuracy with ranks found in training; recovers the SVD of a linear map on uniform data."
 SPECTRUM = (3.0, 2.2, 1.5, 0.9, 0.4, 0.15)

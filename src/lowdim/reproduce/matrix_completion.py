@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lowdim.errors import MissingExtraError
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 from lowdim.solve import CompletionResult, complete_matrix
 
 

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from lowdim.layers import Monarch, densify
 from lowdim.linalg import derive_seed, monarch_dense, monarch_project, stream
-from lowdim.reproduce.data import fashion_mnist
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.data import fashion_mnist
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 CLAIM = "Monarch weights train models 2x faster at comparable quality, also when the last part of training is dense again."
 BATCH, EPOCHS, SWITCH = 128, 4, 0.8

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lowdim.errors import MissingExtraError
 from lowdim.linalg import derive_seed, stream, svd
 from lowdim.represent import MatryoshkaCascade, MatryoshkaCrossEntropy, MatryoshkaHead, adaptive_retrieve
-from lowdim.reproduce.data import fashion_mnist
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.data import fashion_mnist
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 DIMS = (2, 4, 8, 16, 64)
 Data = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -10,9 +10,9 @@ from torch import nn
 import lowdim
 from lowdim.adapters import NOLA, LoRA
 from lowdim.plan import measure
-from lowdim.reproduce.beside import four_layers, step_pairs
-from lowdim.reproduce.minilm_trec import TARGETS, best_rate, load_setting, probe_accuracy
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.minilm_trec import TARGETS, best_rate, load_setting, probe_accuracy
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.paired_timing import four_layers, step_pairs
 
 __all__ = ["run"]
 

@@ -14,8 +14,8 @@ from lowdim.layers import swap_linear
 from lowdim.linalg import derive_seed
 from lowdim.modules import LowRankLinear
 from lowdim.optim import Restart, quick_recovery_cosine
-from lowdim.reproduce import tiny_lm
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings import tiny_lm
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 __all__ = ["run"]
 

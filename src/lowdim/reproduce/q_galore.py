@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from lowdim.optim import GaLore, Int8Parameter, ProjectedOptimizer, QGaLore, quantize_linears, state_bytes
-from lowdim.reproduce import tiny_lm
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings import tiny_lm
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 __all__ = ["run"]
 

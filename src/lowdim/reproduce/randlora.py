@@ -12,8 +12,8 @@ from torch import nn
 import lowdim
 from lowdim.adapters import LoRA, Method, RandLoRA
 from lowdim.plan.kept import kept_bytes
-from lowdim.reproduce.minilm_trec import TARGETS, best_rate, load_setting, lora_baseline
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.minilm_trec import TARGETS, best_rate, load_setting, lora_baseline
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 __all__ = ["run"]
 

@@ -11,9 +11,9 @@ from torch import nn
 import lowdim
 from lowdim.adapters import S2FT, LoRA
 from lowdim.linalg import stream
-from lowdim.reproduce.digits import Digits
-from lowdim.reproduce.forgetting import learn_new, over_seeds, table
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.digits import Digits
+from lowdim.reproduce.settings.forgetting import learn_new, over_seeds, table
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 __all__ = ["run"]
 

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from lowdim.adapters import SubspaceModel, said
 from lowdim.diagnose import compression_bound, quantize_subspace
-from lowdim.reproduce.data import fashion_mnist
-from lowdim.reproduce.digits import accuracy, batches
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.data import fashion_mnist
+from lowdim.reproduce.settings.digits import accuracy, batches
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 __all__ = ["run"]
 

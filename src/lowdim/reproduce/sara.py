@@ -10,9 +10,9 @@ from torch import nn
 
 import lowdim
 from lowdim.adapters import LoRA, SaRA
-from lowdim.reproduce.digits import Digits, accuracy
-from lowdim.reproduce.forgetting import OLD, learn_new, over_seeds, table
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.digits import Digits, accuracy
+from lowdim.reproduce.settings.forgetting import OLD, learn_new, over_seeds, table
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 __all__ = ["run"]
 

@@ -13,9 +13,9 @@ from lowdim.layers import SLTrainLinear, swap_linear
 from lowdim.linalg import derive_seed
 from lowdim.modules import LowRankLinear
 from lowdim.plan.kept import kept_bytes
-from lowdim.reproduce import tiny_lm
-from lowdim.reproduce.beside import WIDTH, four_layers, step_pairs
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings import tiny_lm
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.paired_timing import WIDTH, four_layers, step_pairs
 
 __all__ = ["run"]
 

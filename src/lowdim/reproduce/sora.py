@@ -12,8 +12,8 @@ from torch import nn
 
 import lowdim
 from lowdim.adapters import LoRA, Method, SoRA
-from lowdim.reproduce.digits import Digits, accuracy, digits, fit, mlp
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.digits import Digits, accuracy, digits, fit, mlp
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 __all__ = ["run"]
 

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from lowdim.layers import LorentzLinear, SSTLinear, SSTScheduler, swap_linear
 from lowdim.linalg import derive_seed, stream
 from lowdim.modules import LowRankLinear
-from lowdim.reproduce import tiny_lm
-from lowdim.reproduce.digits import digits
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings import tiny_lm
+from lowdim.reproduce.settings.digits import digits
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 __all__ = ["run"]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lowdim.adapters import SVFit
-from lowdim.reproduce.minilm_trec import TARGETS, best_rate, load_setting, lora_baseline, probe_accuracy
-from lowdim.reproduce.outcome import Check, Context, Outcome
+from lowdim.reproduce.settings.minilm_trec import TARGETS, best_rate, load_setting, lora_baseline, probe_accuracy
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
 __all__ = ["run"]
 

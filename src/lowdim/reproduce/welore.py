@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from lowdim.compress import LowRankLinear, WeLoreConfig, last_report, welore, welore_freeze
 from lowdim.linalg import derive_seed, stream
-from lowdim.reproduce.data import fashion_mnist
-from lowdim.reproduce.minilm import ENCODER_LINEARS, load_minilm, sentence_embeddings, tokenized
-from lowdim.reproduce.outcome import Check, Context, Outcome
-from lowdim.sentence_classifier import mean_pool
+from lowdim.models.sentence_classifier import mean_pool
+from lowdim.reproduce.settings.data import fashion_mnist
+from lowdim.reproduce.settings.minilm import ENCODER_LINEARS, load_minilm, sentence_embeddings, tokenized
+from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 from lowdim.surgery import as_linear, find_layers, is_linear, swap_layers
 from lowdim.train.metrics import science
 

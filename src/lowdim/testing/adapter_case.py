@@ -27,7 +27,7 @@ from lowdim.errors import CheckpointError, NoGradientError
 from lowdim.files import read_tensors
 from lowdim.surgery import weight_matrix
 from lowdim.testing.adapter_dense import DenseCase, make_input, make_layer, relative_error
-from lowdim.testing.elsewhere import run_elsewhere
+from lowdim.testing.new_process import run_in_new_process
 from lowdim.testing.small_model import output_of_saved, sample_input, small_model
 
 __all__ = ["AdapterCase"]
@@ -274,7 +274,7 @@ class AdapterCase(DenseCase):
         model = small_model()
         adapted = self.adapt(model)
         adapted.save(tmp_path)
-        file = run_elsewhere(output_of_saved, str(tmp_path), type(self.method()).__module__)
+        file = run_in_new_process(output_of_saved, str(tmp_path), type(self.method()).__module__)
         with torch.no_grad():
             assert torch.equal(read_tensors(file)[0]["y"], model(sample_input()))
 

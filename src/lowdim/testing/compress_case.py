@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from lowdim.compress import LowRankLinear, load_low_rank
 from lowdim.files import read_tensors, write_tensors
-from lowdim.testing.elsewhere import run_elsewhere
+from lowdim.testing.new_process import run_in_new_process
 
 __all__ = ["CompressCase", "small_net"]
 
@@ -162,7 +162,7 @@ class CompressCase:
         model, x = self.run(small_net()).eval(), self.batches()[0]
         write_tensors(tmp_path / "model.safetensors", model.state_dict())
         write_tensors(tmp_path / "x.safetensors", {"x": x})
-        run_elsewhere(_answer, type(self), str(tmp_path))
+        run_in_new_process(_answer, type(self), str(tmp_path))
         assert torch.equal(read_tensors(tmp_path / "answer.safetensors")[0]["y"], model(x).detach())
 
     def test_half_precision_model(self) -> None:

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowdim.files import read_tensors, write_tensors
-from lowdim.testing.elsewhere import run_elsewhere
+from lowdim.testing.new_process import run_in_new_process
 
 __all__ = ["LayerCase"]
 
@@ -243,7 +243,7 @@ class LayerCase(ABC):
         y = layer(x).detach()
         write_tensors(tmp_path / "layer.safetensors", {**layer.state_dict(), "_x": x})
         arguments = self.in_features, self.out_features, True
-        run_elsewhere(_answer, self.layer_class, arguments, self.how, str(tmp_path))
+        run_in_new_process(_answer, self.layer_class, arguments, self.how, str(tmp_path))
         assert torch.equal(read_tensors(tmp_path / "answer.safetensors")[0]["y"], y)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,317 @@
+"""What `lowdim.adapt` returns: a model with adapted layers in it, and all that is done with them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowdim.adapters.core.base import AdaptedLayer, Method
+from lowdim.adapters.core.guards import (
+    leave_fused_paths,
+    whole_parameters,
+)
+from lowdim.adapters.core.merging import MergeReport, merged_layer
+from lowdim.adapters.core.shared import SHARED, free_name
+from lowdim.calibrate import LossFn
+from lowdim.errors import NoGradientError
+from lowdim.linalg import gather, is_sharded
+from lowdim.results import html_table
+from lowdim.surgery import replace_layer
+
+__all__ = ["Adapted"]
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """What `unmerge` needs."""
+
+    layers: dict[str, AdaptedLayer]
+    shared: nn.Module | None
+    flags: dict[nn.Parameter, bool]
+    ties_words: bool
+
+
+class Adapted:
+    """A model with adapted layers in it. Made by `lowdim.adapt` and `lowdim.load_adapter`.
+
+    Attributes:
+        model: the model that was given, layers swapped in place; train it with any loop.
+        layers: name -> AdaptedLayer.
+        method: the hyperparameters.
+        modules_to_save: names of further modules that are trained and saved whole (a new head).
+        fingerprints: name -> digest of the weight before attaching.
+        tied: names of adapted layers whose weight was another module's too before attaching.
+        shared: the module that all layers have in common, if the method has one; it stands in the model as `lowdim_shared`.
+        merge_report: what the last `merge()` changed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        layers: Mapping[str, AdaptedLayer],
+        fingerprints: Mapping[str, str],
+        modules_to_save: Iterable[str],
+        seed: int,
+        tied: Iterable[str] = (),
+        shared: nn.Module | None = None,
+    ):
+        self.model, self.method, self.layers, self.seed = model, method, dict(layers), seed
+        self.fingerprints, self.modules_to_save = dict(fingerprints), tuple(modules_to_save)
+        self.tied, self.shared = frozenset(tied), shared
+        if shared is not None:
+            model.add_module(free_name(model), shared)
+            for name, layer in self.layers.items():
+                layer.update.connect(shared, name)
+        self._fused = leave_fused_paths(model, self.layers.values())
+        self._merged: _Merged | None = None
+        self._awaits_gradient = True
+        self.allow_unused = False
+        self.merge_report: MergeReport | None = None
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Once after each optimizer step: advances schedules, allocates ranks, applies proximal steps.
+
+        Raises:
+            NoGradientError: in the first step with gradients, some adapted layers got none (see `check_gradients`).
+        """
+        if self._awaits_gradient and any(p.grad is not None for p in self.trainable().values()):
+            self.check_gradients()
+        for layer in self.layers.values():
+            layer.update.step()
+
+    def check_gradients(self) -> None:
+        """After the first backward pass: every adapted layer must have got a gradient, or it would never learn anything.
+
+        Raises:
+            NoGradientError: names the layers without one. `allow_unused = True` on this object says that it is meant
+                (experts that some batches do not reach).
+        """
+        self._awaits_gradient = False
+        if self.allow_unused:
+            return
+        lost = []
+        for name, layer in self.layers.items():
+            own = [p for p in layer.update.parameters() if p.requires_grad and p.numel()]
+            if own and all(p.grad is None for p in own):
+                lost.append(name)
+        if lost:
+            shown = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
+            raise NoGradientError(
+                f"{len(lost)} of {len(self.layers)} adapted layers got no gradient from the first backward pass: {shown}. Does "
+                "the model use them (not another copy of the model, a layer that is skipped, or code that reads their weight)? "
+                "With reentrant gradient checkpointing call model.enable_input_require_grads(), or use use_reentrant=False. "
+                "Set allow_unused=True on the Adapted if it is meant"
+            )
+
+    def before_training(self, batches: list[Any], loss_fn: LossFn | None, lr: float, steps: int) -> None:
+        """Called by `lowdim run` and `lowdim compare` before a training of `steps` steps; for methods that search first."""
+
+    def follow(self, scheduler: Any, *, warmup: int, total: int) -> None:
+        """Called by `AdaptedCallback` after each step: a method that adds optimizer groups tells the rate scheduler of them."""
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter by its name in the model.
+
+        A parameter that a schedule has frozen by now stays among them, so an optimizer made after a resume has the groups of
+        the run that it continues; without a gradient it is not touched.
+        """
+        own, mine = self._own(), set(self.layers.values())
+        foreign = {
+            id(p)
+            for layer in self.model.modules()
+            if isinstance(layer, AdaptedLayer) and layer not in mine
+            for p in layer.update.parameters()
+        } | {
+            id(p)
+            for name, module in self.model.named_children()
+            if name.startswith(SHARED) and module is not self.shared
+            for p in module.parameters()
+        }
+        return {
+            name: p for name, p in self.model.named_parameters() if id(p) in own or (p.requires_grad and id(p) not in foreign)
+        }
+
+    def trainable_here(self) -> dict[str, nn.Parameter]:
+        """`trainable()` without the modules that are saved whole."""
+        own = self._own()
+        return {name: p for name, p in self.model.named_parameters() if id(p) in own}
+
+    def _own(self) -> set[int]:
+        own = {id(p) for layer in self.layers.values() for p in layer.update.parameters()}
+        return own if self.shared is None else own | {id(p) for p in self.shared.parameters()}
+
+    def param_groups(self, lr: float, weight_decay: float | None = None) -> list[dict[str, Any]]:
+        """Optimizer groups for all trained parameters, with the rates the method asks for.
+
+        Parameters on which decay would pull the pre-trained weight towards zero get `weight_decay=0`, and a warning if one
+        was asked for.
+        """
+        protected = {
+            id(parameter)
+            for layer in self.layers.values()
+            for name, parameter in layer.update.named_parameters()
+            if name in layer.update.no_decay
+        }
+        if protected and weight_decay:
+            warnings.warn(
+                f"weight_decay={weight_decay} is not applied to {type(self.method).__name__}'s parameters that stand for the "
+                "pre-trained weight itself; it would pull that weight towards zero",
+                stacklevel=2,
+            )
+        groups = []
+        for group in self.method.param_groups(self.trainable(), lr):
+            plain = [p for p in group["params"] if id(p) not in protected]
+            guarded = [p for p in group["params"] if id(p) in protected]
+            if plain:
+                groups.append({**group, "params": plain, **({} if weight_decay is None else {"weight_decay": weight_decay})})
+            if guarded:
+                groups.append({**group, "params": guarded, "weight_decay": 0.0})
+        return groups
+
+    def regularizer(self) -> Tensor | float:
+        """A scalar to add to the loss, or 0."""
+        with whole_parameters(self.model) if self._spread() else nullcontext():
+            terms = [term for layer in self.layers.values() if (term := layer.update.regularizer()) is not None]
+        return torch.stack(terms).sum() if terms else 0.0
+
+    def _spread(self) -> bool:
+        return any(is_sharded(p) for layer in self.layers.values() for p in layer.update.parameters())
+
+    def check(self) -> dict[str, float]:
+        """`‖ΔW‖_F` of each layer; warns of layers whose ΔW is zero, which have learnt nothing."""
+        norms = {name: layer.delta_norm() for name, layer in self.layers.items()}
+        zero = [name for name, norm in norms.items() if norm == 0.0]
+        if zero:
+            shown = ", ".join(zero[:3]) + (f" and {len(zero) - 3} more" if len(zero) > 3 else "")
+            warnings.warn(f"ΔW is zero in {len(zero)} of {len(norms)} adapted layers: {shown}", stacklevel=2)
+        return norms
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint: each update's, and the modules that are saved whole.
+
+        Tensors that FSDP2 has spread over processes are gathered, so every process must call it.
+        """
+        state = {
+            f"{name}.update.{key}": gather(value)
+            for name, layer in self.layers.items()
+            for key, value in layer.update.saved().items()
+        }
+        if self.shared is not None:
+            state.update({f"{SHARED}.{key}": gather(value) for key, value in self.shared.state_dict().items()})
+        for module in self.modules_to_save:
+            saved = self.model.get_submodule(module).state_dict()
+            state.update({f"{module}.{key}": gather(value) for key, value in saved.items()})
+        return state
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `adapter.safetensors` and `adapter.json`, atomically; returns the folder."""
+        from lowdim.adapters.core.files.checkpoint import save
+
+        return save(self, folder)
+
+    def export(self, folder: str | Path, format: str = "peft", **options: Any) -> Any:
+        """Write the adapter for another tool; returns what was lost. See `lowdim.adapters.core.files.peft.to_peft`."""
+        from lowdim.adapters.core.files.peft import to_peft
+        from lowdim.errors import check_choice
+
+        check_choice("format", format, ("peft",))
+        return to_peft(self, folder, **options)
+
+    @torch.no_grad()
+    def merge(self) -> nn.Module:
+        """Put plain layers with `W_eff` back into the model, and return it. `merge_report` says what changed.
+
+        Merging runs in float32 or better and rounds once. A weight that is tied to another (an output head to the
+        embedding) can no longer be shared: it is separated, `config.tie_word_embeddings` is set to False, and the report
+        says so. The adapted layers are kept for `unmerge()` as long as this object lives.
+
+        Raises:
+            ValueError: another adapter sits on one of the layers; `AdapterSet.merge` merges several.
+        """
+        for name, layer in self.layers.items():
+            if self.model.get_submodule(name) is not layer or isinstance(layer.base, AdaptedLayer):
+                raise ValueError(f"layer {name} has several adapters: take the others away first, or merge by an AdapterSet")
+        changes = []
+        config: Any = getattr(self.model, "config", None)
+        self._merged = _Merged(
+            self.layers, self.shared, {p: p.requires_grad for p in self.model.parameters()}, _ties_words(config)
+        )
+        for name, layer in self.layers.items():
+            plain, change = merged_layer(name, layer)
+            changes.append(change)
+            replace_layer(self.model, name, plain)
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(True)
+        self.drop_shared()
+        self._fused(False)
+        if _ties_words(config) and self._head_stands_alone():
+            config.tie_word_embeddings = False
+        self.merge_report = MergeReport(tuple(changes), tuple(name for name in self.layers if name in self.tied))
+        self.layers = {}
+        return self.model
+
+    def unmerge(self) -> nn.Module:
+        """Put the adapted layers back that the last `merge()` took out: base weights bit for bit, training can go on.
+
+        Raises:
+            ValueError: nothing has been merged.
+        """
+        before = self._merged
+        if before is None:
+            raise ValueError("there is nothing to unmerge: merge() was not called, or was undone already")
+        for name, layer in before.layers.items():
+            replace_layer(self.model, name, layer)
+        if before.shared is not None:
+            self.model.add_module(free_name(self.model), before.shared)
+        for parameter, flag in before.flags.items():
+            parameter.requires_grad_(flag)
+        config: Any = getattr(self.model, "config", None)
+        if before.ties_words:
+            config.tie_word_embeddings = True
+        self._fused(True)
+        self.layers, self.shared, self._merged, self.merge_report = before.layers, before.shared, None, None
+        return self.model
+
+    def drop_shared(self) -> None:
+        """Take the method's shared module out of the model."""
+        if self.shared is not None:
+            names = [name for name, module in self.model.named_children() if module is self.shared]
+            for name in names:
+                delattr(self.model, name)
+            self.shared = None
+
+    def _head_stands_alone(self) -> bool:
+        ends: list[Any] = []
+        for side in ("output", "input"):
+            getter = getattr(self.model, f"get_{side}_embeddings", None)
+            ends.append(getter() if callable(getter) else None)
+        return None not in ends and ends[0].weight is not ends[1].weight
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.trainable().values())
+        return f"Adapted({type(self.model).__name__}, {self.method!r}, layers={len(self.layers)}, trained={count:,})"
+
+    def _repr_html_(self) -> str:
+        trained = sum(p.numel() for p in self.trainable().values())
+        share = trained / max(sum(p.numel() for p in self.model.parameters()), 1)
+        rows = [
+            {
+                "layer": name,
+                "shape": f"{layer.out_features} x {layer.in_features}",
+                "trained": sum(p.numel() for p in layer.update.parameters() if p.requires_grad),
+            }
+            for name, layer in self.layers.items()
+        ]
+        return html_table(f"{self.method}: {trained:,} parameters trained ({share:.2%}), {len(rows)} adapted layers", rows)
+
+
+def _ties_words(config: Any) -> bool:
+    return bool(getattr(config, "tie_word_embeddings", False))

@@ -1,0 +1,389 @@
+"""Several adapters on one model: add, activate, weigh, choose by row of the batch, combine, swap, merge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowdim.adapters.core.adapted import Adapted
+from lowdim.adapters.core.attach import adapt
+from lowdim.adapters.core.base import Method, ModelMethod, registered_methods
+from lowdim.adapters.core.files.checkpoint import load_adapter
+from lowdim.adapters.core.layer import AdaptedLayer, wide
+from lowdim.adapters.core.merging import LayerChange, MergeReport, merged_layer
+from lowdim.adapters.lora import LoRA, LoRAUpdate
+from lowdim.errors import check_float, check_int, unknown
+from lowdim.files import read_json
+from lowdim.linalg import compress_factors, truncated_svd
+from lowdim.results import Result
+from lowdim.surgery import replace_layer, with_matrix
+
+__all__ = ["AdapterSet", "Combination"]
+
+
+@dataclass(frozen=True)
+class Combination(Result):
+    """What combining adapters kept and lost.
+
+    Attributes:
+        ranks: layer -> rank of the combined factors.
+        errors: layer -> `‖Σ wᵢ ΔWᵢ − B A‖_F / ‖Σ wᵢ ΔWᵢ‖_F`; 0 where nothing was cut off.
+    """
+
+    ranks: dict[str, int]
+    errors: dict[str, float]
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing was lost."""
+        return not any(self.errors.values())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each layer: its rank and what was lost."""
+        return [{"layer": name, "rank": rank, "error": self.errors[name]} for name, rank in self.ranks.items()]
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        lost = "exact" if self.exact else f"largest relative error {max(self.errors.values()):.3g}"
+        return f"{len(self.ranks)} layers combined, {lost}"
+
+
+class AdapterSet:
+    """Adapters with names on one model, of which any can be active.
+
+    Formula: `y = W₀ x + Σ_a s_a · ΔW_a x` over the active adapters `a` with strengths `s_a`.
+
+    Args:
+        model: any nn.Module without adapters; for one that has some, `AdapterSet.of(first=adapted)`.
+
+    Example:
+        >>> import torch, lowdim
+        >>> from lowdim.adapters import AdapterSet, LoRA
+        >>> adapters = AdapterSet(torch.nn.Sequential(torch.nn.Linear(4, 4)))
+        >>> _ = adapters.add("french", LoRA(rank=1))
+        >>> _ = adapters.add("german", LoRA(rank=2))
+        >>> adapters.activate("french")
+        >>> adapters.active
+        {'french': 1.0}
+        >>> with adapters.disabled():
+        ...     y = adapters.model(torch.ones(1, 4))
+
+    Methods that act on the model as a whole (SAID, aTLAS) cannot share it. A base weight is kept once, whatever the number of
+    adapters; an adapter that stands for a part of it (LaMDA, SVFit) costs two thin products more when it is not the first.
+
+    Source: common practice; the naming follows PEFT's.
+    """
+
+    def __init__(self, model: nn.Module):
+        if any(isinstance(module, AdaptedLayer) for module in model.modules()):
+            raise ValueError(
+                "model is adapted already: give the plain model, and hand the Adapted over by adopt(name, adapted)"
+            )
+        self.model = model
+        self.adapters: dict[str, Adapted] = {}
+        self._strengths: dict[str, float] = {}
+        self._merged: tuple[dict[str, nn.Module], dict[nn.Parameter, bool]] | None = None
+
+    @classmethod
+    def of(cls, **adapters: Adapted) -> AdapterSet:
+        """A set over adapters that one model has already; all of them, with their names. The last is the active one."""
+        models = {id(adapted.model): adapted.model for adapted in adapters.values()}
+        if len(models) != 1:
+            raise ValueError(f"the adapters must belong to one model; got {len(models)} models")
+        (model,) = models.values()
+        mine = {layer for adapted in adapters.values() for layer in adapted.layers.values()}
+        if any(isinstance(module, AdaptedLayer) and module not in mine for module in model.modules()):
+            raise ValueError("the model has further adapters; name all of them")
+        made = cls.__new__(cls)
+        made.model, made.adapters, made._strengths, made._merged = model, {}, {}, None
+        for name, adapted in adapters.items():
+            made._take(name, adapted)
+        return made
+
+    @property
+    def names(self) -> list[str]:
+        """All adapters, in the order in which they came."""
+        return list(self.adapters)
+
+    @property
+    def active(self) -> dict[str, float]:
+        """The active adapters and their strengths."""
+        return {name: strength for name, strength in self._strengths.items() if strength}
+
+    def __getitem__(self, name: str) -> Adapted:
+        return self.adapters[self._known(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.adapters
+
+    def add(self, name: str, source: Method | str | Path, **options: Any) -> Adapted:
+        """Attach a method, or load an adapter from its folder, under `name`; it becomes the only active one.
+
+        Args:
+            source: hyperparameters, or what `Adapted.save` wrote.
+            options: of `lowdim.adapt` or `lowdim.load_adapter`.
+
+        Raises:
+            ValueError: the name is taken or empty, the set is merged, or a method that acts on the whole model.
+        """
+        self._free(name)
+        kind = type(source) if isinstance(source, Method) else _saved_kind(Path(source))
+        if kind is not None and issubclass(kind, ModelMethod):
+            raise ValueError(f"{kind.__name__} acts on the model as a whole and cannot share it with other adapters")
+        if isinstance(source, Method):
+            adapted = adapt(self.model, source, **options)
+        else:
+            adapted = load_adapter(self.model, source, **options)
+        return self._take(name, adapted)
+
+    def activate(self, *names: str, train: bool = True, **strengths: float) -> None:
+        """Make these adapters the active ones, and all others idle.
+
+        Args:
+            names: with strength 1.
+            train: whether the active ones are trained (those with strength 1); False freezes all.
+            strengths: name -> factor of ΔW, for a weighted sum.
+
+        Raises:
+            UnknownNameError: there is no such adapter.
+            ValueError: a strength that is not finite.
+        """
+        wanted = {**dict.fromkeys(names, 1.0), **strengths}
+        for name, strength in wanted.items():
+            self._known(name)
+            check_float(f"strength of {name!r}", strength)
+        self._unmerged("activate")
+        for name, adapted in self.adapters.items():
+            strength = float(wanted.get(name, 0.0))
+            self._strengths[name] = strength
+            for layer in adapted.layers.values():
+                layer.strength, layer.rows = strength, None
+            for parameter in adapted.trainable_here().values():
+                parameter.requires_grad_(train and strength == 1.0)
+
+    @contextmanager
+    def disabled(self) -> Iterator[nn.Module]:
+        """The pre-trained model, for as long as the block lasts."""
+        with self._as_it_was():
+            for layer in self._layers():
+                layer.strength = 0.0
+            yield self.model
+
+    @contextmanager
+    def rows(self, choice: Sequence[str | None]) -> Iterator[nn.Module]:
+        """Another adapter for each row of the batch: `choice[i]` names the one of row `i`, None gives it none.
+
+        Only layers whose input has the batch in front see the choice; the batch must have `len(choice)` rows.
+        """
+        for name in {name for name in choice if name is not None}:
+            self._known(name)
+        with self._as_it_was():
+            for name, adapted in self.adapters.items():
+                rows = torch.tensor([i for i, chosen in enumerate(choice) if chosen == name], dtype=torch.int64)
+                for layer in adapted.layers.values():
+                    layer.strength, layer.rows = (1.0, rows) if len(rows) else (0.0, None)
+            yield self.model
+
+    def delete(self, name: str) -> None:
+        """Take an adapter off the model; the others stay. A copy of a base weight that it had made goes with it."""
+        self._unmerged("delete")
+        gone = self[name]
+        for place, layer in gone.layers.items():
+            self._unwrap(place, layer)
+        gone.drop_shared()
+        del self.adapters[name], self._strengths[name]
+
+    def swap(self, name: str, source: str | Path | Adapted) -> Adapted:
+        """Write another adapter's numbers into the tensors of `name`: an optimizer over them goes on as it is.
+
+        Raises:
+            ValueError: another method, other layers or other ranks; nothing is changed then. Use `delete` and `add`.
+        """
+        mine = self[name]
+        other = source if isinstance(source, Adapted) else self._read_beside(mine, source)
+        ours, theirs = mine.state_dict(), other.state_dict()
+        wrong = sorted(set(ours) ^ set(theirs)) or [k for k in ours if ours[k].shape != theirs[k].shape]
+        if wrong or type(mine.method) is not type(other.method):
+            what = f"{type(other.method).__name__} with other tensors ({', '.join(wrong[:3])})" if wrong else str(other.method)
+            raise ValueError(f"adapter {name!r} is {mine.method}; its tensors cannot take those of {what}")
+        with torch.no_grad():
+            for place, layer in mine.layers.items():
+                weight = layer.original_weight()
+                layer.update.load_state_dict(other.layers[place].update.state_dict(), strict=False)
+                matrix = layer.update.rebase(weight)
+                if layer.rebased and matrix is not None:
+                    layer.base = with_matrix(layer.base, matrix)
+        mine.method = other.method
+        return mine
+
+    def combine(
+        self, name: str, weights: Mapping[str, float], *, rank: int | None = None, dtype: torch.dtype | None = None
+    ) -> Combination:
+        """Add a LoRA that is the weighted sum of other adapters' ΔW.
+
+        Formula: `ΔW = Σ wᵢ ΔWᵢ`, as thin factors where every part has them (then exact up to rounding), else from the dense
+        sum; cut off to `rank` by its best approximation.
+
+        Args:
+            weights: adapter -> factor.
+            rank: of the result, at most; None keeps all that the sum has where it is low-rank, and a quarter of the smaller
+                side where it is not.
+
+        Returns:
+            A `Combination` that states rank and error of each layer.
+
+        Raises:
+            UnknownNameError, ValueError: unknown adapters, none, a factor that is not finite, rank below 1.
+        """
+        self._free(name)
+        if not weights:
+            raise ValueError("weights must name at least one adapter; got {}")
+        for part, factor in weights.items():
+            self._known(part)
+            check_float(f"weight of {part!r}", factor)
+        if rank is not None:
+            check_int("rank", rank, 1)
+        parts: dict[str, list[tuple[float, AdaptedLayer]]] = {}
+        for part, factor in weights.items():
+            for place, layer in self.adapters[part].layers.items():
+                parts.setdefault(place, []).append((float(factor), layer))
+        factors = {place: _weighted_sum(found, rank) for place, found in parts.items()}
+        largest = max(A.shape[0] for A, _, _ in factors.values())
+        # One LoRA method serves all layers: shorter factors are filled up with zeros, which changes nothing.
+        method = LoRA(rank=largest, alpha=largest, target_modules=list(factors))
+        self._take(name, _blank_lora(self.model, method, factors, dtype))
+        return Combination({p: len(A) for p, (A, _, _) in factors.items()}, {p: e for p, (_, _, e) in factors.items()})
+
+    @torch.no_grad()
+    def merge(self) -> MergeReport:
+        """Put plain layers with the active adapters' `W_eff` into the model; `unmerge()` brings everything back bit for bit."""
+        self._unmerged("merge")
+        outer = {place: self.model.get_submodule(place) for adapted in self.adapters.values() for place in adapted.layers}
+        changes: list[LayerChange] = []
+        self._merged = (outer, {p: p.requires_grad for p in self.model.parameters()})
+        for place, layer in outer.items():
+            assert isinstance(layer, AdaptedLayer)
+            plain, change = merged_layer(place, layer)
+            changes.append(change)
+            replace_layer(self.model, place, plain)
+        tied = {name for adapted in self.adapters.values() for name in adapted.tied}
+        return MergeReport(tuple(changes), tuple(place for place in outer if place in tied))
+
+    def unmerge(self) -> None:
+        """Undo `merge()`."""
+        if self._merged is None:
+            raise ValueError("there is nothing to unmerge")
+        layers, flags = self._merged
+        for place, layer in layers.items():
+            replace_layer(self.model, place, layer)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        self._merged = None
+
+    def _take(self, name: str, adapted: Adapted) -> Adapted:
+        self.adapters[name] = adapted
+        self.activate(name)
+        return adapted
+
+    def _free(self, name: str) -> None:
+        self._unmerged("add")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name must be a non-empty string; got {name!r}")
+        if name in self.adapters:
+            raise ValueError(f"there is an adapter {name!r} already; delete it first, or swap its numbers")
+
+    def _known(self, name: str) -> str:
+        if name not in self.adapters:
+            raise unknown("adapter", name, self.adapters)
+        return name
+
+    def _unmerged(self, what: str) -> None:
+        if self._merged is not None:
+            raise ValueError(f"the adapters are merged: unmerge() before {what}()")
+
+    def _layers(self) -> Iterable[AdaptedLayer]:
+        return (layer for adapted in self.adapters.values() for layer in adapted.layers.values())
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        self._unmerged("a switch")
+        before = [(layer, layer.strength, layer.rows) for layer in self._layers()]
+        try:
+            yield
+        finally:
+            for layer, strength, rows in before:
+                layer.strength, layer.rows = strength, rows
+
+    def _unwrap(self, place: str, gone: AdaptedLayer) -> None:
+        """Take one wrapper out of the chain at `place`."""
+        outer = self.model.get_submodule(place)
+        if gone.rebased:  # its base is a copy with a part taken out: the weight as it was goes back
+            gone.base = with_matrix(gone.base, gone.original_weight())
+        if outer is gone:
+            replace_layer(self.model, place, gone.base)
+            return
+        layer = outer
+        while isinstance(layer, AdaptedLayer) and layer.base is not gone:
+            layer = layer.base
+        assert isinstance(layer, AdaptedLayer)
+        layer.base = gone.base
+
+    def _read_beside(self, mine: Adapted, folder: str | Path) -> Adapted:
+        """The adapter in `folder`, attached to stand-ins of the layers that `mine` adapts."""
+        bare = nn.Module()
+        for place, layer in mine.layers.items():
+            parent = bare
+            *path, leaf = place.split(".")
+            for part in path:
+                if part not in parent._modules:
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
+            parent.add_module(leaf, layer)
+        return load_adapter(bare, folder)
+
+
+def _saved_kind(folder: Path) -> type[Method] | None:
+    """The method of a saved adapter, from its description; None where there is none to read, which loading will say."""
+    if not (folder / "adapter.json").is_file():
+        return None
+    about = read_json(folder / "adapter.json")
+    return registered_methods().get(str(about.get("method"))) if isinstance(about, dict) else None
+
+
+def _weighted_sum(parts: list[tuple[float, AdaptedLayer]], rank: int | None) -> tuple[Tensor, Tensor, float]:
+    """`A (r, in)`, `B (out, r)` of `Σ w ΔW`, and the relative error of what was cut off."""
+    thin = [layer.update.low_rank_delta() for _, layer in parts]
+    small = min(parts[0][1].out_features, parts[0][1].in_features)
+    if all(pair is not None for pair in thin):
+        A = torch.cat([wide(pair[0]) for pair in thin if pair is not None])
+        B = torch.cat([factor * wide(pair[1]) for (factor, _), pair in zip(parts, thin) if pair is not None], dim=1)
+        if A.shape[0] <= min(small, rank or small):
+            return A, B, 0.0
+        return compress_factors(A, B, min(small, rank or small))
+    total = sum(factor * layer.update.delta() for factor, layer in parts)
+    assert isinstance(total, Tensor)
+    keep = min(rank or max(1, small // 4), small)
+    u, s, vh = truncated_svd(total, keep)
+    size = float(total.square().sum())
+    error = max(0.0, 1.0 - float(s.square().sum()) / size) ** 0.5 if size else 0.0
+    return vh, u * s, error
+
+
+def _blank_lora(
+    model: nn.Module, method: LoRA, factors: Mapping[str, tuple[Tensor, Tensor, float]], dtype: torch.dtype | None
+) -> Adapted:
+    adapted = adapt(model, method, dtype=dtype)
+    with torch.no_grad():
+        for place, layer in adapted.layers.items():
+            update, (A, B, _) = layer.update, factors[place]
+            assert isinstance(update, LoRAUpdate)
+            update.A.zero_()[: A.shape[0]].copy_(A)
+            update.B.zero_()[:, : A.shape[0]].copy_(B)
+    return adapted

@@ -1,0 +1,123 @@
+"""`lowdim.adapt(model, method)`: freeze a model and put adapted layers in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowdim.adapters.core.adapted import Adapted
+from lowdim.adapters.core.base import AdaptedLayer, Method, ModelMethod
+from lowdim.adapters.core.composed import is_composed
+from lowdim.adapters.core.guards import (
+    error_context,
+    fingerprint,
+    pristine_matrix,
+    saved_modules,
+    tied_layers,
+    unchanged_on_error,
+)
+from lowdim.calibrate import LossFn, collect
+from lowdim.linalg import stream
+from lowdim.surgery import Patterns, find_layers, freeze, is_matrix_layer, replace_layer
+
+__all__ = ["adapt", "target_layers"]
+
+
+def adapt(
+    model: nn.Module,
+    method: Method,
+    *,
+    batches: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
+    modules_to_save: Iterable[str] = (),
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    initialise: bool = True,
+) -> Adapted:
+    """Freeze `model` and attach `method` to the layers it names, in place.
+
+    Args:
+        model: any nn.Module.
+        method: hyperparameters, e.g. `lowdim.adapters.LoRA(rank=8, target_modules=["q_proj", "v_proj"])`.
+        batches: sample batches, for methods that look at data first (consumed once).
+        loss_fn: `loss_fn(model, batch) -> scalar`, a mean over the batch, for methods that need a gradient.
+        modules_to_save: modules that are trained and saved whole, e.g. a new classification head.
+        seed: every random start is drawn from (seed, layer name), so it does not depend on the order of layers.
+        dtype: of the trained tensors; None takes each weight's. float32 over a bfloat16 model trains more exactly.
+        initialise: False allocates only (forecasts).
+
+    Returns:
+        An `Adapted`.
+
+    Raises:
+        NoMatchingModuleError: a pattern of `target_modules` or `modules_to_save` matches nothing.
+        ValueError, TypeError: from the method, with the layer's name.
+
+    Example:
+        >>> import torch, lowdim
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> adapted = lowdim.adapt(model, lowdim.adapters.LoRA(rank=1))
+        >>> list(adapted.layers)
+        ['0']
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a lowdim.adapters method such as LoRA(rank=8); got {method!r}")
+    if isinstance(method, ModelMethod):
+        return method.attach_model(
+            model,
+            seed=seed,
+            dtype=dtype,
+            initialise=initialise,
+            batches=batches,
+            loss_fn=loss_fn,
+            modules_to_save=modules_to_save,
+        )
+    if is_composed(model):
+        raise ValueError("a method that acts on the whole model (SAID, aTLAS) is attached already; merge() it first")
+    layers = target_layers(model, method)
+    kept = saved_modules(model, modules_to_save, layers)
+    fingerprints = {name: fingerprint(pristine_matrix(layer)) for name, layer in layers.items()} if initialise else {}
+    first = not any(isinstance(module, AdaptedLayer) for module in model.modules())
+    tied = tied_layers(model, layers)
+    with torch.enable_grad():
+        stats = collect(model, layers, method.needs, batches, loss_fn) if initialise else {name: {} for name in layers}
+    prepared = method.prepare(layers, seed=seed, initialise=initialise)
+    shared = method.shared(layers, seed=seed, initialise=initialise)
+    attached = {}
+    with unchanged_on_error(model):
+        if first:  # else everything that is not trained is frozen already
+            freeze(model)
+        for name, layer in layers.items():
+            with error_context(type(method).__name__, name, layer):
+                attached[name] = method.attach(
+                    layer,
+                    # popped: a gradient or covariance is as large as the weight, so none is held longer than needed
+                    stats={**stats.pop(name), **prepared.pop(name)},
+                    generator=stream(seed, type(method).__name__, name),
+                    dtype=dtype,
+                    initialise=initialise,
+                )
+    for name, layer in attached.items():
+        replace_layer(model, name, layer)
+    for name in kept:
+        for parameter in model.get_submodule(name).parameters():
+            parameter.requires_grad_(True)
+    return method.adapted_type()(model, method, attached, fingerprints, kept, seed, tied, shared)
+
+
+def target_layers(model: nn.Module, method: Method) -> dict[str, nn.Module]:
+    """The layers that the method's `target_modules` name in this model; one that is adapted already counts as one layer."""
+    patterns: Patterns = method.target_modules
+    everything = patterns is None or patterns == "all-linear"
+    inside = {
+        part for layer in model.modules() if isinstance(layer, AdaptedLayer) for part in layer.modules() if part is not layer
+    }
+
+    def accept(layer: nn.Module) -> bool:
+        matrix = not everything or isinstance(layer, AdaptedLayer) or is_matrix_layer(layer)
+        return layer not in inside and matrix and method.accepts(layer)
+
+    return find_layers(model, patterns, accept=accept)

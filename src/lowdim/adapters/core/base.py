@@ -1,0 +1,286 @@
+"""The interface of an adapter: a Method attaches a WeightUpdate to a layer and gives an AdaptedLayer.
+
+A new method is a frozen dataclass with `blank` (allocate from shapes) and `initialise` (fill from the weight), and a
+WeightUpdate with `forward` and `dense`. Everything else (convolutions, merging, saving, export) works from these.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowdim.adapters.core.layer import AdaptedLayer, kind_of, wide
+from lowdim.errors import CheckpointError
+from lowdim.surgery import dense_matrix, describe, is_quantized
+
+__all__ = ["AdaptedLayer", "Method", "ModelMethod", "Stats", "WeightUpdate", "kind_of", "registered_methods", "wide"]
+
+Stats = Mapping[str, Any]
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+class WeightUpdate(nn.Module):
+    """The trained part of an adapted layer: a matrix `(out, in)` that is never built to be applied.
+
+    Subclasses hold their parameters and buffers under the names of their paper and write `forward` and `dense`; they
+    override the rest where the structure allows better than the default.
+    """
+
+    #: Names of parameters on which weight decay would pull the pre-trained weight itself towards zero.
+    no_decay: frozenset[str] = frozenset()
+
+    def __init__(self, out_features: int, in_features: int):
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+
+    def forward(
+        self,
+        x: Tensor,  # (..., in_features)
+    ) -> Tensor:
+        """What the update adds to the layer's output, `(..., out_features)`."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(x)")
+
+    def dense(self) -> Tensor:
+        """The matrix `(out, in)` that `forward` applies, differentiable."""
+        raise NotImplementedError(f"{type(self).__name__} must define dense()")
+
+    def add_to(self, y: Tensor, x: Tensor, *, inplace: bool = False) -> Tensor:
+        """`y + forward(x)`; override to fuse the addition. `inplace=True` allows `y` to be overwritten."""
+        return y + self(x).to(y.dtype)
+
+    def rebase(self, weight: Tensor) -> Tensor | None:
+        """The frozen base matrix for this update when `weight (out, in)` is the layer's own, or None to keep it.
+
+        Called once after initialising and once after loading, so both give the same bits.
+        """
+        return None
+
+    def start(self) -> Tensor | None:
+        """What `rebase` took away from the weight, `(out, in)`; None where the base is the weight itself."""
+        return None
+
+    @torch.no_grad()
+    def exact(self) -> Tensor:
+        """`dense()` with its products taken in float32 or better, without gradient; for merging, where rounding comes last."""
+        narrow = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.parameters())
+        return wide((copy.deepcopy(self).float() if narrow else self).dense())
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """`W_eff − W₀ (out, in)`, in float32 or better, without gradient."""
+        dense, start = self.exact(), self.start()
+        return dense if start is None else dense - wide(start)
+
+    def low_rank_delta(self) -> tuple[Tensor, Tensor] | None:
+        """Factors `A (r, in)`, `B (out, r)` with `delta() = B A` exactly, or None where the delta has full rank."""
+        return None
+
+    def convolve(self, x: Tensor, conv: nn.Conv2d) -> Tensor | None:
+        """What the update adds to a convolution's output, or None where `forward` on patches is the way."""
+        return None
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Rows `dense()[:, index].T`, `(*index, out)`, for embeddings; only some methods can."""
+        raise NotImplementedError(f"{type(self).__name__} cannot adapt an embedding")
+
+    def meta(self) -> dict[str, Any]:
+        """What `Method.blank` needs beside the shapes to allocate this very update again (JSON)."""
+        return {}
+
+    def saved(self) -> dict[str, Tensor]:
+        """Tensors of a checkpoint."""
+        return self.state_dict()
+
+    def restore(self, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
+        """Take the tensors of a checkpoint; `weight` is the layer's own, for what is recomputed from it."""
+        own = self.saved()
+        wrong = sorted(set(own) ^ set(tensors)) or [k for k, v in own.items() if v.shape != tensors[k].shape]
+        if wrong:
+            raise CheckpointError(
+                f"{type(self).__name__} does not fit the file: {', '.join(wrong)} missing, superfluous or misshapen"
+            )
+        self.load_state_dict(dict(tensors), strict=False)
+
+    def start_forward(self, x: Tensor) -> Tensor:
+        """What `start()` adds to the layer's output, `(..., out_features)`; only asked for where `start()` is not None."""
+        start = self.start()
+        assert start is not None
+        return F.linear(x, start.to(x.dtype))
+
+    def connect(self, shared: nn.Module, name: str) -> None:
+        """Take what the method's `shared` module holds for layer `name`; called once, before the first forward."""
+
+    def step(self) -> None:
+        """After each optimizer step: schedules, proximal steps."""
+
+    def regularizer(self) -> Tensor | None:
+        """A scalar to add to the loss, or None."""
+        return None
+
+
+class Method:
+    """Hyperparameters of an adapter, as a frozen dataclass; makes updates, holds no tensors.
+
+    Subclass with `@dataclass(frozen=True)`. A subclass registers under its class name, which checkpoints refer to.
+    """
+
+    #: What `lowdim.calibrate` must collect before attaching (see `calibrate.KINDS`).
+    needs: ClassVar[frozenset[str]] = frozenset()
+    #: Layer kinds that the method takes, of "linear" (nn.Linear, Conv1D), "conv2d", "embedding".
+    takes: ClassVar[frozenset[str]] = frozenset({"linear", "conv2d"})
+
+    #: Whether `target_modules` must be given, because its entries mean something (one column of a grid each).
+    names_targets: ClassVar[bool] = False
+
+    # Every method has these two fields; they are declared by each dataclass so that its own come in its paper's order.
+    target_modules: Any
+    dropout: float = 0.0
+
+    def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if abstract:  # a base of methods, not one that a checkpoint could name
+            return
+        other = _REGISTRY.get(cls.__name__)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"a method named {cls.__name__!r} is already registered by {other.__module__}")
+        _REGISTRY[cls.__name__] = cls
+
+    def blank(
+        self, out_features: int, in_features: int, *, stats: Stats, dtype: torch.dtype, device: torch.device
+    ) -> WeightUpdate:
+        """Allocate the update from shapes alone (also on meta and fake tensors); check that the shapes allow it."""
+        raise NotImplementedError(f"{type(self).__name__} must define blank(...)")
+
+    def initialise(self, update: Any, weight: Tensor, stats: Stats, generator: torch.Generator | None) -> None:
+        """Fill a blank update from the layer's weight `(out, in)` and its statistics."""
+        raise NotImplementedError(f"{type(self).__name__} must define initialise(...)")
+
+    def prepare(self, layers: Mapping[str, nn.Module], *, seed: int, initialise: bool = True) -> dict[str, dict[str, Any]]:
+        """What the method decides over all layers at once (shared bases, ranks), added to each layer's stats.
+
+        `initialise=False` asks for shapes only: no decomposition, nothing read from the weights.
+        """
+        return {name: {} for name in layers}
+
+    def shared(self, layers: Mapping[str, nn.Module], *, seed: int, initialise: bool = True) -> nn.Module | None:
+        """What all layers of a model have in common and train or count together (architecture logits, a step counter), or None.
+
+        It is put into the model once, so that trainers, checkpoints and wrappers see it; every update is told of it by
+        `WeightUpdate.connect`.
+        """
+        return None
+
+    def adapted_type(self) -> type[Any]:
+        """The class of what `lowdim.adapt` returns; a subclass of `Adapted` where the method acts over all layers at once."""
+        from lowdim.adapters.core.adapted import Adapted
+
+        return Adapted
+
+    def accepts(self, layer: nn.Module) -> bool:
+        """Whether this kind of layer can be adapted by the method."""
+        return kind_of(layer) in self.takes
+
+    def attach(
+        self,
+        layer: nn.Module,
+        *,
+        stats: Stats | None = None,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        initialise: bool = True,
+    ) -> AdaptedLayer:
+        """Wrap one layer. The given layer is frozen and otherwise left as it is.
+
+        A layer that is adapted already gets a further adapter beside the ones it has, started from the pre-trained weight. A
+        quantized weight is dequantized for the start, and stays quantized.
+
+        Args:
+            stats: statistics of this layer, for methods that declare `needs`.
+            generator: source of random numbers; None draws from torch's default one.
+            dtype: of the update's tensors; None takes the weight's.
+            initialise: False leaves the numbers unset (planning, loading).
+
+        Raises:
+            TypeError: not a layer that the method takes.
+            ValueError: the shape does not allow the hyperparameters, or statistics are missing.
+        """
+        if not self.accepts(layer):
+            raise TypeError(f"{type(self).__name__} takes {', '.join(sorted(self.takes))} layers; got {describe(layer)}")
+        over = isinstance(layer, AdaptedLayer)
+        if not over and not is_quantized(layer):
+            stored = layer._parameters.get("weight")
+            if stored is None or not stored.is_floating_point():
+                raise TypeError(f"the weight must be a floating point parameter, not computed; got {describe(layer)}")
+        weight = (layer.pristine_weight() if over else dense_matrix(layer)).detach()
+        out_features, in_features = weight.shape
+        given = {} if stats is None else stats
+        if initialise:
+            for need in sorted(self.needs):
+                self._check_stat(need, given, out_features, in_features)
+        update = self.blank(out_features, in_features, stats=given, dtype=dtype or weight.dtype, device=weight.device)
+        if initialise:
+            with torch.no_grad():
+                self.initialise(update, weight, given, generator)
+        return AdaptedLayer(layer, update, self.dropout)
+
+    def param_groups(self, parameters: Mapping[str, nn.Parameter], lr: float) -> list[dict[str, Any]]:
+        """Optimizer groups for the trained parameters (name -> parameter); override for several rates."""
+        return [{"params": list(parameters.values()), "lr": lr}]
+
+    def peft(self, adapted: Any) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """PEFT's config and tensors where PEFT has this very method, else None (then it goes as LoRA)."""
+        return None
+
+    def config(self) -> dict[str, Any]:
+        """The fields as JSON-able values."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(cast(Any, self))}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Method:
+        """The inverse of `config`."""
+        names = {f.name for f in dataclasses.fields(cast(Any, cls))}
+        extra = sorted(set(config) - names)
+        if extra:
+            raise CheckpointError(f"{cls.__name__} has no field {', '.join(extra)}; its fields are {', '.join(sorted(names))}")
+        # JSON has no tuples; target_modules stays the list that people write.
+        return cls(**{k: tuple(v) if isinstance(v, list) and k != "target_modules" else v for k, v in config.items()})
+
+    def _check_stat(self, need: str, stats: Stats, out_features: int, in_features: int) -> None:
+        value = stats.get(need)
+        who = type(self).__name__
+        if value is None:
+            raise ValueError(
+                f"{who} needs stats[{need!r}]; collect it by lowdim.adapt(model, method, batches=..., loss_fn=...)"
+            )
+        shapes = {"gradient": (out_features, in_features), "covariance": (in_features, in_features), "norms": (in_features,)}
+        want = shapes.get(need)
+        if want is not None and tuple(value.shape) != want:
+            raise ValueError(f"stats[{need!r}] must have shape {want}; got {tuple(value.shape)}")
+        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"stats[{need!r}] has NaN or infinite entries")
+
+
+class ModelMethod(Method, abstract=True):
+    """A method that acts on the model as a whole and not layer by layer; reached by the same `lowdim.adapt`."""
+
+    takes: ClassVar[frozenset[str]] = frozenset()
+
+    def attach_model(self, model: nn.Module, *, seed: int = 0, dtype: torch.dtype | None = None, **options: Any) -> Any:
+        """Freeze `model`, make its parameters functions of few numbers, in place; gives an `Adapted`."""
+        raise NotImplementedError(f"{type(self).__name__} must define attach_model(...)")
+
+
+def registered_methods() -> dict[str, type[Method]]:
+    """Class name -> class of every method that has been imported."""
+    return dict(_REGISTRY)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, list, set, frozenset)) else value

@@ -1,0 +1,1 @@
+"""Adapters as files: lowdim's own folders, and PEFT's."""

@@ -1,0 +1,252 @@
+"""Adapters as PEFT checkpoints: exact where the update is low-rank (or PEFT has the method), else truncated, with the error."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowdim.adapters.core.adapted import Adapted
+from lowdim.adapters.core.base import AdaptedLayer, ModelMethod
+from lowdim.adapters.core.files.peft_factors import Cut, cut, pad_rank
+from lowdim.adapters.core.files.peft_targets import TARGETS, problems, rank_limit, usage
+from lowdim.errors import check_choice, check_float, check_int
+from lowdim.files import write_json, write_tensors
+from lowdim.results import Result
+from lowdim.surgery import CONVOLUTIONS, is_conv1d
+
+__all__ = ["PeftExport", "to_peft"]
+
+
+@dataclass(frozen=True)
+class PeftExport(Result):
+    """What an export wrote and lost.
+
+    Attributes:
+        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+        errors: layer -> `‖ΔW − B A‖_F / ‖ΔW‖_F`; 0 where exact.
+        ranks: layer -> rank written.
+        suggested_rank: the smallest common rank with an error of at most 1 % in every layer, where something was truncated;
+            None where nothing was, or where a layer is too large to look.
+        notes: what the users of `target` must know: the command, limits to raise.
+    """
+
+    folder: Path
+    errors: dict[str, float]
+    ranks: dict[str, int]
+    suggested_rank: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing was lost."""
+        return not any(self.errors.values())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each layer: its rank and what was lost."""
+        return [{"layer": name, "rank": self.ranks.get(name), "error": error} for name, error in self.errors.items()]
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        lost = "exact" if self.exact else f"largest relative error {max(self.errors.values()):.3g}"
+        return f"{self.folder}: {len(self.errors)} layers, {lost}"
+
+
+def to_peft(
+    adapted: Adapted,
+    folder: str | Path,
+    *,
+    rank: int | None = None,
+    max_error: float | None = None,
+    target: str | None = None,
+    native: bool = True,
+    root: str = "",
+    name: str | None = None,
+) -> PeftExport:
+    """Write a folder that `peft.PeftModel.from_pretrained(base_model, folder)` loads.
+
+    Args:
+        rank: at which to truncate updates of full rank; None keeps a quarter of the smaller side. Updates that are low-rank are
+            written exactly.
+        max_error: instead of `rank`, the smallest rank of each layer with at most this relative error.
+        target: `"vllm"` or `"llamacpp"`: write LoRA that this program loads, every layer padded with zeros to one common rank;
+            what stands against it is an error before anything is written.
+        root: name of the submodule that the adapter is for by itself (an encoder inside a classifier); names are written
+            relative to it, and modules outside it are left to the caller.
+        native: write PEFT's own method where it has it (RandLoRA), exact; False always writes LoRA.
+        name: of the folder, in `notes`; None takes its own.
+
+    Returns:
+        A `PeftExport` that states the error of each layer.
+
+    Raises:
+        ValueError: the model has been merged, rank is below 1, rank and max_error together, a convolution is of a kind that
+            PEFT cannot adapt, or `target` cannot load the adapter (every reason is listed).
+        UnknownNameError: no such target.
+    """
+    if isinstance(adapted.method, ModelMethod):
+        adapted.export(folder)  # which says why PEFT cannot have it
+    if not adapted.layers:
+        raise ValueError("there is no adapter to export: the model has been merged")
+    if rank is not None:
+        check_int("rank", rank, 1)
+    if max_error is not None:
+        check_float("max_error", max_error, 0.0, 1.0, high_open=True)
+        if rank is not None:
+            raise ValueError("give rank or max_error, not both: max_error chooses the rank")
+    folder, base = Path(folder), _base_name(adapted.model)
+    if target is not None:
+        check_choice("target", target, TARGETS)
+        reasons = problems(adapted, target)
+        if reasons:
+            raise ValueError(f"{TARGETS[target]} cannot load this adapter; merge it instead. " + "; ".join(reasons))
+    native = native and target is None and max_error is None and all(layer.strength == 1.0 for layer in adapted.layers.values())
+    own = adapted.method.peft(adapted) if native else None
+    if own is not None:
+        config, tensors = own
+        result = PeftExport(folder, dict.fromkeys(adapted.layers, 0.0), {n: int(config.get("r", 0)) for n in adapted.layers})
+    else:
+        found = {key: cut(layer, rank, max_error, rank_limit(target)) for key, layer in adapted.layers.items()}
+        config, tensors, result = _as_lora(adapted, folder, found, pad=target is not None)
+    if target is not None:
+        notes = usage(adapted, target, name or folder.name, base, int(config["r"]))
+        result = dataclasses.replace(result, notes=tuple(notes))
+    config = {
+        "base_model_name_or_path": base,
+        "task_type": task_type(adapted.model),
+        "inference_mode": True,
+        "bias": "none",
+        "target_modules": _targets(adapted),
+        "modules_to_save": _inside(adapted.modules_to_save, root) or None,
+        **config,
+    }
+    for module in _inside(adapted.modules_to_save, root):
+        state = adapted.model.get_submodule(module).state_dict()
+        tensors.update({f"base_model.model.{module}.{key}": value for key, value in state.items()})
+    if root:
+        config, tensors = _relative(config, tensors, root)
+    write_json(folder / "adapter_config.json", config)
+    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    return result
+
+
+def _inside(names: Iterable[str], root: str) -> list[str]:
+    return [name for name in names if not root or name.startswith(root + ".")]
+
+
+def _relative(config: dict[str, Any], tensors: dict[str, Tensor], root: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Names relative to the submodule `root`, which stands alone where the adapter will be loaded."""
+    targets = config["target_modules"]
+    names = targets.split("|") if isinstance(targets, str) else targets  # a regular expression of alternatives, or a list
+    start = re.escape(root + ".") if isinstance(targets, str) else root + "."
+    outside = [name for name in names if not name.startswith(start)]
+    if outside:
+        raise ValueError(f"layer {outside[0]} lies outside {root!r}; the adapter cannot be written for {root!r} alone")
+    short = [name.removeprefix(start) for name in names]
+    saved = [name.removeprefix(root + ".") for name in config["modules_to_save"] or []]
+    config = {
+        **config,
+        "target_modules": "|".join(short) if isinstance(targets, str) else short,
+        "modules_to_save": saved or None,
+    }
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        config[key] = {"^" + name.removeprefix("^" + re.escape(root + ".")): r for name, r in patterns.items()}
+    long = f"base_model.model.{root}."
+    return config, {name.replace(long, "base_model.model.", 1): value for name, value in tensors.items()}
+
+
+def _as_lora(
+    adapted: Adapted, folder: Path, found: dict[str, Cut], *, pad: bool
+) -> tuple[dict[str, Any], dict[str, Tensor], PeftExport]:
+    if pad:
+        top = max(len(one.A) for one in found.values())
+        for name, one in found.items():
+            if one.error and len(one.A) < top:  # what is stored anyway may as well be used
+                found[name] = cut(adapted.layers[name], max_error=0.0, limit=top)
+        found = {name: pad_rank(one, top) for name, one in found.items()}
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, one in found.items():
+        placed = _layout(f"base_model.model.{name}", adapted.layers[name], one.A, one.B)
+        ranks[name] = len(next(iter(placed.values())))
+        tensors.update(placed)
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    # PEFT looks a key up as a regular expression for the end of a name; the caret makes it the whole name.
+    odd = {"^" + re.escape(name): r for name, r in ranks.items() if r != common}
+    config = {
+        "peft_type": "LORA",
+        "r": common,
+        "lora_alpha": common,  # the scale is inside B, so alpha / r is 1 in every layer
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": odd,
+        "alpha_pattern": dict(odd),
+        "fan_in_fan_out": any(is_conv1d(layer.plain) for layer in adapted.layers.values()),
+    }
+    errors = {name: one.error for name, one in found.items()}
+    enough = [one.enough for one in found.values()]
+    known = [count for count in enough if count is not None]
+    suggested = max(known) if any(errors.values()) and len(known) == len(enough) else None
+    return config, tensors, PeftExport(folder, errors, ranks, suggested)
+
+
+def _layout(prefix: str, layer: AdaptedLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """PEFT's two tensors for `ΔW = B A`, the one with the rank in front first."""
+    if layer.kind == "embedding":
+        return {f"{prefix}.lora_embedding_A": A, f"{prefix}.lora_embedding_B": B}
+    plain = layer.plain
+    if isinstance(plain, CONVOLUTIONS):
+        if set(plain.dilation) != {1} or plain.padding_mode != "zeros":
+            raise ValueError(f"{prefix}: PEFT's LoRA has no dilation and pads with zeros only; got {plain}: merge() instead")
+        A = _grouped(A.view(len(A), *plain.weight.shape[1:]), plain.groups)
+        B = B[(..., *[None] * len(plain.kernel_size))]
+    return {f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B}
+
+
+def _grouped(
+    A: Tensor,  # (rank, in_channels / groups, *kernel)
+    groups: int,
+) -> Tensor:
+    """PEFT's first convolution sees all channels and only its second one has groups: one copy of `A` for each group."""
+    if groups == 1:
+        return A
+    rank, channels, *size = A.shape
+    eye = torch.eye(groups, dtype=A.dtype, device=A.device)[(slice(None), None, slice(None), *[None] * (A.ndim - 1))]
+    return (eye * A[None, :, None]).reshape(groups * rank, groups * channels, *size)
+
+
+def _targets(adapted: Adapted) -> list[str] | str:
+    """The adapted layers' names; as a regular expression where PEFT would take a name for the end of others, too."""
+    names = list(adapted.layers)
+    ends = tuple("." + name for name in names)
+    others = (name for name, _ in adapted.model.named_modules() if name not in adapted.layers)
+    return "|".join(map(re.escape, names)) if any(name.endswith(ends) for name in others) else names
+
+
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's name for what the model does, from its transformers class; None for any other model."""
+    name = type(model).__name__
+    endings: Mapping[str, str] = {
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForCausalLM": "CAUSAL_LM",
+        "LMHeadModel": "CAUSAL_LM",
+        "ForTokenClassification": "TOKEN_CLS",
+        "ForQuestionAnswering": "QUESTION_ANS",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    }
+    return next((task for ending, task in endings.items() if name.endswith(ending)), None)
+
+
+def _base_name(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None

@@ -1,0 +1,114 @@
+"""An update as two factors: exact where it is low-rank, else cut off with its error stated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowdim.adapters.core.layer import AdaptedLayer, wide
+from lowdim.linalg import compress_factors, svd, truncated_svd
+
+__all__ = ["Cut", "cut", "pad_rank"]
+
+#: The error up to which a rank is suggested.
+GOOD = 0.01
+#: Above this smaller side a whole spectrum takes too long to be worth a suggestion alone.
+LARGE = 1024
+
+
+@dataclass(frozen=True)
+class Cut:
+    """`ΔW ≈ B A`.
+
+    Attributes:
+        A, B: `(r, in)` and `(out, r)`.
+        error: `‖ΔW − B A‖_F / ‖ΔW‖_F`; 0 where exact.
+        enough: the smallest rank with an error of at most 1 %; None where it was not looked for.
+    """
+
+    A: Tensor
+    B: Tensor
+    error: float
+    enough: int | None
+
+
+@torch.no_grad()
+def cut(layer: AdaptedLayer, rank: int | None = None, max_error: float | None = None, limit: int | None = None) -> Cut:
+    """The update of a layer as factors.
+
+    Args:
+        rank: where an update of full rank is cut off; None keeps a quarter of the smaller side.
+        max_error: instead, the smallest rank with at most this relative error, also of updates that are low-rank.
+        limit: no rank above this, whatever the error.
+    """
+    small = min(layer.out_features, layer.in_features)
+    most = small if limit is None else min(small, limit)
+    thin = layer.update.low_rank_delta()
+    if thin is None:
+        return _cut_dense(layer, small, most, rank, max_error)
+    A, B = wide(thin[0]), wide(thin[1]) * layer.strength
+    count = A.shape[0]
+    if max_error is None and count <= most:
+        return Cut(A, B, 0.0, count)
+    # More columns than the matrix has rank, or than are wanted: QR of both factors, then the SVD of a small square.
+    whole_A, whole_B, _ = compress_factors(A.double(), B.double(), small)
+    s = whole_A.square().sum(1)  # balanced factors: each row has the square root of its singular value
+    keep = most if max_error is None else min(most, _needed(s, max_error))
+    keep = min(keep, len(s))
+    return Cut(whole_A[:keep].to(A.dtype), whole_B[:, :keep].to(B.dtype), _error(s, keep), _needed(s, GOOD))
+
+
+def _cut_dense(layer: AdaptedLayer, small: int, most: int, rank: int | None, max_error: float | None) -> Cut:
+    delta, dtype = layer.delta(), layer.update_dtype()
+    if small <= LARGE:
+        u, s, vh = svd(delta)
+        keep = min(most, rank or max(1, small // 4)) if max_error is None else min(most, _needed(s, max_error))
+        error, enough = _error(s, keep), _needed(s, GOOD)
+    else:
+        u, s, vh, keep = _sketched(delta, most, rank or max(1, small // 4), max_error)
+        size = float(torch.linalg.matrix_norm(delta))
+        error = float(torch.linalg.matrix_norm(delta - (u[:, :keep] * s[:keep]) @ vh[:keep])) / size if size else 0.0
+        enough = None
+    root = s[:keep].sqrt()
+    return Cut((root[:, None] * vh[:keep]).to(dtype), (u[:, :keep] * root).to(dtype), error, enough)
+
+
+def _sketched(delta: Tensor, most: int, rank: int, max_error: float | None) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Leading triplets, and how many to keep; for an error, the rank is doubled until it is met."""
+    if max_error is None:
+        keep = min(most, rank)
+        return (*truncated_svd(delta, keep), keep)
+    total, k = float(delta.double().square().sum()), min(most, 64)
+    while True:
+        u, s, vh = truncated_svd(delta, k)
+        left = (1 - s.double().square().cumsum(0) / total).clamp_min(0).sqrt() if total else torch.zeros(k)
+        met = torch.nonzero(left <= max_error)
+        if len(met) or k == most:
+            return u, s, vh, int(met[0]) + 1 if len(met) else k
+        k = min(most, 2 * k)
+
+
+def pad_rank(found: Cut, rank: int) -> Cut:
+    """The same update at a higher rank: rows and columns of zeros."""
+    more = rank - found.A.shape[0]
+    A = torch.cat([found.A, found.A.new_zeros(more, found.A.shape[1])])
+    B = torch.cat([found.B, found.B.new_zeros(found.B.shape[0], more)], dim=1)
+    return Cut(A, B, found.error, found.enough)
+
+
+def _left(s: Tensor) -> Tensor:
+    """The relative error of each rank from 0 up, `(len(s) + 1,)`; summed from the smallest, so that nothing cancels."""
+    tails = s.double().square().flip(0).cumsum(0).flip(0)
+    total = float(tails[0]) if len(tails) else 0.0
+    zero = tails.new_zeros(1)
+    return (torch.cat([tails, zero]) / total).sqrt() if total else torch.zeros(len(s) + 1)
+
+
+def _error(s: Tensor, keep: int) -> float:
+    return float(_left(s)[keep])
+
+
+def _needed(s: Tensor, bound: float) -> int:
+    return max(1, int(torch.nonzero(_left(s) <= bound)[0]))

@@ -1,0 +1,108 @@
+"""What other programs ask of a PEFT LoRA folder, checked before one is written.
+
+vLLM (`vllm/lora/peft_helper.py`, `lora_model.py`, `config/lora.py`): one rank and one alpha for all layers (`rank_pattern` is
+not read), a rank up to its `max_lora_rank`, no DoRA, no biases, no `modules_to_save`, LoRA tensors of linear layers, and of
+embeddings and the head where the model's class registers them.
+
+llama.cpp (`convert_lora_to_gguf.py`, `src/llama-adapter.cpp`): one alpha for all, matrices in the layout of nn.Linear, nothing
+but LoRA tensors, no embedding but the tokens', and neither that nor the head where both share their weight.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lowdim.adapters.core.layer import AdaptedLayer
+from lowdim.surgery import is_conv1d
+
+__all__ = ["TARGETS", "VLLM_RANKS", "problems", "rank_limit", "usage"]
+
+#: Program -> what its users call it.
+TARGETS = {"vllm": "vLLM", "llamacpp": "llama.cpp"}
+#: What `--max-lora-rank` may be; the default is 16.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_DEFAULT = 16
+
+
+def rank_limit(target: str | None) -> int | None:
+    """The highest rank that the program loads; None where there is no limit."""
+    return VLLM_RANKS[-1] if target == "vllm" else None
+
+
+def problems(adapted: Any, target: str) -> list[str]:
+    """What keeps the program from loading the adapter (an `Adapted`) as LoRA; empty where nothing does."""
+    found = []
+    name = TARGETS[target]
+    if adapted.modules_to_save:
+        found.append(
+            f"modules that are trained and saved whole ({_some(adapted.modules_to_save)}): {name} reads LoRA tensors only"
+        )
+    kinds: dict[str, list[str]] = {}
+    for layer_name, layer in adapted.layers.items():
+        reason = _unfit(adapted, layer_name, layer, target)
+        if reason:
+            kinds.setdefault(reason, []).append(layer_name)
+    return found + [f"{reason}: {_some(names)}" for reason, names in kinds.items()]
+
+
+def _unfit(adapted: Any, name: str, layer: AdaptedLayer, target: str) -> str:
+    program = TARGETS[target]
+    if layer.kind.startswith("conv"):
+        return f"convolutions, which {program} takes no LoRA for"
+    if is_conv1d(layer.plain):
+        why = "its models with them take no LoRA" if target == "vllm" else "its converter would transpose the factors"
+        return f"Conv1D layers, whose weight is stored transposed ({why})"
+    inputs, outputs = (_end(adapted.model, side) for side in ("input", "output"))
+    if layer.kind == "embedding" and inputs is not layer:
+        return f"embeddings other than the tokens', which {program} takes no LoRA for"
+    ends = layer is inputs or layer is outputs
+    if target == "llamacpp" and ends and (name in adapted.tied or _ties_words(adapted.model)):
+        return "an embedding and a head that share their weight, which llama.cpp keeps once"
+    return ""
+
+
+def _end(model: nn.Module, side: str) -> nn.Module | None:
+    getter = getattr(model, f"get_{side}_embeddings", None)
+    try:
+        return getter() if callable(getter) else None  # type: ignore[return-value]
+    except (NotImplementedError, AttributeError):
+        return None  # a transformers model without it
+
+
+def _ties_words(model: Any) -> bool:
+    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+
+
+def usage(adapted: Any, target: str, folder: str, base: str | None, rank: int) -> list[str]:
+    """What its user must know: the command, and what cannot be checked without the program."""
+    if target == "llamacpp":
+        # The converter asks the hub for the name in the configuration; a folder must be given to it.
+        here = base is not None and Path(base).is_dir()
+        known = base is not None and (not here or (Path(base) / "config.json").is_file())
+        where = "" if known and not here else f" --base {shlex.quote(str(base)) if known else 'BASE_MODEL'}"
+        notes = [f"python convert_lora_to_gguf.py {shlex.quote(folder)}{where} --outfile {shlex.quote(folder + '.gguf')}"]
+        if not known:
+            notes.append("BASE_MODEL: a folder with the base model's config.json")
+        return [*notes, "the base model's architecture must be one that llama.cpp converts"]
+    need = next(choice for choice in VLLM_RANKS if choice >= rank)
+    flag = f" --max-lora-rank {need}" if need > VLLM_DEFAULT else ""
+    model = shlex.quote(base) if base else "BASE_MODEL"
+    notes = [f"vllm serve {model} --enable-lora{flag} --lora-modules {shlex.quote(f'NAME={folder}')}"]
+    if flag:
+        notes.append(f"the rank is {rank} and vLLM's default limit {VLLM_DEFAULT}, so --max-lora-rank {need} is needed")
+    ends = [name for name, layer in adapted.layers.items() if layer in (_end(adapted.model, s) for s in ("input", "output"))]
+    if ends:
+        notes.append(
+            f"{_some(ends)}: only model classes of vLLM that register embeddings for LoRA take these (Llama, Qwen3, ...)"
+        )
+    return [*notes, "the base model's class must support LoRA in vLLM (its list of supported models says so)"]
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

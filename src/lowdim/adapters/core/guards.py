@@ -1,0 +1,129 @@
+"""What attaching and loading take care of around a model: names in errors, ties, digests, other code paths."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowdim.errors import CheckpointError, NoMatchingModuleError, nearest
+from lowdim.linalg import gather, is_sharded
+from lowdim.surgery import dense_matrix, describe, tied_parameters
+
+__all__ = [
+    "error_context",
+    "fingerprint",
+    "leave_fused_paths",
+    "pristine_matrix",
+    "saved_modules",
+    "tied_layers",
+    "unchanged_on_error",
+    "whole_parameters",
+]
+
+
+@contextmanager
+def error_context(who: str, name: str, layer: nn.Module):
+    """Adds method, layer name and shape to an error from inside, keeping its type."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"layer {name}: {error}") from error
+    except (ValueError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{who} on layer {name} ({describe(layer)}): {error}") from error
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module):
+    """Gives every parameter its `requires_grad` back if what is inside fails."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def tied_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Those of `layers` whose weight stands under another name too."""
+    tied = {name for group in tied_parameters(model) for name in group}
+    return tuple(name for name in layers if f"{name}.weight" in tied)
+
+
+def fingerprint(weight: Tensor) -> str:
+    """A digest of a weight that survives a change between float32 and bfloat16: shape, and up to 65,536 rounded entries."""
+    flat = weight.detach().reshape(-1)
+    step = (flat.numel() // 65536) | 1  # odd: a power of two would see a few columns only
+    sample = flat[::step].to(torch.bfloat16).cpu().view(torch.int16)
+    return hashlib.blake2b(repr(tuple(weight.shape)).encode() + sample.numpy().tobytes(), digest_size=12).hexdigest()
+
+
+def pristine_matrix(layer: nn.Module) -> Tensor:
+    """A layer's pre-trained weight `(out, in)`, under whatever adapters it has; a quantized one in float32."""
+    pristine = getattr(layer, "pristine_weight", None)
+    return dense_matrix(layer) if pristine is None else pristine()
+
+
+@contextmanager
+def whole_parameters(module: nn.Module):
+    """Inside, parameters that are spread over processes are whole, and still differentiable."""
+    spread = [(m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None and is_sharded(p)]
+    for owner, name, parameter in spread:
+        owner._parameters[name] = gather(parameter)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for owner, name, parameter in spread:
+            owner._parameters[name] = parameter
+
+
+def leave_fused_paths(model: nn.Module, layers: Iterable[nn.Module]) -> Callable[[bool], None]:
+    """Keep torch's transformer layers from their fused inference code, which reads weights and would skip the updates.
+
+    Returns a function that allows that code again (False) or keeps it out (True).
+    """
+    switches = {nn.TransformerEncoder: "use_nested_tensor", nn.TransformerEncoderLayer: "activation_relu_or_gelu"}
+    adapted = set(layers)
+    before: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        for kind, name in switches.items():
+            if isinstance(module, kind) and not adapted.isdisjoint(module.modules()):
+                before.append((module, name, getattr(module, name)))
+
+    def leave(away: bool) -> None:
+        for module, name, value in before:
+            setattr(module, name, False if away else value)
+
+    leave(True)
+    return leave
+
+
+def saved_modules(model: nn.Module, names: Iterable[str], layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Full names of the modules that `modules_to_save` names.
+
+    Raises:
+        NoMatchingModuleError: a name that matches nothing.
+        ValueError: a module that holds an adapted layer.
+    """
+    modules = [name for name, _ in model.named_modules() if name]
+    kept = []
+    for pattern in names:
+        found = [name for name in modules if name == pattern or name.endswith("." + pattern)]
+        if not found:
+            raise NoMatchingModuleError(
+                f"modules_to_save: {pattern!r} matches no module; nearest names: {', '.join(nearest(pattern, modules))}"
+            )
+        kept += found
+    for name in kept:
+        inside = [layer for layer in layers if layer == name or layer.startswith(name + ".")]
+        if inside:
+            raise ValueError(
+                f"modules_to_save: {name!r} holds the adapted layer {inside[0]}; a layer is adapted or saved whole, not both"
+            )
+    return tuple(dict.fromkeys(kept))

@@ -1,0 +1,195 @@
+"""A layer with one trained update beside it; where several adapters share a layer, one such wrapper around the other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowdim.adapters.core.convolution import convolve
+from lowdim.errors import check_float
+from lowdim.linalg import low_rank_norm
+from lowdim.surgery import dense_matrix, is_matrix_layer, is_quantized, with_matrix
+
+if TYPE_CHECKING:
+    from lowdim.adapters.core.base import WeightUpdate
+
+__all__ = ["AdaptedLayer", "kind_of", "wide"]
+
+
+class AdaptedLayer(nn.Module):
+    """A frozen layer with a trained update beside it: `y = base(x) + update(dropout(x))`.
+
+    Works over nn.Linear, transformers' Conv1D, nn.Conv2d (the update acts on patches; with groups, through the small dense
+    kernel) and, where the update can look up columns, nn.Embedding; also over quantized linear layers and over another
+    AdaptedLayer.
+
+    An update may stand for a part of the pre-trained weight, `start()`. Where the base is a plain layer that part is taken out
+    of a copy of its weight once (`rebased`); a quantized base, or one that other adapters share, stays as it is and the part
+    is subtracted from the output. In either case the layer computes `y = W₀ x + strength · (update(x) − start x)`.
+
+    Attributes:
+        base: the frozen layer; an AdaptedLayer where several adapters share one.
+        update: what is trained.
+        strength: factor of ΔW; 1 while training, 0 switches the adapter off.
+        rows: which rows of the batch the adapter acts on, `(n,)` int64; None for all.
+    """
+
+    def __init__(self, layer: nn.Module, update: WeightUpdate, dropout: float = 0.0):
+        super().__init__()
+        check_float("dropout", dropout, 0.0, 1.0, high_open=True)
+        shares = isinstance(layer, AdaptedLayer)
+        if not shares:
+            for parameter in layer.parameters():
+                parameter.requires_grad_(False)
+        matrix = update.rebase((layer.pristine_weight() if shares else dense_matrix(layer)).detach())
+        self.taken = matrix is not None
+        self.rebased = matrix is not None and not shares and not is_quantized(layer)
+        self.base = with_matrix(layer, matrix) if matrix is not None and self.rebased else layer
+        self.update = update
+        self.dropout = dropout
+        self.kind = kind_of(layer)
+        self.strength = 1.0
+        self.rows: Tensor | None = None
+        self.train(layer.training)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the update's."""
+        y = self.base(x, *args, **kwargs)
+        if self.strength == 1.0 and self.rows is None and self.taken == self.rebased:
+            return self._add(y, x)
+        if self.rebased:  # y is (W₀ − start) x so far
+            y = y + self._start(x).to(y.dtype)
+        if self.strength == 0.0:
+            return y
+        if self.rows is None:
+            return y + self._change(x).to(y.dtype)
+        rows = self.rows.to(y.device)
+        return y.index_add(0, rows, self._change(x[rows]).to(y.dtype))
+
+    def _add(self, y: Tensor, x: Tensor) -> Tensor:
+        if self.kind == "embedding":
+            return y + self.update.columns(x).to(y.dtype)
+        x = self._cast(self._drop(x))
+        if self.kind.startswith("conv"):
+            return y + convolve(self.update, cast(nn.Conv2d, self.plain), x).to(y.dtype)
+        return self.update.add_to(y, x, inplace=self._may_overwrite())
+
+    def _change(self, x: Tensor) -> Tensor:
+        """`strength · (update(x) − start x)`."""
+        if self.kind == "embedding":
+            return self.strength * self.update.columns(x)
+        dropped = self._cast(self._drop(x))
+        if self.kind.startswith("conv"):
+            out = convolve(self.update, cast(nn.Conv2d, self.plain), dropped)
+        else:
+            out = self.update(dropped)
+        out = out - self._start(x).to(out.dtype) if self.taken else out
+        return out if self.strength == 1.0 else self.strength * out
+
+    def _start(self, x: Tensor) -> Tensor:
+        x = self._cast(x)
+        if self.kind.startswith("conv"):
+            conv, start = cast(nn.Conv2d, self.plain), self.update.start()
+            assert start is not None
+            return conv._conv_forward(x, start.to(x.dtype).view(conv.weight.shape), None)
+        return self.update.start_forward(x)
+
+    def delta(self) -> Tensor:
+        """`W_eff − W₀` as a matrix `(out, in)`, in float32 or better; of this adapter alone."""
+        delta = self.update.delta()
+        return delta if self.strength == 1.0 else self.strength * delta
+
+    def delta_norm(self) -> float:
+        """`‖W_eff − W₀‖_F`, from thin factors where the update has them."""
+        with torch.no_grad():
+            factors = self.update.low_rank_delta()
+            norm = torch.linalg.matrix_norm(self.update.delta()) if factors is None else low_rank_norm(*map(wide, factors))
+            return abs(self.strength) * float(norm)
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """`W_eff (out, in)` in float32 or better, with every adapter that the layer has."""
+        base = self.base.effective_weight() if isinstance(self.base, AdaptedLayer) else wide(dense_matrix(self.base))
+        if self.strength == 1.0 and self.taken == self.rebased:
+            return base + self.update.exact()
+        start = self.update.start()
+        if self.rebased and start is not None:
+            base = base + wide(start)
+        return base + self.delta() if self.strength else base
+
+    @torch.no_grad()
+    def original_weight(self) -> Tensor:
+        """The weight before this adapter was attached, `(out, in)`, up to the rounding of a rebased weight."""
+        if isinstance(self.base, AdaptedLayer):
+            return self.base.effective_weight()
+        base, start = dense_matrix(self.base), self.update.start()
+        return (wide(base) + wide(start)).to(base.dtype) if self.rebased and start is not None else base
+
+    def pristine_weight(self) -> Tensor:
+        """`W₀ (out, in)` under all adapters of the layer, up to the rounding of a rebased weight."""
+        return self.base.pristine_weight() if isinstance(self.base, AdaptedLayer) else self.original_weight()
+
+    def merged(self) -> nn.Module:
+        """A plain layer with `W_eff`, computed in float32 or better and rounded once."""
+        return with_matrix(self.plain, self.effective_weight())
+
+    @property
+    def plain(self) -> nn.Module:
+        """The layer under all adapters."""
+        return self.base.plain if isinstance(self.base, AdaptedLayer) else self.base
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen base weight in the layer's own layout; code that asks a layer for its dtype or device finds it here."""
+        return cast(Tensor, self.base.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return cast("Tensor | None", getattr(self.base, "bias", None))
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight matrix."""
+        return self.update.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight matrix."""
+        return self.update.out_features
+
+    def update_dtype(self) -> torch.dtype:
+        """The dtype of the trained tensors."""
+        parameter = next(self.update.parameters(), None)
+        return self.weight.dtype if parameter is None else parameter.dtype
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.dropout and self.training else x
+
+    def _cast(self, x: Tensor) -> Tensor:
+        parameter = next(self.update.parameters(), None)
+        if parameter is None or x.dtype == parameter.dtype or torch.is_autocast_enabled(x.device.type):
+            return x
+        return x.to(parameter.dtype)
+
+    def _may_overwrite(self) -> bool:
+        # Nothing but a hook or another class needs a linear layer's output; under autograd the copy is cheaper than the
+        # bookkeeping of a change in place.
+        return not torch.is_grad_enabled() and type(self.base) is nn.Linear and not self.base._forward_hooks
+
+
+def kind_of(layer: nn.Module) -> str:
+    """`"linear"`, `"conv1d"`, `"conv2d"`, `"conv3d"` (convolutions), `"embedding"`, or `"other"`."""
+    if isinstance(layer, AdaptedLayer):
+        return layer.kind
+    kinds = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d", nn.Embedding: "embedding", nn.Linear: "linear"}
+    found = next((kind for cls, kind in kinds.items() if isinstance(layer, cls)), None)
+    return found or ("linear" if is_matrix_layer(layer) else "other")
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32 or better."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

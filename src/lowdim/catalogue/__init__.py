@@ -1,0 +1,9 @@
+"""One row for each of the sixty systems: what it is, what it claims, how to build it, how to reproduce it.
+
+The rows are data (`catalogue/rows/`, one module for each family); nothing here imports torch, so `lowdim list` answers at once.
+"""
+
+from lowdim.catalogue.entry import BASELINES, FAMILIES, Entry, Variant
+from lowdim.catalogue.lookup import entries, find, methods, variant, variants
+
+__all__ = ["BASELINES", "FAMILIES", "Entry", "Variant", "entries", "find", "methods", "variant", "variants"]

@@ -1,0 +1,62 @@
+"""Systems that measure: spectra, landscapes, dynamics."""
+
+from lowdim.catalogue.entry import Entry
+
+ROWS = (
+    Entry(
+        number=9,
+        slug="intrinsic-dimension",
+        name="Intrinsic dimension",
+        family="diagnose",
+        paper="Measuring the Intrinsic Dimension of Objective Landscapes",
+        arxiv="1804.08838",
+        claim="An MNIST network of 199,210 parameters reaches 90 % of its baseline in about 750 random dimensions.",
+    ),
+    Entry(
+        number=14,
+        slug="farms",
+        name="FARMS",
+        family="diagnose",
+        paper="Eigenspectrum Analysis of Neural Networks without Aspect Ratio Bias",
+        arxiv="2506.06280",
+        claim="Tail exponents freed of aspect ratio set better pruning ratios: LLaMA-7B at 17.3 % lower perplexity.",
+    ),
+    Entry(
+        number=16,
+        slug="generalization-dynamics",
+        name="Generalization dynamics",
+        family="diagnose",
+        paper="High-dimensional dynamics of generalization error in neural networks",
+        arxiv="1710.03667",
+        claim="Over-training is worst where parameters equal samples and is cured by a smaller or a larger network.",
+    ),
+    Entry(
+        number=21,
+        slug="lora-limits",
+        name="LoRA limits",
+        family="diagnose",
+        paper="Computational Limits of Low-Rank Adaptation (LoRA) for Transformer-Based Models",
+        arxiv="2406.03136",
+        claim="LoRA's gradient takes almost linear time in the length L below a norm of order √log L, and about L² above.",
+    ),
+    Entry(
+        number=30,
+        slug="batch-lr",
+        name="Learning rate by batch size",
+        family="diagnose",
+        paper=("Learning Rates as a Function of Batch Size: A Random Matrix Theory Approach to Neural Network Training"),
+        arxiv="2006.09092",
+        claim="The largest stable rate grows linearly with the batch for SGD, with its square root for Adam.",
+    ),
+    Entry(
+        number=31,
+        slug="intruders",
+        name="Intruder dimensions",
+        family="diagnose",
+        paper="LoRA vs Full Fine-tuning: An Illusion of Equivalence",
+        arxiv="2410.21228",
+        claim="LoRA leaves new strong singular vectors that full tuning does not; scaling them down undoes most forgetting.",
+        target="lowdim.diagnose:intruder_dimensions",
+        reproduction="lowdim.reproduce.intruders:run",
+    ),
+)

@@ -1,0 +1,1 @@
+"""What compressions share: reports, and reading compressed models."""

@@ -1,0 +1,1 @@
+"""What diagnostics share: reading weights, and subspaces."""

@@ -1,0 +1,1 @@
+"""What layers share: swapping them into a model, and making a model dense again."""

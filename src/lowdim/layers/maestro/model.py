@@ -1,0 +1,154 @@
+"""A whole model of Maestro layers: made, made small, and its BatchNorms made right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowdim.layers.maestro.components import OrderedComponents
+from lowdim.layers.maestro.layers import MaestroConv2d, MaestroLinear
+from lowdim.linalg import is_sharded
+from lowdim.surgery import Patterns, as_linear, find_layers, is_linear, swap_layers, without_tied
+
+__all__ = ["maestro_decompose", "maestro_layers", "maestro_merge", "maestro_recalibrate"]
+
+
+def maestro_decompose(model: nn.Module, *, target_modules: Patterns = None) -> nn.Module:
+    """Replace linear layers and convolutions by Maestro layers of the same function, in place.
+
+    Args:
+        target_modules: see `lowdim.surgery.find_layers`; None takes every nn.Linear, Conv1D and nn.Conv2d but the prediction
+            head and grouped convolutions. A layer whose weight is tied to another module is left alone.
+
+    Returns:
+        The model. Build the optimizer afterwards.
+
+    Raises:
+        ValueError: a pattern matches nothing; a layer that was asked for cannot be decomposed (groups != 1, NaN); named.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowdim.layers import maestro_decompose
+        >>> [type(m).__name__ for m in maestro_decompose(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)))]
+        ['MaestroConv2d', 'Flatten', 'MaestroLinear']
+
+    Not for a model that only needs to be made small once: truncating its SVD does that without the training.
+
+    Source: Horváth et al., "Maestro", ICML 2024, arXiv 2308.14929.
+    """
+    named = target_modules not in (None, "all-linear")
+
+    def accept(layer: nn.Module) -> bool:
+        return is_linear(layer) or (isinstance(layer, nn.Conv2d) and (named or layer.groups == 1))
+
+    def make(_: str, layer: nn.Module) -> nn.Module:
+        return MaestroConv2d.from_conv(layer) if isinstance(layer, nn.Conv2d) else MaestroLinear.from_linear(as_linear(layer))
+
+    layers, _ = without_tied(model, find_layers(model, target_modules, accept=accept), named=named)
+    swap_layers(model, layers, make)
+    return model
+
+
+def maestro_merge(model: nn.Module) -> nn.Module:
+    """Make a model small for use, in place: cut what is unused, and make plain layers where those are smaller.
+
+    Formula: a layer with `rank · (in + out) > in · out` becomes dense (`in` counts a kernel's entries); the others keep their
+    first `rank` components only.
+
+    Returns:
+        The model, or the new layer if the model itself is one. Build a new optimizer afterwards.
+
+    Raises:
+        ValueError: the parameters are sharded (gather them first).
+
+    Example:
+        >>> from torch import nn
+        >>> from lowdim.layers import MaestroLinear, maestro_merge
+        >>> type(maestro_merge(nn.Sequential(MaestroLinear(8, 8)))[0]).__name__  # rank 8: twice as many numbers as dense
+        'Linear'
+
+    Not before training has ended: it takes the freedom to choose other ranks. `lowdim.layers.densify` makes all of them dense.
+
+    Source: Horváth et al., "Maestro", ICML 2024, arXiv 2308.14929.
+    """
+    found = maestro_layers(model)
+    sharded = [name for name, layer in found.items() if is_sharded(layer.U)]
+    if sharded:
+        raise ValueError(f"model must hold whole parameters; got sharded ones (DTensor) in {sharded[0]}. Gather it first")
+    dense: dict[str, nn.Module] = {}
+    for name, layer in found.items():
+        out_features, in_features = layer.dense_shape
+        if layer.rank * (in_features + out_features) > in_features * out_features:
+            dense[name] = layer
+        else:
+            layer.prune()
+    if "" in dense:
+        return _plain("", model)
+    swap_layers(model, dense, _plain)
+    return model
+
+
+def _plain(_: str, layer: Any) -> nn.Module:
+    return layer.to_conv() if isinstance(layer, MaestroConv2d) else layer.to_linear()
+
+
+def maestro_layers(model: nn.Module) -> dict[str, OrderedComponents]:
+    """Name -> layer, in model order."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, OrderedComponents)}
+
+
+def maestro_recalibrate(
+    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None
+) -> nn.Module:
+    """Take the statistics of every BatchNorm anew, at the current ranks: sampled passes have mixed theirs in.
+
+    The running statistics are reset and become the plain average over the batches; everything but the BatchNorms is in
+    evaluation mode meanwhile, and no gradient is kept. A model without BatchNorm is left as it is.
+
+    Args:
+        batches: training data, one pass.
+        forward: how the model is called on a batch; by default `model(batch)`.
+
+    Returns:
+        The model, in the mode in which it came.
+
+    Raises:
+        ValueError: no batch was given.
+
+    Example:
+        >>> import torch
+        >>> from lowdim.layers import maestro_recalibrate
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(2, affine=False)).eval()
+        >>> maestro_recalibrate(model, [torch.tensor([[1.0, 2.0], [3.0, 6.0]])])[0].running_mean
+        tensor([2., 4.])
+
+    Not needed without BatchNorm, nor after every step: once, before the model is evaluated or cut to other ranks.
+
+    Source: Horváth et al., "Maestro", ICML 2024, arXiv 2308.14929.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    modes, momenta = {m: m.training for m in model.modules()}, [m.momentum for m in norms]
+    if not norms:
+        return model
+    seen = 0
+    try:
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the average of all batches
+            norm.train()
+        with torch.no_grad():
+            for batch in batches:
+                model(batch) if forward is None else forward(model, batch)
+                seen += 1
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+    if not seen:
+        raise ValueError("batches must hold at least one batch; got none, and the statistics are now empty")
+    return model

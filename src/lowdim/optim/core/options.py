@@ -1,0 +1,18 @@
+"""How one trains, whatever the method: the keywords that every optimizer here shares."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+__all__ = ["TrainingOptions"]
+
+
+class TrainingOptions(TypedDict, total=False):
+    """Keywords that every optimizer here takes beside its hyperparameters; see `ProjectedOptimizer`."""
+
+    layerwise: bool
+    accumulate: int
+    max_norm: float | None
+    replicas: bool | None
+    stagger: bool
+    foreach: bool

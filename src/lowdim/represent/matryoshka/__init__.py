@@ -1,0 +1,16 @@
+"""Matryoshka representations: heads and losses, cascades, retrieval in few dimensions first."""
+
+from lowdim.represent.matryoshka.cascade import CascadeResult, MatryoshkaCascade
+from lowdim.represent.matryoshka.heads import MatryoshkaCrossEntropy, MatryoshkaEmbeddingLoss, MatryoshkaHead
+from lowdim.represent.matryoshka.retrieval import RetrievalResult, adaptive_retrieve, funnel_retrieve
+
+__all__ = [
+    "CascadeResult",
+    "MatryoshkaCascade",
+    "MatryoshkaCrossEntropy",
+    "MatryoshkaEmbeddingLoss",
+    "MatryoshkaHead",
+    "RetrievalResult",
+    "adaptive_retrieve",
+    "funnel_retrieve",
+]

@@ -2,10 +2,10 @@
 
     python bench/gpu_training.py [--methods adamw,galore-8bit,q-galore] [--layers 32] [--out results/bench-gpu-training.json]
 
-Needs torch and the source tree only: the model is written out here (shapes of `lowdim.models.architectures`, bfloat16, batch 1 of
-256 tokens, checkpointing, random tokens: what is measured does not depend on them). Every method runs in a process of its own, so
-that none inherits another's memory. A method that does not fit is reported as such. On a CPU the sizes are cut down (`--device
-cpu`): that shows that it runs, and no more; peak memory is then not known.
+Needs torch and the source tree only: the model is written out here (shapes of `lowdim.models.architectures`, bfloat16, batch 1
+of 256 tokens, checkpointing, random tokens: what is measured does not depend on them). Every method runs in its own process, so
+that none inherits another's memory. A method that does not fit is reported as such. On a CPU the sizes are cut down
+(`--device cpu`): that shows that it runs, and no more; peak memory is then not known.
 """
 
 from __future__ import annotations

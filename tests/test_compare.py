@@ -327,7 +327,7 @@ def rates(monkeypatch):
 
     def change(**new):
         changed = tuple(dataclasses.replace(v, rates=new.get(v.name, v.rates)) for v in catalogue.BASELINES)
-        monkeypatch.setattr(catalogue, "BASELINES", changed)
+        monkeypatch.setattr("lowdim.catalogue.lookup.BASELINES", changed)
 
     return change
 

@@ -208,7 +208,7 @@ def test_how_much_a_model_reads(bert_folder, broken, monkeypatch):
     assert models.longest_text(str(bert_folder)) == 64
     rewrite(broken, model_type="roberta", max_position_embeddings=66, pad_token_id=1)
     assert models.longest_text(str(broken)) == 64
-    monkeypatch.setattr(models, "load_config", lambda name: SimpleNamespace(model_type="rope"))
+    monkeypatch.setattr("lowdim.models.load.load_config", lambda name: SimpleNamespace(model_type="rope"))
     assert models.longest_text(str(broken)) is None
 
 

@@ -13,7 +13,7 @@ def keep_importable(package: str, **homes: str) -> None:
 
     Example:
         >>> import lowdim.adapters
-        >>> from lowdim.adapters.diffora.search import DiffoRAAdapted
+        >>> from lowdim.adapters.diffora_search import DiffoRAAdapted
         >>> DiffoRAAdapted.__module__
         'lowdim.adapters.diffora.search'
     """

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import lowdim
-from lowdim.adapters import AdaptedLayer, LaMDA, LoRA, SVFit, checkpoint
+from lowdim.adapters import AdaptedLayer, LaMDA, LoRA, SVFit
+from lowdim.adapters.core.files import checkpoint
 from lowdim.errors import CheckpointError
 from lowdim.files import read_tensors, write_tensors
 from lowdim.testing.adapter_dense import relative_error

@@ -249,7 +249,7 @@ def test_compare_refuses_a_method_that_does_not_fit_the_model(compare, monkeypat
             catalogue.Variant(b.name, b.label, b.target, {**b.options, **options}, b.rates) if b.name == "lora" else b
             for b in catalogue.BASELINES
         )
-        monkeypatch.setattr(catalogue, "BASELINES", baselines)
+        monkeypatch.setattr("lowdim.catalogue.lookup.BASELINES", baselines)
         message = compare()
         assert "no method can be run: lora: " in message
         assert part in message

@@ -84,7 +84,7 @@ def test_sources_agree(tmp_path):
 
 
 def test_nothing_is_loaded_before_it_is_asked_for(tmp_path, monkeypatch):
-    from lowdim.diagnose import weights as module
+    from lowdim.diagnose.core import weights as module
 
     read = []
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lowdim.linalg import stream
 from lowdim.optim import AdamWRule, Fira, GaLore, Identity, Parts, ProjectedOptimizer, SVDProjector, param_groups
-from lowdim.optim import progress as progress_module
+from lowdim.optim.core import progress as progress_module
 from lowdim.testing.optimizer_problem import OptimizerProblem
 
 

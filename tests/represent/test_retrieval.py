@@ -5,7 +5,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vectors
-from lowdim.represent import adaptive_retrieve, funnel_retrieve, retrieval
+from lowdim.represent import adaptive_retrieve, funnel_retrieve
+from lowdim.represent.matryoshka import retrieval
 from lowdim.testing.represent_case import refuses
 
 

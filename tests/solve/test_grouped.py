@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowdim.solve import grouped
+from lowdim.solve.matrix_completion import grouped
 from lowdim.solve.matrix_completion.grouped import Entries, blocks_of
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lowdim.linalg import stream
-from lowdim.solve import least_squares
+from lowdim.solve.matrix_completion import least_squares
 from lowdim.solve.matrix_completion.least_squares import Tally, solve_exact, solve_sketched
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import vectors
-from lowdim.solve import complete_matrix, matrix_completion, spectral_init
+from lowdim.solve import complete_matrix, spectral_init
+from lowdim.solve.matrix_completion import complete
 from lowdim.testing.represent_case import refuses
 from lowdim.testing.solve_case import SolveCase
 
@@ -158,12 +159,12 @@ def test_partition_uses_fresh_entries():
     result = complete_matrix(rows, cols, M[rows, cols], M.shape, 2, iters=4, partition=True)
     assert result.errors[-1] < 1e-2 * result.errors[0]
     seen = []
-    real = matrix_completion.blocks_of
+    real = complete.blocks_of
     try:
-        matrix_completion.blocks_of = lambda e, *a: seen.append(len(e)) or real(e, *a)  # type: ignore[assignment]
+        complete.blocks_of = lambda e, *a: seen.append(len(e)) or real(e, *a)  # type: ignore[assignment]
         complete_matrix(rows, cols, M[rows, cols], M.shape, 2, iters=4, tol=0.0, partition=True)
     finally:
-        matrix_completion.blocks_of = real
+        complete.blocks_of = real
     assert seen[:2] == [len(rows)] * 2  # for the reported error
     assert len(seen) == 10
     assert len(rows) * 7 / 9 < sum(seen[2:]) < len(rows)  # eight of nine parts; one made the start
@@ -195,7 +196,7 @@ def test_the_sparse_start_equals_the_dense_one(monkeypatch):
     M, rows, cols = low_rank(60, 70, 3, p=0.8, noise=0.01)
     given = (rows, cols, M[rows, cols], M.shape, 3)
     dense = spectral_init(*given)
-    monkeypatch.setattr(matrix_completion, "_SMALL", 0)
+    monkeypatch.setattr(complete, "_SMALL", 0)
     sparse = spectral_init(*given)
     assert np.allclose(dense, sparse, atol=1e-6)
     assert np.array_equal(sparse, spectral_init(*given))

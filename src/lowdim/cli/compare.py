@@ -48,10 +48,10 @@ def compare(
         from lowdim.units import parse_bytes
 
         given["budget"] = parse_bytes(budget)
-    from lowdim.models.architectures import SHAPES
     from lowdim.compare import CompareSettings
     from lowdim.compare import compare as run
     from lowdim.compare.runner import quote
+    from lowdim.models.architectures import SHAPES
 
     demo = data is None and task == "classify"
     if task == "pretrain" and tokenizer is None and model in SHAPES:

@@ -17,7 +17,7 @@ from lowdim.cli import app
 from lowdim.cli.main import main
 
 COMMANDS = {
-    "list": {"name", "--available", "--json"},
+    "list": {"name", "--available", "--can", "--json"},
     "plan": {
         "--model", "--budget", "--methods", "--task", "--batch-size", "--length", "--dtype", "--gradient-checkpointing",
         "--rank", "--layerwise", "--layers", "--json",
@@ -133,6 +133,18 @@ def test_list_by_family_and_as_json(call, refused):
     _, out, _ = call("list", "--available", "--json")
     assert all(row["works"] for row in json.loads(out))
     assert "no family, system or method is called 'adapter'; nearest: adapters" in refused("list", "adapter")
+
+
+def test_list_by_what_a_method_can_do(call, refused):
+    found = json.loads(call("list", "--can", "merge,embedding", "--json")[1])
+    assert [row["slug"] for row in found] == ["sora"]
+    assert found[0]["can"] == ["merge", "conv", "embedding", "int8", "int4", "peft"]
+    _, out, _ = call("list", "optim", "--can", "layerwise")
+    assert "q-galore" in out
+    assert "pretrain-bench" not in out
+    assert "lora" in call("list", "--can", "embedding")[1].splitlines()[-1], "a baseline that can is named"
+    assert "can     merge, int8, int4, peft" in call("list", "increlora")[1]
+    assert "--can must be one of merge, conv" in refused("list", "--can", "merge,con")
 
 
 def test_list_of_one_system_shows_its_options(call, refused):
@@ -590,7 +602,7 @@ def test_compress_by_weights(call, tmp_path):
     code, out, err = call(*common, "--out", tmp_path / "small", "--target", "0.6")
     assert (code, err) == (0, "")
     assert "layers replaced" in out
-    assert "(threshold 0." in out
+    assert "; threshold 0." in out
     record = json.loads((tmp_path / "small" / "compression.json").read_text())
     assert (record["method"], record["target"]) == ("welore", 0.6)
     assert record["ranks"]

@@ -18,7 +18,7 @@ from lowdim.adapters.core.thin import ThinUpdate
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.linalg import local, match, stream
 from lowdim.ranks import by_energy
-from lowdim.surgery import matrix_shape, weight_matrix
+from lowdim.surgery import dense_matrix, matrix_shape
 
 __all__ = ["LaMDA", "LaMDAUpdate"]
 
@@ -214,7 +214,7 @@ class LaMDA(Method):
         most = max(self.rank, *self.rank_choices)
         found, spectra = {}, []
         for name, layer in layers.items():
-            weight = weight_matrix(layer).detach()
+            weight = dense_matrix(layer).detach()
             count = min(most, *matrix_shape(layer))
             with error_context("LaMDA", name, layer):
                 found[name] = top_triplets(weight, count, stream(seed, "LaMDA++", name))

@@ -14,7 +14,7 @@ from lowdim.adapters.core.diagonal import DiagonalUpdate
 from lowdim.errors import check_float, check_int
 from lowdim.linalg import svd, widest
 from lowdim.ranks import energy_rank
-from lowdim.surgery import weight_matrix
+from lowdim.surgery import dense_matrix
 
 __all__ = ["SVFit", "SVFitUpdate"]
 
@@ -95,7 +95,7 @@ class SVFit(Method):
     def attach(self, layer: nn.Module, *, stats: Stats | None = None, initialise: bool = True, **kwargs: Any) -> AdaptedLayer:
         """Wrap one layer; where the energy decides the rank, the decomposition comes first."""
         if initialise and self.rank is None and self.accepts(layer):
-            triplets = _exact_triplets(weight_matrix(layer).detach())
+            triplets = _exact_triplets(dense_matrix(layer).detach())
             stats = {**(stats or {}), "triplets": triplets, "rank": energy_rank(triplets[1], self.energy)}
         return super().attach(layer, stats=stats, initialise=initialise, **kwargs)
 

@@ -41,9 +41,7 @@ def compress(
     console = Console()
     outcome = run(settings, say=lambda line: print_line(console, line))
     details = ", ".join(f"{name} {value:g}" for name, value in outcome.report.details.items() if isinstance(value, float))
-    print_line(console, outcome.report.summary + (f" ({details})" if details else ""))
-    steps = " -> ".join(f"{value:.3f}" for value in outcome.perplexity)
-    print_line(console, f"perplexity on held-out blocks {steps}{' (tuned)' if outcome.tuning else ''}")
+    print_line(console, f"{outcome.summary}{f'; {details}' if details else ''}")
     print_line(
         console,
         f"written {out}: the dense equivalent as a transformers checkpoint, and the thin factors in factors.safetensors",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from lowdim.cli.options import Pairs, print_line
 
@@ -35,16 +33,6 @@ def diagnose(
     inputs = {name: value for name, value in given.items() if value is not None}
     result = run(DiagnoseSettings(diagnostic=diagnostic, inputs=inputs, options=options))
     console = Console()
-    _show(console, result)
+    print_line(console, str(result))
     if out is not None:
         print_line(console, f"written {write_json(out, result.to_dict())}")
-
-
-def _show(console: Console, result: Any) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("layer", "intruders", "least similar"):
-        table.add_column(name, justify="left" if name == "layer" else "right")
-    for name, layer in result.layers.items():
-        table.add_row(escape(name), str(layer.count), f"{float(min(layer.similarity)):.3f}")
-    console.print(table)
-    print_line(console, f"{result.total} intruder dimensions among the first {result.k} of {len(result.layers)} matrices")

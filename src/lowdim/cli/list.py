@@ -15,7 +15,7 @@ from rich.text import Text
 from lowdim.cli.options import print_line
 
 if TYPE_CHECKING:
-    from lowdim.catalogue import Entry
+    from lowdim.catalogue import Entry, Variant
     from lowdim.jobs import Option
 
 __all__ = ["list_systems"]
@@ -24,19 +24,29 @@ __all__ = ["list_systems"]
 def list_systems(
     name: Annotated[str | None, typer.Argument(help="Only this family; or one system or method, with its options.")] = None,
     available: Annotated[bool, typer.Option("--available", help="Only what works today.")] = False,
+    can: Annotated[str | None, typer.Option("--can", help="Only what can do all of this, e.g. merge,conv,int8.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """The catalogue: sixty systems, what works today and what does not yet; or the options of one system."""
-    from lowdim.catalogue import FAMILIES, entries
+    from lowdim.catalogue import BASELINES, FAMILIES, entries
 
     if name is not None and name not in FAMILIES:
         _show_system(name, as_json)
         return
     rows = [e for e in entries() if (name is None or e.family == name) and (e.available or not available)]
+    baselines, able = list(BASELINES), {}
+    if can is not None:
+        from lowdim.jobs.capabilities import abilities, parse_capabilities
+
+        wanted = set(parse_capabilities(can))
+        able = {entry.slug: abilities(entry) for entry in rows}
+        rows = [entry for entry in rows if wanted <= set(able[entry.slug])]
+        baselines = [baseline for baseline in baselines if wanted <= set(abilities(baseline))]
     if as_json:
-        print(json.dumps([_record(entry) for entry in rows], indent=1, ensure_ascii=False))
+        records = [_record(e) | ({"can": list(able[e.slug])} if able else {}) for e in rows]
+        print(json.dumps(records, indent=1, ensure_ascii=False))
     else:
-        _show_table(rows)
+        _show_table(rows, baselines)
 
 
 def _record(entry: Entry) -> dict[str, Any]:
@@ -47,9 +57,7 @@ def _record(entry: Entry) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _show_table(rows: list[Entry]) -> None:
-    from lowdim.catalogue import BASELINES
-
+def _show_table(rows: list[Entry], baselines: list[Variant]) -> None:
     console = Console()
     table = Table(box=None, pad_edge=False, header_style="bold")
     cells = [
@@ -57,7 +65,7 @@ def _show_table(rows: list[Entry]) -> None:
         for e in rows
     ]
     heads = ("", "slug", "family", "today", "compare / plan / run")
-    room = console.width - sum(max(len(h), *(len(c[i]) for c in cells)) + 2 for i, h in enumerate(heads))
+    room = console.width - sum(max([len(h), *(len(c[i]) for c in cells)]) + 2 for i, h in enumerate(heads))
     wide = room >= 40  # a narrow terminal gets what the names need; the claims are in --json and the docs
     table.add_column("", justify="right", style="dim")
     for head in heads[1:]:
@@ -69,11 +77,13 @@ def _show_table(rows: list[Entry]) -> None:
         table.add_row(number, slug, family, works, names, *([escape(entry.claim)] if wide else []))
     console.print(table)
     ready = sum(e.available for e in rows)
-    console.print(f"\n{ready} of {len(rows)} work today; baselines: {', '.join(v.name for v in BASELINES)}", highlight=False)
+    names = ", ".join(v.name for v in baselines) or "none"
+    console.print(f"\n{ready} of {len(rows)} work today; baselines: {names}", highlight=False)
 
 
 def _show_system(name: str, as_json: bool) -> None:
     """One system: what it is, and the options of each way to use it."""
+    from lowdim.jobs.capabilities import abilities
     from lowdim.jobs.systems import described_system
 
     entry, options = described_system(name)
@@ -88,6 +98,7 @@ def _show_system(name: str, as_json: bool) -> None:
         console.print(f"[bold]{escape(entry.name)}[/]  ({entry.slug}, {entry.family}, {today})", highlight=False)
         print_line(console, f"paper   {entry.paper}{f', arXiv {entry.arxiv}' if entry.arxiv else ''}")
         print_line(console, f"claim   {entry.claim}")
+        print_line(console, f"can     {', '.join(abilities(entry)) or '-'}")
     for use, found in options.items():
         console.print(f"\n[bold]Options of {escape(use)}[/]" if found else f"\n{escape(use)} has no options", highlight=False)
         for option in found.values():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lowdim.errors import LowdimError, check_float, check_int
 from lowdim.jobs.folders import check_free
 from lowdim.jobs.systems import Compressor, compressor
+from lowdim.results import Result, json_value
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,7 +81,7 @@ class CompressSettings:
 
 
 @dataclass(frozen=True)
-class CompressOutcome:
+class CompressOutcome(Result):
     """What a compression did.
 
     Attributes:
@@ -108,14 +109,22 @@ class CompressOutcome:
         ranks = {layer.name: layer.rank for layer in self.report.replaced}
         found = {**self.options, **self.report.details, "ranks": ranks, **self.tuning}
         measured = {"parameters": list(self.parameters), "perplexity": list(self.perplexity), "data": list(self.data)}
-        return {"method": self.method, **found, **measured}
+        return json_value({"method": self.method, **found, **measured})
+
+    @property
+    def summary(self) -> str:
+        """One line: sizes and perplexities."""
+        before, after = self.parameters
+        steps = " -> ".join(f"{value:.3f}" for value in self.perplexity)
+        tuned = " (tuned)" if self.tuning else ""
+        return f"{before:,} -> {after:,} parameters ({after / before:.2f} x); perplexity on held-out blocks {steps}{tuned}"
 
 
 def compress(settings: CompressSettings, *, say: Callable[[str], None] = lambda line: None) -> CompressOutcome:
     """Compress a causal language model and write it.
 
     Args:
-        say: gets a line after each stage.
+        say: gets a line on what was replaced, before the tuning.
 
     Returns:
         What was kept, what it cost, and where it lies. `compression.json` in that folder holds the same.
@@ -153,7 +162,7 @@ def compress(settings: CompressSettings, *, say: Callable[[str], None] = lambda 
     model = method.function(model, config, *_samples(method, model, task))
     perplexity.append(task.evaluate(model, task.test, metric))
     kept = _size(model)
-    say(f"parameters {size:,} -> {kept:,} ({kept / size:.2f} x)")
+    say(last_report(model).summary)
     tuning: dict[str, Any] = {}
     if settings.tune_steps is not None:
         tuning = _tune(method, model, task, settings.tune_steps, _RATE if settings.lr is None else settings.lr)

@@ -81,6 +81,13 @@ class IntruderResult(Result):
             for j, similarity in enumerate(layer.similarity.tolist())
         ]
 
+    def _table(self) -> list[dict[str, Any]]:
+        """What is shown: a row for each layer."""
+        return [
+            {"layer": name, "intruders": layer.count, "least similar": float(layer.similarity.min())}
+            for name, layer in self.layers.items()
+        ]
+
     @property
     def summary(self) -> str:
         """One line."""

@@ -19,7 +19,7 @@ from lowdim.surgery import (
     weight_matrix,
     with_matrix,
 )
-from lowdim.testing.adapter_dense import LAYERS, make_input, make_layer
+from lowdim.testing.sample_layers import LAYERS, make_input, make_layer
 
 
 class Block(nn.Module):

@@ -13,7 +13,8 @@ from lowdim.adapters.core.guards import fingerprint
 from lowdim.adapters.lora import LoRAUpdate
 from lowdim.errors import CheckpointError, NoMatchingModuleError
 from lowdim.plan.kept import kept_tensors
-from lowdim.testing.adapter_dense import make_layer, relative_error
+from lowdim.testing.closeness import relative_error
+from lowdim.testing.sample_layers import make_layer
 from lowdim.testing.small_model import sample_input, small_model
 
 

@@ -4,6 +4,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 from lowdim.adapters.core import base
 from lowdim.testing.adapter_case import AdapterCase
@@ -32,7 +33,8 @@ def test_it_is_about_a_hundred_lines():
 
 
 class TestKronA(AdapterCase):
-    exact_in_peft = False  # the update has full rank
+    exact_in_peft = has_factors = False  # the update has full rank
+    alpha = 1.5
 
     @pytest.fixture(autouse=True)
     def _registered(self):
@@ -42,7 +44,13 @@ class TestKronA(AdapterCase):
 
     def method(self, **changes):
         changes.pop("rank", None)  # it has none
-        return KronA(**{"blocks": 3, **changes})
+        return KronA(**{"blocks": 3, "alpha": self.alpha, **changes})
+
+    def dense(self, update):
+        return self.alpha * torch.kron(update.P, update.Q)
+
+    def start(self, weight, stats):
+        return {"P": 0.0}
 
     def test_errors_name_the_layer(self):
         for bad in (0, -1, True, 1.5):

@@ -15,13 +15,20 @@ import vectors
 from lowdim.adapters import ALLoRA, LoRA
 from lowdim.plan.kept import kept_tensors
 from lowdim.testing.adapter_case import AdapterCase
-from lowdim.testing.adapter_dense import LAYERS, dense_layer, make_input, make_layer, relative_error
+from lowdim.testing.closeness import relative_error
+from lowdim.testing.sample_layers import LAYERS, make_input, make_layer, moved_output
 from lowdim.testing.small_model import sample_input, small_model
 
 
 class TestStep(AdapterCase):
     def method(self, **changes):
-        return ALLoRA(**{"rank": 2, "apply_to": "step", **changes})
+        return ALLoRA(**{"rank": self.rank, "apply_to": "step", **changes})
+
+    def dense(self, update):
+        return update.B @ update.A  # it has no scale
+
+    def start(self, weight, stats):
+        return {"B": 0.0}
 
     def max_delta_rank(self, out_features, in_features):
         return 2
@@ -51,16 +58,16 @@ class TestGradient(TestStep):
             names = [name for name, kind in LAYERS.items() if kind in self.method().takes and name != "conv2d_grouped"]
             metafunc.parametrize("layer_name", names)
 
-    def test_gradients_are_those_of_the_dense_equivalent(self, layer_name):
-        # They differ by the method's very rule, so the dense equivalent here has it too: the gradient of what ΔW adds is
-        # multiplied by κ, that of the base is not.
+    def test_gradients_are_those_of_the_formula(self, layer_name):
+        # They differ by the method's very rule, so the formula here has it too: the gradient of what ΔW adds is multiplied
+        # by κ, that of the base is not.
         layer = make_layer(layer_name)
         adapted = self.attach(layer)
         x = make_input(layer).requires_grad_()
         wanted = {n: p for n, p in adapted.named_parameters() if p.requires_grad} | {"x": x}
         target = torch.randn(adapted(x).shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         got = torch.autograd.grad((adapted(x) * target).sum(), list(wanted.values()))
-        change = dense_layer(adapted, x) - layer(x)
+        change = moved_output(layer, self.dense(adapted.update), x) - layer(x)
         kappa = row_by_row(adapted.update.A, adapted.update.B, adapted.update.eta)
         kappa = kappa.view(-1, 1, 1) if isinstance(layer, nn.Conv2d) else kappa
         scaled = (layer(x) + kappa * change) * target

@@ -14,7 +14,7 @@ from lowdim.errors import CheckpointError
 from lowdim.files import read_tensors
 from lowdim.linalg import scaled_sum
 from lowdim.plan.kept import kept_tensors
-from lowdim.testing.adapter_dense import relative_error
+from lowdim.testing.closeness import relative_error
 from lowdim.testing.small_model import sample_input, small_model
 from lowdim.testing.whole_case import WholeModelCase
 
@@ -31,15 +31,40 @@ class TestATLAS(WholeModelCase):
     def method(self, model, **changes):
         return ATLAS(**{"task_vectors": random_vectors(model), **changes})
 
+    def dense(self, adapted):
+        """`Σ_t c[t, j] τ[t, j]` for parameter j."""
+        tasks = adapted.method.task_vectors
+        return {
+            name: sum(adapted.coef[t, j].double() * task[name].double() for t, task in enumerate(tasks))
+            for j, name in enumerate(adapted.names)
+        }
+
 
 class TestATLASPartition(TestATLAS):
     def method(self, model, **changes):
         return super().method(model, **{"partition": 3, **changes})
 
+    def dense(self, adapted):
+        """`Σ_t c[t, j, k] τ[t, j]` with k the class of the entry; only matrices are composed."""
+        found, tasks = {}, adapted.method.task_vectors
+        for j, name in enumerate(adapted.names):
+            shape = tasks[0][name].shape
+            if len(shape) == 2:
+                classes = adapted.composition.get_buffer(f"classes_{shape[0]}x{shape[1]}").long()
+                found[name] = sum(adapted.coef[t, j].double()[classes] * task[name].double() for t, task in enumerate(tasks))
+        return found
+
 
 class TestATLASGlobal(TestATLAS):
     def method(self, model, **changes):
         return super().method(model, **{"blockwise": False, **changes})
+
+    def dense(self, adapted):
+        """`Σ_t c[t] τ[t]`."""
+        tasks = adapted.method.task_vectors
+        return {
+            name: sum(adapted.coef[t].double() * task[name].double() for t, task in enumerate(tasks)) for name in adapted.names
+        }
 
 
 def from_case(case):

@@ -10,25 +10,31 @@ import vectors
 from lowdim.adapters import BlockLoRA, LoRA
 from lowdim.plan.kept import kept_tensors
 from lowdim.testing.adapter_case import AdapterCase
-from lowdim.testing.adapter_dense import make_layer, relative_error
+from lowdim.testing.closeness import relative_error
+from lowdim.testing.sample_layers import make_layer
 from lowdim.testing.small_model import sample_input, small_model
 
 
 class TestBlockLoRA(AdapterCase):
+    rank, blocks, alpha = 4, 2, 7
+    smallest_rank = 2  # one row for each block
+
     def method(self, **changes):
-        blocks = 2 if "rank" not in changes else 1  # the shared tests ask for ranks that two blocks do not divide
-        return BlockLoRA(**{"rank": 4, "blocks": blocks, "alpha": 8, "dropout": 0.0, **changes})
+        blocks = self.blocks if "rank" not in changes else 1  # the shared tests ask for ranks that the blocks do not divide
+        return BlockLoRA(**{"rank": self.rank, "blocks": blocks, "alpha": self.alpha, "dropout": 0.0, **changes})
+
+    def dense(self, update):
+        return self.alpha / self.rank * sum(B @ update.A for B in update.B)
+
+    def start(self, weight, stats):
+        return {"B": 0.0}
 
     def max_delta_rank(self, out_features, in_features):
-        return 2
+        return self.rank // self.blocks
 
 
 class TestOneRowForEachBlock(TestBlockLoRA):
-    def method(self, **changes):
-        return super().method(**{"blocks": 4, **({"blocks": 1} if "rank" in changes else {}), **changes})
-
-    def max_delta_rank(self, out_features, in_features):
-        return 1
+    blocks = smallest_rank = 4
 
 
 @pytest.mark.parametrize("name", vectors.cases("block-lora"))

@@ -10,7 +10,7 @@ from lowdim.adapters import AdaptedLayer, LaMDA, LoRA, SVFit
 from lowdim.adapters.core.files import checkpoint
 from lowdim.errors import CheckpointError
 from lowdim.files import read_tensors, write_tensors
-from lowdim.testing.adapter_dense import relative_error
+from lowdim.testing.closeness import relative_error
 from lowdim.testing.small_model import sample_input, small_model
 
 

@@ -2,6 +2,7 @@ import warnings
 
 import pytest
 import torch
+from adapter_starts import leading
 from adapter_vectors import layer_of
 from torch import nn
 
@@ -14,7 +15,8 @@ from lowdim.linalg import context_svd, stream
 from lowdim.plan.kept import kept_tensors
 from lowdim.surgery import matrix_shape, weight_matrix
 from lowdim.testing.adapter_case import AdapterCase
-from lowdim.testing.adapter_dense import make_layer, relative_error
+from lowdim.testing.closeness import relative_error
+from lowdim.testing.sample_layers import make_layer
 from lowdim.testing.small_model import sample_input, small_model
 
 
@@ -26,9 +28,31 @@ def covariance(n, rows=None, seed=7):
 class TestCorDA(AdapterCase):
     random_start = False  # everything follows from weight and samples
     lr = 0.01
+    scale = 1.0
+    chosen = slice(None, 2)  # of the components, in descending order
 
     def method(self, **changes):
-        return CorDA(**{"rank": 2, **changes})
+        return CorDA(**{"rank": self.rank, **changes})
+
+    def dense(self, update):
+        return self.scale * (update.B @ update.A - update.B0 @ update.A0)
+
+    def components(self, weight, stats):
+        """`U √(Σ/c)` and `√(Σ/c) Vᵀ` of the chosen components: `W C̃ = U Σ V₀ᵀ`, `Vᵀ = V₀ᵀ C̃⁻¹`."""
+        C = stats["covariance"]
+        damped = C + 0.01 * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype)
+        U, S, V0 = leading(weight @ damped, len(weight))
+        V = torch.linalg.solve(damped, V0[self.chosen].T).T  # C̃ is symmetric
+        root = (S[self.chosen] / self.scale).sqrt()
+        return U[:, self.chosen] * root, root[:, None] * V
+
+    def start(self, weight, stats):
+        B, A = self.components(weight, stats)
+        return {"B": B, "A": A, "B0": B, "A0": A}
+
+    def taken(self, weight, stats):
+        B, A = self.components(weight, stats)
+        return self.scale * B @ A
 
     def stats(self, layer):
         return {"covariance": covariance(matrix_shape(layer)[1])}  # collected as context_covariance, given under this name
@@ -39,8 +63,15 @@ class TestCorDA(AdapterCase):
 
 @pytest.mark.slow
 class TestCorDAKnowledge(TestCorDA):
+    alpha = 5.0
+    chosen = slice(-2, None)
+
+    @property
+    def scale(self):
+        return self.alpha / self.rank
+
     def method(self, **changes):
-        return CorDA(**{"rank": 2, "alpha": 5.0, "mode": "knowledge", **changes})
+        return CorDA(**{"rank": self.rank, "alpha": self.alpha, "mode": "knowledge", **changes})
 
 
 @pytest.mark.parametrize("alpha", [None, 7.0])

@@ -12,13 +12,25 @@ from lowdim.adapters import DiffoRA, DiffoRAAdapted, LoRA
 from lowdim.errors import CheckpointError
 from lowdim.files import read_tensors
 from lowdim.testing.adapter_case import AdapterCase
-from lowdim.testing.adapter_dense import relative_error
+from lowdim.testing.closeness import relative_error
 from lowdim.testing.small_model import small_model
 
 
 class TestDiffoRA(AdapterCase):
+    rank, alpha = 2, 5
+
     def method(self, **changes):
-        return DiffoRA(**{"rank": 2, "alpha": 4, "target_modules": ["first", "second"], **changes})
+        return DiffoRA(**{"rank": self.rank, "alpha": self.alpha, "target_modules": ["first", "second"], **changes})
+
+    def dense(self, update):
+        gate = 1.0  # of a layer by itself
+        if update.matrix is not None:
+            matrix, row, column = update.matrix
+            gate = torch.sigmoid(matrix.dam[row, column].double())
+        return self.alpha / self.rank * gate * update.B @ update.A
+
+    def start(self, weight, stats):
+        return {"B": 0.0}
 
     def max_delta_rank(self, out_features, in_features):
         return 2

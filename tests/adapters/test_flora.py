@@ -12,7 +12,8 @@ from lowdim.adapters import FLoRA
 from lowdim.linalg import tucker_reconstruct
 from lowdim.plan.kept import kept_tensors
 from lowdim.testing.adapter_case import AdapterCase
-from lowdim.testing.adapter_dense import dense_layer, relative_error
+from lowdim.testing.closeness import relative_error
+from lowdim.testing.sample_layers import moved_output
 from lowdim.testing.small_model import small_model
 
 CONVOLUTIONS = {
@@ -35,9 +36,19 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, tor
 
 class TestFLoRA(AdapterCase):
     lr = 0.01
+    scale = 3.0
 
-    def method(self, rank=2, **changes):
-        return FLoRA(**{"ranks": rank, "dropout": 0.0, **changes})
+    def method(self, **changes):
+        rank = changes.pop("rank", self.rank)
+        return FLoRA(**{"ranks": rank, "scale": self.scale, "dropout": 0.0, **changes})
+
+    def dense(self, update):
+        """`ΔW[o, i, h, …] = scale · Σ G[a, b, c, …] U₀[i, a] U₁[o, b] U₂[h, c] …`, kernel axes flattened."""
+        axes = ("ab,ia,ob->oi", "abc,ia,ob,hc->oih", "abce,ia,ob,hc,we->oihw", "abcef,ia,ob,hc,we,df->oihwd")
+        return self.scale * torch.einsum(axes[update.G.ndim - 2], update.G, *update.U).flatten(1)
+
+    def start(self, weight, stats):
+        return {"G": 0.0}
 
     def max_delta_rank(self, out_features, in_features):
         return 2
@@ -49,28 +60,27 @@ class TestFLoRA(AdapterCase):
         adapted = self.attach(layer, disturbed=False)
         assert relative_error(adapted(x), before) <= 1e-12
         self.disturb(adapted.update)
-        assert relative_error(adapted(x), dense_layer(adapted, x)) <= 1e-12
+        assert relative_error(adapted(x), self.wanted(layer, adapted, x)) <= 1e-12
         assert relative_error(adapted(x[0]), adapted(x)[0]) <= 1e-12
         assert relative_error(adapted.merged()(x), adapted(x)) <= 1e-12
         trained = [p for p in adapted.parameters() if p.requires_grad]
         target = torch.randn(before.shape, dtype=torch.float64)
         got, want = (
             torch.autograd.grad((y * target).sum(), [*trained, x])
-            for y in (adapted(x.requires_grad_()), dense_layer(adapted, x))
+            for y in (adapted(x.requires_grad_()), moved_output(layer, self.dense(adapted.update), x))
         )
         assert all(relative_error(a, b) <= 1e-11 for a, b in zip(got, want, strict=True))
         A, B = adapted.update.low_rank_delta()
         assert A.shape[0] == 2
-        assert relative_error(B @ A, adapted.delta()) <= 1e-12
+        assert relative_error(B @ A, self.change(adapted)) <= 1e-12
 
     @pytest.mark.parametrize("name", ["conv1d", "conv3d"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_convolutions_in_low_precision_and_from_a_file(self, name, dtype, tmp_path):
         layer, x = build(name, dtype)
-        model, twin = nn.Sequential(copy.deepcopy(layer)), nn.Sequential(layer)
+        model, twin = nn.Sequential(copy.deepcopy(layer)), nn.Sequential(copy.deepcopy(layer))
         adapted = self.adapt(model)
-        exact = copy.deepcopy(adapted.layers["0"]).double()
-        assert relative_error(model(x), dense_layer(exact, x.double())) <= self.forward_tolerance[dtype]
+        assert relative_error(model(x), self.wanted(layer, adapted.layers["0"], x)) <= self.forward_tolerance[dtype]
         adapted.save(tmp_path)
         lowdim.load_adapter(twin, tmp_path)
         assert torch.equal(twin(x), model(x))

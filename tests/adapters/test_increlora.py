@@ -11,18 +11,30 @@ import vectors
 from lowdim.adapters import AdapterSet, IncreLoRA, increlora_lr_lambda
 from lowdim.plan.kept import kept_tensors
 from lowdim.testing.adapter_case import AdapterCase
-from lowdim.testing.adapter_dense import make_input, make_layer, relative_error
+from lowdim.testing.closeness import relative_error
+from lowdim.testing.sample_layers import make_input, make_layer
 from lowdim.testing.small_model import sample_input, small_model
 
 
 class TestIncreLoRA(AdapterCase):
+    alpha = 16
+
     def method(self, **changes):
-        rank = changes.get("rank", 2)
+        rank = changes.get("rank", self.rank)
         # Grows at calls 2 and 4 of `step`, and reaches its target there.
         options = {"rank": rank, "target_rank": rank + 1 if type(rank) is int and rank > 0 else 3, "rank_step": 1}
-        options |= {"alpha": 16, "top_h": 1, "init_warmup": 0, "update_interval": 2}
+        options |= {"alpha": self.alpha, "top_h": 1, "init_warmup": 0, "update_interval": 2}
         # Factors that are held orthonormal would be most of the losses that the shared tests measure.
         return IncreLoRA(**{**options, "orth_weight": 0.0, **changes})
+
+    def dense(self, update):
+        """`alpha / (ranknum + 1e-5) · Σ_i B_i diag(E_i) A_i`; the newest part is a reserve, which `ranknum` does not count."""
+        active = self.rank + max(0, len(update.A) - 2)
+        total = sum(B @ (E * A) for A, E, B in zip(update.A, update.E, update.B, strict=True))
+        return self.alpha / (active + 1e-5) * total
+
+    def start(self, weight, stats):
+        return {"E.0": 0.0, "ranknum": float(self.rank)}
 
     def max_delta_rank(self, out_features, in_features):
         return 2

@@ -3,6 +3,7 @@ import dataclasses
 
 import pytest
 import torch
+from adapter_starts import leading
 from adapter_vectors import layer_of, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,23 +16,56 @@ from lowdim.plan.kept import kept_bytes, kept_tensors
 from lowdim.ranks import by_energy
 from lowdim.surgery import weight_matrix
 from lowdim.testing.adapter_case import AdapterCase
-from lowdim.testing.adapter_dense import make_layer, relative_error
+from lowdim.testing.closeness import relative_error
+from lowdim.testing.sample_layers import make_layer
 from lowdim.testing.small_model import sample_input, small_model
 
 
 class TestLaMDA(AdapterCase):
+    rank = 3
+    scale = 1.0
     random_start = False  # exact decompositions at this size
 
     def method(self, **changes):
-        return LaMDA(**{"rank": 3, "total_steps": 40, **changes})
+        return LaMDA(**{"rank": self.rank, "total_steps": 40, **changes})
+
+    def dense(self, update):
+        return (self.scale * update.B @ update.S - update.C0) @ update.A  # C0 A was taken out of the base
+
+    def start(self, weight, stats):
+        U, sigma, Vh = leading(weight, self.rank)
+        return {"A": Vh, "B": U, "S": torch.diag(sigma) / self.scale, "C0": weight @ Vh.T}
+
+    def taken(self, weight, stats):
+        U, sigma, Vh = leading(weight, self.rank)
+        return U * sigma @ Vh
 
     def max_delta_rank(self, out_features, in_features):
         return 3
 
 
-class TestLaMDARandomStart(AdapterCase):
+class TestLaMDAScaled(TestLaMDA):
+    alpha = 7
+
+    @property
+    def scale(self):
+        return self.alpha / self.rank
+
     def method(self, **changes):
-        return LaMDA(**{"rank": 3, "alpha": 6, "init": "random", **changes})
+        return super().method(**{"alpha": self.alpha, **changes})
+
+
+class TestLaMDARandomStart(AdapterCase):
+    rank, alpha = 3, 7
+
+    def method(self, **changes):
+        return LaMDA(**{"rank": self.rank, "alpha": self.alpha, "init": "random", **changes})
+
+    def dense(self, update):
+        return self.alpha / self.rank * update.B @ update.S @ update.A
+
+    def start(self, weight, stats):
+        return {"B": 0.0}
 
     def max_delta_rank(self, out_features, in_features):
         return 3
@@ -41,7 +75,11 @@ class TestLaMDAHalfFrozen(TestLaMDA):
     """Every shared test with one column held from the first step on."""
 
     def method(self, **changes):
-        return LaMDA(**{"rank": 3, "total_steps": 3, "freeze_fraction": 1.0, **changes})
+        return LaMDA(**{"rank": self.rank, "total_steps": 3, "freeze_fraction": 1.0, **changes})
+
+    def dense(self, update):
+        B = torch.cat([update.B[:, :1].detach(), update.B[:, 1:]], 1)  # no gradient reaches the column that is held
+        return (B @ update.S - update.C0) @ update.A
 
 
 def test_vector_of_the_released_schedule():

@@ -15,7 +15,8 @@ from lowdim.linalg import ldu
 from lowdim.plan.kept import kept_tensors
 from lowdim.surgery import weight_matrix
 from lowdim.testing.adapter_case import AdapterCase
-from lowdim.testing.adapter_dense import make_layer, relative_error
+from lowdim.testing.closeness import relative_error
+from lowdim.testing.sample_layers import make_layer
 from lowdim.testing.small_model import sample_input, small_model
 
 INITS = ["ldu", "constant", "uniform", "normal", "ones", "zeros", "s_uniform", "s_normal"]
@@ -23,11 +24,29 @@ DRAWN = ["uniform", "normal", "s_uniform", "s_normal"]
 
 
 class TestLoLDU(AdapterCase):
+    rank, alpha = 3, 4.0
     random_start = False  # everything follows from the weight
     lr = 0.05
 
     def method(self, **changes):
-        return LoLDU(**{"rank": 3, "alpha": 3.0, **changes})
+        return LoLDU(**{"rank": self.rank, "alpha": self.alpha, **changes})
+
+    def dense(self, update):
+        return self.alpha / self.rank * update.L @ torch.diag(update.z - update.z0) @ update.U
+
+    def factors(self, weight):
+        """The first columns of `P L`, the pivots, and the first rows of the unit upper factor: `W = P L diag(d) U`."""
+        P, L, upper = torch.linalg.lu(weight)
+        d = upper.diagonal()
+        return (P @ L)[:, : self.rank], d[: self.rank], (upper[: len(d)] / d[:, None])[: self.rank]
+
+    def start(self, weight, stats):
+        L, d, U = self.factors(weight)
+        return {"L": L, "z": d, "z0": d, "U": U}
+
+    def taken(self, weight, stats):
+        L, d, U = self.factors(weight)
+        return self.alpha / self.rank * L @ torch.diag(d) @ U
 
     def max_delta_rank(self, out_features, in_features):
         return 3
@@ -38,7 +57,23 @@ class TestLoLDUDrawn(TestLoLDU):
     random_start = True
 
     def method(self, **changes):
-        return LoLDU(**{"rank": 3, "alpha": 2.0, "init": "normal", "train_scale": True, **changes})
+        return super().method(**{"init": "normal", "train_scale": True, **changes})
+
+    def dense(self, update):
+        z = update.scale * update.z - self.alpha / self.rank * update.z0
+        return update.L @ torch.diag(z) @ update.U
+
+    def start(self, weight, stats):
+        L, _, U = self.factors(weight)
+        return {"L": L, "U": U, "scale": self.alpha / self.rank}
+
+    def test_what_the_base_keeps(self, layer_name):  # the start is drawn
+        layer = make_layer(layer_name)
+        adapted = self.attach(layer, disturbed=False)
+        L, _, U = self.factors(weight_matrix(layer))
+        assert torch.equal(adapted.update.z, adapted.update.z0)
+        kept = weight_matrix(layer) - self.alpha / self.rank * L @ torch.diag(adapted.update.z0) @ U
+        assert relative_error(weight_matrix(adapted.base), kept) <= 1e-10
 
 
 @pytest.mark.parametrize("name", vectors.cases("loldu"))

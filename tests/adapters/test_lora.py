@@ -10,12 +10,21 @@ from lowdim.adapters import LoRA
 from lowdim.adapters.lora import LoRAUpdate
 from lowdim.linalg import add_low_rank, low_rank_norm, low_rank_product
 from lowdim.testing.adapter_case import AdapterCase
-from lowdim.testing.adapter_dense import make_layer, relative_error
+from lowdim.testing.closeness import relative_error
+from lowdim.testing.sample_layers import make_layer
 
 
 class TestLoRA(AdapterCase):
+    rank, alpha = 2, 5
+
     def method(self, **changes):
-        return LoRA(**{"rank": 2, "alpha": 4, **changes})
+        return LoRA(**{"rank": self.rank, "alpha": self.alpha, **changes})
+
+    def dense(self, update):
+        return self.alpha / self.rank * update.B @ update.A
+
+    def start(self, weight, stats):
+        return {"B": 0.0}
 
     def max_delta_rank(self, out_features, in_features):
         return 2
@@ -24,6 +33,9 @@ class TestLoRA(AdapterCase):
 class TestLoRAStabilized(TestLoRA):
     def method(self, **changes):
         return super().method(**{"rank_stabilized": True, **changes})
+
+    def dense(self, update):
+        return self.alpha / math.sqrt(self.rank) * update.B @ update.A
 
 
 def test_scale_and_start():

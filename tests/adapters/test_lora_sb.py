@@ -2,6 +2,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from adapter_starts import leading
 from adapter_vectors import layer_of, train
 from torch import nn
 
@@ -11,16 +12,25 @@ from lowdim.adapters import LoRASB, LoRAXS
 from lowdim.plan.kept import kept_tensors
 from lowdim.surgery import weight_matrix
 from lowdim.testing.adapter_case import AdapterCase
-from lowdim.testing.adapter_dense import make_layer, relative_error
+from lowdim.testing.closeness import relative_error
+from lowdim.testing.sample_layers import make_layer
 from lowdim.testing.small_model import sample_input, small_model
 
 
 class TestLoRASB(AdapterCase):
     starts_unchanged = False  # the model starts at its first update
     random_start = False  # exact decompositions at this size
+    rank, rate, warmup = 3, 0.04, 4
 
     def method(self, **changes):
-        return LoRASB(**{"rank": 3, "lr": 0.01, **changes})
+        return LoRASB(**{"rank": self.rank, "lr": self.rate, "warmup_steps": self.warmup, **changes})
+
+    def dense(self, update):
+        return update.B @ update.R @ update.A  # it has no scale
+
+    def start(self, weight, stats):
+        U, sigma, Vh = leading(-self.rate / self.warmup * stats["gradient"].sign(), self.rank)
+        return {"B": U, "R": torch.diag(sigma), "A": Vh}
 
     def max_delta_rank(self, out_features, in_features):
         return 3
@@ -28,9 +38,17 @@ class TestLoRASB(AdapterCase):
 
 class TestLoRAXS(AdapterCase):
     start_tolerance: ClassVar = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 1e-2}  # R starts as noise of 1e-5
+    rank, alpha = 3, 4
 
     def method(self, **changes):
-        return LoRAXS(**{"rank": 3, "alpha": 3, **changes})
+        return LoRAXS(**{"rank": self.rank, "alpha": self.alpha, **changes})
+
+    def dense(self, update):
+        return self.alpha / self.rank * update.B @ update.R @ update.A
+
+    def start(self, weight, stats):
+        U, sigma, Vh = leading(weight, self.rank)
+        return {"B": U, "A": sigma[:, None] * Vh}
 
     def max_delta_rank(self, out_features, in_features):
         return 3

@@ -16,20 +16,29 @@ from lowdim.adapters import (
     recover_lora,
     select_channels,
 )
-from lowdim.adapters.loram.channels import channel_scores
+from lowdim.adapters.channels import channel_scores
 from lowdim.catalogue import variant
 from lowdim.errors import CheckpointError
 from lowdim.files import read_tensors
 from lowdim.surgery import weight_matrix
 from lowdim.testing.adapter_case import AdapterCase
-from lowdim.testing.adapter_dense import dense_layer, make_layer, relative_error
-from lowdim.testing.new_process import run_in_new_process
+from lowdim.testing.closeness import relative_error
+from lowdim.testing.elsewhere import run_elsewhere
+from lowdim.testing.sample_layers import make_input, make_layer, moved_output
 from lowdim.testing.small_model import output_of_saved, sample_input, small_model
 
 
 class TestLoRAM(AdapterCase):
+    rank, alpha = 2, 5
+
     def method(self, **changes):
-        return LoRAM(**{"rank": 2, "alpha": 4, "dropout": 0.0, **changes})
+        return LoRAM(**{"rank": self.rank, "alpha": self.alpha, "dropout": 0.0, **changes})
+
+    def dense(self, update):
+        return self.alpha / self.rank * update.B @ update.A
+
+    def start(self, weight, stats):
+        return {"B": 0.0}
 
     def max_delta_rank(self, out_features, in_features):
         return 2
@@ -37,8 +46,22 @@ class TestLoRAM(AdapterCase):
 
 class TestLoRAMByRatio(TestLoRAM):
     # The layer is the whole model's in evaluation mode only: there it starts unchanged and merges to what it computes.
+    ratio = 0.4
+
     def method(self, **changes):
-        return super().method(**{"ratio": 0.4, **changes})
+        return super().method(**{"ratio": self.ratio, **changes})
+
+    def pruned(self, weight):
+        """The smallest magnitudes, zero elsewhere."""
+        count = round(self.ratio * weight.numel())
+        smallest = weight.abs().flatten().argsort()[:count]
+        return torch.zeros_like(weight).flatten().index_copy(0, smallest, weight.flatten()[smallest]).view_as(weight)
+
+    def start(self, weight, stats):
+        return {"B": 0.0, "pruned": self.pruned(weight)}
+
+    def taken(self, weight, stats):
+        return self.pruned(weight)
 
     def attach(self, layer, **kwargs):
         return super().attach(layer, **kwargs).eval()
@@ -46,31 +69,30 @@ class TestLoRAMByRatio(TestLoRAM):
     def adapt(self, model, **kwargs):
         return super().adapt(model.eval(), **kwargs)
 
-    def test_any_shape(self):  # the shared one attaches in training mode
-        for out, n in [(1, 1), (1, 7), (9, 1), (3, 8), (8, 3)]:
-            adapted = self.method(rank=1).attach(nn.Linear(n, out, dtype=torch.float64).eval())
-            self.disturb(adapted.update)
-            x = torch.randn(3, n, dtype=torch.float64)
-            assert relative_error(adapted(x), dense_layer(adapted, x)) < 1e-12
-            assert relative_error(adapted.merged()(x), adapted(x)) < 1e-12
+    def test_training_leaves_the_pruned_weights_out(self, layer_name):
+        layer = make_layer(layer_name)
+        adapted = self.attach(layer).train()
+        x = make_input(layer)
+        small = self.change(adapted) - self.pruned(weight_matrix(layer).detach())
+        assert relative_error(adapted(x), moved_output(layer, small, x)) <= 1e-12
 
     def test_another_process_loads_the_same_bits(self, tmp_path):  # the other process answers in training mode
         model = small_model()
         self.adapt(model).save(tmp_path)
-        file = run_in_new_process(output_of_saved, str(tmp_path), LoRAM.__module__)
+        file = run_elsewhere(output_of_saved, str(tmp_path), LoRAM.__module__)
         assert torch.equal(read_tensors(file)[0]["y"], model.train()(sample_input()))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_save_and_load_keep_dtype_state_and_training(self, tmp_path, dtype):  # the shared one loads in training mode
         model, twin = small_model(dtype=dtype), small_model(dtype=dtype)
         adapted = self.adapt(model)
-        self._train(adapted, steps=2, dtype=dtype)
+        self.train(adapted, steps=2, dtype=dtype)
         adapted.save(tmp_path)
         loaded = lowdim.load_adapter(twin, tmp_path)
         assert loaded.method == adapted.method
         for mode in (True, False):
             assert torch.equal(twin.train(mode)(sample_input(dtype=dtype)), model.train(mode)(sample_input(dtype=dtype)))
-        assert self._train(loaded, steps=2, dtype=dtype) == self._train(adapted, steps=2, dtype=dtype)
+        assert self.train(loaded, steps=2, dtype=dtype) == self.train(adapted, steps=2, dtype=dtype)
 
 
 # --- vectors --------------------------------------------------------------------------------------------------------------

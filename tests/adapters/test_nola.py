@@ -10,20 +10,45 @@ import vectors
 from lowdim.adapters import NOLA
 from lowdim.errors import CheckpointError
 from lowdim.files import read_tensors
-from lowdim.linalg import random_rows
+from lowdim.linalg import derive_seed, random_rows
 from lowdim.plan import measure
 from lowdim.plan.kept import kept_tensors
 from lowdim.testing.adapter_case import AdapterCase
-from lowdim.testing.adapter_dense import make_layer, relative_error
+from lowdim.testing.closeness import relative_error
+from lowdim.testing.sample_layers import make_layer
 from lowdim.testing.small_model import sample_input, small_model
 
 
 class TestNOLA(AdapterCase):
     random_start = False  # a and b start at zero, and the bases come from the method's own seed
     lr = 0.05
+    rank, alpha, bases = 2, 5, 24
 
     def method(self, **changes):
-        return NOLA(**{"rank": 2, "num_bases": 24, "alpha": 4, **changes})
+        return NOLA(**{"rank": self.rank, "num_bases": self.bases, "alpha": self.alpha, **changes})
+
+    def dense(self, update):
+        """`c · B A`, `A = A0 + Σ a_i bases_A[i] / √k`, `B = Σ b_i bases_B[i] / √k`."""
+        A0, bases_A, bases_B = self.drawn(update)
+        A = A0 + torch.einsum("k,kri->ri", update.a, bases_A) / math.sqrt(self.bases)
+        B = torch.einsum("k,kor->or", update.b, bases_B) / math.sqrt(self.bases)
+        return self.alpha / self.rank * B @ A
+
+    def drawn(self, update):
+        """U(±1/√in), U(±1), U(±1) in float32, each from a stream of its own."""
+        rows, out, n = self.rank, update.out_features, update.in_features
+        A0, bases_A, bases_B = (
+            random_rows(derive_seed(update.seed, "NOLA", name), 0, count, size).view(shape)
+            for name, count, size, shape in [
+                ("A0", 1, rows * n, (rows, n)),
+                ("bases_A", self.bases, rows * n, (self.bases, rows, n)),
+                ("bases_B", self.bases, out * rows, (self.bases, out, rows)),
+            ]
+        )
+        return (A0 * (1 / math.sqrt(n))).double(), bases_A.double(), bases_B.double()
+
+    def start(self, weight, stats):
+        return {"a": 0.0, "b": 0.0}
 
     def max_delta_rank(self, out_features, in_features):
         return 2
@@ -41,6 +66,9 @@ class TestNOLA(AdapterCase):
 class TestCached(TestNOLA):
     def method(self, **changes):
         return super().method(**{"materialize": "cache", **changes})
+
+    def drawn(self, update):
+        return update.A0, update.bases_A, update.bases_B
 
 
 @pytest.mark.parametrize("name", vectors.cases("nola"))

@@ -18,7 +18,7 @@ from lowdim.adapters.core.files.peft_factors import cut
 from lowdim.adapters.core.files.peft_targets import VLLM_RANKS
 from lowdim.errors import UnknownNameError
 from lowdim.linalg import stream
-from lowdim.testing.adapter_dense import relative_error
+from lowdim.testing.closeness import relative_error
 from lowdim.testing.small_model import small_model
 
 

@@ -9,7 +9,7 @@ from torch import nn
 import lowdim
 from lowdim.adapters import AdapterSet, LaMDA, LoRA, LoRAXS, RandLoRA, SVFit
 from lowdim.surgery import dense_matrix, is_quantized, matrix_shape, weight_matrix
-from lowdim.testing.adapter_dense import relative_error
+from lowdim.testing.closeness import relative_error
 
 
 def plain():

@@ -11,15 +11,33 @@ import vectors
 from lowdim.adapters import AdaptedLayer, RandLoRA
 from lowdim.plan.kept import kept_tensors
 from lowdim.testing.adapter_case import AdapterCase
-from lowdim.testing.adapter_dense import make_layer, relative_error
+from lowdim.testing.closeness import relative_error
+from lowdim.testing.sample_layers import make_layer
 from lowdim.testing.small_model import sample_input, small_model
 
 
 class TestRandLoRA(AdapterCase):
     random_start = False  # the bases come from the method's own seed, and the rest starts constant
+    has_factors = False  # the update has full rank
+    rank, alpha = 2, 5
 
     def method(self, **changes):
-        return RandLoRA(**{"rank": 2, "alpha": 4, **changes})
+        return RandLoRA(**{"rank": self.rank, "alpha": self.alpha, **changes})
+
+    def dense(self, update):
+        """`c · Σ_kj B♭[:, k·n + j] ⊗ (lam[k, j] · A[k] ⊙ gamma[j])`, transposed where in > out; `B♭` runs over (j, k)."""
+        ranks, terms = update.lam.shape
+        flat = update.B.flatten(1)
+        total = sum(
+            torch.outer(flat[:, k * terms + j], update.lam[k, j] * update.A[k] * update.gamma[j])
+            for k in range(ranks)
+            for j in range(terms)
+        )
+        wide = update.in_features > update.out_features
+        return self.alpha / self.rank / math.sqrt(terms) * (total.T if wide else total)
+
+    def start(self, weight, stats):
+        return {"lam": 0.0, "gamma": 1 / max(math.ceil(min(weight.shape) / self.rank), min(weight.shape))}
 
 
 @pytest.mark.parametrize("name", vectors.cases("randlora"))

@@ -10,7 +10,8 @@ from lowdim.errors import UnknownNameError
 from lowdim.linalg import stream
 from lowdim.plan.kept import kept_tensors
 from lowdim.testing.adapter_case import AdapterCase
-from lowdim.testing.adapter_dense import make_input, make_layer, relative_error
+from lowdim.testing.closeness import relative_error
+from lowdim.testing.sample_layers import make_input, make_layer
 from lowdim.testing.small_model import sample_input, small_model
 
 
@@ -20,6 +21,13 @@ class Channels(AdapterCase):
     def method(self, **changes):
         changes.pop("rank", None)  # there is none; seed 0 of the small model gives each layer some channels
         return S2FT(**{"ratio": 0.3, "axis": self.axis, **changes})
+
+    def dense(self, update):
+        place = F.one_hot(update.indices, update.in_features).to(update.s2.dtype)
+        return update.s2 @ place
+
+    def start(self, weight, stats):
+        return {"s2": 0.0}
 
     def test_errors_name_the_layer(self):  # a ratio and a block take the place of the rank
         for bad in (0.0, -0.1, 1.1, float("nan"), None):
@@ -37,6 +45,10 @@ class TestChannelsThatEnter(Channels):
 
 class TestChannelsThatLeave(Channels):
     axis = "out"
+
+    def dense(self, update):
+        place = F.one_hot(update.indices, update.out_features).to(update.s2.dtype)
+        return place.T @ update.s2
 
 
 def linear(weight, bias=None):

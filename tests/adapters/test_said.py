@@ -12,7 +12,7 @@ from lowdim.errors import CheckpointError, NoMatchingModuleError
 from lowdim.files import read_tensors
 from lowdim.linalg import FastfoodDraws, fastfood, fastfood_draws
 from lowdim.plan.kept import kept_tensors
-from lowdim.testing.adapter_dense import relative_error
+from lowdim.testing.closeness import relative_error
 from lowdim.testing.small_model import sample_input, small_model
 from lowdim.testing.whole_case import WholeModelCase
 
@@ -21,10 +21,38 @@ class TestSAID(WholeModelCase):
     def method(self, model, **changes):
         return SAID(**{"dimension": 40, **changes})
 
+    def dense(self, adapted):
+        """`λ_i · F_i θ`."""
+        return {name: scale.double() * offset for scale, (name, offset) in zip(adapted.scales, projected(adapted), strict=True)}
+
 
 class TestDID(WholeModelCase):
     def method(self, model, **changes):
         return SAID(**{"dimension": 30, "structure_aware": False, **changes})
+
+    def dense(self, adapted):
+        """`F_i θ`."""
+        return dict(projected(adapted))
+
+
+def projected(adapted):
+    """Name and `F_i θ = (H (G ⊙ (H (B ⊙ pad θ))[Π]))[:D] / √(D ΣG²)` of each parameter, with dense Hadamard matrices."""
+    shapes = {name: p.shape for name, p in adapted.model.named_parameters()}
+    for name, draws in zip(adapted.names, adapted.draws, strict=True):
+        length, count = len(draws), shapes[name].numel()
+        theta = adapted.theta.double()[:length]  # a short parameter reads only as many coordinates as it has
+        padded = torch.cat([theta, theta.new_zeros(length - len(theta))])
+        H, G = hadamard(length), draws.gaussian.double()
+        mixed = H @ (G * (H @ (draws.signs * padded))[draws.permutation.long()])
+        yield name, (mixed[:count] / (count * G.square().sum()).sqrt()).view(shapes[name])
+
+
+def hadamard(size):
+    """`H_1 = [1]`, `H_2n = [[H_n, H_n], [H_n, −H_n]]`."""
+    H = torch.ones(1, 1, dtype=torch.float64)
+    while len(H) < size:
+        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
+    return H
 
 
 class Net(nn.Module):

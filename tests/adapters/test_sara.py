@@ -16,7 +16,8 @@ from lowdim.files import read_tensors
 from lowdim.plan.kept import kept_tensors
 from lowdim.surgery import is_conv1d, weight_matrix
 from lowdim.testing.adapter_case import AdapterCase
-from lowdim.testing.adapter_dense import LAYERS, make_input, make_layer, relative_error
+from lowdim.testing.closeness import relative_error
+from lowdim.testing.sample_layers import LAYERS, make_input, make_layer
 from lowdim.testing.small_model import sample_input, small_model
 
 ON_LAYERS = [name for name, kind in LAYERS.items() if kind in SaRA.takes]
@@ -26,10 +27,20 @@ ON_LAYERS = [name for name, kind in LAYERS.items() if kind in SaRA.takes]
 class TestSaRA(AdapterCase):
     random_start = False  # everything follows from the weight
     exact_in_peft = False  # the update is sparse, of full rank
+    has_factors = False
+    threshold = 0.15
 
     def method(self, **changes):
         changes.pop("rank", None)  # there is none
-        return SaRA(**{"threshold": 0.15, **changes})
+        return SaRA(**{"threshold": self.threshold, **changes})
+
+    def dense(self, update):
+        change = torch.zeros_like(update.mask, dtype=update.values.dtype)
+        return change.masked_scatter(update.mask, update.values - update.initial).flatten(1)
+
+    def start(self, weight, stats):
+        small = weight[weight.abs() < self.threshold]
+        return {"values": small, "initial": small, "active": 1.0}
 
     def test_shapes_are_known_without_numbers(self):  # how many entries are trained follows from the numbers
         real = self.adapt(small_model(), disturbed=False).model.state_dict()

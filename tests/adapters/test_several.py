@@ -9,7 +9,7 @@ from torch import nn
 import lowdim
 from lowdim.adapters import SAID, AdapterSet, LaMDA, LoRA, LoRASB, RandLoRA, SVFit, to_peft
 from lowdim.errors import UnknownNameError
-from lowdim.testing.adapter_dense import relative_error
+from lowdim.testing.closeness import relative_error
 from lowdim.testing.small_model import sample_input, small_model
 
 METHODS = {"lora": LoRA(rank=2), "lamda": LaMDA(rank=2), "rand": RandLoRA(rank=3), "svfit": SVFit(rank=3)}

@@ -15,13 +15,22 @@ from lowdim.adapters.sora import SoRAAdapted, SoRAUpdate
 from lowdim.files import read_tensors
 from lowdim.plan.kept import kept_bytes
 from lowdim.testing.adapter_case import AdapterCase
-from lowdim.testing.adapter_dense import make_input, make_layer, relative_error
+from lowdim.testing.closeness import relative_error
+from lowdim.testing.sample_layers import make_input, make_layer
 from lowdim.testing.small_model import sample_input, small_model
 
 
 class TestSoRA(AdapterCase):
+    rank, alpha = 3, 7
+
     def method(self, **changes):
-        return SoRA(**{"rank": 3, "alpha": 6, **changes})
+        return SoRA(**{"rank": self.rank, "alpha": self.alpha, **changes})
+
+    def dense(self, update):
+        return self.alpha / self.rank * update.B @ torch.diag(update.gate) @ update.A
+
+    def start(self, weight, stats):
+        return {"B": 0.0}
 
     def max_delta_rank(self, out_features, in_features):
         return 3

@@ -3,6 +3,7 @@ import warnings
 
 import pytest
 import torch
+from adapter_starts import leading
 from adapter_vectors import layer_of, train
 from torch import nn
 
@@ -14,16 +15,29 @@ from lowdim.files import read_tensors
 from lowdim.plan.kept import kept_tensors
 from lowdim.surgery import weight_matrix
 from lowdim.testing.adapter_case import AdapterCase
-from lowdim.testing.adapter_dense import make_layer, relative_error
+from lowdim.testing.closeness import relative_error
+from lowdim.testing.sample_layers import make_layer
 from lowdim.testing.small_model import sample_input, small_model
 
 
 class TestSVFit(AdapterCase):
     random_start = False  # everything follows from the weight
     lr = 0.05
+    rank = 3
 
     def method(self, **changes):
-        return SVFit(**{"rank": 3, **changes})
+        return SVFit(**{"rank": self.rank, **changes})
+
+    def dense(self, update):
+        return update.U @ torch.diag(update.s - update.s0) @ update.Vh
+
+    def start(self, weight, stats):
+        U, sigma, Vh = leading(weight, self.rank)
+        return {"U": U, "s": sigma, "s0": sigma, "Vh": Vh}
+
+    def taken(self, weight, stats):
+        U, sigma, Vh = leading(weight, self.rank)
+        return U @ torch.diag(sigma) @ Vh
 
     def max_delta_rank(self, out_features, in_features):
         return 3

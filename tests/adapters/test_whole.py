@@ -14,7 +14,7 @@ from lowdim.adapters import ATLAS, SAID, said
 from lowdim.adapters.core.composed import Composition, compose, is_composed, places_of, release
 from lowdim.linalg import gather, stream
 from lowdim.surgery import freeze
-from lowdim.testing.adapter_dense import relative_error
+from lowdim.testing.closeness import relative_error
 from lowdim.testing.processes import in_processes
 from lowdim.testing.small_model import sample_input, small_model
 

@@ -1,17 +1,18 @@
-"""A small model with fixed numbers, and what it answers with a saved adapter in it: the same in every process."""
+"""Small models with fixed numbers, and what one answers with a saved adapter in it: the same in every process."""
 
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 
 import lowdim
 
-__all__ = ["output_of_saved", "sample_input", "small_model"]
+__all__ = ["output_of_saved", "sample_input", "small_model", "tied_llama"]
 
 
-def small_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def small_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:  # its parts are read by name
     """Two linear layers of different shape and a head, the same numbers for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -24,6 +25,22 @@ def small_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.M
 def sample_input(rows: int = 5, seed: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Rows for `small_model`."""
     return torch.randn(rows, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def tied_llama() -> Any:
+    """A Llama of two layers in float64 whose head shares the embedding and whose layers share a query; skips without it."""
+    import pytest
+
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, tie_word_embeddings=True
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config).double()
+    layers = model.model.layers
+    layers[1].self_attn.q_proj.weight = layers[0].self_attn.q_proj.weight
+    return model.eval()
 
 
 def output_of_saved(folder: str, module: str, seed: int = 0) -> str:

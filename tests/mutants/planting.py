@@ -1,0 +1,126 @@
+"""Planting a fault in a copy of the package, and seeing whether the tests that should catch it do."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CAUGHT, SURVIVED, BROKEN, TIMED_OUT = "caught", "survived", "broken", "timed out"
+
+
+@dataclass(frozen=True)
+class Tests:
+    """A selection of tests.
+
+    Attributes:
+        nodes: pytest's node ids below tests/, as `adapters/test_lora.py::TestLoRA`.
+        keyword: pytest's `-k`; tests marked slow can be selected, too.
+        shared: only the tests that `lowdim.testing` gives, so that the file's own cannot help.
+    """
+
+    nodes: tuple[str, ...]
+    keyword: str = ""
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One wrong line.
+
+    Attributes:
+        what: is wrong, for the report.
+        file: below src/lowdim.
+        old: the text that is replaced; it must occur exactly once.
+        new: what takes its place.
+        tests: that should catch it.
+    """
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: Tests
+
+    def line(self) -> int:
+        """Where it is planted, from 1.
+
+        Raises:
+            ValueError: the text occurs not exactly once.
+        """
+        text = (ROOT / "src" / "lowdim" / self.file).read_text(encoding="utf-8")
+        if (count := text.count(self.old)) != 1:
+            raise ValueError(f"{self.what}: the text to replace occurs {count} times in {self.file}:\n{self.old}")
+        return text.count("\n", 0, text.index(self.old)) + 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of tests said: one of `CAUGHT`, `SURVIVED`, `BROKEN` (nothing ran, or not to its end), `TIMED_OUT`."""
+
+    status: str
+    seconds: float
+    output: str
+
+    @property
+    def failed(self) -> str:
+        """The first test that failed."""
+        lines = (line for line in self.output.splitlines() if line.startswith(("FAILED ", "ERROR ")))
+        return next(lines, "").split(" - ")[0].removeprefix("FAILED ").removeprefix("ERROR ")
+
+
+class Copy:
+    """A copy of the package's sources, one fault at a time in it. The tests are those of the repository."""
+
+    def __init__(self, folder: Path):
+        self.source = folder / "src"
+        shutil.copytree(ROOT / "src", self.source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+
+    @contextlib.contextmanager
+    def planted(self, fault: Fault) -> Iterator[None]:
+        """The fault is there inside the block, and gone after it."""
+        fault.line()  # raises where the text is not there exactly once
+        path = self.source / "lowdim" / fault.file
+        text = path.read_text(encoding="utf-8")
+        try:
+            _write(path, text.replace(fault.old, fault.new))
+            yield
+        finally:
+            _write(path, text)
+
+    def run(self, tests: Tests, timeout: float = 60.0) -> Outcome:
+        """Run the selection on the copy as it is now, up to the first failure."""
+        nodes = [f"tests/{node}" for node in tests.nodes]
+        options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "slow or not slow", "--tb=short"]
+        options += ["-k", tests.keyword] if tests.keyword else []
+        options += ["-p", "mutants.shared_only"] if tests.shared else []
+        paths = [str(self.source), str(ROOT / "tests")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HYPOTHESIS_SEED": "0"}
+        command = [sys.executable, "-m", "pytest", *options, *nodes]
+        begun = time.monotonic()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+            return Outcome(TIMED_OUT, time.monotonic() - begun, output)
+        status = {0: SURVIVED, 1: CAUGHT}.get(process.returncode, BROKEN)
+        return Outcome(status, time.monotonic() - begun, output)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    # Compiled files are told apart by size and whole seconds, which two faults may share.
+    Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)

@@ -16,14 +16,14 @@ from lowdim.adapters import (
     recover_lora,
     select_channels,
 )
-from lowdim.adapters.channels import channel_scores
+from lowdim.adapters.loram.channels import channel_scores
 from lowdim.catalogue import variant
 from lowdim.errors import CheckpointError
 from lowdim.files import read_tensors
 from lowdim.surgery import weight_matrix
 from lowdim.testing.adapter_case import AdapterCase
 from lowdim.testing.closeness import relative_error
-from lowdim.testing.elsewhere import run_elsewhere
+from lowdim.testing.new_process import run_in_new_process
 from lowdim.testing.sample_layers import make_input, make_layer, moved_output
 from lowdim.testing.small_model import output_of_saved, sample_input, small_model
 
@@ -79,7 +79,7 @@ class TestLoRAMByRatio(TestLoRAM):
     def test_another_process_loads_the_same_bits(self, tmp_path):  # the other process answers in training mode
         model = small_model()
         self.adapt(model).save(tmp_path)
-        file = run_elsewhere(output_of_saved, str(tmp_path), LoRAM.__module__)
+        file = run_in_new_process(output_of_saved, str(tmp_path), LoRAM.__module__)
         assert torch.equal(read_tensors(file)[0]["y"], model.train()(sample_input()))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

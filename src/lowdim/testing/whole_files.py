@@ -9,11 +9,11 @@ from torch import nn
 
 import lowdim
 from lowdim.adapters import LoRA
-from lowdim.adapters.composed import is_composed
+from lowdim.adapters.core.composed import is_composed
 from lowdim.errors import CheckpointError
 from lowdim.files import read_tensors
 from lowdim.testing.closeness import relative_error
-from lowdim.testing.elsewhere import run_elsewhere
+from lowdim.testing.new_process import run_in_new_process
 from lowdim.testing.small_model import output_of_saved, sample_input, small_model
 from lowdim.testing.whole_hooks import WholeHooks
 
@@ -27,7 +27,7 @@ class WholeFiles(WholeHooks):
         model = small_model()
         adapted = self.adapt(model)
         adapted.save(tmp_path)
-        file = run_elsewhere(output_of_saved, str(tmp_path), type(adapted.method).__module__)
+        file = run_in_new_process(output_of_saved, str(tmp_path), type(adapted.method).__module__)
         with torch.no_grad():
             assert torch.equal(read_tensors(file)[0]["y"], model(sample_input()))
 

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -35,6 +36,9 @@ def net():
 
 
 class TestIntruders(DiagnoseCase):
+    plots = True
+    tolerance = 1e-5  # weights are float32
+
     def models(self):
         base, tuned = net(), net()
         with torch.no_grad():
@@ -43,6 +47,24 @@ class TestIntruders(DiagnoseCase):
 
     def measure(self, *sources):
         return intruder_dimensions(*sources, k=6)
+
+    def expected(self):
+        base, tuned = self.models()
+        layers = {}
+        for name in ("0.weight", "2.weight"):
+            w0, w = (model.get_parameter(name).detach().numpy().astype(np.float64) for model in (base, tuned))
+            (u0, _, _), (u, s, _) = (np.linalg.svd(matrix, full_matrices=False) for matrix in (w0, w))
+            overlap = np.abs(u[:, :6].T @ u0)
+            similarity = overlap.max(axis=1)
+            layers[name] = {
+                "similarity": similarity,
+                "indices": [j for j in range(6) if similarity[j] < 0.5],
+                "singular_values": s,
+                "degenerate": [j for j in range(6) if s[j] - s[j + 1] < 1e-6 * s[0]],
+                "overlap": overlap,
+            }
+        total = sum(len(layer["indices"]) for layer in layers.values())
+        return {"layers": layers, "k": 6, "threshold": 0.5, "total": total}
 
     def refusals(self):
         base, w = net(), torch.eye(3)

@@ -7,7 +7,7 @@ from torch import nn
 
 import vectors
 from lowdim.diagnose import intruder_dimensions, reduce_intruders, scale_intruders, scale_intruders_lora, weights_of
-from lowdim.testing.represent_case import refuses
+from lowdim.testing.agreement import refuses
 
 
 def factors(out=20, width=14, rank=3, seed=0, dtype=torch.float64):

@@ -5,6 +5,7 @@ import torch
 
 import vectors
 from lowdim.diagnose import compression_bound, quantize_subspace
+from lowdim.testing.result_case import ValueCase
 
 
 def test_vectors():
@@ -15,9 +16,43 @@ def test_vectors():
         assert abs(got - want) <= case.tolerance
 
 
-def test_the_bound_is_the_formula_and_never_above_one():
-    want = 0.1 + math.sqrt((10 * 8 * math.log(2) + math.log(20)) / (2 * 5000))
-    assert compression_bound(0.1, 10, 5000, bits=8, delta=0.05) == pytest.approx(want, abs=1e-14)
+class TestBound(ValueCase):
+    def result(self):
+        return compression_bound(0.1, 10, 5000, bits=8, delta=0.05)
+
+    def expected(self):
+        return 0.1 + math.sqrt((10 * 8 * math.log(2) + math.log(1 / 0.05)) / (2 * 5000))
+
+    def refusals(self):
+        good = (0.1, 10, 100)
+        return [
+            (ValueError, "train_error", lambda: compression_bound(-0.1, 10, 100)),
+            (ValueError, "train_error", lambda: compression_bound(1.5, 10, 100)),
+            (ValueError, "dimension", lambda: compression_bound(0.1, 0, 100)),
+            (ValueError, "n_samples", lambda: compression_bound(0.1, 10, 0)),
+            *((ValueError, "delta", lambda d=d: compression_bound(*good, delta=d)) for d in (0.0, 1.0, float("nan"))),
+            *((ValueError, "bits", lambda b=b: compression_bound(*good, bits=b)) for b in (0, 65, 1.5)),
+        ]
+
+
+class TestQuantizedSubspace(ValueCase):
+    theta = torch.tensor([-1.5, -0.2, 0.1, 0.7, 1.2], dtype=torch.float64)
+
+    def result(self):
+        return quantize_subspace(self.theta, 3)
+
+    def expected(self):
+        return [min((1.5 * (2 * i / 7 - 1) for i in range(8)), key=lambda level: abs(level - t)) for t in self.theta.tolist()]
+
+    def refusals(self):
+        bad = (torch.tensor([]), torch.tensor([float("nan")]), torch.ones(2, dtype=torch.int64))
+        return [
+            *((ValueError, "bits", lambda b=b: quantize_subspace(torch.ones(2), b)) for b in (0, 17, True)),
+            *((ValueError, "theta", lambda t=t: quantize_subspace(t, 8)) for t in bad),
+        ]
+
+
+def test_the_bound_is_never_above_one():
     assert compression_bound(0.0, 1000, 500) == 1.0
     assert compression_bound(1.0, 1, 10**9) == 1.0
 
@@ -53,28 +88,3 @@ def test_bfloat16_is_quantized_in_wide_numbers():
 
 def test_zeros_stay():
     assert torch.equal(quantize_subspace(torch.zeros(3), 4), torch.zeros(3))
-
-
-def test_bad_input():
-    good = (0.1, 10, 100)
-    for name, arguments in {
-        "train_error": (-0.1, 10, 100),
-        "dimension": (0.1, 0, 100),
-        "n_samples": (0.1, 10, 0),
-    }.items():
-        with pytest.raises(ValueError, match=name):
-            compression_bound(*arguments)
-    with pytest.raises(ValueError, match="train_error"):
-        compression_bound(1.5, 10, 100)
-    for delta in (0.0, 1.0, float("nan")):
-        with pytest.raises(ValueError, match="delta"):
-            compression_bound(*good, delta=delta)
-    for bits in (0, 65, 1.5):
-        with pytest.raises(ValueError, match="bits"):
-            compression_bound(*good, bits=bits)
-    for bits in (0, 17, True):
-        with pytest.raises(ValueError, match="bits"):
-            quantize_subspace(torch.ones(2), bits)
-    for theta in (torch.tensor([]), torch.tensor([float("nan")]), torch.ones(2, dtype=torch.int64)):
-        with pytest.raises(ValueError, match="theta"):
-            quantize_subspace(theta, 8)

@@ -7,8 +7,8 @@ from torch import nn
 
 from lowdim.diagnose import weights_of
 from lowdim.errors import CheckpointError, DataError
+from lowdim.testing.agreement import refuses
 from lowdim.testing.diagnose_case import save_sharded
-from lowdim.testing.represent_case import refuses
 
 
 class Net(nn.Module):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lowdim.linalg import CountSketch, stream
-from lowdim.testing.represent_case import refuses
+from lowdim.testing.agreement import refuses
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import vectors
 from lowdim.represent import MatryoshkaCascade
-from lowdim.testing.represent_case import refuses
+from lowdim.testing.result_case import ResultCase
 
 
 def draw(seed, levels=3, n=25, classes=3):
@@ -64,11 +64,31 @@ def test_float32_numpy_and_bfloat16_probabilities():
         assert torch.equal(narrow.predict(p.to(dtype), 0).predictions, p[0].to(dtype).argmax(-1))
 
 
-def test_wrong_input_is_refused():
-    p, y = draw(0)
-    fitted = MatryoshkaCascade([2, 4, 8]).fit(p, y)
-    refuses(
-        [
+class TestCascade(ResultCase):
+    def result(self):
+        p, y = draw(0)
+        return MatryoshkaCascade([2, 4, 8], grid=[0.5, 0.7, 0.9]).fit(p[:, :15], y[:15]).predict(p[:, 15:])
+
+    def expected(self):
+        p, y = (array.numpy() for array in draw(0))
+        confidence, guess = p.max(axis=2), p.argmax(axis=2)
+        thresholds = []
+        for g in (0, 1):  # the smallest threshold that is most accurate on the first fifteen
+            right = [
+                np.sum(np.where(confidence[g, :15] > t, guess[g, :15], guess[g + 1, :15]) == y[:15]) for t in (0.5, 0.7, 0.9)
+            ]
+            thresholds.append((0.5, 0.7, 0.9)[right.index(max(right))])
+        level = [next((g for g in (0, 1) if confidence[g, i] > thresholds[g]), 2) for i in range(15, 25)]
+        return {
+            "predictions": [int(guess[g, i]) for g, i in zip(level, range(15, 25))],
+            "level": level,
+            "expected_dim": sum((2, 4, 8)[g] for g in level) / 10,
+        }
+
+    def refusals(self):
+        p, y = draw(0)
+        fitted = MatryoshkaCascade([2, 4, 8]).fit(p, y)
+        return [
             (ValueError, "(3, N, C)", lambda: MatryoshkaCascade([2, 4, 8]).fit(p[0], y)),
             (ValueError, "(2, N, C)", lambda: MatryoshkaCascade([2, 4]).fit(p, y)),
             (ValueError, "(25,)", lambda: MatryoshkaCascade([2, 4, 8]).fit(p, y[:3])),
@@ -80,4 +100,3 @@ def test_wrong_input_is_refused():
             (ValueError, "strictly increasing", lambda: MatryoshkaCascade([4, 2])),
             (TypeError, "integers", lambda: MatryoshkaCascade([2.5, 4])),  # type: ignore[list-item]
         ]
-    )

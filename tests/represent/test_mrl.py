@@ -32,6 +32,15 @@ class TestHead(RepresentCase):
         x, y = batch(dtype)
         return MatryoshkaCrossEntropy([1.0, 0.5, 2.0, 1.0])(module(x), y)
 
+    def expected(self, module):
+        (x, y), total = batch(torch.float64), torch.zeros((), dtype=torch.float64)
+        for g, (weight, size) in enumerate(zip((1.0, 0.5, 2.0, 1.0), (4, 8, 16, 32))):
+            W = module.get_parameter(f"nesting_classifier_{0 if self.efficient else g}.weight")
+            b = module.get_parameter(f"nesting_classifier_{0 if self.efficient else g}.bias")
+            logits = x[:, :size] @ W[:, :size].T + b
+            total = total + weight * (logits.logsumexp(1) - logits[torch.arange(9), y]).mean()
+        return total
+
     def refusals(self):
         return [
             (ValueError, "none", lambda: MatryoshkaHead(8, 3, [])),
@@ -54,11 +63,19 @@ class TestEfficientHead(TestHead):
 class TestEmbeddingLoss(RepresentCase):
     def make(self):
         torch.manual_seed(0)
-        return MatryoshkaEmbeddingLoss(nn.CosineEmbeddingLoss(), [2, 8])
+        return MatryoshkaEmbeddingLoss(nn.CosineEmbeddingLoss(), [2, 8], weights=[0.5, 3.0])
 
     def loss(self, module, dtype):
         x, _ = batch(dtype)
         return module(x[:, :16], x[:, 16:], target=torch.ones(9))
+
+    def expected(self, module):
+        u, v = batch(torch.float64)[0].split(16, dim=1)
+        total = torch.zeros((), dtype=torch.float64)
+        for weight, size in ((0.5, 2), (3.0, 8)):
+            a, b = (z[:, :size] / z[:, :size].norm(dim=1, keepdim=True) for z in (u, v))
+            total = total + weight * (1 - (a * b).sum(1)).mean()  # the cosine loss of pairs that belong together
+        return total
 
     def refusals(self):
         return [

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vectors
 from lowdim.represent import adaptive_retrieve, funnel_retrieve
 from lowdim.represent.matryoshka import retrieval
-from lowdim.testing.represent_case import refuses
+from lowdim.testing.result_case import ResultCase
 
 
 def data(q=7, n=60, d=16, dtype=torch.float64, seed=0):
@@ -135,16 +135,37 @@ def test_lists_longer_than_the_database_are_cut_and_numpy_is_taken():
     assert funnel.indices.shape == (7, 3)
 
 
-def test_wrong_input_is_refused():
-    q, d = data()
-    bad = d.clone()
-    bad[5, 15] = float("nan")
+class TestAdaptive(ResultCase):
+    stages = ((16, 20),)  # (size, length of the list that is reordered)
 
-    def adaptive(queries=q, database=d, **kw):
-        return adaptive_retrieve(queries, database, **{"retrieval_dim": 4, "rerank_dim": 16, "shortlist": 60, **kw})
+    def result(self):
+        return adaptive_retrieve(*data(), retrieval_dim=4, rerank_dim=16, shortlist=20, k=5)
 
-    refuses(
-        [
+    def expected(self):
+        queries, database = (array.numpy() for array in data())
+        far = {}  # size -> distances (7, 60)
+        for size in (4, 8, 16):
+            q, d = (x[:, :size] / np.linalg.norm(x[:, :size], axis=1, keepdims=True) for x in (queries, database))
+            far[size] = np.linalg.norm(q[:, None] - d, axis=2)
+        found = np.argsort(far[4], axis=1)
+        for size, length in self.stages:
+            found = found[:, :length]
+            found = np.take_along_axis(found, np.argsort(np.take_along_axis(far[size], found, 1), axis=1), 1)
+        return {
+            "indices": found[:, :5],
+            "distances": np.take_along_axis(far[16], found[:, :5], 1),
+            "mflops": (60 * 4 + sum(size * length for size, length in self.stages)) / 1e6,
+        }
+
+    def refusals(self):
+        q, d = data()
+        bad = d.clone()
+        bad[5, 15] = float("nan")
+
+        def adaptive(queries=q, database=d, **kw):
+            return adaptive_retrieve(queries, database, **{"retrieval_dim": 4, "rerank_dim": 16, "shortlist": 60, **kw})
+
+        return [
             (ValueError, "retrieval_dim", lambda: adaptive(retrieval_dim=17)),
             (ValueError, "rerank_dim", lambda: adaptive(rerank_dim=0)),
             (ValueError, "shortlist", lambda: adaptive(shortlist=0)),
@@ -160,4 +181,10 @@ def test_wrong_input_is_refused():
             (ValueError, "grow", lambda: funnel_retrieve(q, d, rerank_dims=[8, 16], shortlists=[4, 5])),
             (ValueError, "rerank_dims", lambda: funnel_retrieve(q, d)),  # the defaults are for 2048 coordinates
         ]
-    )
+
+
+class TestFunnel(TestAdaptive):
+    stages = ((8, 20), (16, 5))
+
+    def result(self):
+        return funnel_retrieve(*data(), retrieval_dim=4, rerank_dims=[8, 16], shortlists=[20, 5])

@@ -7,7 +7,7 @@ import torch
 import vectors
 from lowdim.solve import complete_matrix, spectral_init
 from lowdim.solve.matrix_completion import complete
-from lowdim.testing.represent_case import refuses
+from lowdim.testing.agreement import refuses
 from lowdim.testing.solve_case import SolveCase
 
 
@@ -21,16 +21,29 @@ def low_rank(m=40, n=50, k=3, p=0.5, seed=0, noise=0.0):
 
 class TestCompletion(SolveCase):
     inner = "sketched"
+    tolerance = 1e-6  # as inner_tol allows
 
     def problem(self):
         M, rows, cols = low_rank()
         return rows, cols, M[rows, cols]
 
     def solve(self, rows, cols, values):
-        return complete_matrix(rows, cols, values, (40, 50), 3, inner=self.inner, sketch_factor=2, inner_tol=1e-2)
+        return complete_matrix(rows, cols, values, (40, 50), 3, inner=self.inner, sketch_factor=2, tol=1e-9)
+
+    def solution(self):
+        return low_rank()[0]
+
+    def answer(self, result):
+        return result.U @ result.V.T
 
     def arrays(self, result):
         return [result.U, result.V]
+
+    def residual(self, rows, cols, values, product):
+        return np.linalg.norm(product[rows, cols] - values) / np.linalg.norm(values)
+
+    def stated_residual(self, result):
+        return result.errors[-1]
 
     def refusals(self):
         r, c, v = self.problem()

@@ -1,8 +1,13 @@
-"""What every diagnostic of weights owes: JSON, a table, a plot, and the same answer from a module, a dict or files."""
+"""What every diagnostic of weights owes: what every result owes, and the same answer from a module, a dict or files.
+
+A diagnostic that reads no weights (a function of numbers, of a measure, of one layer's input) has a `ResultCase`, or a
+`ValueCase` where it returns plain numbers.
+"""
 
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lowdim.testing.represent_case import Refusal, refuses
+from lowdim.testing.result_case import ResultCase
 
 __all__ = ["DiagnoseCase", "save_sharded"]
 
@@ -28,26 +33,20 @@ def save_sharded(tensors: dict[str, torch.Tensor], folder: Path, shards: int = 2
     return folder
 
 
-class DiagnoseCase:
-    """Subclass in a test file; name the models that are measured and the measurement."""
+class DiagnoseCase(ResultCase):
+    """Subclass in a test file: name the models that are measured and the measurement, and write `expected` as a formula."""
 
+    @abstractmethod
     def models(self) -> tuple[nn.Module, ...]:
         """The diagnostic's arguments as modules, the same numbers at each call."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measure(self, *sources: Any) -> Any:
         """The result for modules, mappings or paths."""
-        raise NotImplementedError
 
-    def refusals(self) -> list[Refusal]:
-        """Wrong uses."""
-        raise NotImplementedError
-
-    def test_to_dict_is_json_and_repeats(self):
-        """The record survives JSON and is the same at each run."""
-        first, second = (self.measure(*self.models()).to_dict() for _ in range(2))
-        assert first == second
-        assert json.loads(json.dumps(first, allow_nan=False)) == first
+    def result(self) -> Any:
+        """The measurement of the models."""
+        return self.measure(*self.models())
 
     def test_module_dict_file_and_shards_agree(self, tmp_path: Path):
         """Where the weights come from makes no difference."""
@@ -69,23 +68,6 @@ class DiagnoseCase:
         models = self.models()
         before = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
         self.measure(*models)
-        for model, old in zip(models, before):
+        for model, old in zip(models, before, strict=True):
             assert all(torch.equal(v, old[k]) for k, v in model.state_dict().items())
             assert all(p.grad is None for p in model.parameters())
-
-    def test_table_and_plot(self):
-        """Both work and are not empty."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
-        result = self.measure(*self.models())
-        assert len(result.to_dataframe()) > 0
-        axes = result.plot()
-        assert axes.has_data()
-        plt.close(axes.figure)
-
-    def test_wrong_input_is_refused(self):
-        """Each error names what is wrong."""
-        refuses(self.refusals())

@@ -33,8 +33,6 @@ def run(context: Context) -> Outcome:
     baseline = max(accuracy for name, accuracy in best.items() if name.startswith("LoRA"))
     return Outcome(
         "allora",
-        "LoRA without dropout and scale, gradients divided by row norms: 0.3 points above LoRA and DoRA in short fine-tuning "
-        "(arXiv 2410.09692).",
         "MiniLM, query and value of the last two layers, TREC, frozen head, 80 AdamW steps of 16 questions, 3 seeds, eta 2, no "
         "dropout; every method at each of two rates.",
         rows=[score.row() for score in found.values()],

@@ -51,8 +51,6 @@ def run(context: Context) -> Outcome:
     wins = sum(b > g for b, g in zip(scores["blockwise"], scores["global"]))
     return Outcome(
         "atlas",
-        "One learned coefficient per task vector and parameter block composes task vectors better than one per task vector "
-        "(arXiv 2407.02880).",
         "scikit-learn digits, MLP 64-64-64-10 on 900 upright digits (400 steps), four fine-tunings (300 steps; rotated, "
         "inverted, rolled, mirrored); target rotated and inverted, 3 samples per class, 200 full-batch steps of AdamW 1e-1 "
         f"with decay 0.1, gradient norm at most 1; accuracy on {TEST} held-out digits, {len(seeds)} seeds.",

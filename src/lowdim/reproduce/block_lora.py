@@ -29,7 +29,6 @@ def run(context: Context) -> Outcome:
     _cost(context, rows, checks, notes)
     return Outcome(
         "block-lora",
-        "As good as CLIP-LoRA and other few-shot methods with fewer trained parameters and fewer products (arXiv 2501.16720).",
         "(a) MiniLM, query and value of the last two layers, TREC, frozen head, 80 AdamW steps of 16 questions, 3 seeds, rate "
         "picked on 500 further training questions; (b) ten SGD steps in float64; (c) a training step of four layers 384x384 "
         "and a head on 512 rows against PEFT's LoRA of the same rank 32.",

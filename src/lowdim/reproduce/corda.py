@@ -33,8 +33,6 @@ def run(context: Context) -> Outcome:
     """What the decomposition keeps of MiniLM, then training its last two layers, then PEFT's start and step."""
     outcome = Outcome(
         "corda",
-        "Discarding the smallest context-oriented components hurts far less than SVD's or ASVD's; trained, they beat LoRA "
-        "(arXiv 2406.05223).",
         "(a) MiniLM's 36 encoder layers, covariances from 64 lines of WikiText-2's validation part, mean cosine of the token "
         "states of 64 test lines to the whole model's. (b) query and value of the last two layers, TREC, frozen head, 80 AdamW "
         "steps of 16 questions, 3 seeds, rate picked on 500 further training questions. (c) PEFT's start and step for "

@@ -64,8 +64,6 @@ def run(context: Context) -> Outcome:
     ]
     return Outcome(
         "diffora",
-        "A learned choice of which modules get an adapter beats LoRA and importance scores while adapting fewer modules (arXiv "
-        "2502.08905).",
         "Digits; 64-32, four residual blocks of two modules, 32-10. Teacher: in each block one module (a coin) plus a random "
         "matrix of rank 2 and 0.8 of its norm. 200 search steps, then LoRA of rank 2 from scratch on four modules, 400 steps, "
         "5 seeds. Error: squared, over the variance of the teacher, on test inputs.",

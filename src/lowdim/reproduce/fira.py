@@ -26,7 +26,6 @@ def run(context: Context) -> Outcome:
     """The language model by AdamW, GaLore and Fira, the two projected ones at five rates each."""
     outcome = Outcome(
         "fira",
-        "Full-rank training in GaLore's memory: perplexity 31.06 on LLaMA-60M, against 34.06 full rank and 34.88 GaLore.",
         f"Tiny Shakespeare by characters, 2 blocks of width 64, 300 steps; the 8 matrices at rank {_RANK}, a new subspace every"
         f" {_INTERVAL} steps (GaLore: scale 0.25; Fira: scale 1, limiter 1.01), the rest by AdamW {_REST}.",
     )

@@ -71,8 +71,6 @@ def run(context: Context) -> Outcome:
     better = sum(a < b for a, b in zip(flora, lora))
     return Outcome(
         "flora",
-        "A Tucker core keeps a convolution's shape and beats LoRA on reshaped kernels with about 80 % fewer parameters "
-        "(arXiv 2405.14739).",
         "CNN 1-16-32 (3x3) trained on 500 digits; a random tensor of Tucker rank (4, 4, 2, 2) and half the kernel's norm added "
         "to the second kernel; its output fitted on the 500 digits, 400 Adam steps of 32, the better of two rates, 5 seeds. "
         "Error: squared, over the teacher's square, on the other digits.",

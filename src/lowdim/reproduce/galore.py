@@ -28,8 +28,6 @@ def run(context: Context) -> Outcome:
     """Train a perceptron by AdamW, by GaLore and with low-rank layers; then the language model, for numbers only."""
     outcome = Outcome(
         "galore",
-        "Full-parameter training with optimizer state up to 65.5 % smaller (82.5 % in 8 bits), quality on par with full-rank"
-        " Adam, where a plain low-rank factorization falls behind.",
         f"Fashion-MNIST, {_TRAIN} training and {_TEST} test images, MLP 784-256-256-10, batch {_BATCH}, {_EPOCHS} epochs;"
         " GaLore on the two hidden matrices (lr 0.01, scale 0.25, refresh every 50 steps), AdamW 1e-3 on the rest.",
     )

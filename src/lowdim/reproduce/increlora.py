@@ -52,8 +52,6 @@ def run(context: Context) -> Outcome:
     first = sum(one.ranks[0] == max(one.ranks) for one in grown)
     return Outcome(
         "increlora",
-        "Growing ranks by importance beats pruning them (AdaLoRA) and fixed LoRA at the same budget on GLUE, most on little "
-        "data (arXiv 2308.12043).",
         "Digits, MLP 64-64-64-64-10 trained on 900 whole ones (400 AdamW steps at 1e-3); task: the 32 pixels of the left half "
         "permuted among themselves, 200 samples, 300 AdamW steps at 5e-3, alpha 8, all four layers; total rank 8; 5 seeds.",
         rows=[{"method": BASE, "accuracy": round(statistics.mean(before), 4)}]

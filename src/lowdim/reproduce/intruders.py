@@ -72,8 +72,6 @@ def run(context: Context) -> Outcome:
         context.say(f"seed {seed}: intruders at 0.5: {counts} (rank 0 is full); upright loss falls by {falls[-1]:.0%}")
     return Outcome(
         slug="intruders",
-        claim="LoRA-tuned weights have new singular vectors with high singular values that full fine-tuning lacks; they cause "
-        "forgetting, and scaling them down restores much of it at little loss on the task",
         setting="scikit-learn's digits, MLP 64-128-128-10 pre-trained upright (900 steps), tuned on turned images (500 steps): "
         "full at 5e-4, LoRA (alpha = 2 r) on two layers at 5e-3, constant rates; k = 10; losses "
         "and accuracies on 397 test images",

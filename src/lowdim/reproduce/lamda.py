@@ -33,7 +33,6 @@ def run(context: Context) -> Outcome:
     kept = {type(m).__name__: _kept(m) for m in (LoRA(rank=32), LaMDA(rank=32))}
     outcome = Outcome(
         "lamda",
-        "Matches or beats LoRA with up to 17.7x fewer parameter updates and up to 1.32x lower peak memory (EMNLP 2024).",
         "MiniLM, query and value of the last two layers, TREC, frozen head, 80 AdamW steps of 16 questions, 3 seeds, rate "
         "picked on 500 further training questions.",
         rows=[score.row() for score in (lora, eight, *others)],

@@ -26,7 +26,6 @@ def run(context: Context) -> Outcome:
     matrices = sum(t.numel() for t in (*update.parameters(), *update.buffers()) if t.ndim == 2)
     return Outcome(
         "loldu",
-        "Near LoRA and full fine-tuning with up to 2600 times fewer trained parameters (arXiv 2410.13618).",
         "MiniLM, query and value of the last two layers, TREC, frozen head, 80 AdamW steps of 16 questions, 3 seeds, rate "
         "picked on 500 further training questions; alpha = rank.",
         rows=[lora.row(), loldu.row(), small.row()],

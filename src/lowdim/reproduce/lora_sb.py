@@ -36,7 +36,6 @@ def run(context: Context) -> Outcome:
     rows.append(lora_baseline(context, setting).row())
     return Outcome(
         "lora-sb",
-        "Beats LoRA with 27 to 90 times fewer trained parameters, and LoRA-XS at the same number (arXiv 2411.19557).",
         "MiniLM, query and value of the last two layers, TREC, frozen head, 80 AdamW steps of 16 questions, 3 seeds, rate "
         "picked on 500 further training questions.",
         rows=rows,

@@ -33,8 +33,6 @@ def run(context: Context) -> Outcome:
     share, same = max(part for _, part, _ in runs), all(equal for _, _, equal in runs)
     return Outcome(
         "loram",
-        "LoRA trained on a pruned model and merged into the unpruned one beats the unpruned base model and LoRA on a smaller "
-        "sibling; LLaMA-3.1-70B trains on 20 GB (ICLR 2025).",
         "Digits, MLP 64-256-256-10 with dropout 0.5 trained on 1,000 upright ones (600 AdamW steps at 1e-3); task: digits one "
         "pixel to the right, 400 samples, 300 AdamW steps at 3e-3, rank 8, alpha 16; both hidden layers pruned by magnitude at "
         "0.6; 3 seeds.",

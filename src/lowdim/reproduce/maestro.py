@@ -18,7 +18,6 @@ from lowdim.reproduce.settings.data import fashion_mnist
 from lowdim.reproduce.settings.digits import mlp
 from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
-CLAIM = "Lower footprint at kept accuracy with ranks found in training; recovers the SVD of a linear map on uniform data."
 SPECTRUM = (3.0, 2.2, 1.5, 0.9, 0.4, 0.15)
 SIZES = (784, 256, 128, 10)
 LR, MOMENTUM, DECAY, BATCH, THRESHOLD = 0.05, 0.9, 1e-4, 128, 0.05
@@ -35,7 +34,6 @@ def run(context: Context) -> Outcome:
     seeds = (0,) if context.quick else (0, 1, 2)
     outcome = Outcome(
         "maestro",
-        CLAIM,
         "(a) a (9, 6) map with six known singular values, ranks 1 to 6 in turn, SGD 0.5, 3000 steps of 64. (b) Fashion-MNIST, "
         f"10,000 training and 5,000 test images, MLP 784-256-128-10, SGD {LR}, momentum {MOMENTUM}, decay {DECAY:g}, "
         f"{len(SCHEDULE)} epochs with the rate cut by 10 at 1/2 and 3/4, batch {BATCH}, threshold {THRESHOLD}, shrinking after "

@@ -19,8 +19,6 @@ def run(context: Context) -> Outcome:
     checks += _digits(rows, context)
     return Outcome(
         slug="matrix-completion",
-        claim="alternating minimisation tolerates approximate least squares in each half step: nearly linear time, "
-        "O(|Omega| k) in place of O(|Omega| k^2), with the same sample complexity",
         setting="(a) 600 x 500 of rank 5, 25 % observed, inner_tol 1e-2; (b) scikit-learn's digits, 1797 x 64, 60 % observed, "
         "rank 4, 12 rounds, root mean square error on the hidden entries",
         rows=rows,

@@ -15,7 +15,6 @@ from lowdim.linalg import derive_seed, monarch_dense, monarch_project, stream
 from lowdim.reproduce.settings.data import fashion_mnist
 from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 
-CLAIM = "Monarch weights train models 2x faster at comparable quality, also when the last part of training is dense again."
 BATCH, EPOCHS, SWITCH = 128, 4, 0.8
 PEAK = {"dense": 1e-3, "Monarch": 2e-3, "reverse": 2e-3}
 
@@ -27,7 +26,6 @@ def run(context: Context) -> Outcome:
     data = _pixels(train_x[:count]), train_y[:count], _pixels(test_x), test_y
     outcome = Outcome(
         "monarch",
-        CLAIM,
         f"Fashion-MNIST, {count} training images, MLP 784-1024-1024-10 with GELU, hidden layers dense or Monarch(nblocks=4), "
         f"AdamW, {EPOCHS} epochs, batch {BATCH}; reverse: dense again after {SWITCH:.0%} of the steps",
     )

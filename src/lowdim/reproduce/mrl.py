@@ -39,8 +39,6 @@ def run(context: Context) -> Outcome:
     dropped = [extra["head_accuracy"] - extra["cascade_accuracy"] for extra in extras]
     return Outcome(
         slug="mrl",
-        claim="one embedding whose first m coordinates are as good as an embedding trained for size m; up to 14x smaller "
-        "embeddings at equal accuracy, retrieval with far fewer operations",
         setting=f"Fashion-MNIST, 8,000 train, 2,000 test images, 784-256-ReLU-64, dims {DIMS}, AdamW 1e-3, batch 128, "
         f"{epochs} epochs, seeds {seeds}; cosine 1-NN accuracy",
         rows=rows,

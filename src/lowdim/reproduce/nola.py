@@ -36,7 +36,6 @@ def run(context: Context) -> Outcome:
     costs, beyond = _costs(context)
     return Outcome(
         "nola",
-        "As good as LoRA of rank 1 with half its parameters or fewer; about 20 times fewer on LLaMA-2 70B (ICLR 2024).",
         "(a) MiniLM, query and value of the last two layers, TREC, frozen head, 80 AdamW steps of 16 questions, 3 seeds, rate "
         "picked on 500 further training questions; (b) a training step of four layers 384x384 and a head on 512 rows, rank 16.",
         rows=[*rows, *costs],

@@ -48,8 +48,6 @@ def run(context: Context) -> Outcome:
     cosine, recovering = tiny_lm.Settings(**sizes), _Recovering(**sizes, interval=interval)
     outcome = Outcome(
         "pretrain-bench",
-        "Refactorizing the weights and resetting the momentum now and then, with a learning rate that recovers quickly, bring"
-        " low-rank pre-training nearer to full rank (a low-rank 1B model ahead of GaLore and Fira, in about 25 % less memory).",
         f"Tiny Shakespeare by characters, 2 blocks of width 64, {steps} steps, qkv, proj, fc1 and fc2 as LowRankLinear of rank "
         f"{RANK}, alpha = rank, AdamW {RATE}; a restart every {interval} steps, {RECOVERY} steps of recovery; seeds "
         f"{', '.join(map(str, seeds))}; ill-balanced: B times {APART:g}, A divided by {APART:g}",

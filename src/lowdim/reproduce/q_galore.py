@@ -33,8 +33,6 @@ def run(context: Context) -> Outcome:
     """The language model of the GaLore family, its eight matrices trained by each arm."""
     outcome = Outcome(
         "q-galore",
-        "LLaMA-7B from scratch in 16 GB; fine-tuning in up to 50 % less memory than LoRA and GaLore, with more than 60 % of the"
-        " SVDs saved at matched quality.",
         f"Tiny Shakespeare by characters, 2-block transformer of width 64, 300 steps; the eight matrices by rank {_RANK}, lr"
         f" {_LR}, T {_INTERVAL}, in groups of {_GROUP}, min_8bit_size {_MIN_8BIT}; the rest by AdamW {_REST_LR}.",
     )

@@ -33,7 +33,6 @@ def run(context: Context) -> Outcome:
     )
     return Outcome(
         "randlora",
-        "Full-rank updates with LoRA's parameter count close the gap between LoRA and full fine-tuning (ICLR 2025).",
         "(a) least squares onto a random orthogonal 96x96 update; (b) MiniLM on TREC, 80 AdamW steps, 3 seeds, rate picked on "
         "500 further training questions; (c) a training step of four layers 384x384 and a head against PEFT's RandLoRA.",
         rows,

@@ -27,8 +27,6 @@ def run(context: Context) -> Outcome:
     means, rows = table(runs, ("S²FT", "LoRA"))
     return Outcome(
         "s2ft",
-        "Training a few whole heads and channels beats LoRA by 4.6 and 1.3 % on commonsense and arithmetic and forgets less "
-        "than full fine-tuning; adapters on other channels fuse by addition (NeurIPS 2024).",
         "Digits, MLP 64-256-10 trained on 0-4 (300 AdamW steps at 1e-3), then 200 AdamW steps at 1e-2 on 200 samples of 5-9; "
         "S²FT: 26 random hidden channels, rows of the first layer and columns of the second; LoRA rank 4, alpha 8; 900 "
         "training samples for 0-4, 5 seeds. New digits: accuracy among all ten; old digits: among 0-4.",

@@ -75,8 +75,6 @@ def run(context: Context) -> Outcome:
     said_d90 = ", ".join(f"{kind} {start}: {_spoken(d)}" for (kind, start), d in reached.items())
     return Outcome(
         "said",
-        "200 trained numbers bring RoBERTa to 90 % of full fine-tuning on MRPC; pre-training lowers the intrinsic dimension; "
-        "the generalization gap is bounded by the intrinsic dimension alone (arXiv 2012.13255).",
         "Fashion-MNIST, 784-48-48-c with LayerNorm, pre-trained on ten classes of 10,000 images (500 steps of 64, Adam 1e-3); "
         "then a two-way grouping with 2,000 images and a new head: full 150 steps at 1e-3, subspaces 100 steps of Adam 2e-2 "
         f"with linear decay to 5 %; accuracy on 4,000 test images, {len(seeds)} seeds.",

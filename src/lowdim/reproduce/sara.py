@@ -25,8 +25,6 @@ def run(context: Context) -> Outcome:
     means, rows = table(runs, ("SaRA", "LoRA"))
     return Outcome(
         "sara",
-        "The 10 to 20 % of weights that are smallest do nothing; training only those learns a new style as well as LoRA of "
-        "the same size and forgets less (arXiv 2409.06633).",
         "Digits, MLP 64-96-96-10 trained on 0-4 (300 AdamW steps at 1e-3), then 200 AdamW steps at 5e-3 on 5-9; SaRA: "
         "threshold at the 20 % quantile of |W|, selected again after step 100, lambda_rank 5e-4; LoRA rank 8, alpha 16; 900 "
         "training samples, 5 seeds. New digits: accuracy among all ten; old digits: among 0-4.",

@@ -32,8 +32,6 @@ def run(context: Context) -> Outcome:
     alike = _rank_of_equal_size(corpus.vocabulary, settings)
     outcome = Outcome(
         "sltrain",
-        "Sparse plus low-rank weights reach near full-rank perplexity with few more parameters than a low-rank model (60M:"
-        " 34.15 against 34.06 full rank and 78.18 low rank), since the sparse part gives the weight its full rank.",
         f"Tiny Shakespeare by characters, 2 blocks of width 64, {settings.steps} steps, AdamW; qkv, proj, fc1 and fc2 replaced,"
         f" alpha = rank; low-rank layers with both factors Kaiming-uniform; the best rate of {', '.join(map(str, rates))}"
         f" (dense: of {', '.join(map(str, DENSE_RATES))}) by the mean over seeds {', '.join(map(str, seeds))}",

@@ -57,8 +57,6 @@ def run(context: Context) -> Outcome:
     largest = max(after[1] - before[1] for before, after in itertools.pairwise(path))
     return Outcome(
         "sora",
-        "With a rank gate trained by proximal gradient, an adapter that starts at a large rank ends with about 70 % of LoRA's "
-        "parameters and scores higher on GLUE; a growing threshold traces quality against rank in one run (EMNLP 2023).",
         "Digits, MLP 64-128-128-10 trained on 900 upright ones (300 AdamW steps at 1e-3); task: digits turned by 90 degrees, "
         "300 samples, 400 AdamW steps at 5e-3, rank 16, alpha 16 on the first two layers; threshold 3e-3, sparse_lambda 1e-3; "
         "schedule from 1e-3 to 2e-2 in 5 values of 120 steps; 5 seeds, for each of them 3 starts and orders of the batches "

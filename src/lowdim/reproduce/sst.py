@@ -34,8 +34,6 @@ def run(context: Context) -> Outcome:
     seeds = (0,) if context.quick else (0, 1, 2)
     outcome = Outcome(
         "sst",
-        "Training sampled singular vectors closes 67.6 % (OPT-125M) to 97.4 % (LLaMA-1.3B) of the gap between low-rank methods"
-        " and full rank, and holds on hyperbolic networks.",
         f"Tiny Shakespeare by characters, 2 blocks of width 64, {settings.steps} steps, batch 16, all eight matrices at rank"
         f" {RANK}, AdamW {LR:g}, SST: {TURN['steps_per_iteration']} steps an iteration; digits of scikit-learn lifted to the"
         f" hyperboloid, two Lorentz layers of {POINTS} coordinates, SST at rank 4, {EPOCHS} epochs.",

@@ -34,9 +34,6 @@ def run(context: Context) -> Outcome:
     """Both models at several reductions, then three ways to tune the compressed encoder."""
     outcome = Outcome(
         "welore",
-        "Layers differ in how low-rank they become: ranks chosen by one threshold on their normalised singular values keep"
-        " quality where uniform ranks break, and tuning only the low-rank components of a half-size LLaMA-2-7B beats its full"
-        " tuning at about 3 times the throughput and 0.6 of the memory.",
         "all-MiniLM-L6-v2, 36 encoder matrices, Spearman correlation (x 100) on the first 600 test pairs of STS-B, mean"
         f" pooling; tuning: {_STEPS} steps of AdamW {_RATE:g}, batch {_BATCH}, cosine similarity against score / 5."
         f" Fashion-MNIST, first {_IMAGES} images, MLP 784-256-256-256-128-10, {_EPOCHS} epochs of AdamW 1e-3, decay 0.01, test"

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lowdim.catalogue import find
 from lowdim.errors import DataError
 
 __all__ = ["Check", "Context", "Outcome"]
@@ -30,14 +31,18 @@ class Check:
 
 @dataclass
 class Outcome:
-    """Numbers of a reproduction, with the paper's claim beside them."""
+    """Numbers of a reproduction; the paper's claim is that of the system's row in the catalogue."""
 
     slug: str
-    claim: str
     setting: str
     rows: list[dict[str, Any]] = field(default_factory=list)  # the table that is printed: one dict a line
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # honest limits
+
+    @property
+    def claim(self) -> str:
+        """What the paper says it achieves."""
+        return find(self.slug).claim
 
     @property
     def verdict(self) -> str:
@@ -49,9 +54,8 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able record."""
-        record = asdict(self)
-        record["checks"] = [{**asdict(check), "passed": check.passed} for check in self.checks]
-        return {**record, "verdict": self.verdict}
+        checks = [{**asdict(check), "passed": check.passed} for check in self.checks]
+        return {"slug": self.slug, "claim": self.claim, **asdict(self), "checks": checks, "verdict": self.verdict}
 
 
 @dataclass

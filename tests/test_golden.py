@@ -1,10 +1,14 @@
 """Files that an earlier lowdim wrote are read, and give the numbers that they gave then (`golden/make.py` wrote them)."""
 
+import shutil
+
 import pytest
 import torch
 
-from golden import adapters, curves, layers, optimizers
+from golden import adapters, curves, exports, layers, optimizers, runs
+from lowdim import report
 from lowdim.catalogue import entries
+from lowdim.cli import main
 from lowdim.files import read_json, read_tensors
 
 #: Largest error relative to the largest wanted entry, by the dtype of what was stored; whole numbers must be equal. Draws and
@@ -19,7 +23,7 @@ def assert_close(got, want):
         if expected.dtype not in TOLERANCES:
             assert torch.equal(got[name], expected), name
             continue
-        error = float((got[name] - expected).abs().max() / expected.abs().max())
+        error = float((got[name] - expected).abs().max()) / max(float(expected.abs().max()), 1e-30)
         assert error <= TOLERANCES[expected.dtype], f"{name}: relative error {error:.3g}"
 
 
@@ -59,11 +63,92 @@ def test_a_stored_layer_answers_as_it_did(name):
     assert_close(*layers.load(name))
 
 
+def assert_same_numbers(got, want, tolerance, name=""):
+    """Two JSON values of the same shape, whose numbers differ by `tolerance` times the wanted one at most."""
+    if isinstance(want, dict):
+        assert got.keys() == want.keys(), name
+        for key, value in want.items():
+            assert_same_numbers(got[key], value, tolerance, f"{name}.{key}")
+    elif isinstance(want, list):
+        assert len(got) == len(want), name
+        for index, (a, b) in enumerate(zip(got, want, strict=True)):
+            assert_same_numbers(a, b, tolerance, f"{name}[{index}]")
+    elif isinstance(want, float):
+        assert got == pytest.approx(want, rel=tolerance, abs=1e-2 * tolerance), name
+    else:
+        assert got == want, name
+
+
+def assert_same_run(got, want):
+    """To the bit where it was stored on this processor with these versions, to 1e-5 elsewhere."""
+    tolerance = 0.0 if got.pop("environment") == want.pop("environment") else 1e-5
+    assert_same_numbers(got, want, tolerance)
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in curves.FOLDER.glob("*.json")))
 def test_a_short_run_gives_the_stored_numbers(name):
-    """To the bit where it was stored on this processor with these versions, to 1e-5 elsewhere."""
-    got, want = curves.curve(name), read_json(curves.place(name))
-    tolerance = 0.0 if got.pop("environment") == want.pop("environment") else 1e-5
-    assert got.keys() == want.keys()
-    for key, value in want.items():
-        assert curves.flat(got[key]) == pytest.approx(curves.flat(value), rel=tolerance, abs=0), key
+    assert_same_run(curves.curve(name), read_json(curves.place(name)))
+
+
+@pytest.mark.parametrize("name", runs.RESUMED)
+def test_an_interrupted_run_goes_on_as_it_did(name):
+    assert_same_run(*runs.resume(name))
+
+
+def test_a_finished_run_is_drawn_and_exported(tmp_path):
+    with curves.workplace() as place:
+        shutil.copytree(runs.FOLDER / "lora", place / "run")
+        for arguments in (["report", "run"], ["export", "run", "peft"]):
+            with pytest.raises(SystemExit) as end:
+                main(arguments)
+            assert not end.value.code, arguments
+        page = (place / "run" / "report.html").read_text(encoding="utf-8")
+        record = read_json(place / "run" / "run.json")
+        tensors, _ = read_tensors(place / "peft" / "adapter_model.safetensors")
+    assert "LoRA" in page
+    assert all(f"{loss:.3g}" in page for loss in record["losses"])
+    stored, _ = read_tensors(runs.FOLDER / "lora" / "adapter" / "adapter.safetensors")
+    assert len(tensors) == len(stored)
+    for name, value in stored.items():
+        layer, _, factor = name.partition(".update.")
+        assert torch.equal(tensors[f"base_model.model.{layer}.lora_{factor}.weight"], value)
+
+
+def test_a_comparison_is_read_and_resumed():
+    stored = read_json(runs.COMPARISON / "comparison.json")
+    page = report.render(stored)
+    assert all(method["label"] in page for method in stored["methods"])
+    with curves.workplace() as place:
+        shutil.copytree(runs.COMPARISON, place / "out")
+        now = runs.compare(resume=True)
+    decided = ("name", "status", "lr", "trials", "scores", "mean", "trained_parameters", "curves", "config", "hits")
+    for got, want in zip(now["methods"], stored["methods"], strict=True):
+        assert {key: got[key] for key in decided} == {key: want[key] for key in decided}
+    assert now["winner"]["method"] == stored["winner"]["method"]
+
+
+@pytest.mark.parametrize("name", exports.PEFT)
+def test_an_adapter_is_written_for_peft_as_it_was(name, tmp_path):
+    result, place = exports.export(name, tmp_path), exports.FOLDER / "peft" / name
+    assert_close(read_tensors(tmp_path / "adapter_model.safetensors")[0], read_tensors(place / "adapter_model.safetensors")[0])
+    assert read_json(tmp_path / "adapter_config.json") == read_json(place / "adapter_config.json")
+    assert_same_numbers(dict(result.errors), read_json(place / "errors.json"), 1e-6)
+
+
+def test_stored_adapters_answer_together_as_they_did():
+    assert_close(exports.together(), read_tensors(exports.FOLDER / "together.safetensors")[0])
+
+
+@pytest.mark.parametrize("method", ["lord", "welore"])
+def test_a_compressed_model_answers_as_it_did(method):
+    assert_close(*exports.read_compressed(method))
+    folder = exports.FOLDER / "compressed" / method
+    (dense, _), (factors, _) = (read_tensors(folder / f"{name}.safetensors") for name in ("model", "factors"))
+    assert read_json(folder / "compression.json")["method"] == method
+    for name in {key[:-2] for key in factors}:
+        product = factors[f"{name}.B"] @ factors[f"{name}.A"]
+        assert torch.allclose(dense[f"{name}.weight"], product, rtol=0, atol=1e-6), name
+
+
+def test_a_diagnosis_is_what_it_was():
+    assert_same_numbers(exports.intruders(), read_json(exports.FOLDER / "intruders.json"), 1e-6)

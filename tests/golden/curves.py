@@ -77,23 +77,32 @@ def cases() -> dict[str, dict[str, Any]]:
 
 
 def write_models() -> None:
-    """A Llama that reads characters, a BERT that reads words, and texts for both."""
+    """Two Llamas that read characters, a BERT that reads words, and texts for all; what is there stays."""
+    rows = tiny.sentences(40)
+    MODELS.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(text for text, _ in rows) + "\n"
+    if not (MODELS / "text.txt").exists():
+        tiny.write_jsonl(MODELS / "sentences.jsonl", rows)
+        (MODELS / "text.txt").write_text(text, encoding="utf-8")
+    wide = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    narrow = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1}
+    for name, layers, sizes in (("llama", 2, wide), ("small", 1, narrow)):
+        if not (MODELS / name).exists():
+            _write_llama(MODELS / name, text, num_hidden_layers=layers, **sizes)
+    if not (MODELS / "bert").exists():
+        tiny.save_bert(MODELS / "bert", hidden_size=16, intermediate_size=24, num_attention_heads=2)
+
+
+def _write_llama(folder: Path, text: str, **sizes: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from lowdim.train.tokenizers import character_tokenizer
 
-    MODELS.mkdir(parents=True, exist_ok=True)
-    rows = tiny.sentences(40)
-    tiny.write_jsonl(MODELS / "sentences.jsonl", rows)
-    (MODELS / "text.txt").write_text("\n".join(text for text, _ in rows) + "\n", encoding="utf-8")
-    tokenizer = character_tokenizer((MODELS / "text.txt").read_text(encoding="utf-8"))
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tokenizer = character_tokenizer(text)
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=32, **sizes)
-        LlamaForCausalLM(config).save_pretrained(MODELS / "llama")
-    tokenizer.save_pretrained(MODELS / "llama")
-    tiny.save_bert(MODELS / "bert", hidden_size=16, intermediate_size=24, num_attention_heads=2)
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=32, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @contextlib.contextmanager
@@ -110,7 +119,7 @@ def workplace() -> Iterator[Path]:
             os.chdir(before)
 
 
-def run(changes: dict[str, Any], out: str) -> dict[str, Any]:
+def run(changes: dict[str, Any], out: str, *, resume: bool = False) -> dict[str, Any]:
     """One run in the current folder, which is a `workplace()`; returns the record."""
     from lowdim.train.recipes import Recipe
     from lowdim.train.run import run_recipe
@@ -130,14 +139,18 @@ def run(changes: dict[str, Any], out: str) -> dict[str, Any]:
         "steps": STEPS,
         "seed": 3,
     }
-    return run_recipe(Recipe(**{**common, **changes, "out": out}))
+    return run_recipe(Recipe(**{**common, **changes, "out": out}), resume=resume)
 
 
 def curve(name: str) -> dict[str, Any]:
     """What a run gives, as numbers."""
     with workplace() as place:
-        record = run(cases()[name], "out")
-        weights = [tensor for file in sorted(place.glob("out/*/*.safetensors")) for tensor in load_file(file).values()]
+        return numbers_of(run(cases()[name], "out"), place / "out")
+
+
+def numbers_of(record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The numbers in a run's record, and the size of the weights in its folder."""
+    weights = [tensor for file in sorted(folder.glob("*/*.safetensors")) for tensor in load_file(file).values()]
     numbers = torch.cat([tensor.double().flatten() for tensor in weights])
     kept = ("trained_parameters", "before", "losses", "evaluations", "validation", "test")
     return {
@@ -156,10 +169,3 @@ def write(name: str) -> None:
 def place(name: str) -> Path:
     """Where a curve is stored."""
     return FOLDER / f"{name}.json"
-
-
-def flat(value: Any) -> list[float]:
-    """The numbers in a part of a curve."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [number for item in value for number in flat(item)] if isinstance(value, list) else [value]

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in the same order in every run
 
-from golden import adapters, bases, curves, layers, optimizers
+from golden import adapters, bases, curves, exports, layers, optimizers, runs
 
 
 def main(kinds: list[str]) -> None:
@@ -25,8 +25,7 @@ def main(kinds: list[str]) -> None:
     for kind in bases.KINDS:
         if not (bases.FILES / "bases" / f"{kind}.safetensors").exists():
             bases.write(kind)
-    if not curves.MODELS.exists():
-        curves.write_models()
+    curves.write_models()
     for kind in kinds or WRITERS:
         names, place, write = WRITERS[kind]
         for name in names:
@@ -44,8 +43,14 @@ def _expected(folder: Path) -> Callable[[str], Path]:
 WRITERS: dict[str, tuple[Iterable[str], Callable[[str], Path], Callable[[str], None]]] = {
     "adapters": (adapters.CASES, _expected(adapters.FOLDER), adapters.write),
     "curves": (curves.cases(), curves.place, curves.write),
+    "compressed": (("lord", "welore"), _expected(exports.FOLDER / "compressed"), exports.write_compressed),
+    "exports": (("together.safetensors", "intruders.json"), exports.FOLDER.joinpath, exports.write_others),
     "layers": (layers.CASES, _expected(layers.FOLDER), layers.write),
     "optimizers": (optimizers.CASES, _expected(optimizers.FOLDER), optimizers.write),
+    "peft": (exports.PEFT, lambda name: exports.FOLDER / "peft" / name / "errors.json", exports.write_peft),
+    "resumed": (runs.RESUMED, lambda name: runs.FOLDER / name / "expected.json", runs.write_resumed),
+    "finished": (("lora",), lambda name: runs.FOLDER / name / "run.json", runs.write_finished),
+    "comparison": (("comparison.json",), runs.COMPARISON.joinpath, runs.write_comparison),
 }
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from lowdim.catalogue import methods, variant
+from lowdim.methods import apply
 from lowdim.models import head_modules, load_model
 from lowdim.plan import forecast, measure
-from lowdim.strategies import apply, total_loss
 from lowdim.units import format_bytes
 
 RESULTS = Path(__file__).parents[1] / "results" / "plan.json"
@@ -54,21 +54,14 @@ def one(name: str, task: str, method: str) -> dict:
         variant(method), model, lr=1e-3, steps=100, head=head_modules(model, task), batches=iter(batches), loss_fn=loss_of
     )
     applied.model.train()
-    optimizer = applied.make_optimizer(1e-3)
-    companion = None if applied.make_companion is None else applied.make_companion(optimizer)
+    optimizer = applied.start(1e-3)
     applied.model.zero_grad(set_to_none=True)
     batch = batches[0]
 
     def step() -> None:
-        loss = total_loss(applied.model, companion, lambda: loss_of(applied.model, batch))
-        if applied.adapted is not None:
-            loss = loss + applied.adapted.regularizer()
-        loss.backward()
+        applied.loss(batch, loss_of).total.backward()
         optimizer.step()
-        if applied.adapted is not None:
-            applied.adapted.step(optimizer)
-        if companion is not None:
-            companion.step()
+        applied.after_step(optimizer)
         optimizer.zero_grad()
 
     measured = measure(lambda: (step(), step()), model=applied.model, optimizer=optimizer, tensors=batch.values())

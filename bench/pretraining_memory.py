@@ -22,9 +22,9 @@ import torch
 
 from lowdim.catalogue import Variant, methods
 from lowdim.errors import LowdimError
+from lowdim.methods import apply
 from lowdim.models import build, load_config
 from lowdim.plan import forecast, measure
-from lowdim.strategies import apply, kind_of, total_loss, training_extras
 
 
 def at_rank(chosen: Variant, rank: int) -> Variant:
@@ -46,7 +46,7 @@ def with_16bit(chosen: list[Variant]) -> list[Variant]:
 
 
 def layerwise(chosen: Variant) -> bool:
-    return kind_of(chosen) == "optimizer"
+    return chosen.kind == "optimizer"
 
 
 def large(chosen: Variant) -> dict[str, Any]:
@@ -66,18 +66,17 @@ def small(chosen: Variant, each_layer: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     config = load_config("llama-60m")
     model = build(config, "pretrain").train()
-    extras = training_extras(variant, layerwise=each_layer)
-    applied = apply(dataclasses.replace(variant, options=options), model, lr=1e-3, steps=100, scratch=True, extras=extras)
-    optimizer = applied.make_optimizer(1e-3)
-    companion = None if applied.make_companion is None else applied.make_companion(optimizer)
+    chosen_here = dataclasses.replace(variant, options=options)
+    applied = apply(chosen_here, model, lr=1e-3, steps=100, scratch=True, layerwise=each_layer)
+    optimizer = applied.start(1e-3)
     tokens = torch.randint(config.vocab_size, (1, 256))
+    batch = {"input_ids": tokens, "labels": tokens}
 
     def run() -> None:
         for _ in range(3):
-            total_loss(applied.model, companion, lambda: applied.model(input_ids=tokens, labels=tokens).loss).backward()
+            applied.loss(batch, lambda model, rows: model(**rows).loss).total.backward()
             optimizer.step()
-            if companion is not None:
-                companion.step()
+            applied.after_step(optimizer)
             optimizer.zero_grad()
 
     taken = measure(run, model=applied.model, optimizer=optimizer, tensors=[tokens]).bytes

@@ -52,7 +52,7 @@ def test_target_is_a_public_name_of_its_family(row):
 
 @available
 def test_variants_name_things_that_exist(row):
-    from lowdim.strategies import with_options
+    from lowdim.methods import with_options
 
     # Restarts act beside the training of low-rank layers: what is trained is of another family than the row, which is what the
     # companion is. The layers alone are then a variant of the row too, as what the companion is compared with.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiny
-from lowdim import models, strategies
+from lowdim import methods, models
 from lowdim.catalogue import variant
 from lowdim.errors import UnknownNameError
 from lowdim.export import export
@@ -32,8 +32,8 @@ def shaken(applied, scale=0.05):
 def ready(model, name, head=(), **options):
     ids = torch.arange(3, 27).view(3, 8)
     batch = {"input_ids": ids, "labels": ids if not head else torch.tensor([0, 1, 0])}
-    chosen = strategies.with_options(variant(name), options)
-    return strategies.apply(chosen, model, lr=1e-2, steps=10, head=head, batches=[batch], loss_fn=lambda m, b: m(**b).loss)
+    chosen = methods.with_options(variant(name), options)
+    return methods.apply(chosen, model, lr=1e-2, steps=10, head=head, batches=[batch], loss_fn=lambda m, b: m(**b).loss)
 
 
 @torch.no_grad()

@@ -6,9 +6,9 @@ import re
 import pytest
 import yaml
 
-from lowdim import strategies
 from lowdim.catalogue import variant
 from lowdim.files import read_json
+from lowdim.methods import with_options
 from lowdim.train.recipes import Recipe, load_recipe
 from snippets import ROOT, exit_code
 
@@ -38,7 +38,7 @@ def test_every_field_is_there_with_its_default(path):
 @every
 def test_every_option_exists_and_is_commented(path):
     recipe = load_recipe(path)
-    strategies.with_options(variant(recipe.method), recipe.options)
+    with_options(variant(recipe.method), recipe.options)
     nested = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("  ")]
     assert len(nested) == len(recipe.options)
     assert all(" # " in line for line in nested)

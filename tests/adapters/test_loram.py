@@ -8,7 +8,7 @@ from torch import nn
 import lowdim
 import tiny
 import vectors
-from lowdim import strategies
+from lowdim import methods
 from lowdim.adapters import (
     ChannelGroup,
     LoRAM,
@@ -389,7 +389,7 @@ def test_by_ratio_a_checkpoint_holds_the_factors_only(tmp_path):
 def test_by_ratio_in_a_comparison():
     model, ids = tiny.llama(), torch.arange(12).view(2, 6)
     bare = model.eval()(input_ids=ids).logits
-    applied = strategies.apply(variant("loram"), model, lr=1e-3, steps=2)
+    applied = methods.apply(variant("loram"), model, lr=1e-3, steps=2)
     assert applied.adapted.method.ratio > 0
     assert relative_error(applied.model.eval()(input_ids=ids).logits, bare) < 1e-5
     assert relative_error(applied.model.train()(input_ids=ids).logits, bare) > 1e-2

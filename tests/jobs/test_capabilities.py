@@ -8,7 +8,7 @@ import lowdim
 from lowdim.catalogue import variants
 from lowdim.errors import UnknownNameError
 from lowdim.jobs.capabilities import CAPABILITIES, abilities, parse_capabilities
-from lowdim.strategies import apply, training_extras, with_options
+from lowdim.methods import apply, strategy_for, with_options
 from lowdim.surgery import is_quantized
 
 SMALLER = {
@@ -114,8 +114,8 @@ def can_peft(name, tmp_path):
 
 
 def can_layerwise(name):
-    assert training_extras(small(name), layerwise=True)["layerwise"]
-    done = apply(small(name), net(), lr=1e-3, steps=10, extras={"layerwise": True})
+    strategy_for(small(name)).check_layerwise(True)
+    done = apply(small(name), net(), lr=1e-3, steps=10, layerwise=True)
     optimizer = done.make_optimizer(1e-3)
     loss_fn(done.model, X).backward()
     assert all(p.grad is None for p in done.model.parameters()), "updated and freed in the backward pass"

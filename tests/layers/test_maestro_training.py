@@ -413,12 +413,12 @@ def test_logits_must_be_of_classes(shape):
 
 
 def test_trains_as_a_strategy():
-    from lowdim import strategies
     from lowdim.catalogue import variant
+    from lowdim.methods import apply, with_options
 
-    chosen = strategies.with_options(variant("maestro"), {"threshold": 0.3, "shrink_interval": 2})
+    chosen = with_options(variant("maestro"), {"threshold": 0.3, "shrink_interval": 2})
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
-    applied = strategies.apply(chosen, model, lr=1e-3, steps=40, scratch=True)
+    applied = apply(chosen, model, lr=1e-3, steps=40, scratch=True)
     optimizer = applied.make_optimizer(1e-3)
     beside = applied.make_companion(optimizer)
     assert isinstance(beside, MaestroTraining)

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import vectors
-from lowdim import strategies
 from lowdim.catalogue import variant
 from lowdim.linalg import stream
+from lowdim.methods import apply, with_options
 from lowdim.modules import LowRankLinear
 from lowdim.optim import GaLore, Restart, param_groups, quick_recovery_cosine
 from lowdim.testing.sharded_case import Subject, check_sharded
@@ -341,9 +341,9 @@ def test_a_foreign_state_is_refused(state):
 
 def test_companion_of_the_catalogues_variant():
     """Swapped in, trained and restarted through the one interface of `compare` and `run`."""
-    chosen = strategies.with_options(variant("low-rank-restart"), {"rank": 2, "interval": 3, "recovery_steps": 2})
+    chosen = with_options(variant("low-rank-restart"), {"rank": 2, "interval": 3, "recovery_steps": 2})
     net = nn.Sequential(nn.Linear(7, 12), nn.Tanh(), nn.Linear(12, 9))
-    applied = strategies.apply(chosen, net, lr=0.02, steps=10, scratch=True)
+    applied = apply(chosen, net, lr=0.02, steps=10, scratch=True)
     optimizer = applied.make_optimizer(0.02)
     restart = applied.make_companion(optimizer)
     assert isinstance(restart, Restart)

@@ -6,9 +6,9 @@ import torch
 from torch.nn import functional as F
 
 from lowdim.catalogue import Variant, variants
+from lowdim.methods import apply
 from lowdim.models import build, head_modules
 from lowdim.plan import measure
-from lowdim.strategies import apply, total_loss
 
 BATCH, LENGTH = 8, 64
 
@@ -58,9 +58,7 @@ def loss_of(model, batch):
     return model(**batch).loss
 
 
-def train(
-    config, chosen: Variant, steps: int = 2, *, checkpointing: bool = False, dtype: torch.dtype = torch.float32, extras=None
-):
+def train(config, chosen: Variant, steps: int = 2, *, checkpointing: bool = False, dtype: torch.dtype = torch.float32, **setup):
     """Really train for a few steps; returns what it took."""
     task = task_of(config)
     model = build(config, task).to(dtype).train()
@@ -68,24 +66,17 @@ def train(
         model.activation_checkpointing_enable({"use_reentrant": False})
     batches = [batch_of(config, seed) for seed in range(2)]
     head = head_modules(model, task)
-    applied = apply(chosen, model, lr=1e-3, steps=100, head=head, batches=iter(batches), loss_fn=loss_of, extras=extras)
+    applied = apply(chosen, model, lr=1e-3, steps=100, head=head, batches=iter(batches), loss_fn=loss_of, **setup)
     applied.model.train()
-    optimizer = applied.make_optimizer(1e-3)  # hooks for layerwise updates come with it
-    companion = None if applied.make_companion is None else applied.make_companion(optimizer)
+    optimizer = applied.start(1e-3)  # hooks for layerwise updates come with it
     applied.model.zero_grad(set_to_none=True)
     batch = batches[0]
 
     def run():
         for _ in range(steps):
-            loss = total_loss(applied.model, companion, lambda: loss_of(applied.model, batch))
-            if applied.adapted is not None:
-                loss = loss + applied.adapted.regularizer()
-            loss.backward()
+            applied.loss(batch, loss_of).total.backward()
             optimizer.step()
-            if applied.adapted is not None:
-                applied.adapted.step(optimizer)
-            if companion is not None:
-                companion.step()
+            applied.after_step(optimizer)
             optimizer.zero_grad()
 
     return measure(run, model=applied.model, optimizer=optimizer, tensors=batch.values()), applied

@@ -8,11 +8,11 @@ from subjects import BATCH, LENGTH, Convolutions, bert, built_methods, llama, ta
 
 from lowdim.catalogue import variant
 from lowdim.errors import BudgetError, NoMatchingModuleError, UnknownNameError
+from lowdim.methods import with_options
 from lowdim.plan import affordable, forecast, measure
 from lowdim.plan.fake import Subject
 from lowdim.plan.forecasting import _extend
 from lowdim.plan.rehearse import Plan, rehearse
-from lowdim.strategies import with_options
 
 pytest.importorskip("transformers")
 
@@ -76,7 +76,7 @@ def test_layerwise_updates_are_seen(method):
     """Gradients live one at a time; what remains is what training takes."""
     config = llama(2, hidden_size=768, intermediate_size=2048)
     plain, thrifty = predict(config, method), predict(config, method, layerwise=True)
-    real = train(config, variant(method), steps=3, extras={"layerwise": True})[0].bytes
+    real = train(config, variant(method), steps=3, layerwise=True)[0].bytes
     assert thrifty.total == pytest.approx(real, rel=0.1)
     assert thrifty.total < plain.total
 

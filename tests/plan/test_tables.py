@@ -8,8 +8,8 @@ from subjects import bert, built_methods, llama
 
 from lowdim.catalogue import variant
 from lowdim.errors import NoMatchingModuleError
+from lowdim.methods import with_options
 from lowdim.plan import forecast, shows, table
-from lowdim.strategies import with_options
 
 pytest.importorskip("transformers")
 

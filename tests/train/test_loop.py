@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import tiny
-from lowdim import models, strategies
+from lowdim import methods, models
 from lowdim.catalogue import variant
 from lowdim.errors import UnknownNameError
-from lowdim.strategies import Applied
+from lowdim.methods import Applied
 from lowdim.train.callbacks import AdaptedCallback
 from lowdim.train.loop import FitSettings, check_tracker, fit
 from lowdim.train.tasks import Task, classification, stack_blocks
@@ -30,9 +30,9 @@ def ready(name="lora", lr=1e-2, steps=6, model=None, head=(), task=None, **optio
     torch.manual_seed(3)
     model = tiny.llama() if model is None else model
     task = task or blocks()
-    chosen = strategies.with_options(variant(name), options)
+    chosen = methods.with_options(variant(name), options)
     batches = task.sample_batches(2, 4, torch.device("cpu"))
-    return strategies.apply(chosen, model, lr=lr, steps=steps, head=head, batches=batches, loss_fn=task.loss_fn)
+    return methods.apply(chosen, model, lr=lr, steps=steps, head=head, batches=batches, loss_fn=task.loss_fn)
 
 
 def run(applied, tmp_path, task=None, callbacks=(), measure=False, **settings):
@@ -145,15 +145,16 @@ class Bare(nn.Module):
 
 def bare(model=None, adapted=None):
     model = model or Bare()
-    return Applied(model, "full", variant("full"), lambda lr: torch.optim.SGD(model.parameters(), lr=lr), adapted)
+    return Applied(model, variant("full"), lambda lr: torch.optim.SGD(model.parameters(), lr=lr), adapted)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_regularizer_is_added_once_a_step(tmp_path, accumulation):
     model = Bare()
     adapted = SimpleNamespace(
-        regularizer=lambda: 3.0 * model.extra,
+        loss=lambda forward, logits: 3.0 * model.extra,
         step=lambda optimizer: None,
+        finish=lambda: None,
         follow=lambda scheduler, warmup, total: None,
         check_gradients=lambda: None,
     )

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from lowdim import strategies
 from lowdim.catalogue import variant
 from lowdim.errors import DataError, UnknownNameError
+from lowdim.methods import with_options
 from lowdim.train.metrics import metric_for
 from lowdim.train.recipes import Recipe, load_recipe
 from lowdim.train.run import run_recipe
@@ -112,7 +112,7 @@ def test_recipes_are_shipped():
 def test_a_shipped_recipe_fits_its_method_and_task(path):
     recipe = load_recipe(path)
     chosen = variant(recipe.method)
-    fitted = strategies.with_options(dataclasses.replace(chosen, options={}), {**chosen.options, **recipe.options})
+    fitted = with_options(dataclasses.replace(chosen, options={}), {**chosen.options, **recipe.options})
     assert set(recipe.options) <= set(fitted.options)
     metric_for(recipe.task, recipe.metric)
 
@@ -136,5 +136,5 @@ def test_a_shipped_recipe_runs(path, tmp_path):
     record = run_recipe(recipe)
     assert record["loss_steps"] == [1, 2]
     assert all(loss > 0 for loss in record["losses"])
-    kept = "adapter" if strategies.kind_of(variant(recipe.method)) == "adapter" else "model"
+    kept = "adapter" if variant(recipe.method).kind == "adapter" else "model"
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name != "checkpoints") == [kept, "recipe.yaml", "run.json"]

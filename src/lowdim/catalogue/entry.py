@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["BASELINES", "FAMILIES", "Entry", "Variant"]
+__all__ = ["BASELINES", "FAMILIES", "KINDS", "Entry", "Variant"]
 
 FAMILIES = ("adapters", "optim", "layers", "compress", "represent", "diagnose", "solve", "train")
+#: How the systems of a family are trained, where a row does not state another `kind`.
+KINDS = {"adapters": "adapter", "optim": "optimizer", "layers": "layer"}
 
 
 def _named(target: str) -> Any:
@@ -30,7 +32,9 @@ class Variant:
         rates: learning rates in the order in which they are tried, for tuning a trained model.
         scratch_rates: the same for training from random weights; empty where `rates` serve for both.
         companion: `"module:attribute"` of what must act beside training, built as `companion(model, optimizer, **options)`; it
-            takes those options that its constructor names (`lowdim.strategies`). Empty for most.
+            takes those options that its constructor names (`lowdim.methods`). Empty for most.
+        kind: how a model is trained with it: `"probe"`, `"full"`, `"adapter"`, `"optimizer"` or `"layer"` (`lowdim.methods`). A
+            row leaves it out where it is its family's (`KINDS`).
     """
 
     name: str
@@ -40,6 +44,7 @@ class Variant:
     rates: tuple[float, ...] = (1e-3, 3e-3, 3e-4, 1e-2, 1e-4)
     scratch_rates: tuple[float, ...] = ()
     companion: str = ""
+    kind: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", types.MappingProxyType(dict(self.options)))
@@ -87,6 +92,11 @@ class Entry:
     options: Mapping[str, Any] = field(default_factory=dict)
     tuned: str = ""
 
+    def __post_init__(self) -> None:
+        kind = KINDS.get(self.family, "")
+        stated = tuple(v if v.kind else replace(v, kind=kind) for v in self.variants)
+        object.__setattr__(self, "variants", stated)
+
     @property
     def available(self) -> bool:
         """Whether it works today."""
@@ -107,11 +117,12 @@ class Entry:
 
 #: What every comparison must hold up against.
 BASELINES: tuple[Variant, ...] = (
-    Variant("linear-probe", "Linear probe", rates=(1e-3, 3e-3, 1e-2, 3e-4, 1e-4)),
-    Variant("lora", "LoRA", "lowdim.adapters:LoRA", {"rank": 8, "alpha": 16}, (1e-3, 3e-4, 3e-3, 1e-4, 1e-2)),
+    Variant("linear-probe", "Linear probe", rates=(1e-3, 3e-3, 1e-2, 3e-4, 1e-4), kind="probe"),
+    Variant("lora", "LoRA", "lowdim.adapters:LoRA", {"rank": 8, "alpha": 16}, (1e-3, 3e-4, 3e-3, 1e-4, 1e-2), kind="adapter"),
     Variant(
         "full",
         "Full fine-tuning",
+        kind="full",
         rates=(5e-5, 2e-5, 1e-4, 1e-5, 2e-4),
         scratch_rates=(1e-3, 3e-3, 3e-4, 1e-2, 1e-4),
     ),

@@ -25,12 +25,12 @@ def run(
     """Fine-tune with one method, as a recipe says."""
     import yaml
 
-    from lowdim import strategies
     from lowdim.catalogue import variant
+    from lowdim.methods import with_options
     from lowdim.train.recipes import load_recipe
 
     loaded = load_recipe(recipe, out=None if out is None else str(out), steps=steps)
-    strategies.with_options(variant(loaded.method), loaded.options)
+    with_options(variant(loaded.method), loaded.options)
     console = Console()
     if check:
         console.print(yaml.safe_dump(loaded.model_dump(), sort_keys=False, allow_unicode=True), highlight=False, markup=False)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowdim.catalogue import BASELINES, Variant
-from lowdim.strategies import kind_of
 from lowdim.train.metrics import Metric, difference_is_noise, interval
 
 __all__ = ["mark", "summarise"]
@@ -35,7 +34,7 @@ def summarise(
     row: dict[str, Any] = {
         "name": variant.name,
         "label": variant.label,
-        "family": _FAMILY[kind_of(variant)],
+        "family": _FAMILY[variant.kind],
         "baseline": variant.name in {b.name for b in BASELINES},
         "status": status,
         "reason": reason or (failures[0] if failures else None),

@@ -25,7 +25,6 @@ from lowdim.compare.winner import export_winner
 from lowdim.errors import BudgetError, DataError, LowdimError
 from lowdim.files import read_json, write_json
 from lowdim.linalg import derive_seed
-from lowdim.strategies import kind_of
 from lowdim.train.data import locate
 from lowdim.train.environment import environment
 from lowdim.train.garbage import own_garbage
@@ -148,7 +147,7 @@ def _claim(folder: Path, settings: CompareSettings, resume: bool) -> None:
 
 
 def _suits(variant: Variant, task: str) -> bool:
-    if task == "pretrain" and kind_of(variant) == "adapter":
+    if task == "pretrain" and variant.kind == "adapter":
         return False
     return not (variant.name == "linear-probe" and task != "classify")  # a language model has no new head to probe
 

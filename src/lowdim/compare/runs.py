@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowdim import strategies
 from lowdim.catalogue import Variant
 from lowdim.files import read_json, write_json, write_tensors
+from lowdim.methods import Applied, Setup, strategy_for
 from lowdim.train.environment import environment
 from lowdim.train.loop import FitSettings, fit
 from lowdim.train.metrics import Metric
@@ -75,10 +75,8 @@ def perform(bench: Bench, run: Run, *, on_step: Callable[[], None] = lambda: Non
     }
     torch.manual_seed(run.seed)
     try:
-        extras = strategies.training_extras(run.variant, layerwise=False, max_norm=FitSettings.max_grad_norm)
-        applied = strategies.apply(
-            run.variant,
-            model,
+        strategy = strategy_for(run.variant)
+        setup = Setup(
             lr=run.lr,
             steps=bench.steps,
             head=bench.head,
@@ -86,8 +84,9 @@ def perform(bench: Bench, run: Run, *, on_step: Callable[[], None] = lambda: Non
             loss_fn=bench.task.loss_fn,
             seed=run.seed,
             scratch=bench.scratch,
-            extras=extras,
+            max_norm=FitSettings.max_grad_norm,
         )
+        applied = strategy.apply(model, setup)
         record["config"] = {key: _jsonable(value) for key, value in applied.options.items()}
         record["trained_parameters"] = applied.trained()
         settings = FitSettings(
@@ -95,7 +94,7 @@ def perform(bench: Bench, run: Run, *, on_step: Callable[[], None] = lambda: Non
             batch_size=bench.batch_size,
             lr=run.lr,
             seed=run.seed,
-            clips_itself="max_norm" in extras,
+            clips_itself=strategy.clips_itself(),
         )
         with tempfile.TemporaryDirectory() as scratch:
             result = fit(
@@ -139,7 +138,7 @@ def load_run(bench: Bench, run: Run) -> dict[str, Any] | None:
     return record if same else None
 
 
-def _save(applied: strategies.Applied, run: Run, bench: Bench) -> int:
+def _save(applied: Applied, run: Run, bench: Bench) -> int:
     """Keep what was trained. Whole models are kept once, from the first seed that worked; the size is that of the file."""
     folder = bench.folder / "runs" / run.name
     if applied.adapted is not None:

@@ -12,10 +12,12 @@ from torch import nn
 
 from lowdim import models
 from lowdim.adapters import Adapted, load_adapter
+from lowdim.catalogue import variant
 from lowdim.compare.runs import Bench
 from lowdim.compare.settings import CompareSettings
 from lowdim.export import ExportResult, export
 from lowdim.files import read_json, read_tensors
+from lowdim.methods import Setup, strategy_for
 
 __all__ = ["export_winner", "restore"]
 
@@ -64,11 +66,8 @@ def restore(bench: Bench, run: Path) -> Any:
 
 def _swap_back(model: nn.Module, record: dict[str, Any], scratch: bool) -> None:
     """Structured layers are put in place again before their weights are loaded."""
-    from lowdim import catalogue, strategies
-
-    variant = catalogue.variant(record["method"])
-    if strategies.kind_of(variant) == "layer" or hasattr(variant.build() if variant.target else None, "prepare_model"):
-        strategies.apply(variant, model, lr=record["lr"], steps=record["steps"], seed=record["seed"], scratch=scratch)
+    setup = Setup(lr=record["lr"], steps=record["steps"], seed=record["seed"], scratch=scratch)
+    strategy_for(variant(record["method"])).restore(model, setup)
 
 
 def _usable(run: Path) -> bool:

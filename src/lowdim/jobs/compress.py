@@ -206,11 +206,11 @@ def _tune(method: Compressor, model: nn.Module, task: Task, steps: int, lr: floa
     import torch
 
     from lowdim.catalogue import variant
-    from lowdim.strategies import Applied
+    from lowdim.methods import Applied
     from lowdim.train.loop import FitSettings, fit
 
     parameters = method.entry.build_tuned()(model)
-    applied = Applied(model, "full", variant("full"), lambda rate: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0))
+    applied = Applied(model, variant("full"), lambda rate: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0))
     with tempfile.TemporaryDirectory() as folder:
         result = fit(applied, task, FitSettings(steps=steps, lr=lr, schedule="cosine"), Path(folder))
     if result.failure:

@@ -53,13 +53,11 @@ class PlanSettings:
 
     def chosen(self) -> list[Variant]:
         """The methods that make sense for the task."""
-        from lowdim.strategies import kind_of
-
         found = [v for v in choose(self.methods) if self.task == "classify" or v.name != "linear-probe"]
         if self.rank is not None:
             options = {"rank": self.rank}
             found = [dataclasses.replace(v, options={**v.options, **options}) if "rank" in v.options else v for v in found]
-        return [v for v in found if self.task != "pretrain" or kind_of(v) != "adapter"]
+        return [v for v in found if self.task != "pretrain" or v.kind != "adapter"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,6 @@ def plan(settings: PlanSettings, *, say: Callable[[str], None] = lambda line: No
 
     from lowdim import models
     from lowdim.plan import forecast
-    from lowdim.strategies import kind_of
 
     config = models.load_config(settings.model)
     forecasts, refused = [], []
@@ -105,7 +102,7 @@ def plan(settings: PlanSettings, *, say: Callable[[str], None] = lambda line: No
                     task=settings.task,
                     dtype=getattr(torch, settings.dtype),
                     gradient_checkpointing=settings.gradient_checkpointing,
-                    layerwise=settings.layerwise and kind_of(variant) == "optimizer",
+                    layerwise=settings.layerwise and variant.kind == "optimizer",
                     budget_bytes=settings.budget,
                 )
             )

@@ -138,14 +138,14 @@ def variant_options(variant: Variant) -> dict[str, Option]:
     """The hyperparameters of a method that is trained, with the defaults of its catalogue row."""
     if not variant.target:
         return {}
-    from lowdim import strategies
+    from lowdim.methods import strategy_for
 
     known = {"target_modules": Option("target_modules", Any, None, "which layers; null takes every linear layer but the head")}
     parts = [variant.build(), *([variant.build_companion()] if variant.companion else [])]
     for part in parts:
         known |= options_of(part)
     texts = described(parts[0])
-    found = {n: known.get(n) or Option(n, Any, None, texts.get(n, "")) for n in strategies.option_names(variant)}
+    found = {n: known.get(n) or Option(n, Any, None, texts.get(n, "")) for n in strategy_for(variant).option_names()}
     return {n: dataclasses.replace(o, default=variant.options.get(n, o.default)) for n, o in found.items()}
 
 

@@ -209,6 +209,7 @@ class QGaLore(ProjectedOptimizer):
     """
 
     method = "Q-GaLore"
+    hides_gradients = True
     structural = ("rank", "inner", "projector_bits", "projector_group_size", "queue_size")
 
     def __init__(

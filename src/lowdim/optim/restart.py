@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowdim.companion import Companion, RateFactor
 from lowdim.errors import check_float, check_int
-from lowdim.rates import RateFactor
 
 __all__ = ["Restart", "quick_recovery_cosine"]
 
 
-class Restart:
+class Restart(Companion):
     """Every `interval` optimizer steps: make low-rank factors balanced and orthogonal, then forget the optimizer's state.
 
     Formula: for each layer with `W = c B A (+ S)` and the thin SVD `B A = U S Vᵀ`, `B ← U √S`, `A ← √S Vᵀ`: the weight stays,
@@ -90,7 +90,7 @@ class Restart:
         self._rate = None if recovery_steps is None else RateFactor(optimizer, self._factor)
         self._handle = None if layerwise else optimizer.register_step_pre_hook(self._before_step)
 
-    def step(self) -> bool:
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Call after each optimizer step, and never between backward and step; True when it acted."""
         self.steps += 1
         if self.steps % self.interval:
@@ -106,6 +106,10 @@ class Restart:
         if self.reset:
             self._clear()
         return True
+
+    def finish(self) -> None:
+        """Leave the optimizer as it was."""
+        self.remove()
 
     def remove(self) -> None:
         """Leave the optimizer as it was: no more bent rates."""

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.catalogue import Variant
+from lowdim.methods import Applied, Setup, strategy_for
 from lowdim.plan.fake import LossFn, Subject, fake_batch, fake_mode, model_loss
 from lowdim.plan.kernels import hidden_bytes
 from lowdim.plan.measuring import optimizer_tensors
 from lowdim.plan.tracker import Peak, Tracker, unique_bytes
 from lowdim.plan.work import Work, speed
-from lowdim.strategies import Applied, apply, kind_of, total_loss
 
 __all__ = ["Plan", "Rehearsal", "rehearse"]
 
@@ -68,7 +68,8 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
         weight_bytes = unique_bytes([*model.parameters(), *model.buffers()])
         head = _head(model, subject.task)
         scratch = subject.task == "pretrain"
-        applied = apply(variant, model, lr=plan.lr, steps=plan.steps, head=head, initialise=False, scratch=scratch)
+        setup = Setup(lr=plan.lr, steps=plan.steps, head=head, initialise=False, scratch=scratch, layerwise=plan.layerwise)
+        applied = strategy_for(variant).apply(model, setup)
         applied.model.train()
         if plan.gradient_checkpointing:
             _checkpoint(applied.model)
@@ -78,8 +79,7 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
             for p in applied.model.parameters()
             if p.requires_grad
         ]
-        optimizer = applied.make_optimizer(plan.lr)
-        companion = None if applied.make_companion is None else applied.make_companion(optimizer)
+        optimizer = applied.start(plan.lr)
         tracker.add(optimizer_tensors(optimizer), "optimizer_state")
         batch = fake_batch(subject, plan.batch_size, plan.sequence_length) if plan.batch is None else plan.batch()
         tracker.add([t for t in batch.values() if isinstance(t, Tensor)] if isinstance(batch, dict) else [], "activations")
@@ -88,7 +88,7 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
         with tracker:
             for step in range(1, steps + 1):
                 work.on = step == 2
-                _step(applied, optimizer, companion, batch, plan.loss_fn, tracker, marks, step)
+                _step(applied, optimizer, batch, plan.loss_fn, tracker, marks, step)
         for handle in (*hooks, *marks.handles):
             handle.remove()
         amounts = {
@@ -105,7 +105,6 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
 def _step(
     applied: Applied,
     optimizer: torch.optim.Optimizer,
-    companion: Any,
     batch: Any,
     loss_fn: LossFn,
     tracker: Tracker,
@@ -113,9 +112,7 @@ def _step(
     step: int,
 ) -> None:
     marks.begin(step, "forward", "before", "activations")
-    loss = total_loss(applied.model, companion, lambda: loss_fn(applied.model, batch))
-    if applied.adapted is not None:
-        loss = loss + applied.adapted.regularizer()
+    loss = applied.loss(batch, loss_fn).total
     marks.begin(step, "backward", "after", "workspace")
     loss.backward()
     beside = (getattr(p, "float_grad", None) for p in applied.model.parameters())  # of 8-bit weights, which have no .grad
@@ -124,10 +121,7 @@ def _step(
     marks.begin(step, "optimizer", "before", "workspace")
     optimizer.step()
     tracker.add(optimizer_tensors(optimizer), "optimizer_state")
-    if applied.adapted is not None:
-        applied.adapted.step(optimizer)
-    if companion is not None:
-        companion.step()
+    applied.after_step(optimizer)
     optimizer.zero_grad()
 
 
@@ -174,22 +168,11 @@ class _Marks:
 
 def _variant(plan: Plan) -> tuple[Variant, int]:
     """The variant with what forecasting changes in it, and how many steps show all of it."""
-    options = dict(plan.variant.options)
-    kind = kind_of(plan.variant)
-    if plan.layerwise:
-        if kind != "optimizer":
-            raise ValueError(
-                f"layerwise updates need a lowdim.optim method such as galore; {plan.variant.name} trains with one AdamW"
-            )
-        options["layerwise"] = True
-    if kind == "optimizer":
-        import inspect
-
-        refresh = inspect.signature(plan.variant.build()).parameters.get("update_interval")
-        if refresh is not None:
-            options["update_interval"] = 2
-            return dataclasses.replace(plan.variant, options=options), 3
-    return dataclasses.replace(plan.variant, options=options), 2
+    strategy = strategy_for(plan.variant)
+    strategy.check_layerwise(plan.layerwise)
+    if strategy.refresh_interval is None:
+        return plan.variant, 2
+    return dataclasses.replace(plan.variant, options={**plan.variant.options, strategy.refresh_interval: 2}), 3
 
 
 def _head(model: nn.Module, task: str) -> tuple[str, ...]:

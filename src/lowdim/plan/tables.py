@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lowdim.catalogue import Variant, variant
+from lowdim.methods import Setup, strategy_for
 from lowdim.plan.fake import Subject, fake_mode
 from lowdim.plan.forecasting import Forecast
 from lowdim.results import Result
-from lowdim.strategies import apply
 from lowdim.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def shows(
         built = subject.build()
         before = {name: (type(m).__name__, _shape(m)) for name, m in built.named_modules()}
         head = head_modules(built, task)
-        applied = apply(chosen, built, lr=chosen.rates[0], steps=100, head=head, initialise=False)
+        applied = strategy_for(chosen).apply(built, Setup(lr=chosen.rates[0], steps=100, head=head, initialise=False))
         if applied.adapted is not None:
             composed = {name.rpartition(".")[0] for name in getattr(applied.adapted, "names", ())}  # SAID: any parameter
             names = {*applied.adapted.layers, *composed, *head}

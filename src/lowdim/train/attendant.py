@@ -35,20 +35,33 @@ def attendant(trainer: Any, task: Task, settings: FitSettings, result: FitResult
     class Attendant(TrainerCallback):
         def __init__(self) -> None:
             self.alarm = SpikeAlarm()
+            self.first = True
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._follow(args, state, kwargs["lr_scheduler"])
             optimizer = trainer.plain_optimizer()
             if hasattr(optimizer, "watcher"):
                 optimizer.watcher.on = settings.watch
             self.alarm.recall(float(entry["loss"]) for entry in state.log_history if "loss" in entry)
             if settings.save_steps and not state.global_step and not trainer.is_fsdp_enabled and state.is_world_process_zero:
-                short = rehearse_saving(trainer.model, optimizer, trainer.companion, Path(args.output_dir), _KEPT)
+                short = rehearse_saving(trainer.model, optimizer, trainer.applied.companion, Path(args.output_dir), _KEPT)
                 if short:
                     say(f"note: {short}")
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if trainer.companion is not None:
-                trainer.companion.step()
+            trainer.applied.after_step(kwargs["optimizer"])
+            self._follow(args, state, kwargs["lr_scheduler"])
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.first and trainer.applied.adapted is not None:
+                trainer.applied.adapted.check_gradients()
+            self.first = False
+
+        def _follow(self, args: Any, state: Any, scheduler: Any) -> None:
+            """Tell the scheduler of groups that the optimizer got, also by a resume."""
+            if trainer.applied.adapted is not None and scheduler is not None:
+                warmup = args.get_warmup_steps(state.max_steps)
+                trainer.applied.adapted.follow(scheduler, warmup=warmup, total=state.max_steps)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
             if logs and "loss" in logs and self.alarm.spike(float(logs["loss"])):

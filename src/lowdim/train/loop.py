@@ -19,10 +19,9 @@ from torch import nn
 
 from lowdim.errors import CheckpointError, check_choice
 from lowdim.files import read_json
+from lowdim.methods import Applied
 from lowdim.models import quiet
-from lowdim.strategies import Applied
 from lowdim.train.attendant import attendant
-from lowdim.train.callbacks import AdaptedCallback
 from lowdim.train.garbage import own_garbage
 
 if TYPE_CHECKING:
@@ -149,7 +148,6 @@ def _fit(
         use_cpu=not torch.cuda.is_available(),
         ddp_broadcast_buffers=False,  # frozen bases are the same everywhere, and large
     )
-    own = [AdaptedCallback(applied.adapted)] if applied.adapted is not None else []
     trainer = _trainer_class()(
         applied,
         settings.lr,
@@ -157,10 +155,11 @@ def _fit(
         args=arguments,
         train_dataset=task.train,
         data_collator=task.collate,
-        callbacks=[*own, recorder, *callbacks],
+        callbacks=[recorder],
     )
     trainer.watch = settings.watch
-    trainer.add_callback(attendant(trainer, task, settings, result, say))
+    for callback in (attendant(trainer, task, settings, result, say), *callbacks):
+        trainer.add_callback(callback)
     _silence(trainer)
     try:
         with quiet():  # a progress bar for each checkpoint that is written, otherwise
@@ -179,6 +178,7 @@ def _fit(
     result.grad_norms = [float(entry["grad_norm"]) for entry in history if "grad_norm" in entry]
     if recorder.times:
         result.seconds_per_step = statistics.median(recorder.times)
+    applied.finish()
     applied.model.zero_grad(set_to_none=True)
     return result
 
@@ -190,7 +190,6 @@ def _trainer_class() -> Any:
     class StrategyTrainer(Trainer):
         def __init__(self, applied: Applied, lr: float, **kwargs: Any):
             self.applied, self.applied_lr = applied, lr
-            self.companion: Any = None
             self.watch = False
             super().__init__(**kwargs)
             # Every loss here is a mean over the batch. Many classifiers take any keyword and so seem to divide by the items of
@@ -199,19 +198,14 @@ def _trainer_class() -> Any:
 
         def create_optimizer(self, model: Any = None) -> Any:
             if self.optimizer is None:
-                self.optimizer = self.applied.make_optimizer(self.applied_lr)
-                if self.applied.make_companion is not None:
-                    self.companion = self.applied.make_companion(self.optimizer)
+                self.optimizer = self.applied.start(self.applied_lr)
             return self.optimizer
 
         def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-            pair: Any = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-            loss, outputs = pair
-            if self.applied.adapted is not None:
-                loss = loss + self.applied.adapted.regularizer()
-            if model.training and hasattr(self.companion, "extra_loss"):
-                loss = loss + self.companion.extra_loss(lambda: model(**inputs).logits, outputs.logits)
-            return (loss, outputs) if return_outputs else loss
+            usual: Any = super().compute_loss
+            if return_outputs or not model.training:
+                return usual(model, inputs, return_outputs, **kwargs)
+            return self.applied.loss(inputs, lambda called, batch: usual(called, batch, **kwargs), model).total
 
         def plain_optimizer(self) -> Any:
             """Without the wrapper that accelerate puts around it."""
@@ -225,8 +219,8 @@ def _trainer_class() -> Any:
 
         def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
             super()._save_optimizer_and_scheduler(output_dir)
-            if self.companion is not None and self.args.should_save:
-                torch.save(self.companion.state_dict(), Path(output_dir) / _COMPANION)
+            if self.applied.companion is not None and self.args.should_save:
+                torch.save(self.applied.companion.state_dict(), Path(output_dir) / _COMPANION)
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             with _reading(resume_from_checkpoint):
@@ -237,8 +231,8 @@ def _trainer_class() -> Any:
                 if checkpoint is not None and not self.is_fsdp_enabled:
                     _check_complete(Path(checkpoint))
                 super()._load_optimizer_and_scheduler(checkpoint)
-                if self.companion is not None and checkpoint is not None:
-                    self.companion.load_state_dict(torch.load(Path(checkpoint) / _COMPANION, weights_only=True))
+                if self.applied.companion is not None and checkpoint is not None:
+                    self.applied.companion.load_state_dict(torch.load(Path(checkpoint) / _COMPANION, weights_only=True))
 
         def _load_rng_state(self, checkpoint: str | None) -> None:
             with _reading(checkpoint):

@@ -15,11 +15,12 @@ import yaml
 from torch import nn
 
 import lowdim
-from lowdim import models, strategies
+from lowdim import models
 from lowdim.catalogue import Variant, variant
 from lowdim.errors import CheckpointError, LowdimError
 from lowdim.files import read_json, whole_folder, write_json, write_text
 from lowdim.linalg import is_sharded
+from lowdim.methods import Setup, strategy_for, with_options
 from lowdim.train.environment import environment
 from lowdim.train.loop import FitSettings, check_tracker, fit
 from lowdim.train.metrics import metric_for
@@ -45,7 +46,9 @@ def run_recipe(
         LowdimError: the loss became NaN or infinite.
     """
     folder = Path(recipe.out)
-    chosen = strategies.with_options(variant(recipe.method), recipe.options)
+    chosen = with_options(variant(recipe.method), recipe.options)
+    strategy = strategy_for(chosen)
+    strategy.check_layerwise(recipe.layerwise)
     metric = metric_for(recipe.task, recipe.metric)
     check_tracker(recipe.report_to)
     first = int(os.environ.get("RANK", "0")) == 0  # of several processes that torchrun or accelerate has started
@@ -54,9 +57,6 @@ def run_recipe(
     else:
         say = lambda line: None  # noqa: E731
     accumulation = accumulate(recipe)
-    extras = strategies.training_extras(
-        chosen, layerwise=recipe.layerwise, accumulate=accumulation, max_norm=recipe.max_grad_norm
-    )
     tokenizer = recipe_tokenizer(recipe.model, recipe.tokenizer, recipe.data, recipe.text)
     task = load_task(recipe, tokenizer)
     for note in task.notes:
@@ -76,9 +76,7 @@ def run_recipe(
     model.to(device)
     before = task.evaluate(model, task.validation, metric)
     say(f"before: validation {metric.name} {before:.4f}")
-    applied = strategies.apply(
-        chosen,
-        model,
+    setup = Setup(
         lr=lr,
         steps=recipe.steps,
         head=head,
@@ -86,8 +84,11 @@ def run_recipe(
         loss_fn=task.loss_fn,
         seed=recipe.seed,
         scratch=recipe.from_scratch,
-        extras=extras,
+        layerwise=recipe.layerwise,
+        accumulate=accumulation,
+        max_norm=recipe.max_grad_norm,
     )
+    applied = strategy.apply(model, setup)
     for note in applied.notes:
         say(f"note: {note}")
     trained = applied.trained()  # now: some methods train less and less
@@ -95,7 +96,7 @@ def run_recipe(
     if first:
         write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))
     settings = dataclasses.replace(
-        _settings(recipe, lr), gradient_accumulation=accumulation, clips_itself=extras.get("max_norm") is not None
+        _settings(recipe, lr), gradient_accumulation=accumulation, clips_itself=strategy.clips_itself(recipe.layerwise)
     )
     result = fit(
         applied,
@@ -237,7 +238,7 @@ def load_run(folder: str | Path) -> tuple[Any, Recipe, Variant]:
         labels = max(2, len(record["data"]["labels"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / RECORD} is no record of a recipe's run") from error
-    chosen = strategies.with_options(variant(recipe.method), recipe.options)
+    chosen = with_options(variant(recipe.method), recipe.options)
     if not (folder / "adapter").is_dir():
         raise CheckpointError(f"{folder} holds no adapter; its model is in {folder / 'model'}, ready to use")
     base = load_base(recipe, labels, recipe_tokenizer(recipe.model, recipe.tokenizer, recipe.data, recipe.text))

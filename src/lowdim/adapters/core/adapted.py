@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from lowdim.adapters.core.guards import (
 from lowdim.adapters.core.merging import MergeReport, merged_layer
 from lowdim.adapters.core.shared import SHARED, free_name
 from lowdim.calibrate import LossFn
+from lowdim.companion import Companion
 from lowdim.errors import NoGradientError
 from lowdim.linalg import gather, is_sharded
 from lowdim.results import html_table
@@ -38,7 +39,7 @@ class _Merged:
     ties_words: bool
 
 
-class Adapted:
+class Adapted(Companion):
     """A model with adapted layers in it. Made by `lowdim.adapt` and `lowdim.load_adapter`.
 
     Attributes:
@@ -86,6 +87,10 @@ class Adapted:
             self.check_gradients()
         for layer in self.layers.values():
             layer.update.step()
+
+    def loss(self, forward: Callable[[], Any], logits: Any) -> Tensor | float:
+        """`regularizer()`, as training loops that know a `Companion` call it."""
+        return self.regularizer()
 
     def check_gradients(self) -> None:
         """After the first backward pass: every adapted layer must have got a gradient, or it would never learn anything.
@@ -211,6 +216,19 @@ class Adapted:
             state.update({f"{module}.{key}": gather(value) for key, value in saved.items()})
         return state
 
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave, in one process and on the same base model; schedules go on from there.
+
+        Raises:
+            CheckpointError: tensors that are missing, superfluous or misshapen.
+        """
+        for name, layer in self.layers.items():
+            layer.update.restore(_below(state, f"{name}.update."), layer.pristine_weight())
+        if self.shared is not None:
+            self.shared.load_state_dict(_below(state, f"{SHARED}."))
+        for module in self.modules_to_save:
+            self.model.get_submodule(module).load_state_dict(_below(state, f"{module}."))
+
     def save(self, folder: str | Path) -> Path:
         """Write `adapter.safetensors` and `adapter.json`, atomically; returns the folder."""
         from lowdim.adapters.core.files.checkpoint import save
@@ -311,6 +329,10 @@ class Adapted:
             for name, layer in self.layers.items()
         ]
         return html_table(f"{self.method}: {trained:,} parameters trained ({share:.2%}), {len(rows)} adapted layers", rows)
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def _ties_words(config: Any) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowdim.companion import Companion
 from lowdim.errors import CheckpointError, check_choice, check_float, check_int
 from lowdim.layers.maestro.model import maestro_layers
 from lowdim.linalg import real_numbers, stream
@@ -145,7 +146,7 @@ class MaestroSampler:
         self._order = None
 
 
-class MaestroTraining:
+class MaestroTraining(Companion):
     """What Maestro does beside the usual loss and step: a sampled pass, the group lasso, and shrinking.
 
     Formula: `extra_loss = CE(sampled pass, softmax(full pass), detached) + lasso · Σ_layers group_lasso()`. Every
@@ -222,6 +223,10 @@ class MaestroTraining:
             self._drawn = self.sampler.draw()
         return self._drawn
 
+    def loss(self, forward: Callable[[], Tensor], logits: Tensor) -> Tensor:
+        """`extra_loss`, as training loops that know a `Companion` call it."""
+        return self.extra_loss(forward, logits)
+
     def extra_loss(self, forward: Callable[[], Tensor], logits: Tensor) -> Tensor:
         """What is added to the loss, a scalar.
 
@@ -266,7 +271,7 @@ class MaestroTraining:
         parts = [layer.group_lasso() for layer in self.sampler.layers.values()]
         return self.lasso * torch.stack([part.to(parts[0].device, parts[0].dtype) for part in parts]).sum()
 
-    def step(self) -> None:
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """After each optimizer step: on to the next draw, and shrink where the interval ends."""
         self.steps += 1
         self._drawn = {}
@@ -279,6 +284,10 @@ class MaestroTraining:
         found = {name: layer.shrink(self.threshold) for name, layer in self.sampler.layers.items()}
         self.sampler.reset()
         return found
+
+    def finish(self) -> None:
+        """`close()`."""
+        self.close()
 
     def close(self) -> None:
         """Take the hooks of `full_pass=False` off the model."""

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowdim.companion import Companion, RateFactor
 from lowdim.errors import check_int
 from lowdim.layers.sst.layer import SSTLinear
 from lowdim.linalg import stream
-from lowdim.rates import RateFactor
 
 __all__ = ["SSTScheduler"]
 
 
-class SSTScheduler:
+class SSTScheduler(Companion):
     """Turns the active directions of a model's `SSTLinear` layers over while it is trained.
 
     Formula: after every optimizer step each layer's `post_step()`. At the end of an iteration (`steps_per_iteration` steps) new
@@ -85,7 +85,7 @@ class SSTScheduler:
         step = self.steps % self.steps_per_iteration + 1
         return 1.0 if step >= self.warmup else step / self.warmup
 
-    def step(self) -> None:
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Once after each optimizer step."""
         self.steps += 1
         for layer in self.layers:

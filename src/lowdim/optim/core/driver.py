@@ -44,9 +44,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     Class attributes for compositions:
         method: name that a checkpoint carries.
         structural: group keys that fix the shape and meaning of the state; loading a checkpoint with others is an error.
+        hides_gradients: whether its weights have no `.grad` that a trainer could clip (INT8).
     """
 
     method: str = "projected"
+    hides_gradients: bool = False
     structural: tuple[str, ...] = ("rank",)
 
     def __init__(
@@ -84,6 +86,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self.watcher = Watcher()
 
     # What a composition writes.
+
+    @staticmethod
+    def prepare_model(model: Any, *, rank: Any, **_: Any) -> Any:
+        """The model with its weights as this optimizer stores them; unchanged where it stores them as they are."""
+        return model
 
     def parts(self, group: dict[str, Any], ndim: int) -> Parts:
         """The parts for parameters of this many dimensions in this group, from the group's current hyperparameters."""
@@ -130,10 +137,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update every parameter that has a gradient; gives the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         if self.layerwise:
             self._finish()
         elif self.max_norm is not None:
@@ -346,8 +351,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         state = self.state[p]
         state["micro"] = 0
         if self._keeps_full(parts, state):
-            with_grad = self._gradient(p, parts)
-            self._use(p, with_grad, group, parts)
+            self._use(p, self._gradient(p, parts), group, parts)
             parts.store.drop(p)
         else:
             self._use(p, None, group, parts, low=state.pop("low_sum"))
@@ -356,10 +360,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _label(self, p: Tensor) -> str:
         index, place = self._place(p)
-        group = self.param_groups[index]
-        if "param_names" in group:
-            return f"parameter {group['param_names'][place]} {tuple(p.shape)}"
-        return f"parameter {place} of group {index} {tuple(p.shape)}"
+        names = self.param_groups[index].get("param_names")
+        return f"parameter {names[place] if names else f'{place} of group {index}'} {tuple(p.shape)}"
 
     def _place(self, p: Tensor) -> tuple[int, int]:
         index = self._home.get(p, len(self.param_groups) - 1)
@@ -391,9 +393,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        copied = not hasattr(self, "_home")  # unpickled or deep-copied: nothing was built by __init__
         super().__setstate__(state)
-        if copied:
+        if not hasattr(self, "_home"):  # unpickled or deep-copied: nothing was built by __init__
             self._start()
             for index in range(len(self.param_groups)):
                 self._adopt(index)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import tiny
-from lowdim import models, strategies
+from lowdim import models
 from lowdim.catalogue import BASELINES, Variant, variant, variants
 from lowdim.errors import NoMatchingModuleError, UnknownNameError
-from lowdim.strategies import apply, kind_of, total_loss, with_options
+from lowdim.methods import Setup, apply, strategy_for, with_options
 
 METHODS = list(variants().values())
 #: Smaller than the catalogue's, which are for real models.
@@ -18,7 +18,7 @@ SMALLER = {"lamda++": {"rank": 8, "rank_choices": (4, 8, 12)}}
 
 
 def small(chosen: Variant) -> Variant:
-    names = strategies._option_names(chosen)
+    names = strategy_for(chosen).option_names()
     options = SMALLER.get(chosen.name, {"rank": 8} if "rank" in names else {})
     return with_options(chosen, {**options, **({"update_interval": 2} if "update_interval" in names else {})})
 
@@ -44,19 +44,13 @@ def loss_of(model, batch):
 
 
 def train(applied, batch, lr, steps):
-    optimizer = applied.make_optimizer(lr)
-    companion = None if applied.make_companion is None else applied.make_companion(optimizer)
+    optimizer = applied.start(lr)
     losses = []
     for _ in range(steps):
-        loss = total_loss(applied.model, companion, lambda: loss_of(applied.model, batch))
-        if applied.adapted is not None:
-            loss = loss + applied.adapted.regularizer()
+        loss = applied.loss(batch, loss_of).total
         loss.backward()
         optimizer.step()
-        if applied.adapted is not None:
-            applied.adapted.step(optimizer)
-        if companion is not None:
-            companion.step()
+        applied.after_step(optimizer)
         optimizer.zero_grad()
         losses.append(loss.item())
     with torch.no_grad():
@@ -78,7 +72,7 @@ def test_every_method_trains(chosen, kind):
         return
     chosen = small(chosen)
     applied, batch = ready(chosen, kind)
-    assert applied.kind == kind_of(chosen)
+    assert applied.kind == chosen.kind
     assert (applied.adapted is not None) == (applied.kind == "adapter")
     trained = [p for p in applied.model.parameters() if p.requires_grad or getattr(p, "trainable", False)]  # INT8 has no grad
     assert applied.trained() == sum(p.numel() for p in trained) > 0
@@ -163,11 +157,13 @@ def test_rates_reach_the_optimizer():
 
 
 def test_open_schedules_are_filled_in_and_given_ones_kept():
-    assert strategies.fill(variant("lamda"), lr=0.1, steps=70)["total_steps"] == 70
-    assert strategies.fill(with_options(variant("lamda"), {"total_steps": 5}), lr=0.1, steps=70)["total_steps"] == 5
-    assert strategies.fill(dataclasses.replace(variant("lora-sb"), options={}), lr=0.1, steps=70)["lr"] == 0.1
-    assert strategies.fill(with_options(variant("lora-sb"), {"lr": 0.5}), lr=0.1, steps=70)["lr"] == 0.5
-    assert strategies.fill(variant("full"), lr=0.1, steps=70) == {}
+    def filled(chosen):
+        return strategy_for(chosen).filled(Setup(lr=0.1, steps=70))
+
+    assert filled(variant("lamda"))["total_steps"] == 70
+    assert filled(with_options(variant("lamda"), {"total_steps": 5}))["total_steps"] == 5
+    assert filled(dataclasses.replace(variant("lora-sb"), options={}))["lr"] == 0.1
+    assert filled(with_options(variant("lora-sb"), {"lr": 0.5}))["lr"] == 0.5
 
 
 def test_a_method_for_every_layer_leaves_a_head_of_several_layers_alone():

@@ -1,0 +1,86 @@
+"""How a model is made ready to be trained under a name: what is swapped in, what is trained, and by which optimizer.
+
+`compare`, `plan` and `run` all go through `apply`, so what is forecast is what is trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lowdim.catalogue import Variant
+from lowdim.companion import Companion
+from lowdim.errors import UnknownNameError, check_choice, nearest
+from lowdim.methods.adapter import AdapterStrategy
+from lowdim.methods.applied import Applied, Losses
+from lowdim.methods.full import FullStrategy
+from lowdim.methods.layer import LayerStrategy
+from lowdim.methods.optimizer import OptimizerStrategy
+from lowdim.methods.probe import ProbeStrategy
+from lowdim.methods.setup import Setup
+from lowdim.methods.strategy import Strategy
+
+__all__ = ["STRATEGIES", "Applied", "Companion", "Losses", "Setup", "Strategy", "apply", "strategy_for", "with_options"]
+
+#: The class for each `Variant.kind`.
+STRATEGIES: dict[str, type[Strategy]] = {
+    cls.kind: cls for cls in (ProbeStrategy, FullStrategy, AdapterStrategy, OptimizerStrategy, LayerStrategy)
+}
+
+
+def strategy_for(variant: Variant) -> Strategy:
+    """The strategy of a method.
+
+    Raises:
+        UnknownNameError: its `kind` is not one of `STRATEGIES`.
+
+    Example:
+        >>> from lowdim.catalogue import variant
+        >>> from lowdim.methods import strategy_for
+        >>> type(strategy_for(variant("galore"))).__name__
+        'OptimizerStrategy'
+    """
+    check_choice(f"kind of method {variant.name}", variant.kind, STRATEGIES)
+    return STRATEGIES[variant.kind](variant)
+
+
+def apply(variant: Variant, model: nn.Module, **setup: Any) -> Applied:
+    """Make `model` ready to be trained by `variant`, in place.
+
+    Args:
+        setup: the fields of `Setup`; `lr` and `steps` are required.
+
+    Raises:
+        ValueError, TypeError: from the method, naming the layer.
+
+    Example:
+        >>> import torch
+        >>> from lowdim.catalogue import variant
+        >>> from lowdim.methods import apply
+        >>> applied = apply(variant("lora"), torch.nn.Sequential(torch.nn.Linear(20, 10)), lr=1e-3, steps=100)
+        >>> applied.trained()
+        240
+    """
+    return strategy_for(variant).apply(model, Setup(**setup))
+
+
+def with_options(variant: Variant, options: Mapping[str, Any]) -> Variant:
+    """The variant with further hyperparameters.
+
+    Raises:
+        UnknownNameError: the method has no such hyperparameter.
+        ValueError, TypeError: a value that it refuses whatever the model.
+    """
+    if not options:
+        return variant
+    known = strategy_for(variant).option_names()
+    for name in options:
+        if name not in known:
+            close = f"; nearest: {', '.join(nearest(str(name), known))}" if known else " (it has none)"
+            raise UnknownNameError(f"method {variant.name} has no option {name!r}{close}")
+    changed = dataclasses.replace(variant, options={**variant.options, **options})
+    strategy_for(changed).check()
+    return changed

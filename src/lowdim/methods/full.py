@@ -1,0 +1,24 @@
+"""Full fine-tuning: every parameter is trained."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+
+from lowdim.methods.applied import Applied
+from lowdim.methods.setup import Setup
+from lowdim.methods.strategy import Strategy, adamw
+
+__all__ = ["FullStrategy"]
+
+
+class FullStrategy(Strategy):
+    """Trains all parameters with AdamW."""
+
+    kind: ClassVar[str] = "full"
+
+    def apply(self, model: nn.Module, setup: Setup) -> Applied:
+        """Have every parameter trained."""
+        model.requires_grad_(True)
+        return Applied(model, self.variant, lambda lr: adamw(model.parameters(), lr))

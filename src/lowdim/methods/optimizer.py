@@ -1,0 +1,75 @@
+"""Projected optimizers: every parameter is trained, gradients and optimizer state are low-dimensional."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from lowdim.methods.applied import Applied
+from lowdim.methods.setup import Setup
+from lowdim.methods.strategy import Strategy, hyperparameters
+from lowdim.optim import param_groups
+
+__all__ = ["OptimizerStrategy"]
+
+_REFRESH = "update_interval"
+#: Keywords of every optimizer that are hyperparameters; its other shared keywords come from how one trains (`Setup`).
+_SHARED = ["stagger", "foreach"]
+
+
+class OptimizerStrategy(Strategy):
+    """Trains all parameters with a `lowdim.optim` optimizer."""
+
+    kind: ClassVar[str] = "optimizer"
+
+    def option_names(self) -> list[str]:
+        """The hyperparameters of the optimizer; the rate is the training's."""
+        return [*hyperparameters(self.variant.build()), *_SHARED]
+
+    def check(self) -> None:
+        """Make the optimizer of a small layer."""
+        self._make(torch.nn.Linear(2, 2), {}, 1e-3)
+
+    def apply(self, model: nn.Module, setup: Setup) -> Applied:
+        """Have every parameter trained; weights of another kind (INT8) are made first."""
+        self.check_layerwise(setup.layerwise)
+        model.requires_grad_(True)
+        model = self.restore(model, setup)
+        extras = self._extras(setup)
+        self._make(model, extras, setup.lr).remove_hooks()  # what it refuses is refused now, not when training has begun
+        make = functools.partial(self._make, model, extras)
+        return Applied(model, self.variant, make, options=dict(self.variant.options))
+
+    def restore(self, model: nn.Module, setup: Setup) -> nn.Module:
+        """The model with the weights that the optimizer stores (INT8 for Q-GaLore)."""
+        return self.variant.build().prepare_model(model, rank=self.variant.options["rank"])
+
+    def clips_itself(self, layerwise: bool = False) -> bool:
+        """Where gradients are freed in the backward pass, or weights have none that others could see (INT8)."""
+        return layerwise or self.variant.build().hides_gradients
+
+    def check_layerwise(self, layerwise: bool) -> None:
+        """Every optimizer can update layer by layer."""
+
+    @property
+    def refresh_interval(self) -> str | None:
+        """`"update_interval"`, where the optimizer chooses its subspaces anew now and then."""
+        return _REFRESH if _REFRESH in self.option_names() else None
+
+    def _extras(self, setup: Setup) -> dict[str, Any]:
+        """What the optimizer must know of how one trains."""
+        extras: dict[str, Any] = {"layerwise": True, "accumulate": setup.accumulate} if setup.layerwise else {}
+        if setup.max_norm and self.clips_itself(setup.layerwise):
+            extras["max_norm"] = setup.max_norm
+        return extras
+
+    def _make(self, model: nn.Module, extras: dict[str, Any], lr: float) -> Any:
+        options = {**self.variant.options, **extras}
+        rank = options.pop("rank")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a model without a matrix to project
+            return self.variant.build()(param_groups(model, rank=rank), lr=lr, **options)

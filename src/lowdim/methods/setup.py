@@ -1,0 +1,47 @@
+"""How one trains, whatever the method: what every strategy is given beside the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowdim.calibrate import LossFn
+
+__all__ = ["Setup"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """The training that a model is made ready for.
+
+    Attributes:
+        lr: the peak rate (some methods start from it).
+        steps: optimizer steps in all (some methods have schedules).
+        head: modules of the model that are new and always trained, e.g. `("classifier",)`.
+        batches, loss_fn: sample data for methods that look at it first.
+        seed: of everything that the method draws, its companion included.
+        initialise: False allocates only, for forecasts.
+        scratch: training starts from random weights: structured layers draw their own.
+        layerwise: update each parameter in the backward pass and free its gradient at once; optimizers only.
+        accumulate: forward passes of an optimizer step; optimizers that update layer by layer sum over them.
+        max_norm: clipping, for optimizers that clip what they see; 0 switches it off.
+
+    Example:
+        >>> from lowdim.methods import Setup
+        >>> Setup(lr=1e-3, steps=100).initialise
+        True
+    """
+
+    lr: float
+    steps: int
+    head: tuple[str, ...] = ()
+    batches: Iterable[Any] | None = None
+    loss_fn: LossFn | None = None
+    seed: int = 0
+    initialise: bool = True
+    scratch: bool = False
+    layerwise: bool = False
+    accumulate: int = 1
+    max_norm: float = 0.0

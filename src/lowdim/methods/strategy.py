@@ -1,0 +1,89 @@
+"""The base of every way to train: what `run`, `compare` and `plan` ask of a method."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lowdim.catalogue import Variant
+    from lowdim.methods.applied import Applied
+    from lowdim.methods.setup import Setup
+
+__all__ = ["Strategy", "adamw", "hyperparameters"]
+
+
+class Strategy(ABC):
+    """One way to train a model; a subclass for each `Variant.kind`.
+
+    Args:
+        variant: a row of the catalogue, with the options that it is used with.
+
+    Attributes:
+        kind: what `Variant.kind` says in the rows that this class serves.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, variant: Variant):
+        self.variant = variant
+
+    def option_names(self) -> list[str]:
+        """The hyperparameters that a user may set."""
+        return []
+
+    def check(self) -> None:  # noqa: B027  (most have nothing to refuse)
+        """Raise ValueError or TypeError for options that the method refuses whatever the model."""
+
+    @abstractmethod
+    def apply(self, model: nn.Module, setup: Setup) -> Applied:
+        """Make `model` ready to be trained, in place.
+
+        Raises:
+            ValueError, TypeError: from the method, naming the layer.
+        """
+
+    def restore(self, model: nn.Module, setup: Setup) -> nn.Module:
+        """The model with the structure that trained weights are loaded into; unchanged where the method keeps it."""
+        return model
+
+    def clips_itself(self, layerwise: bool = False) -> bool:
+        """Whether the optimizer clips gradients on its own, so that a trainer must not."""
+        return False
+
+    def check_layerwise(self, layerwise: bool) -> None:
+        """Raise ValueError where layer-wise updates are asked of a method that has none."""
+        if layerwise:
+            raise ValueError(
+                f"layerwise updates need a lowdim.optim method such as galore; {self.variant.name} trains with plain AdamW"
+            )
+
+    @property
+    def refresh_interval(self) -> str | None:
+        """The option that says after how many steps the optimizer computes something anew (a projection), or None."""
+        return None
+
+
+def hyperparameters(cls: Any) -> list[str]:
+    """The keyword-only parameters of a constructor: in lowdim these are the hyperparameters.
+
+    Example:
+        >>> from lowdim.layers import Monarch
+        >>> from lowdim.methods.strategy import hyperparameters
+        >>> hyperparameters(Monarch)
+        ['nblocks', 'generator']
+    """
+    place = {"device", "dtype"}
+    named = inspect.signature(cls).parameters.values()
+    return [p.name for p in named if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in place]
+
+
+def adamw(parameters: Any, lr: float) -> torch.optim.Optimizer:
+    """Plain AdamW without decay: what trains everything that brings no optimizer of its own."""
+    import torch
+
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)

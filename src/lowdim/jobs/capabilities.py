@@ -61,7 +61,7 @@ def _frees_gradients(cls: Any) -> bool:
 
 
 def _trains_int8(cls: Any) -> bool:
-    return _layerwise_adapter(cls) or hasattr(cls, "prepare_model")
+    return _layerwise_adapter(cls) or (_frees_gradients(cls) and cls.hides_gradients)
 
 
 def _is(cls: Any, base: type) -> bool:

@@ -298,6 +298,29 @@ def test_learns(dtype, options):
     assert all(p.scales.dtype == dtype for p in weights)
 
 
+def test_rounding_noise_is_fresh_in_every_step_and_for_every_weight():
+    """Steps of a tenth of a code: fifty of them move nearly every weight, by five codes on average.
+
+    With the same noise each time a tenth of the weights would move in every step and the others never.
+    """
+    values = torch.rand(40, 16, generator=stream(0, "values")) - 0.5
+    values[:, 0], values[:, 1] = -1.0, 1.0  # they hold the range of their group, and get no gradient
+    codes, code = quantize_affine(values, group_size=16), 2 / 255
+    pair = [Int8Parameter(*(t.clone() for t in codes), group_size=16) for _ in range(2)]
+    optimizer = QGaLore([{"params": pair, "rank": None}], lr=code / 10, inner="adamw")
+    for _ in range(50):
+        for p in pair:
+            p.float_grad = torch.ones(40, 16)
+            p.float_grad[:, :2] = 0
+        optimizer.step()
+    for p in pair:
+        moved = dequantize_affine(*codes, group_size=16) - dequantize_affine(p.detach(), p.scales, p.zeros, group_size=16)
+        moved = moved[:, 2:] / code
+        assert float((moved > 0.5).double().mean()) > 0.95
+        assert abs(float(moved.mean()) - 5) < 0.3
+    assert not torch.equal(*(p.detach() for p in pair))
+
+
 def test_same_bits_twice_and_other_bits_with_another_seed():
     ends = []
     for seed in (0, 0, 1):

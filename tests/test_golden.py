@@ -95,7 +95,7 @@ def test_an_interrupted_run_goes_on_as_it_did(name):
     assert_same_run(*runs.resume(name))
 
 
-def test_a_finished_run_is_drawn_and_exported(tmp_path):
+def test_a_finished_run_is_drawn_and_exported():
     with curves.workplace() as place:
         shutil.copytree(runs.FOLDER / "lora", place / "run")
         for arguments in (["report", "run"], ["export", "run", "peft"]):
@@ -105,13 +105,16 @@ def test_a_finished_run_is_drawn_and_exported(tmp_path):
         page = (place / "run" / "report.html").read_text(encoding="utf-8")
         record = read_json(place / "run" / "run.json")
         tensors, _ = read_tensors(place / "peft" / "adapter_model.safetensors")
+        about = read_json(place / "peft" / "adapter_config.json")
     assert "LoRA" in page
-    assert all(f"{loss:.3g}" in page for loss in record["losses"])
+    assert all(f"{loss:.5g}" in page for loss in record["losses"])
     stored, _ = read_tensors(runs.FOLDER / "lora" / "adapter" / "adapter.safetensors")
     assert len(tensors) == len(stored)
-    for name, value in stored.items():
-        layer, _, factor = name.partition(".update.")
-        assert torch.equal(tensors[f"base_model.model.{layer}.lora_{factor}.weight"], value)
+    for layer in {name.partition(".update.")[0] for name in stored}:
+        before, now = f"{layer}.update.", f"base_model.model.{layer}.lora_"
+        want = record["config"]["alpha"] / record["config"]["rank"] * stored[f"{before}B"] @ stored[f"{before}A"]
+        got = about["lora_alpha"] / about["r"] * tensors[f"{now}B.weight"] @ tensors[f"{now}A.weight"]
+        assert torch.allclose(got, want, rtol=1e-6, atol=0), layer
 
 
 def test_a_comparison_is_read_and_resumed():

@@ -1,6 +1,6 @@
 # Two words do everything on a fresh machine with Python 3.11 or newer: `make demo` and `make test`.
-# The rest: make lint | format | types | layers | docs | test-slow | bench | ci | clean. The first call of a word installs what it
-# needs in .venv; stamp files there make the next one quick.
+# The rest: make lint | format | types | layers | docs | tables | test-slow | bench | ci | clean. The first call of a word
+# installs what it needs in .venv; stamp files there make the next one quick.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -13,7 +13,7 @@ JOBS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow lint format types layers docs bench ci clean setup-demo setup-test setup-dev
+.PHONY: help demo test test-slow lint format types layers docs tables bench ci clean setup-demo setup-test setup-dev
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ layers: setup-dev  ## which package may import which
 
 docs: setup-test  ## run the examples of README, docs and docstrings; check the links
 	$(PYTEST) -n $(JOBS) -m "slow or not slow" tests/test_readme.py tests/test_docs.py tests/test_shipped_recipes.py
+
+tables: setup-test  ## write the tables of README and docs/choosing.md that come from the catalogue
+	$(BIN)/python docs/tables.py
 
 bench: $(VENV)/.bench  ## figures against PEFT and galore-torch; writes results/bench-*.json
 	for file in bench/*.py; do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file; done

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 
-from lowdim.catalogue import entries
 from snippets import ROOT, blocks, commands, exit_code, run_python
 
 README = ROOT / "README.md"
@@ -45,21 +44,6 @@ def test_the_two_commands_are_those_of_the_makefile():
     assert words == ["demo", "test"]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert all(re.search(rf"^{word}:", makefile, re.MULTILINE) for word in words)
-
-
-def test_the_systems_it_names_work():
-    table = README.read_text(encoding="utf-8").split("## What is in it")[1].split("##")[0]
-    rows = re.findall(r"^\| `lowdim\.(\w+)` \|.*\| (.+) \|$", table, re.MULTILINE)
-    known = {(row.family, name.lower()) for row in entries() if row.available for name in [row.name, *_labels(row)]}
-    known.add(("adapters", "lora"))
-    assert rows
-    for family, names in rows:
-        for name in names.split(", "):
-            assert (family, name.lower()) in known, f"{family}: {name} does not work today"
-
-
-def _labels(row):
-    return [v.label for v in row.variants]
 
 
 @pytest.mark.slow  # about a minute, most of it in one comparison

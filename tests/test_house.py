@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -104,10 +105,12 @@ def test_no_pickled_weights_are_read():
     assert not bad
 
 
-def test_files_stay_small():
-    """One system, one file, few concepts. The shared test cases are lists of tests and may be longer."""
-    long = {local(p): n for p in SOURCE.rglob("*.py") if (n := len(p.read_text(encoding="utf-8").splitlines())) > 400}
-    assert not {name: n for name, n in long.items() if "/testing/" not in name}
+def test_long_files_are_reported():
+    """Advice and not a limit: a file above 350 lines may hold more than one idea. Split it by idea, never by length."""
+    long = {local(p): n for p in SOURCE.rglob("*.py") if (n := len(p.read_text(encoding="utf-8").splitlines())) > 350}
+    if long:
+        listed = ", ".join(f"{name} ({n})" for name, n in sorted(long.items(), key=lambda item: -item[1]))
+        warnings.warn(f"files above 350 lines, each still one idea? {listed}", stacklevel=1)
 
 
 def test_imports_are_light():

@@ -10,8 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lowdim.lazy import lazy_names
-
-__version__ = "0.1.0"
+from lowdim.version import __version__
 
 _FUNCTIONS = {"adapt": "adapters", "load_adapter": "adapters"}
 _PACKAGES = (

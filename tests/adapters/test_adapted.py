@@ -10,7 +10,7 @@ from torch import nn
 import lowdim
 from lowdim.adapters import AdaptedLayer, LaMDA, LoRA, LoRASB, Method, SVFit, registered_methods
 from lowdim.adapters.core.guards import fingerprint
-from lowdim.adapters.lora import LoRAUpdate
+from lowdim.adapters.core.low_rank import LoRAUpdate
 from lowdim.errors import CheckpointError, NoMatchingModuleError
 from lowdim.plan.kept import kept_tensors
 from lowdim.testing.closeness import relative_error

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from lowdim.adapters.core import base
+from lowdim.adapters.core import method as methods
 from lowdim.testing.adapter_case import AdapterCase
 from snippets import ROOT, blocks
 
@@ -15,12 +15,12 @@ NAME = "written_in_the_docs"
 
 
 def _module() -> types.ModuleType:
-    known = dict(base._REGISTRY)
+    known = dict(methods._REGISTRY)
     module = types.ModuleType(NAME)
     sys.modules[NAME] = module  # a dataclass looks its own module up
     exec(compile("\n" * BLOCK.line + BLOCK.body, str(BLOCK.page), "exec"), module.__dict__)
-    base._REGISTRY.clear()
-    base._REGISTRY.update(known)
+    methods._REGISTRY.clear()
+    methods._REGISTRY.update(known)
     return module
 
 
@@ -38,9 +38,9 @@ class TestKronA(AdapterCase):
 
     @pytest.fixture(autouse=True)
     def _registered(self):
-        base._REGISTRY["KronA"] = KronA
+        methods._REGISTRY["KronA"] = KronA
         yield
-        base._REGISTRY.pop("KronA")
+        methods._REGISTRY.pop("KronA")
 
     def method(self, **changes):
         changes.pop("rank", None)  # it has none

@@ -7,7 +7,7 @@ from torch import nn
 
 import lowdim
 from lowdim.adapters import AdaptedLayer, LaMDA, LoRA, SVFit
-from lowdim.adapters.core.files import checkpoint
+from lowdim.adapters.core.files import layout
 from lowdim.errors import CheckpointError
 from lowdim.files import read_tensors, write_tensors
 from lowdim.testing.closeness import relative_error
@@ -79,7 +79,7 @@ def test_a_full_disk_leaves_the_old_adapter(saved, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_tensors", fail)
+    monkeypatch.setattr(layout, "write_tensors", fail)
     with pytest.raises(OSError, match=r"No space left on device.*nothing was changed"):
         adapted.save(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -138,7 +138,7 @@ def disturbed_layer(**options):
 
 @pytest.mark.parametrize("chunk", [2**20, 40])  # all rows of the gradient at once, or a few
 def test_the_score_is_that_of_the_dense_gradient(chunk, monkeypatch):
-    monkeypatch.setattr("lowdim.adapters.increlora.method._CHUNK", chunk)
+    monkeypatch.setattr("lowdim.adapters.increlora.update._CHUNK", chunk)
     adapted = disturbed_layer()
     x = make_input(adapted.base)
     target = torch.randn(2, 5, 9, dtype=torch.float64)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import lowdim
 from lowdim.adapters import LoRA
-from lowdim.adapters.lora import LoRAUpdate
+from lowdim.adapters.core.low_rank import LoRAUpdate
 from lowdim.linalg import add_low_rank, low_rank_norm, low_rank_product
 from lowdim.testing.adapter_case import AdapterCase
 from lowdim.testing.closeness import relative_error

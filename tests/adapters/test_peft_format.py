@@ -13,11 +13,10 @@ from torch import nn
 import lowdim
 import tiny
 from lowdim.adapters import LoRA, Method, RandLoRA, ThinUpdate, WeightUpdate, to_peft
-from lowdim.adapters.core.base import wide
 from lowdim.adapters.core.files.peft_factors import cut
 from lowdim.adapters.core.files.peft_targets import VLLM_RANKS
 from lowdim.errors import UnknownNameError
-from lowdim.linalg import stream
+from lowdim.linalg import stream, wide
 from lowdim.testing.closeness import relative_error
 from lowdim.testing.small_model import small_model
 

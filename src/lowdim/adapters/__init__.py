@@ -8,15 +8,17 @@ from lowdim.adapters.corda import CorDA, discard
 from lowdim.adapters.core.adapted import Adapted
 from lowdim.adapters.core.adapter_set import AdapterSet, Combination
 from lowdim.adapters.core.attach import adapt
-from lowdim.adapters.core.base import AdaptedLayer, Method, ModelMethod, WeightUpdate, registered_methods
 from lowdim.adapters.core.files.checkpoint import load_adapter
 from lowdim.adapters.core.files.peft import PeftExport, to_peft
+from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.merging import LayerChange, MergeReport
+from lowdim.adapters.core.method import Method, ModelMethod, registered_methods
 from lowdim.adapters.core.thin import ThinUpdate
+from lowdim.adapters.core.update import WeightUpdate
 from lowdim.adapters.diffora.method import DiffoRA
 from lowdim.adapters.diffora.search import DiffoRAAdapted
 from lowdim.adapters.flora import FLoRA
-from lowdim.adapters.increlora.method import IncreLoRA, increlora_lr_lambda
+from lowdim.adapters.increlora import IncreLoRA, increlora_lr_lambda
 from lowdim.adapters.lamda import LaMDA
 from lowdim.adapters.loldu import LoLDU
 from lowdim.adapters.lora import LoRA

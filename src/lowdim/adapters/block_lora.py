@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.base import Method, Stats, wide
 from lowdim.adapters.core.common import draw_uniform
+from lowdim.adapters.core.method import Method, Stats
 from lowdim.adapters.core.thin import ThinUpdate
 from lowdim.errors import check_float, check_int
+from lowdim.linalg import wide
 
 __all__ = ["BlockLoRA", "BlockLoRAUpdate"]
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowdim.adapters.core.base import Method, Stats, wide
 from lowdim.adapters.core.common import check_rank
-from lowdim.adapters.lora import LoRAUpdate
+from lowdim.adapters.core.low_rank import LoRAUpdate
+from lowdim.adapters.core.method import Method, Stats
 from lowdim.errors import check_choice, check_float, check_int
-from lowdim.linalg import context_svd
+from lowdim.linalg import context_svd, wide
 from lowdim.surgery import dense_matrix
 
 __all__ = ["CorDA", "CorDAUpdate", "discard"]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.base import Method, Stats, wide
 from lowdim.adapters.core.common import check_rank
 from lowdim.adapters.core.diagonal import DiagonalUpdate
+from lowdim.adapters.core.method import Method, Stats
 from lowdim.errors import check_choice, check_float, check_int
-from lowdim.linalg import draw_normal, draw_uniform, ldu, ldu_steps, widest
+from lowdim.linalg import draw_normal, draw_uniform, ldu, ldu_steps, wide, widest
 
 __all__ = ["LoLDU", "LoLDUUpdate"]
 

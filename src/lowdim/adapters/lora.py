@@ -7,36 +7,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from lowdim.adapters.core.base import Method, Stats
 from lowdim.adapters.core.common import check_rank, draw_uniform
-from lowdim.adapters.core.thin import ThinUpdate
+from lowdim.adapters.core.low_rank import LoRAUpdate
+from lowdim.adapters.core.method import Method, Stats
 from lowdim.errors import check_float, check_int
 
-__all__ = ["LoRA", "LoRAUpdate"]
-
-
-class LoRAUpdate(ThinUpdate):
-    """`ΔW = scaling · B A`: `A (rank, in)`, `B (out, rank)`, both trained."""
-
-    def __init__(self, out_features: int, in_features: int, rank: int, scaling: float, *, dtype: Any, device: Any):
-        super().__init__(out_features, in_features, rank, scaling)
-        self.A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
-        self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=device))
-
-    def down(self) -> Tensor:
-        """`A`."""
-        return self.A
-
-    def up(self) -> Tensor:
-        """`B`."""
-        return self.B
-
-    def columns(self, index: Tensor) -> Tensor:
-        """`scaling · B A[:, index]` for an embedding."""
-        return self.expand(F.embedding(index, self.A.T))
+__all__ = ["LoRA"]
 
 
 @dataclass(frozen=True)

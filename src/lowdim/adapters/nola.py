@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.base import Method, Stats, wide
+from lowdim.adapters.core.method import Method, Stats
 from lowdim.adapters.core.thin import ThinUpdate
 from lowdim.errors import check_choice, check_float, check_int
-from lowdim.linalg import combine_rows, derive_seed, random_rows
+from lowdim.linalg import combine_rows, derive_seed, random_rows, wide
 
 __all__ = ["NOLA", "NOLAUpdate"]
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowdim.adapters.core.base import AdaptedLayer, Method, Stats, WeightUpdate
 from lowdim.adapters.core.common import check_rank
+from lowdim.adapters.core.layer import AdaptedLayer
+from lowdim.adapters.core.method import Method, Stats
+from lowdim.adapters.core.update import WeightUpdate
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.linalg import add_product, stream
 from lowdim.surgery import is_conv1d, matrix_shape

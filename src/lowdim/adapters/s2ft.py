@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowdim.adapters.core.base import Method, Stats, WeightUpdate, wide
 from lowdim.adapters.core.guards import error_context
+from lowdim.adapters.core.method import Method, Stats
+from lowdim.adapters.core.update import WeightUpdate
 from lowdim.errors import check_choice, check_float, check_int, unknown
-from lowdim.linalg import add_product, derive_seed, stream
+from lowdim.linalg import add_product, derive_seed, stream, wide
 from lowdim.surgery import matrix_shape
 
 __all__ = ["S2FT", "S2FTUpdate", "s2ft_scores"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -263,6 +263,8 @@ class SAID(WholeMethod):
     arXiv 2012.13255.
     """
 
+    adapted_type: ClassVar[type[SubspaceAdapted]] = SubspaceAdapted
+
     dimension: int = 20_000
     structure_aware: bool = True
     parameters: Any = None
@@ -307,10 +309,6 @@ class SAID(WholeMethod):
             dtype=dtype,
             initialise=initialise,
         )
-
-    def adapted_type(self) -> type[SubspaceAdapted]:
-        """An `Adapted` with `theta`, `scales`, `draws`."""
-        return SubspaceAdapted
 
 
 def said(

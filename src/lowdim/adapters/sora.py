@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.adapters.core.adapted import Adapted
-from lowdim.adapters.core.base import Method, Stats, wide
 from lowdim.adapters.core.common import check_rank, draw_normal, draw_uniform
 from lowdim.adapters.core.gated import GatedLoRAUpdate
+from lowdim.adapters.core.method import Method, Stats
 from lowdim.adapters.core.shared import StepCounter
 from lowdim.errors import check_choice, check_float, check_int
-from lowdim.linalg import gather, local
+from lowdim.linalg import gather, local, wide
 from lowdim.surgery import model_device
 
 __all__ = ["SoRA", "SoRAAdapted", "SoRAUpdate"]
@@ -147,6 +147,8 @@ class SoRA(Method):
     Source: Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models", EMNLP 2023, arXiv 2311.11696.
     """
 
+    adapted_type: ClassVar[type[SoRAAdapted]] = SoRAAdapted
+
     takes: ClassVar[frozenset[str]] = frozenset({"linear", "conv2d", "embedding"})
 
     rank: int = 8
@@ -205,10 +207,6 @@ class SoRA(Method):
     def shared(self, layers: Mapping[str, nn.Module], *, seed: int, initialise: bool = True) -> StepCounter:
         """The number of calls of `adapted.step()`, which decides the threshold."""
         return StepCounter(model_device(next(iter(layers.values()))))
-
-    def adapted_type(self) -> type[SoRAAdapted]:
-        """With the threshold in `step()`."""
-        return SoRAAdapted
 
     def param_groups(self, parameters: Mapping[str, nn.Parameter], lr: float) -> list[dict[str, Any]]:
         """The gates in a group of their own."""

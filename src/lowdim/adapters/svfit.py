@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.base import AdaptedLayer, Method, Stats
 from lowdim.adapters.core.common import check_rank, top_triplets
 from lowdim.adapters.core.diagonal import DiagonalUpdate
+from lowdim.adapters.core.layer import AdaptedLayer
+from lowdim.adapters.core.method import Method, Stats
 from lowdim.errors import check_float, check_int
 from lowdim.linalg import svd, widest
 from lowdim.ranks import energy_rank

@@ -24,7 +24,17 @@ from lowdim.linalg.quantize import dequantize_blockwise, dynamic_codebook, quant
 from lowdim.linalg.random import derive_seed, real_numbers, stream, stream_on
 from lowdim.linalg.random_rows import combine_rows, random_rows
 from lowdim.linalg.scaled_sum import scaled_sum
-from lowdim.linalg.sharded import broadcast, gather, is_sharded, local, match, owner, replicate
+from lowdim.linalg.sharded import (
+    broadcast,
+    gather,
+    is_sharded,
+    local,
+    many_processes,
+    match,
+    mean_over_processes,
+    owner,
+    replicate,
+)
 from lowdim.linalg.sketch import CountSketch
 from lowdim.linalg.svd import (
     balanced_factors,
@@ -36,7 +46,7 @@ from lowdim.linalg.svd import (
     truncated_svd,
 )
 from lowdim.linalg.tucker import mode_products, tucker, tucker_reconstruct, unfold
-from lowdim.linalg.wide import widest
+from lowdim.linalg.wide import wide, widest
 
 __all__ = [
     "Cost",
@@ -79,7 +89,9 @@ __all__ = [
     "local",
     "low_rank_norm",
     "low_rank_product",
+    "many_processes",
     "match",
+    "mean_over_processes",
     "mode_products",
     "monarch_dense",
     "monarch_multiply",
@@ -106,5 +118,6 @@ __all__ = [
     "unfold",
     "unpack_bits",
     "unpack_nibbles",
+    "wide",
     "widest",
 ]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["broadcast", "gather", "is_sharded", "local", "match", "owner", "replicate"]
+__all__ = ["broadcast", "gather", "is_sharded", "local", "many_processes", "match", "mean_over_processes", "owner", "replicate"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -55,3 +56,17 @@ def broadcast(tensor: Tensor, like: Any) -> None:
         mesh = like.device_mesh
         for axis in range(mesh.ndim):  # the owner's first line, then every line from its first member
             torch.distributed.broadcast(tensor, group=mesh.get_group(axis), group_src=0)
+
+
+def many_processes() -> bool:
+    """Whether the training runs in several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def mean_over_processes(tensor: Tensor) -> Tensor:
+    """The mean of what each process has, in the tensor's layout."""
+    if not many_processes():
+        return tensor
+    total = local(tensor).clone()
+    dist.all_reduce(total)
+    return replicate(total / dist.get_world_size(), tensor)

@@ -1,15 +1,28 @@
-"""The precision in which a decomposition that a checkpoint does not hold can be made again elsewhere."""
+"""The precision of computations on half-precision tensors: float32 or better, or the widest of the device."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["widest"]
+__all__ = ["wide", "widest"]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32 or better; differentiable.
+
+    Example:
+        >>> import torch, lowdim.linalg as la
+        >>> la.wide(torch.ones(2, dtype=torch.bfloat16)).dtype, la.wide(torch.ones(2, dtype=torch.float64)).dtype
+        (torch.float32, torch.float64)
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def widest(tensor: Tensor) -> Tensor:
-    """The tensor in float64, without gradient; in float32 where its device has no float64 (Apple's GPUs).
+    """The tensor in float64, without gradient, for decompositions that must come out the same elsewhere.
+
+    In float32 where its device has no float64 (Apple's GPUs).
 
     Example:
         >>> import torch, lowdim.linalg as la

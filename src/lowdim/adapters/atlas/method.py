@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,9 @@ from torch.utils import _pytree as pytree
 
 from lowdim.adapters.atlas.task_vectors import TaskVector
 from lowdim.adapters.core.composed import Composition
-from lowdim.adapters.core.layer import wide
 from lowdim.adapters.core.whole import WholeAdapted, WholeMethod
 from lowdim.errors import CheckpointError, check_float, check_int, nearest
-from lowdim.linalg import gather, scaled_sum, stream
+from lowdim.linalg import gather, scaled_sum, stream, wide
 
 __all__ = ["ATLAS", "ATLASAdapted"]
 
@@ -173,6 +172,8 @@ class ATLAS(WholeMethod):
     Source: Zhang et al., "Knowledge Composition using Task Vectors with Learned Anisotropic Scaling", arXiv 2407.02880.
     """
 
+    adapted_type: ClassVar[type[ATLASAdapted]] = ATLASAdapted
+
     task_vectors: Any
     blockwise: bool = True
     partition: int | None = None
@@ -246,10 +247,6 @@ class ATLAS(WholeMethod):
                 given = torch.randint(self.partition, shape, generator=stream(self.seed, "ATLAS", *shape))
             found[shape] = given.to(small)
         return found
-
-    def adapted_type(self) -> type[ATLASAdapted]:
-        """An `Adapted` with `coef`, `blocks`, `delta()`."""
-        return ATLASAdapted
 
     def config(self) -> dict[str, Any]:
         """The fields as JSON-able values; task vectors and maps as references (see `saved`)."""

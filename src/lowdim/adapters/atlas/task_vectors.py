@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.layer import wide
 from lowdim.errors import CheckpointError
 from lowdim.files import read_tensors
+from lowdim.linalg import wide
 
 __all__ = ["TaskVector", "task_vector"]
 

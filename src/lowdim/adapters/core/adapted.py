@@ -12,21 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.base import AdaptedLayer, Method
-from lowdim.adapters.core.guards import (
-    leave_fused_paths,
-    whole_parameters,
-)
+from lowdim.adapters.core.files.layout import write_adapter
+from lowdim.adapters.core.guards import leave_fused_paths, whole_parameters
+from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.merging import MergeReport, merged_layer
+from lowdim.adapters.core.method import Method
 from lowdim.adapters.core.shared import SHARED, free_name
 from lowdim.calibrate import LossFn
 from lowdim.companion import Companion
-from lowdim.errors import NoGradientError
+from lowdim.errors import NoGradientError, check_choice
 from lowdim.linalg import gather, is_sharded
 from lowdim.results import html_table
 from lowdim.surgery import replace_layer
 
-__all__ = ["Adapted"]
+__all__ = ["EXPORTERS", "Adapted"]
+
+#: Format -> `write(adapted, folder, **options)`. A module that writes a format adds itself here.
+EXPORTERS: dict[str, Callable[..., Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -229,19 +231,45 @@ class Adapted(Companion):
         for module in self.modules_to_save:
             self.model.get_submodule(module).load_state_dict(_below(state, f"{module}."))
 
-    def save(self, folder: str | Path) -> Path:
-        """Write `adapter.safetensors` and `adapter.json`, atomically; returns the folder."""
-        from lowdim.adapters.core.files.checkpoint import save
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint says of this adapter: the method and its hyperparameters, the base model, each layer."""
+        config = getattr(self.model, "config", None)
+        return {
+            "method": type(self.method).__name__,
+            "config": self.method.config(),
+            "seed": self.seed,
+            "base_model": {
+                "class": type(self.model).__name__,
+                "name_or_path": getattr(config, "_name_or_path", None) or None,
+            },
+            "modules_to_save": list(self.modules_to_save),
+            "layers": {
+                name: {
+                    "shape": [layer.out_features, layer.in_features],
+                    "fingerprint": self.fingerprints.get(name),
+                    "meta": layer.update.meta(),
+                }
+                for name, layer in self.layers.items()
+            },
+        }
 
-        return save(self, folder)
+    def save(self, folder: str | Path) -> Path:
+        """Write `adapter.safetensors` and `adapter.json`, atomically; returns the folder.
+
+        Raises:
+            ValueError: the model has been merged.
+        """
+        if not self._attached():
+            raise ValueError("there is no adapter to save: the model has been merged")
+        return write_adapter(Path(folder), self.description(), {**self.state_dict(), **self.method.saved()})
+
+    def _attached(self) -> bool:
+        return bool(self.layers)
 
     def export(self, folder: str | Path, format: str = "peft", **options: Any) -> Any:
-        """Write the adapter for another tool; returns what was lost. See `lowdim.adapters.core.files.peft.to_peft`."""
-        from lowdim.adapters.core.files.peft import to_peft
-        from lowdim.errors import check_choice
-
-        check_choice("format", format, ("peft",))
-        return to_peft(self, folder, **options)
+        """Write the adapter for another tool; returns what was lost. See `lowdim.adapters.to_peft` for the options."""
+        check_choice("format", format, tuple(EXPORTERS))
+        return EXPORTERS[format](self, folder, **options)
 
     @torch.no_grad()
     def merge(self) -> nn.Module:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from lowdim.adapters.core.adapted import Adapted
 from lowdim.adapters.core.attach import adapt
-from lowdim.adapters.core.base import Method, ModelMethod, registered_methods
 from lowdim.adapters.core.files.checkpoint import load_adapter
-from lowdim.adapters.core.layer import AdaptedLayer, wide
+from lowdim.adapters.core.layer import AdaptedLayer
+from lowdim.adapters.core.low_rank import LoRAUpdate
 from lowdim.adapters.core.merging import LayerChange, MergeReport, merged_layer
-from lowdim.adapters.lora import LoRA, LoRAUpdate
+from lowdim.adapters.core.method import Method, ModelMethod, method_class, registered_methods
 from lowdim.errors import check_float, check_int, unknown
 from lowdim.files import read_json
-from lowdim.linalg import compress_factors, truncated_svd
+from lowdim.linalg import compress_factors, truncated_svd, wide
 from lowdim.results import Result
 from lowdim.surgery import replace_layer, with_matrix
 
@@ -257,7 +257,7 @@ class AdapterSet:
         factors = {place: _weighted_sum(found, rank) for place, found in parts.items()}
         largest = max(A.shape[0] for A, _, _ in factors.values())
         # One LoRA method serves all layers: shorter factors are filled up with zeros, which changes nothing.
-        method = LoRA(rank=largest, alpha=largest, target_modules=list(factors))
+        method = method_class("LoRA")(rank=largest, alpha=largest, target_modules=list(factors))
         self._take(name, _blank_lora(self.model, method, factors, dtype))
         return Combination({p: len(A) for p, (A, _, _) in factors.items()}, {p: e for p, (_, _, e) in factors.items()})
 
@@ -377,7 +377,7 @@ def _weighted_sum(parts: list[tuple[float, AdaptedLayer]], rank: int | None) -> 
 
 
 def _blank_lora(
-    model: nn.Module, method: LoRA, factors: Mapping[str, tuple[Tensor, Tensor, float]], dtype: torch.dtype | None
+    model: nn.Module, method: Method, factors: Mapping[str, tuple[Tensor, Tensor, float]], dtype: torch.dtype | None
 ) -> Adapted:
     adapted = adapt(model, method, dtype=dtype)
     with torch.no_grad():

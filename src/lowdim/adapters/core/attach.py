@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from lowdim.adapters.core.adapted import Adapted
-from lowdim.adapters.core.base import AdaptedLayer, Method, ModelMethod
 from lowdim.adapters.core.composed import is_composed
 from lowdim.adapters.core.guards import (
     error_context,
@@ -19,11 +18,13 @@ from lowdim.adapters.core.guards import (
     tied_layers,
     unchanged_on_error,
 )
+from lowdim.adapters.core.layer import AdaptedLayer
+from lowdim.adapters.core.method import Method, ModelMethod
 from lowdim.calibrate import LossFn, collect
 from lowdim.linalg import stream
 from lowdim.surgery import Patterns, find_layers, freeze, is_matrix_layer, replace_layer
 
-__all__ = ["adapt", "target_layers"]
+__all__ = ["adapt", "put_in_place", "target_layers"]
 
 
 def adapt(
@@ -80,16 +81,13 @@ def adapt(
     layers = target_layers(model, method)
     kept = saved_modules(model, modules_to_save, layers)
     fingerprints = {name: fingerprint(pristine_matrix(layer)) for name, layer in layers.items()} if initialise else {}
-    first = not any(isinstance(module, AdaptedLayer) for module in model.modules())
-    tied = tied_layers(model, layers)
     with torch.enable_grad():
         stats = collect(model, layers, method.needs, batches, loss_fn) if initialise else {name: {} for name in layers}
     prepared = method.prepare(layers, seed=seed, initialise=initialise)
     shared = method.shared(layers, seed=seed, initialise=initialise)
-    attached = {}
-    with unchanged_on_error(model):
-        if first:  # else everything that is not trained is frozen already
-            freeze(model)
+
+    def wrap() -> dict[str, AdaptedLayer]:
+        attached = {}
         for name, layer in layers.items():
             with error_context(type(method).__name__, name, layer):
                 attached[name] = method.attach(
@@ -100,12 +98,40 @@ def adapt(
                     dtype=dtype,
                     initialise=initialise,
                 )
-    for name, layer in attached.items():
+        return attached
+
+    return put_in_place(
+        model, method, wrap, layers=layers, fingerprints=fingerprints, modules_to_save=kept, seed=seed, shared=shared
+    )
+
+
+def put_in_place(
+    model: nn.Module,
+    method: Method,
+    wrap: Callable[[], dict[str, AdaptedLayer]],
+    *,
+    layers: Mapping[str, nn.Module],
+    fingerprints: Mapping[str, str],
+    modules_to_save: Iterable[str],
+    seed: int,
+    shared: nn.Module | None,
+) -> Adapted:
+    """Freeze the model, wrap `layers` by `wrap()`, put the wrapped ones in their places, unfreeze what is trained whole.
+
+    The model is untouched if `wrap` fails.
+    """
+    tied = tied_layers(model, layers)
+    first = not any(isinstance(module, AdaptedLayer) for module in model.modules())
+    with unchanged_on_error(model):
+        if first:  # else everything that is not trained is frozen already
+            freeze(model)
+        wrapped = wrap()
+    for name, layer in wrapped.items():
         replace_layer(model, name, layer)
-    for name in kept:
+    for name in modules_to_save:
         for parameter in model.get_submodule(name).parameters():
             parameter.requires_grad_(True)
-    return method.adapted_type()(model, method, attached, fingerprints, kept, seed, tied, shared)
+    return (method.adapted_type or Adapted)(model, method, wrapped, fingerprints, modules_to_save, seed, tied, shared)
 
 
 def target_layers(model: nn.Module, method: Method) -> dict[str, nn.Module]:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.layer import wide
-from lowdim.linalg import is_sharded
+from lowdim.linalg import is_sharded, wide
 
 __all__ = ["Composition", "Places", "compose", "is_composed", "places_of", "refuse_spread", "release"]
 

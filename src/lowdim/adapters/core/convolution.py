@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from lowdim.adapters.core.base import WeightUpdate
+from lowdim.adapters.core.update import WeightUpdate
 
 __all__ = ["Convolution", "convolve", "convolve_thin"]
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.base import wide
 from lowdim.adapters.core.thin import ThinUpdate
 from lowdim.errors import CheckpointError
+from lowdim.linalg import wide
 
 __all__ = ["DiagonalUpdate"]
 

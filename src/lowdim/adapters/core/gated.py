@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lowdim.adapters.lora import LoRAUpdate
+from lowdim.adapters.core.low_rank import LoRAUpdate
 
 __all__ = ["GatedLoRAUpdate"]
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowdim.adapters.core.convolution import convolve
+from lowdim.adapters.core.update import WeightUpdate
 from lowdim.errors import check_float
-from lowdim.linalg import low_rank_norm
+from lowdim.linalg import low_rank_norm, wide
 from lowdim.surgery import dense_matrix, is_matrix_layer, is_quantized, with_matrix
 
-if TYPE_CHECKING:
-    from lowdim.adapters.core.base import WeightUpdate
-
-__all__ = ["AdaptedLayer", "kind_of", "wide"]
+__all__ = ["AdaptedLayer", "kind_of"]
 
 
 class AdaptedLayer(nn.Module):
@@ -188,8 +186,3 @@ def kind_of(layer: nn.Module) -> str:
     kinds = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d", nn.Embedding: "embedding", nn.Linear: "linear"}
     found = next((kind for cls, kind in kinds.items() if isinstance(layer, cls)), None)
     return found or ("linear" if is_matrix_layer(layer) else "other")
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32 or better."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

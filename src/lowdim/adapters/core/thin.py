@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowdim.adapters.core.base import WeightUpdate, wide
 from lowdim.adapters.core.convolution import convolve_thin
-from lowdim.linalg import add_product
+from lowdim.adapters.core.update import WeightUpdate
+from lowdim.linalg import add_product, wide
 
 __all__ = ["ThinUpdate"]
 

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.adapters.core.adapted import Adapted
-from lowdim.adapters.core.base import ModelMethod
 from lowdim.adapters.core.composed import Composition, Places, compose, is_composed, places_of, refuse_spread, release
 from lowdim.adapters.core.guards import fingerprint, saved_modules, unchanged_on_error, whole_parameters
-from lowdim.adapters.core.layer import AdaptedLayer, wide
+from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.merging import LayerChange, MergeReport
+from lowdim.adapters.core.method import ModelMethod
 from lowdim.adapters.core.shared import SHARED, free_name
 from lowdim.calibrate import LossFn
 from lowdim.errors import NoGradientError
+from lowdim.linalg import wide
 from lowdim.surgery import freeze
 
 __all__ = ["WholeAdapted", "WholeMethod", "merge_parameters", "refuse_adapted"]
@@ -41,10 +42,6 @@ class WholeMethod(ModelMethod, abstract=True):
     ) -> Composition:
         """The module with the trained numbers for these parameters; `initialise=False` allocates only."""
         raise NotImplementedError(f"{type(self).__name__} must define composition(...)")
-
-    def adapted_type(self) -> type[WholeAdapted]:
-        """The class of what `lowdim.adapt` returns."""
-        return WholeAdapted
 
     def attach(self, model: nn.Module, **options: Any) -> Any:  # type: ignore[override]
         """`lowdim.adapt(model, self, **options)`: there is no form for one layer."""
@@ -75,11 +72,7 @@ class WholeMethod(ModelMethod, abstract=True):
             freeze(model)
             for name in kept:
                 model.get_submodule(name).requires_grad_(True)
-            return self.adapted_type()(model, self, shared, prints, kept, seed)
-
-    def saved(self) -> dict[str, Tensor]:
-        """Tensors of a checkpoint that belong to the method itself."""
-        return {}
+            return (self.adapted_type or WholeAdapted)(model, self, shared, prints, kept, seed)
 
     @classmethod
     def restored(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> WholeMethod:
@@ -151,6 +144,18 @@ class WholeAdapted(Adapted):
             shown = ", ".join(zero[:3]) + (f" and {len(zero) - 3} more" if len(zero) > 3 else "")
             warnings.warn(f"the offset is zero in {len(zero)} of {len(norms)} composed parameters: {shown}", stacklevel=2)
         return norms
+
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint says of this adapter; here of each composed parameter."""
+        shapes = zip(self.names, self.composition.shapes)
+        return {
+            **super().description(),
+            "parameters": {n: {"shape": list(shape), "fingerprint": self.fingerprints.get(n)} for n, shape in shapes},
+            "shared": self.composition.about(),
+        }
+
+    def _attached(self) -> bool:
+        return self.shared is not None
 
     def export(self, folder: str | Path, format: str = "peft", **options: Any) -> Any:
         """Always an error: PEFT has no adapter that changes all parameters together."""

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.adapted import Adapted
-from lowdim.adapters.core.base import Method, Stats, wide
 from lowdim.adapters.core.common import check_rank, draw_uniform
 from lowdim.adapters.core.gated import GatedLoRAUpdate
+from lowdim.adapters.core.method import Method, Stats
 from lowdim.adapters.diffora.search import DifferentialMatrix, DiffoRAAdapted, Grid
 from lowdim.errors import check_float, check_int
+from lowdim.linalg import wide
 
 __all__ = ["DiffoRA", "DiffoRAUpdate"]
 
@@ -150,6 +150,8 @@ class DiffoRA(Method):
     arXiv 2502.08905.
     """
 
+    adapted_type: ClassVar[type[DiffoRAAdapted]] = DiffoRAAdapted
+
     names_targets: ClassVar[bool] = True
 
     rank: int = 8
@@ -173,10 +175,6 @@ class DiffoRA(Method):
         weight: Any = next(iter(layers.values())).weight
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         return DifferentialMatrix(_grid(layers, self.target_modules), dtype, weight.device)
-
-    def adapted_type(self) -> type[Adapted]:
-        """`DiffoRAAdapted`."""
-        return DiffoRAAdapted
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> DiffoRAUpdate:
         """Allocate `A` and `B`."""

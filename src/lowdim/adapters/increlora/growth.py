@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lowdim.adapters.core.adapted import Adapted
 from lowdim.adapters.core.guards import whole_parameters
 from lowdim.adapters.core.shared import StepCounter
-from lowdim.linalg import local, replicate, stream
+from lowdim.adapters.increlora.schedule import increlora_lr_lambda
+from lowdim.adapters.increlora.update import IncreLoRAUpdate
+from lowdim.linalg import mean_over_processes, stream
 
-if TYPE_CHECKING:
-    from lowdim.adapters.increlora.method import IncreLoRA, IncreLoRAUpdate
-
-__all__ = ["Allocator", "IncreLoRAAdapted", "many_processes", "mean_over_processes"]
+__all__ = ["Allocator", "IncreLoRAAdapted"]
 
 #: The key of an optimizer group that says at which call of `step` it was added.
 ADDED = "added_at"
@@ -44,7 +42,7 @@ class Allocator(StepCounter):
 class IncreLoRAAdapted(Adapted):
     """What `lowdim.adapt(model, IncreLoRA(...))` returns: `step(optimizer)` is the allocator."""
 
-    method: IncreLoRA
+    method: Any  # an IncreLoRA, whose module imports this one
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -116,8 +114,6 @@ class IncreLoRAAdapted(Adapted):
             scheduler: of torch, or accelerate's wrapper of one.
             warmup, total: steps of the training's warm-up, and of all of it.
         """
-        from lowdim.adapters.increlora.method import increlora_lr_lambda
-
         inner = getattr(scheduler, "scheduler", scheduler)
         factors = getattr(inner, "lr_lambdas", None)
         for place, group in enumerate(inner.optimizer.param_groups):
@@ -184,17 +180,3 @@ def _distance_from_orthonormal(rows: list[Tensor]) -> Tensor:
         eye = torch.eye(stack.shape[1], dtype=stack.dtype, device=stack.device)
         total = total + torch.linalg.matrix_norm(stack @ stack.mT - eye).sum().to(total.device)
     return total
-
-
-def many_processes() -> bool:
-    """Whether the training runs in several processes."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def mean_over_processes(tensor: Tensor) -> Tensor:
-    """The mean of what each process has, in the tensor's layout."""
-    if not many_processes():
-        return tensor
-    total = local(tensor).clone()
-    dist.all_reduce(total)
-    return replicate(total / dist.get_world_size(), tensor)

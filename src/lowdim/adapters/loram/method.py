@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowdim.adapters.core.adapted import Adapted
-from lowdim.adapters.core.base import AdaptedLayer, Method, Stats, wide
 from lowdim.adapters.core.common import check_rank, draw_uniform
 from lowdim.adapters.core.guards import fingerprint, tied_layers
-from lowdim.adapters.lora import LoRA, LoRAUpdate
+from lowdim.adapters.core.layer import AdaptedLayer
+from lowdim.adapters.core.low_rank import LoRAUpdate
+from lowdim.adapters.core.method import Method, Stats, method_class
 from lowdim.adapters.loram.channels import ChannelGroup, linear_layer, recover_lora
 from lowdim.adapters.loram.masks import Masks, magnitude_mask, pruned_layer
 from lowdim.errors import NoMatchingModuleError, check_float, check_int, nearest
+from lowdim.linalg import wide
 from lowdim.surgery import find_layers, is_linear, matrix_shape, replace_layer, weight_matrix
 
 __all__ = ["AdaptedLoRAM", "LoRAM", "LoRAMUpdate"]
@@ -139,7 +141,7 @@ class AdaptedLoRAM(Adapted):
         if any(isinstance(module, AdaptedLayer) for module in model.modules()):
             raise ValueError("the whole model has an adapter already; merge it first, or take a fresh copy")
         factors = self.recovered(model)
-        plain = LoRA(self.method.rank, self.method.alpha, target_modules=list(factors))
+        plain = method_class("LoRA")(self.method.rank, self.method.alpha, target_modules=list(factors))
         heads = {name: self._head(model, name) for name in self.modules_to_save}
         layers = {name: model.get_submodule(name) for name in factors}
         prints = {name: fingerprint(weight_matrix(layer)) for name, layer in layers.items()}
@@ -228,6 +230,8 @@ class LoRAM(Method):
     arXiv 2502.13533.
     """
 
+    adapted_type: ClassVar[type[AdaptedLoRAM]] = AdaptedLoRAM
+
     takes: ClassVar[frozenset[str]] = frozenset({"linear"})
 
     rank: int = 8
@@ -293,10 +297,6 @@ class LoRAM(Method):
         """Draw `A`; `B` is zero, so the whole model does not change."""
         draw_uniform(update.A, 1 / math.sqrt(update.in_features), generator)
         update.prune(weight)
-
-    def adapted_type(self) -> type[Any]:
-        """With `recovered`, `attach_to` and `recover`."""
-        return AdaptedLoRAM
 
     def config(self) -> dict[str, Any]:
         """The fields as JSON-able values: channels as lists, masks as packed bits."""

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowdim.adapters.core.convolution import Convolution
-from lowdim.adapters.core.layer import AdaptedLayer, wide
+from lowdim.adapters.core.layer import AdaptedLayer
+from lowdim.linalg import wide
 from lowdim.surgery import CONVOLUTIONS, dense_matrix, is_conv1d, weight_matrix
 
 __all__ = ["EntriesLayer", "apply_entries", "put_entries"]

@@ -6,19 +6,21 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lowdim.adapters.core.adapted import Adapted
-from lowdim.adapters.core.base import AdaptedLayer, Method, Stats, WeightUpdate, wide
 from lowdim.adapters.core.convolution import Convolution
 from lowdim.adapters.core.guards import pristine_matrix, whole_parameters
+from lowdim.adapters.core.layer import AdaptedLayer
+from lowdim.adapters.core.method import Method, Stats
 from lowdim.adapters.core.shared import StepCounter
+from lowdim.adapters.core.update import WeightUpdate
 from lowdim.adapters.sara.entries import EntriesLayer, apply_entries, put_entries
 from lowdim.errors import CheckpointError, check_float, check_int
-from lowdim.linalg import gather, has_numbers, local, match, pack_bits, stream, svd, unpack_bits
+from lowdim.linalg import gather, has_numbers, local, match, pack_bits, stream, svd, unpack_bits, wide
 from lowdim.surgery import CONVOLUTIONS, describe, model_device
 
 __all__ = ["SaRA", "SaRAAdapted", "SaRAUpdate"]
@@ -178,11 +180,6 @@ class SaRAAdapted(Adapted):
 
     method: SaRA
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        for layer in self.layers.values():
-            _put_into_weight(layer)
-
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Restore inactive entries, count the step, and select again when it is due."""
         super().step(optimizer)
@@ -252,6 +249,9 @@ class SaRA(Method):
     arXiv 2409.06633.
     """
 
+    adapted_type: ClassVar[type[SaRAAdapted]] = SaRAAdapted
+    layer_type: ClassVar[type[AdaptedLayer]] = EntriesLayer
+
     threshold: float = 2e-3
     progressive_iter: int | None = None
     lambda_rank: float = 0.0
@@ -297,7 +297,7 @@ class SaRA(Method):
         if initialise and not given["entries"]:
             what = f"no entry of {describe(adapted.plain)} is below threshold={self.threshold:g}"
             warnings.warn(f"{what}: nothing is trained there", stacklevel=2)
-        return _put_into_weight(adapted)
+        return adapted
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> SaRAUpdate:
         """Allocate `mask`, `values`, `active`; from shapes alone, where the weight decides, for `NOMINAL` of the entries."""
@@ -312,14 +312,3 @@ class SaRA(Method):
     def shared(self, layers: Mapping[str, nn.Module], *, seed: int, initialise: bool = True) -> StepCounter:
         """The number of steps, which decides the selection and the draw."""
         return StepCounter(model_device(next(iter(layers.values()))))
-
-    def adapted_type(self) -> type[SaRAAdapted]:
-        """With the selection in `step()` and the nuclear norm in `regularizer()`."""
-        return SaRAAdapted
-
-
-def _put_into_weight(layer: AdaptedLayer) -> AdaptedLayer:
-    """Loading makes an `AdaptedLayer`; this makes it one that puts the entries into its weight."""
-    if type(layer) is AdaptedLayer:
-        layer.__class__ = EntriesLayer
-    return layer

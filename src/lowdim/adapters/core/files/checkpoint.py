@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,54 +9,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import lowdim
 from lowdim.adapters.core.adapted import Adapted
-from lowdim.adapters.core.base import AdaptedLayer, registered_methods
+from lowdim.adapters.core.attach import put_in_place
 from lowdim.adapters.core.composed import is_composed
-from lowdim.adapters.core.guards import error_context, fingerprint, pristine_matrix, tied_layers, unchanged_on_error
+from lowdim.adapters.core.files.layout import DESCRIPTION, FORMAT, TENSORS, VERSION, digest_of
+from lowdim.adapters.core.guards import error_context, fingerprint, pristine_matrix
+from lowdim.adapters.core.method import registered_methods
 from lowdim.adapters.core.shared import SHARED
-from lowdim.adapters.core.whole import WholeAdapted, WholeMethod, refuse_adapted
+from lowdim.adapters.core.whole import WholeMethod, refuse_adapted
 from lowdim.errors import CheckpointError, nearest
-from lowdim.files import read_json, read_tensors, whole_folder, write_json, write_tensors
-from lowdim.surgery import freeze, matrix_shape, replace_layer
+from lowdim.files import read_json, read_tensors
+from lowdim.surgery import matrix_shape
 
-__all__ = ["load_adapter", "save"]
-
-FORMAT, VERSION = "lowdim-adapter", 1
-TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
-
-
-def save(adapted: Adapted, folder: str | Path) -> Path:
-    """Write the adapter: both files beside, then both renamed. The tensors file is complete in itself and is renamed last."""
-    if not adapted.layers and not (isinstance(adapted, WholeAdapted) and adapted.shared is not None):
-        raise ValueError("there is no adapter to save: the model has been merged")
-    folder = Path(folder)
-    tensors = adapted.state_dict()
-    whole = _whole(adapted, tensors) if isinstance(adapted, WholeAdapted) else {}
-    description = {
-        "format": FORMAT,
-        "version": VERSION,
-        "lowdim": lowdim.__version__,
-        "method": type(adapted.method).__name__,
-        "config": adapted.method.config(),
-        "seed": adapted.seed,
-        "base_model": _base_model(adapted.model),
-        "modules_to_save": list(adapted.modules_to_save),
-        "layers": {
-            name: {
-                "shape": [layer.out_features, layer.in_features],
-                "fingerprint": adapted.fingerprints.get(name),
-                "meta": layer.update.meta(),
-            }
-            for name, layer in adapted.layers.items()
-        },
-        **whole,
-        "digest": _digest(tensors),
-    }
-    with whole_folder(folder) as draft:
-        write_json(draft / DESCRIPTION, description)
-        write_tensors(draft / TENSORS, tensors, {"lowdim": json.dumps(description)})
-    return folder
+__all__ = ["load_adapter"]
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = True) -> Adapted:
@@ -122,32 +86,20 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
     if shared is not None:
         _restore_shared(shared, tensors, folder)
     heads = _heads(model, about["modules_to_save"], tensors, folder)
-    tied = tied_layers(model, layers)
-    first = not any(isinstance(module, AdaptedLayer) for module in model.modules())
-    with unchanged_on_error(model):
-        if first:
-            freeze(model)
-        wrapped = {name: AdaptedLayer(layer, update, method.dropout) for name, (layer, update) in attached.items()}
-    for name, layer in wrapped.items():
-        replace_layer(model, name, layer)
-    for name, state in heads.items():
-        module = model.get_submodule(name)
-        module.load_state_dict(state)
-        for parameter in module.parameters():
-            parameter.requires_grad_(True)
     fingerprints = {name: entry["fingerprint"] for name, entry in about["layers"].items()}
-    kept = about["modules_to_save"]
-    return method.adapted_type()(model, method, wrapped, fingerprints, kept, about["seed"], tied, shared)
-
-
-def _whole(adapted: WholeAdapted, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """What the description says of a method that acts on the model as a whole; adds the method's own tensors."""
-    tensors.update(adapted.method.saved())
-    shapes = zip(adapted.names, adapted.composition.shapes)
-    return {
-        "parameters": {n: {"shape": list(shape), "fingerprint": adapted.fingerprints.get(n)} for n, shape in shapes},
-        "shared": adapted.composition.about(),
-    }
+    adapted = put_in_place(
+        model,
+        method,
+        lambda: {name: method.layer_type(layer, update, method.dropout) for name, (layer, update) in attached.items()},
+        layers=layers,
+        fingerprints=fingerprints,
+        modules_to_save=about["modules_to_save"],
+        seed=about["seed"],
+        shared=shared,
+    )
+    for name, state in heads.items():
+        model.get_submodule(name).load_state_dict(state)
+    return adapted
 
 
 def _load_whole(
@@ -206,7 +158,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     missing = [key for key in ("method", "config", "seed", "layers", "modules_to_save") if key not in about]
     if missing:
         raise CheckpointError(f"{folder / TENSORS} is damaged: its description lacks {', '.join(missing)}")
-    if about.get("digest") != _digest(tensors):
+    if about.get("digest") != digest_of(tensors):
         raise CheckpointError(f"{folder / TENSORS} is damaged: its tensors do not match its digest")
     if (folder / DESCRIPTION).exists():
         beside = read_json(folder / DESCRIPTION)
@@ -265,19 +217,3 @@ def _heads(model: nn.Module, names: list[str], tensors: Mapping[str, Tensor], fo
                 raise CheckpointError(f"{folder}: {name}.{key} has shape {got} in the file and {need} in the model")
         heads[name] = own
     return heads
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    import torch
-
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return digest.hexdigest()
-
-
-def _base_model(model: nn.Module) -> dict[str, Any]:
-    config = getattr(model, "config", None)
-    return {"class": type(model).__name__, "name_or_path": getattr(config, "_name_or_path", None) or None}

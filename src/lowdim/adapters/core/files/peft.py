@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.adapted import Adapted
-from lowdim.adapters.core.base import AdaptedLayer, ModelMethod
+from lowdim.adapters.core.adapted import EXPORTERS, Adapted
 from lowdim.adapters.core.files.peft_factors import Cut, cut, pad_rank
 from lowdim.adapters.core.files.peft_targets import TARGETS, problems, rank_limit, usage
+from lowdim.adapters.core.layer import AdaptedLayer
+from lowdim.adapters.core.method import ModelMethod
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.files import write_json, write_tensors
 from lowdim.results import Result
@@ -136,6 +137,9 @@ def to_peft(
     write_json(folder / "adapter_config.json", config)
     write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     return result
+
+
+EXPORTERS["peft"] = to_peft
 
 
 def _inside(names: Iterable[str], root: str) -> list[str]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowdim.adapters.core.layer import AdaptedLayer, wide
-from lowdim.linalg import compress_factors, svd, truncated_svd
+from lowdim.adapters.core.layer import AdaptedLayer
+from lowdim.linalg import compress_factors, svd, truncated_svd, wide
 
 __all__ = ["Cut", "cut", "pad_rank"]
 

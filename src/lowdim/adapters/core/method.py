@@ -6,123 +6,23 @@ WeightUpdate with `forward` and `dense`. Everything else (convolutions, merging,
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lowdim.adapters.core.layer import AdaptedLayer, kind_of, wide
+from lowdim.adapters.core.layer import AdaptedLayer, kind_of
+from lowdim.adapters.core.update import WeightUpdate
 from lowdim.errors import CheckpointError
 from lowdim.surgery import dense_matrix, describe, is_quantized
 
-__all__ = ["AdaptedLayer", "Method", "ModelMethod", "Stats", "WeightUpdate", "kind_of", "registered_methods", "wide"]
+__all__ = ["Method", "ModelMethod", "Stats", "method_class", "registered_methods"]
 
 Stats = Mapping[str, Any]
 
 _REGISTRY: dict[str, type[Method]] = {}
-
-
-class WeightUpdate(nn.Module):
-    """The trained part of an adapted layer: a matrix `(out, in)` that is never built to be applied.
-
-    Subclasses hold their parameters and buffers under the names of their paper and write `forward` and `dense`; they
-    override the rest where the structure allows better than the default.
-    """
-
-    #: Names of parameters on which weight decay would pull the pre-trained weight itself towards zero.
-    no_decay: frozenset[str] = frozenset()
-
-    def __init__(self, out_features: int, in_features: int):
-        super().__init__()
-        self.out_features, self.in_features = out_features, in_features
-
-    def forward(
-        self,
-        x: Tensor,  # (..., in_features)
-    ) -> Tensor:
-        """What the update adds to the layer's output, `(..., out_features)`."""
-        raise NotImplementedError(f"{type(self).__name__} must define forward(x)")
-
-    def dense(self) -> Tensor:
-        """The matrix `(out, in)` that `forward` applies, differentiable."""
-        raise NotImplementedError(f"{type(self).__name__} must define dense()")
-
-    def add_to(self, y: Tensor, x: Tensor, *, inplace: bool = False) -> Tensor:
-        """`y + forward(x)`; override to fuse the addition. `inplace=True` allows `y` to be overwritten."""
-        return y + self(x).to(y.dtype)
-
-    def rebase(self, weight: Tensor) -> Tensor | None:
-        """The frozen base matrix for this update when `weight (out, in)` is the layer's own, or None to keep it.
-
-        Called once after initialising and once after loading, so both give the same bits.
-        """
-        return None
-
-    def start(self) -> Tensor | None:
-        """What `rebase` took away from the weight, `(out, in)`; None where the base is the weight itself."""
-        return None
-
-    @torch.no_grad()
-    def exact(self) -> Tensor:
-        """`dense()` with its products taken in float32 or better, without gradient; for merging, where rounding comes last."""
-        narrow = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.parameters())
-        return wide((copy.deepcopy(self).float() if narrow else self).dense())
-
-    @torch.no_grad()
-    def delta(self) -> Tensor:
-        """`W_eff − W₀ (out, in)`, in float32 or better, without gradient."""
-        dense, start = self.exact(), self.start()
-        return dense if start is None else dense - wide(start)
-
-    def low_rank_delta(self) -> tuple[Tensor, Tensor] | None:
-        """Factors `A (r, in)`, `B (out, r)` with `delta() = B A` exactly, or None where the delta has full rank."""
-        return None
-
-    def convolve(self, x: Tensor, conv: nn.Conv2d) -> Tensor | None:
-        """What the update adds to a convolution's output, or None where `forward` on patches is the way."""
-        return None
-
-    def columns(self, index: Tensor) -> Tensor:
-        """Rows `dense()[:, index].T`, `(*index, out)`, for embeddings; only some methods can."""
-        raise NotImplementedError(f"{type(self).__name__} cannot adapt an embedding")
-
-    def meta(self) -> dict[str, Any]:
-        """What `Method.blank` needs beside the shapes to allocate this very update again (JSON)."""
-        return {}
-
-    def saved(self) -> dict[str, Tensor]:
-        """Tensors of a checkpoint."""
-        return self.state_dict()
-
-    def restore(self, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Take the tensors of a checkpoint; `weight` is the layer's own, for what is recomputed from it."""
-        own = self.saved()
-        wrong = sorted(set(own) ^ set(tensors)) or [k for k, v in own.items() if v.shape != tensors[k].shape]
-        if wrong:
-            raise CheckpointError(
-                f"{type(self).__name__} does not fit the file: {', '.join(wrong)} missing, superfluous or misshapen"
-            )
-        self.load_state_dict(dict(tensors), strict=False)
-
-    def start_forward(self, x: Tensor) -> Tensor:
-        """What `start()` adds to the layer's output, `(..., out_features)`; only asked for where `start()` is not None."""
-        start = self.start()
-        assert start is not None
-        return F.linear(x, start.to(x.dtype))
-
-    def connect(self, shared: nn.Module, name: str) -> None:
-        """Take what the method's `shared` module holds for layer `name`; called once, before the first forward."""
-
-    def step(self) -> None:
-        """After each optimizer step: schedules, proximal steps."""
-
-    def regularizer(self) -> Tensor | None:
-        """A scalar to add to the loss, or None."""
-        return None
 
 
 class Method:
@@ -135,6 +35,11 @@ class Method:
     needs: ClassVar[frozenset[str]] = frozenset()
     #: Layer kinds that the method takes, of "linear" (nn.Linear, Conv1D), "conv2d", "embedding".
     takes: ClassVar[frozenset[str]] = frozenset({"linear", "conv2d"})
+
+    #: The class of what `lowdim.adapt` returns, where the method acts over all layers at once: a subclass of `Adapted`.
+    adapted_type: ClassVar[type[Any] | None] = None
+    #: The class of the layers that it puts in place.
+    layer_type: ClassVar[type[AdaptedLayer]] = AdaptedLayer
 
     #: Whether `target_modules` must be given, because its entries mean something (one column of a grid each).
     names_targets: ClassVar[bool] = False
@@ -176,12 +81,6 @@ class Method:
         `WeightUpdate.connect`.
         """
         return None
-
-    def adapted_type(self) -> type[Any]:
-        """The class of what `lowdim.adapt` returns; a subclass of `Adapted` where the method acts over all layers at once."""
-        from lowdim.adapters.core.adapted import Adapted
-
-        return Adapted
 
     def accepts(self, layer: nn.Module) -> bool:
         """Whether this kind of layer can be adapted by the method."""
@@ -228,7 +127,7 @@ class Method:
         if initialise:
             with torch.no_grad():
                 self.initialise(update, weight, given, generator)
-        return AdaptedLayer(layer, update, self.dropout)
+        return self.layer_type(layer, update, self.dropout)
 
     def param_groups(self, parameters: Mapping[str, nn.Parameter], lr: float) -> list[dict[str, Any]]:
         """Optimizer groups for the trained parameters (name -> parameter); override for several rates."""
@@ -241,6 +140,10 @@ class Method:
     def config(self) -> dict[str, Any]:
         """The fields as JSON-able values."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(cast(Any, self))}
+
+    def saved(self) -> dict[str, Tensor]:
+        """Tensors of a checkpoint that belong to the method itself."""
+        return {}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Method:
@@ -275,6 +178,15 @@ class ModelMethod(Method, abstract=True):
     def attach_model(self, model: nn.Module, *, seed: int = 0, dtype: torch.dtype | None = None, **options: Any) -> Any:
         """Freeze `model`, make its parameters functions of few numbers, in place; gives an `Adapted`."""
         raise NotImplementedError(f"{type(self).__name__} must define attach_model(...)")
+
+
+def method_class(name: str) -> type[Any]:
+    """The method that registered under this name, the one that checkpoints refer to.
+
+    Raises:
+        KeyError: no such method has been imported.
+    """
+    return _REGISTRY[name]
 
 
 def registered_methods() -> dict[str, type[Method]]:

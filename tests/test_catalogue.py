@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lowdim.catalogue import BASELINES, FAMILIES, Entry, entries, find, methods, variant, variants
+from lowdim.catalogue.entry import KINDS
 from lowdim.errors import UnknownNameError
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,21 @@ def test_row_says_what_it_is(row):
     assert row.available or not (row.variants or row.reproduction), "a row that cannot be built promises something"
 
 
+def test_a_row_says_only_what_its_place_does_not():
+    """What follows from the family, the slug or the target is left out in the row's module."""
+    for family in FAMILIES:
+        for row in importlib.import_module(f"lowdim.catalogue.rows.{family}").ROWS:
+            assert row.placed(family) in entries()
+            assert not row.family, row.slug
+            assert row.name != row.target, f"{row.slug}: leave out the name"
+            assert not row.target.startswith("lowdim."), f"{row.slug}: the name in lowdim.{family} is enough"
+            for chosen in row.variants:
+                assert chosen.label != (row.name or row.target), f"{row.slug}: leave out the label"
+                assert chosen.target != row.target, f"{row.slug}: leave out the target"
+                assert not chosen.target.startswith(f"lowdim.{family}:"), row.slug
+                assert chosen.kind != KINDS.get(family), f"{row.slug}: leave out the kind"
+
+
 @available
 def test_target_is_a_public_name_of_its_family(row):
     module, _, name = row.target.partition(":")
@@ -72,8 +88,7 @@ def test_available_system_has_docs_vectors_tests_and_reproduction(row):
     assert (ROOT / "docs" / "systems" / f"{row.slug}.md").is_file()
     assert list((ROOT / "tests" / "vectors" / row.slug).glob("*.safetensors"))
     slug = row.slug.replace("-", "_")
-    assert row.reproduction == f"lowdim.reproduce.{slug}:run"
-    assert callable(importlib.import_module(f"lowdim.reproduce.{slug}").run)
+    assert callable(row.build_reproduction())
     folder = ROOT / "tests" / row.family
     tests = {path.name for path in folder.glob("test_*.py")}
     module = importlib.import_module(row.target.partition(":")[0])

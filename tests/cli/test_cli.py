@@ -160,7 +160,7 @@ def test_list_of_one_system_shows_its_options(call, refused):
     assert "rank_choices = [24, 32, 40]" in out[out.index("Options of lamda++") :]
     _, out, _ = call("list", "low-rank-restart", "--json")
     record = json.loads(out)
-    assert record["slug"] == "pretrain-bench"
+    assert (record["slug"], record["name"]) == ("pretrain-bench", "Low-rank restart")
     assert record["options"]["low-rank-restart"]["interval"]["default"] == "100"
     assert "full has no options" in call("list", "full")[1]
     assert "not yet" in call("list", "pst")[1]

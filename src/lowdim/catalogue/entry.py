@@ -15,6 +15,10 @@ FAMILIES = ("adapters", "optim", "layers", "compress", "represent", "diagnose", 
 KINDS = {"adapters": "adapter", "optim": "optimizer", "layers": "layer"}
 
 
+#: Learning rates tried for most methods, in this order.
+RATES = (1e-3, 3e-4, 3e-3, 1e-4, 1e-2)
+
+
 def _named(target: str) -> Any:
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)
@@ -24,24 +28,28 @@ def _named(target: str) -> Any:
 class Variant:
     """A named way to train with a system: what `lowdim compare`, `plan` and `run` call a method.
 
+    A row of the catalogue leaves out what its place says: see `Entry.placed`.
+
     Attributes:
         name: what the user types.
-        label: what tables print.
-        target: `"module:attribute"` of the class that is built; empty for baselines that need none.
+        label: what tables print; in a row, the system's name where it is left out.
+        target: `"module:attribute"` of the class that is built, in a row the class's name alone, or nothing where it is the
+            system's; empty for baselines that need none.
         options: its hyperparameters here; others keep the class's defaults.
         rates: learning rates in the order in which they are tried, for tuning a trained model.
         scratch_rates: the same for training from random weights; empty where `rates` serve for both.
-        companion: `"module:attribute"` of what must act beside training, built as `companion(model, optimizer, **options)`; it
-            takes those options that its constructor names (`lowdim.methods`). Empty for most.
+        companion: `"module:attribute"` of what acts beside training, in a row the class's name alone. It is built as
+            `companion(model, optimizer, **options)` with those options that its constructor names (`lowdim.methods`). Empty for
+            most.
         kind: how a model is trained with it: `"probe"`, `"full"`, `"adapter"`, `"optimizer"` or `"layer"` (`lowdim.methods`). A
             row leaves it out where it is its family's (`KINDS`).
     """
 
     name: str
-    label: str
+    label: str = ""
     target: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
-    rates: tuple[float, ...] = (1e-3, 3e-3, 3e-4, 1e-2, 1e-4)
+    rates: tuple[float, ...] = RATES
     scratch_rates: tuple[float, ...] = ()
     companion: str = ""
     kind: str = ""
@@ -66,36 +74,64 @@ class Variant:
 class Entry:
     """One system.
 
+    A row says what nothing else says; `placed` fills in the rest.
+
     Attributes:
-        number: its place among the sixty; 0 for a baseline.
+        number: its place among the sixty.
         slug: names its vectors, docs page, reproduction and result file.
-        family: the package where it lives.
+        name: what tables print; its target's name where it is left out.
+        family: the package where it lives, which is the name of the module that the row stands in.
         paper, arxiv: title, and identifier where there is one.
         claim: what the paper says it achieves, in one sentence.
-        target: `"module:attribute"` of its main public name; empty while it is not built.
+        target: `"module:attribute"` of its main public name, in a row that name alone; empty while it is not built.
         variants: the names under which it can be trained by `compare`, `plan` and `run`; the first is the default.
-        reproduction: `"module:function"`, or empty.
         options: what `lowdim compress` takes where the user chooses neither that option nor an alternative to it.
-        tuned: `"module:function"` that gives the parameters which training afterwards changes; empty where there is none.
+        tuned: `"module:function"` that gives the parameters which training afterwards changes, in a row the function's name
+            alone; empty where there is none.
     """
 
     number: int
     slug: str
-    name: str
-    family: str
-    paper: str
+    name: str = ""
+    family: str = ""
+    paper: str = ""
     arxiv: str = ""
     claim: str = ""
     target: str = ""
     variants: tuple[Variant, ...] = ()
-    reproduction: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     tuned: str = ""
 
-    def __post_init__(self) -> None:
-        kind = KINDS.get(self.family, "")
-        stated = tuple(v if v.kind else replace(v, kind=kind) for v in self.variants)
-        object.__setattr__(self, "variants", stated)
+    def placed(self, family: str) -> Entry:
+        """The row of a family's module with everything filled in that follows from its place and its target.
+
+        Example:
+            >>> from lowdim.catalogue import Entry, Variant
+            >>> row = Entry(number=36, slug="nola", target="NOLA", variants=(Variant("nola"),)).placed("adapters")
+            >>> row.target, row.reproduction, row.variants[0].label, row.variants[0].kind
+            ('lowdim.adapters:NOLA', 'lowdim.reproduce.nola:run', 'NOLA', 'adapter')
+        """
+
+        def full(target: str) -> str:
+            return f"lowdim.{family}:{target}" if target and ":" not in target else target
+
+        name = self.name or self.target
+        variants = tuple(
+            replace(
+                variant,
+                label=variant.label or name,
+                target=full(variant.target or self.target),
+                companion=full(variant.companion),
+                kind=variant.kind or KINDS.get(family, ""),
+            )
+            for variant in self.variants
+        )
+        return replace(self, name=name, family=family, target=full(self.target), tuned=full(self.tuned), variants=variants)
+
+    @property
+    def reproduction(self) -> str:
+        """`"module:function"` of its experiment; empty while it is not built."""
+        return f"lowdim.reproduce.{self.slug.replace('-', '_')}:run" if self.available else ""
 
     @property
     def available(self) -> bool:

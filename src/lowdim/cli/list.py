@@ -74,7 +74,7 @@ def _show_table(rows: list[Entry], baselines: list[Variant]) -> None:
         table.add_column("what it claims", overflow="ellipsis", no_wrap=True, width=room)
     for entry, (number, slug, family, today, names) in zip(rows, cells):
         works = f"[green]{today}[/]" if entry.available else f"[dim]{today}[/]"
-        table.add_row(number, slug, family, works, names, *([escape(entry.claim)] if wide else []))
+        table.add_row(number, slug, family, works, names, *([escape(f"{entry.name}: {entry.claim}")] if wide else []))
     console.print(table)
     ready = sum(e.available for e in rows)
     names = ", ".join(v.name for v in baselines) or "none"

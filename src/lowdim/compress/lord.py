@@ -38,8 +38,7 @@ class LoRDConfig:
     """How `lord` decomposes a model.
 
     Attributes:
-        rank: one rank >= 1 for all layers, or `{module name: rank}`, which also selects the layers where `target_modules` is
-            None.
+        rank: one for all layers, >= 1, or `{module name: rank}`, which selects the layers where `target_modules` is None.
         rank_ratio: rank = ⌊ratio · min(in, out)⌋, in (0, 1].
         param_ratio: rank = ⌊ratio · in · out / (in + out)⌋, the layer's share of parameters that is kept, in (0, 1].
         rank_multiple: ranks are rounded down to a multiple of this, >= 1; 64 or 128 suit tensor cores.

@@ -1,22 +1,17 @@
-"""The rows of the catalogue: one module per family, one `Entry` per system.
+"""The rows of the catalogue: one module for each family, one `Entry` for each system.
 
-A system is added to its family's module and nowhere else; `ROWS` puts all of them in order.
+A row is added to its family's module and nowhere else. `ROWS` has all of them in order, with what their place says filled in.
 """
 
-from lowdim.catalogue.rows import adapters, compress, diagnose, layers, optim, represent, solve, train
+import importlib
+
+from lowdim.catalogue.entry import FAMILIES
+
+__all__ = ["ROWS"]
 
 ROWS = tuple(
     sorted(
-        (
-            *adapters.ROWS,
-            *optim.ROWS,
-            *layers.ROWS,
-            *compress.ROWS,
-            *represent.ROWS,
-            *diagnose.ROWS,
-            *solve.ROWS,
-            *train.ROWS,
-        ),
+        (row.placed(family) for family in FAMILIES for row in importlib.import_module(f"{__name__}.{family}").ROWS),
         key=lambda row: row.number,
     )
 )

@@ -7,7 +7,6 @@ ROWS = (
         number=33,
         slug="multigrid",
         name="Multigrid training",
-        family="train",
         paper="A Multigrid Method for Efficiently Training Video Models",
         arxiv="1912.00998",
         claim="Varying the mini-batch's shape trains SlowFast R50 on Kinetics-400 4.5x faster, and 0.8 % more accurate.",

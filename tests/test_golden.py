@@ -79,15 +79,16 @@ def assert_same_numbers(got, want, tolerance, name=""):
         assert got == want, name
 
 
-def assert_same_run(got, want):
-    """To the bit where it was stored on this processor with these versions, to 1e-5 elsewhere."""
-    tolerance = 0.0 if got.pop("environment") == want.pop("environment") else 1e-5
+def assert_same_run(got, want, elsewhere=1e-5):
+    """To the bit where it was stored on this processor with these versions, to a relative error `elsewhere`."""
+    tolerance = 0.0 if got.pop("environment") == want.pop("environment") else elsewhere
     assert_same_numbers(got, want, tolerance)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in curves.FOLDER.glob("*.json")))
 def test_a_short_run_gives_the_stored_numbers(name):
-    assert_same_run(curves.curve(name), read_json(curves.place(name)))
+    # A classifier's head is first fitted by an iteration that stops within its own tolerance.
+    assert_same_run(curves.curve(name), read_json(curves.place(name)), 1e-3 if name == "linear-probe" else 1e-5)
 
 
 @pytest.mark.parametrize("name", runs.RESUMED)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import vectors
-from lowdim.solve import complete_matrix, spectral_init
-from lowdim.solve.matrix_completion import complete
+from lowdim.solve import complete_matrix, complete_sparse_matrix, spectral_init
+from lowdim.solve.matrix_completion import complete, start
 from lowdim.testing.agreement import refuses
 from lowdim.testing.solve_case import SolveCase
 
@@ -55,13 +55,17 @@ class TestCompletion(SolveCase):
         bad = v.copy()
         bad[3] = np.nan
         return [
-            (ValueError, "one length", lambda: run(rows=r[1:])),
-            (ValueError, "one length", lambda: run(values=v[None])),
+            (ValueError, "the same length", lambda: run(rows=r[1:])),
+            (ValueError, "values must be 1-D", lambda: run(values=v[None])),
             (ValueError, "rank", lambda: run(rank=0)),
             (ValueError, "[1, 40]", lambda: run(rank=41)),
             (ValueError, "rows must lie in [0, 40)", lambda: run(rows=r + 1)),
             (ValueError, "cols must lie in [0, 50)", lambda: run(cols=c - 1)),
-            (ValueError, "is there twice", lambda: run(np.append(r, r[0]), np.append(c, c[0]), np.append(v, 1.0))),
+            (
+                ValueError,
+                f"duplicate entry ({r[0]}, {c[0]})",
+                lambda: run(np.append(r, r[0]), np.append(c, c[0]), np.append(v, 1.0)),
+            ),
             (ValueError, "NaN", lambda: run(values=bad)),
             (ValueError, "inner must be one of", lambda: run(inner="sketch")),
             (ValueError, "iters", lambda: run(iters=0)),
@@ -77,7 +81,7 @@ class TestCompletion(SolveCase):
             (ValueError, "at least one", lambda: run(r[:0], c[:0], v[:0])),
             (ValueError, "shape", lambda: run(shape=(0, 50))),
             (TypeError, "rows must be integers", lambda: run(rows=r.astype(float))),
-            (TypeError, "scipy.sparse", lambda: complete_matrix.from_sparse(np.eye(3), 1)),  # type: ignore[attr-defined]
+            (TypeError, "scipy.sparse", lambda: complete_sparse_matrix(np.eye(3), 1)),
             (ValueError, "p must", lambda: spectral_init(r, c, v, s, 3, p=0.0)),
             (ValueError, "clip", lambda: spectral_init(r, c, v, s, 3, clip=0.0)),
         ]
@@ -192,24 +196,25 @@ def test_float32_and_integer_types_are_widened():
     assert half.U.dtype == torch.float64
 
 
-def test_from_sparse_takes_stored_zeros_as_observed():
+def test_a_sparse_matrix_s_stored_zeros_are_observed():
     sparse = pytest.importorskip("scipy.sparse", reason="scipy.sparse matrices need scipy")
     M, rows, cols = low_rank()
     M[:, 0] = 0
     observed = sparse.coo_array((M[rows, cols], (rows, cols)), shape=M.shape)
-    got = complete_matrix.from_sparse(observed.tocsr(), 3, iters=3, inner="exact")
+    got = complete_sparse_matrix(observed.tocsr(), 3, iters=3, inner="exact")
     want = complete_matrix(rows, cols, M[rows, cols], M.shape, 3, iters=3, inner="exact")
     assert np.allclose(got.U @ got.V.T, want.U @ want.V.T, atol=1e-12)
     assert np.abs(got.V[0]).max() < 1e-12
+    assert complete_matrix.from_sparse is complete_sparse_matrix  # its first name
     twice = sparse.coo_array((np.ones(2), (np.zeros(2, int), np.zeros(2, int))), shape=(2, 2))
-    refuses([(ValueError, "twice", lambda: complete_matrix.from_sparse(twice, 1))])  # type: ignore[attr-defined]
+    refuses([(ValueError, "duplicate entry (0, 0)", lambda: complete_sparse_matrix(twice, 1))])
 
 
 def test_the_sparse_start_equals_the_dense_one(monkeypatch):
     M, rows, cols = low_rank(60, 70, 3, p=0.8, noise=0.01)
     given = (rows, cols, M[rows, cols], M.shape, 3)
     dense = spectral_init(*given)
-    monkeypatch.setattr(complete, "_SMALL", 0)
+    monkeypatch.setattr(start, "_SMALL", 0)
     sparse = spectral_init(*given)
     assert np.allclose(dense, sparse, atol=1e-6)
     assert np.array_equal(sparse, spectral_init(*given))

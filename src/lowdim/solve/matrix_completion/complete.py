@@ -3,60 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lowdim.errors import MissingExtraError, check_choice, check_float, check_int
-from lowdim.linalg import canonical_signs, stream, truncated_svd
-from lowdim.results import Result
-from lowdim.solve.matrix_completion.grouped import Block, Entries, blocks_of
+from lowdim.errors import check_choice, check_float, check_int
+from lowdim.linalg import stream
+from lowdim.solve.core.reading import as_given, stored_entries
+from lowdim.solve.matrix_completion.grouped import Block, Entries, blocks_of, read_entries
 from lowdim.solve.matrix_completion.least_squares import Tally, solve_exact, solve_sketched
+from lowdim.solve.matrix_completion.result import CompletionResult
+from lowdim.solve.matrix_completion.start import starting_factor
 
-__all__ = ["CompletionResult", "complete_matrix", "spectral_init"]
-
-_DENSE = 1 << 22  # numbers up to which the start's SVD may be dense
-_SMALL = 512
-_POWER = 6  # power iterations of the sparse start
-
-
-@dataclass(frozen=True)
-class CompletionResult(Result):
-    """Factors of a completed matrix `U Vᵀ` and how they were found. Arrays are numpy or torch, as the input was."""
-
-    left_out: ClassVar[tuple[str, ...]] = ("U", "V")
-
-    U: Any  # (m, k), not orthonormalised
-    V: Any  # (n, k), orthonormal columns
-    errors: list[float]  # relative error on the observed entries, one a round
-    iterations: int
-    converged: bool
-    reason: str  # why it stopped
-    underdetermined_rows: int  # rows with fewer entries than the rank (none included): not identified
-    underdetermined_cols: int
-    flops: float  # floating point operations of all rounds, counted as executed
-    inner_steps: float  # mean conjugate-gradient steps of a sketched system; 0 where all were solved exactly
-
-    def entries(self, rows: Any, cols: Any) -> Any:
-        """The completed matrix at these places, without building it."""
-        return (self.U[rows] * self.V[cols]).sum(-1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields without the factors, and their sizes, as strict JSON."""
-        return {**super().to_dict(), "shape": [len(self.U), len(self.V)], "rank": int(self.U.shape[1])}
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A row for each round: its relative error on the observed entries."""
-        return [{"round": i, "error": error} for i, error in enumerate(self.errors, 1)]
-
-    @property
-    def summary(self) -> str:
-        """One line."""
-        shape = f"{len(self.U)} x {len(self.V)}, rank {self.U.shape[1]}"
-        return f"{shape}: {self.reason} after {self.iterations} rounds, observed error {self.errors[-1]:.3g}"
+__all__ = ["complete_matrix", "complete_sparse_matrix"]
 
 
 def complete_matrix(
@@ -79,8 +39,8 @@ def complete_matrix(
 ) -> CompletionResult:
     """Fit a rank-k matrix to the observed entries of a matrix.
 
-    Formula: alternately `v_j = argmin ‖U[Ω_j] v - M[Ω_j, j]‖`, `V <- qr(V)`, `u_i = argmin ‖V[Ω_i] u - M[i, Ω_i]‖`, and
-    for the next round only `U <- qr(U)`; error `e = ‖(U V' - M)_Ω‖ / ‖M_Ω‖`, stop at `e < tol`. Rows with fewer than k entries
+    Formula: alternately `v_j = argmin ‖U[Ω_j] v - M[Ω_j, j]‖`, `V ← qr(V)`, `u_i = argmin ‖V[Ω_i] u - M[i, Ω_i]‖`, and
+    for the next round only `U ← qr(U)`; error `e = ‖(U Vᵀ - M)_Ω‖ / ‖M_Ω‖`, stop at `e < tol`. Rows with fewer than k entries
     get the solution of least norm, rows without any get 0.
 
     Args:
@@ -117,9 +77,9 @@ def complete_matrix(
         >>> result.converged, bool(np.allclose(result.U @ result.V.T, M, atol=1e-5))
         (True, True)
 
-    `complete_matrix.from_sparse(matrix, rank, ...)` takes a scipy.sparse matrix; its stored entries, zeros included, are the
-    observed ones. Sketching needs fewer operations only where rows have many more entries than `sketch_factor · k` and k is
-    well above the number of inner steps, and was slower by the clock wherever it was measured: take `inner="exact"` for speed.
+    For a scipy.sparse matrix take `complete_sparse_matrix`. Sketching needs fewer operations only where rows have many more
+    entries than `sketch_factor · k` and k is well above the number of inner steps, and was slower by the clock wherever it was
+    measured: take `inner="exact"` for speed.
 
     Source: Gu, Song, Yin, Zhang, "Low Rank Matrix Completion via Robust Alternating Minimization in Nearly Linear Time",
     ICLR 2024, arXiv 2302.11068; Jain, Netrapalli, Sanghavi, STOC 2013.
@@ -131,9 +91,9 @@ def complete_matrix(
     check_int("max_inner", max_inner, 1)
     check_float("sketch_factor", sketch_factor, 1.0)
     check_int("seed", seed, 0)
-    entries, as_torch = _read(rows, cols, values, shape, rank)
+    entries = read_entries(rows, cols, values, shape, rank)
     parts = _parts(entries, iters, stream(seed, "partition")) if partition else None
-    u = _start(entries if parts is None else entries.pick(parts == 0), rank, incoherence, init, seed)
+    u = starting_factor(entries if parts is None else entries.pick(parts == 0), rank, incoherence, init, seed)
 
     sketch = math.ceil(sketch_factor * rank)
     solver = _HalfStep(rank, sketch if inner == "sketched" else None, inner_tol, max_inner, stream(seed, "sketch"))
@@ -158,8 +118,8 @@ def complete_matrix(
 
     tally = solver.tally
     return CompletionResult(
-        U=u if as_torch else u.numpy(),
-        V=v if as_torch else v.numpy(),
+        U=as_given(u, values),
+        V=as_given(v, values),
         errors=errors,
         iterations=len(errors),
         converged=converged,
@@ -171,65 +131,41 @@ def complete_matrix(
     )
 
 
-def spectral_init(
-    rows: Any,  # (nnz,) integers
-    cols: Any,  # (nnz,) integers
-    values: Any,  # (nnz,) floats
-    shape: tuple[int, int],
+def complete_sparse_matrix(
+    matrix: Any,  # (m, n) scipy.sparse
     rank: int,
-    *,
-    clip: float = 2.0,
-    incoherence: float | None = None,
-    p: float | None = None,
-    seed: int = 0,
-) -> Any:
-    """The spectral start: top left singular vectors of the observed entries filled with zeros.
+    **options: Any,
+) -> CompletionResult:
+    """Fit a rank-k matrix to the stored entries of a scipy.sparse matrix.
 
-    Formula: `U0` = top k left singular vectors of `P_Ω(M) / p`; with `incoherence = mu`, rows of `U0` with norm above
-    `clip · mu √(k / m)` are set to 0 and the columns are orthonormalised again.
+    Formula: that of complete_matrix; the stored entries, zeros included, are the observed ones.
 
     Args:
-        rows, cols, values, shape, rank: as in complete_matrix.
-        clip, incoherence: how large a row may be; None cuts nothing.
-        p: sampling rate, in (0, 1]; None means `nnz / (m n)`. It scales the singular values only: the result does not change.
-        seed: for the randomised SVD of large matrices (never dense).
+        matrix: scipy.sparse array or matrix in any format, without duplicates.
+        rank, options: as in complete_matrix.
 
     Returns:
-        `(m, k)` float64 with orthonormal columns, numpy or torch as `values`.
+        CompletionResult with numpy arrays.
 
     Raises:
-        ValueError: as complete_matrix; a cut that leaves fewer than k rows.
+        TypeError: not a 2-D scipy.sparse matrix. ValueError: as complete_matrix. MissingExtraError: scipy is not installed.
 
     Example:
         >>> import numpy as np
-        >>> from lowdim.solve import spectral_init
-        >>> spectral_init([0, 2], [0, 0], [3.0, 4.0], (3, 2), 1).round(6).ravel().tolist()[::2]
-        [0.6, 0.8]
+        >>> from scipy import sparse
+        >>> from lowdim.solve import complete_sparse_matrix
+        >>> ratings = sparse.coo_array(([1.0, 2.0, 2.0], ([0, 0, 1], [0, 1, 0])), shape=(2, 2))
+        >>> round(float(complete_sparse_matrix(ratings, rank=1, inner="exact").entries(1, 1)), 4)
+        4.0
 
-    Use it as a start only: with few entries it is far from the singular vectors of M.
-
-    Source: Jain, Netrapalli, Sanghavi, STOC 2013; Gu et al., ICLR 2024, arXiv 2302.11068.
+    Source: as complete_matrix.
     """
-    entries, as_torch = _read(rows, cols, values, shape, rank)
-    if p is not None:
-        check_float("p", p, 0.0, 1.0, low_open=True)
-    u = _spectral(entries, rank, clip, incoherence, seed)
-    return u if as_torch else u.numpy()
+    rows, cols, values, shape = stored_entries(matrix, "complete_sparse_matrix")
+    return complete_matrix(rows, cols, values, shape, rank, **options)
 
 
-def _from_sparse(matrix: Any, rank: int, **options: Any) -> CompletionResult:
-    """complete_matrix on the stored entries (zeros included) of a scipy.sparse matrix; numpy out."""
-    try:
-        from scipy import sparse
-    except ImportError as error:
-        raise MissingExtraError("scipy", "science", "complete_matrix.from_sparse") from error
-    if not sparse.issparse(matrix) or matrix.ndim != 2:
-        raise TypeError(f"matrix must be a 2-D scipy.sparse matrix; got {type(matrix).__name__}")
-    coo = matrix.tocoo()
-    return complete_matrix(coo.row, coo.col, coo.data, coo.shape, rank, **options)
-
-
-complete_matrix.from_sparse = _from_sparse  # type: ignore[attr-defined]
+#: The name under which this was first published.
+complete_matrix.from_sparse = complete_sparse_matrix  # type: ignore[attr-defined]
 
 
 class _HalfStep:
@@ -283,90 +219,3 @@ def _padded(factor: Tensor) -> Tensor:
 def _parts(entries: Entries, iters: int, generator: torch.Generator) -> Tensor:
     """Part of each entry: 0 starts, 1 + t serves the V step of round t, 1 + iters + t its U step."""
     return torch.randint(2 * iters + 1, (len(entries),), generator=generator)
-
-
-def _start(entries: Entries, rank: int, incoherence: float | None, init: Any, seed: int) -> Tensor:
-    if init is None:
-        return _spectral(entries, rank, 2.0, incoherence, seed)
-    start = _tensor(init).to(device="cpu", dtype=torch.float64)
-    if start.shape != (entries.shape[0], rank):
-        raise ValueError(f"init must have shape ({entries.shape[0]}, {rank}); got {tuple(start.shape)}")
-    if not bool(torch.isfinite(start).all()):
-        raise ValueError("init has NaN or infinite entries")
-    return torch.linalg.qr(start).Q
-
-
-def _spectral(entries: Entries, rank: int, clip: float, incoherence: float | None, seed: int) -> Tensor:
-    check_float("clip", clip, 0.0, low_open=True)
-    m, n = entries.shape
-    if min(m, n) <= _SMALL and m * n <= _DENSE:
-        dense = torch.zeros(m, n, dtype=torch.float64)
-        dense[entries.rows, entries.cols] = entries.values
-        u = truncated_svd(dense, rank, method="exact")[0]
-    else:
-        u = _sparse_vectors(entries, rank, stream(seed, "start"))
-    if incoherence is None:
-        return u
-    check_float("incoherence", incoherence, 0.0, low_open=True)
-    limit = clip * incoherence * math.sqrt(rank / m)
-    keep = u.norm(dim=1) <= limit
-    if int(keep.sum()) < rank:
-        raise ValueError(
-            f"incoherence={incoherence!r} cuts all but {int(keep.sum())} of {m} rows of the start; take a larger one"
-        )
-    return torch.linalg.qr(torch.where(keep[:, None], u, 0.0)).Q
-
-
-def _sparse_vectors(entries: Entries, rank: int, generator: torch.Generator) -> Tensor:
-    """Top left singular vectors by subspace iteration with sparse products only."""
-    matrix, turned = entries.sparse(), entries.T.sparse()
-    width = min(rank + 8, *entries.shape)
-    q = torch.randn(entries.shape[1], width, dtype=torch.float64, generator=generator)
-    q = torch.linalg.qr(matrix @ q).Q
-    for _ in range(_POWER):
-        q = torch.linalg.qr(turned @ q).Q
-        q = torch.linalg.qr(matrix @ q).Q
-    rotation = torch.linalg.svd(turned @ q, full_matrices=False).Vh.T  # of (Q' A)' = W diag(s) Z'
-    return canonical_signs(q @ rotation[:, :rank])[0]
-
-
-def _read(rows: Any, cols: Any, values: Any, shape: tuple[int, int], rank: int) -> tuple[Entries, bool]:
-    m, n = (int(size) for size in shape)
-    if min(m, n) < 1:
-        raise ValueError(f"shape must be two positive sizes; got {tuple(shape)}")
-    check_int("rank", rank, 1, min(m, n))
-    r, c = _indices("rows", rows, m), _indices("cols", cols, n)
-    if isinstance(values, Tensor) and values.device.type != "cpu":
-        raise ValueError(f"values must lie on the CPU; got {values.device}")
-    v = _tensor(values).to(torch.float64)
-    if not (r.shape == c.shape == v.shape) or v.ndim != 1:
-        raise ValueError(
-            f"rows, cols and values must have one length; got shapes {tuple(r.shape)}, {tuple(c.shape)}, {tuple(v.shape)}"
-        )
-    if len(v) == 0:
-        raise ValueError("values must hold at least one observed entry; got none")
-    if not bool(torch.isfinite(v).all()):
-        raise ValueError("values has NaN or infinite entries; leave unobserved entries out")
-    entries = Entries.sorted(r, c, v, (m, n))
-    twice = (entries.rows[1:] == entries.rows[:-1]) & (entries.cols[1:] == entries.cols[:-1])
-    if bool(twice.any()):
-        at = int(twice.nonzero()[0])
-        raise ValueError(f"each entry may be given once; ({int(entries.rows[at])}, {int(entries.cols[at])}) is there twice")
-    return entries, isinstance(values, Tensor)
-
-
-def _indices(name: str, index: Any, size: int) -> Tensor:
-    if isinstance(index, Tensor) and index.device.type != "cpu":
-        raise ValueError(f"{name} must lie on the CPU; got {index.device}")
-    tensor = _tensor(index)
-    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
-        raise TypeError(f"{name} must be integers; got {tensor.dtype}")
-    tensor = tensor.to(torch.int64)
-    if tensor.numel() and not (int(tensor.min()) >= 0 and int(tensor.max()) < size):
-        raise ValueError(f"{name} must lie in [0, {size}); got {int(tensor.min())} to {int(tensor.max())}")
-    return tensor
-
-
-def _tensor(array: Any) -> Tensor:
-    """Without a copy where torch can share the memory (it knows no negative strides)."""
-    return array.detach() if isinstance(array, Tensor) else torch.from_numpy(np.ascontiguousarray(array))

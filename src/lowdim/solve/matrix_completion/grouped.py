@@ -5,11 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Block", "Entries", "blocks_of"]
+from lowdim.errors import check_int
+from lowdim.solve.core.reading import read_indices, read_vector
+
+__all__ = ["Block", "Entries", "blocks_of", "read_entries"]
 
 _BLOCK_NUMBERS = 1 << 19  # numbers in a block's design matrices (4 MB in float64): stays in cache
 _PADDING = 8  # rows of a block differ in length by at most one part in this many
@@ -52,6 +56,30 @@ class Entries:
         with warnings.catch_warnings():  # torch calls this layout beta; its products are five times those of the other one
             warnings.simplefilter("ignore", UserWarning)
             return torch.sparse_csr_tensor(starts, self.cols, self.values, self.shape, check_invariants=False)
+
+
+def read_entries(rows: Any, cols: Any, values: Any, shape: tuple[int, int], rank: int) -> Entries:
+    """The observed entries that a caller gives, checked and sorted.
+
+    Raises:
+        ValueError: lengths that differ, none at all, indices outside the shape, duplicates, NaN or infinity, a rank that the
+            shape does not allow. TypeError: indices that are not integers.
+    """
+    m, n = (int(size) for size in shape)
+    if min(m, n) < 1:
+        raise ValueError(f"shape must be two positive sizes; got {tuple(shape)}")
+    check_int("rank", rank, 1, min(m, n))
+    r, c, v = read_indices("rows", rows, m), read_indices("cols", cols, n), read_vector("values", values)
+    if not len(r) == len(c) == len(v):
+        raise ValueError(f"rows, cols and values must have the same length; got {len(r)}, {len(c)} and {len(v)}")
+    if len(v) == 0:
+        raise ValueError("values must hold at least one observed entry; got none")
+    entries = Entries.sorted(r, c, v, (m, n))
+    duplicate = (entries.rows[1:] == entries.rows[:-1]) & (entries.cols[1:] == entries.cols[:-1])
+    if bool(duplicate.any()):
+        at = int(duplicate.nonzero()[0])
+        raise ValueError(f"duplicate entry ({int(entries.rows[at])}, {int(entries.cols[at])}); give each entry once")
+    return entries
 
 
 @dataclass(frozen=True)

@@ -73,14 +73,14 @@ def solve_sketched(
 ) -> Tensor:
     """`≈ argmin ‖A x - b‖ (g, k)`: each system has its own CountSketch S `(rows, l)`.
 
-    `R` from the QR of `S A`, start `x = (S A)⁺ S b`, then conjugate gradients on `(A R⁻¹)'(A R⁻¹) z = (A R⁻¹)' b` until
-    `‖R⁻ᵀ A'(b - A x)‖ <= inner_tol ‖R⁻ᵀ A' b‖` or `max_inner` steps. Systems whose sketch lost rank are solved exactly.
+    `R` from the QR of `S A`, start `x = (S A)⁺ S b`, then conjugate gradients on `(A R⁻¹)ᵀ(A R⁻¹) z = (A R⁻¹)ᵀ b` until
+    `‖R⁻ᵀ Aᵀ(b - A x)‖ <= inner_tol ‖R⁻ᵀ Aᵀ b‖` or `max_inner` steps. Systems whose sketch lost rank are solved exactly.
     """
     g, l, k = A.shape
     sketch = CountSketch.draw(rows, g, l, generator=generator, dtype=A.dtype)
     small = sketch.apply(torch.cat([A, b[..., None]], dim=-1))
     r = torch.linalg.qr(small[..., :k], mode="r").R
-    # Q' S b = R⁻ᵀ (S A)' S b: the start needs no Q, and the steps below mend what this loses.
+    # Qᵀ S b = R⁻ᵀ (S A)ᵀ S b: the start needs no Q, and the steps below make up for what this loses.
     right = (small[..., :k].mT @ small[..., k:])[..., 0]
     tally.flops += g * (l * (k + 1.0) + 2 * rows * k * k - 2 / 3 * k**3 + 2 * rows * k)
     pivots = r.diagonal(dim1=-2, dim2=-1).abs()

@@ -18,7 +18,8 @@ from lowdim.adapters.core.update import WeightUpdate
 from lowdim.adapters.diffora.method import DiffoRA
 from lowdim.adapters.diffora.search import DiffoRAAdapted
 from lowdim.adapters.flora import FLoRA
-from lowdim.adapters.increlora import IncreLoRA, increlora_lr_lambda
+from lowdim.adapters.increlora.method import IncreLoRA
+from lowdim.adapters.increlora.schedule import increlora_lr_lambda
 from lowdim.adapters.lamda import LaMDA
 from lowdim.adapters.loldu import LoLDU
 from lowdim.adapters.lora import LoRA

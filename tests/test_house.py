@@ -131,8 +131,12 @@ def test_imports_are_light():
     assert done.returncode == 0, done.stderr[-500:]
 
 
+def contracts() -> dict[str, dict]:
+    return {contract["id"]: contract for contract in project()["tool"]["importlinter"]["contracts"]}
+
+
 def test_the_layers_are_a_contract():
-    (contract,) = project()["tool"]["importlinter"]["contracts"]
+    contract = contracts()["layers"]
     assert contract["type"] == "layers"
     assert contract["containers"] == ["lowdim"]
     assert contract["exhaustive"] is True
@@ -141,6 +145,31 @@ def test_the_layers_are_a_contract():
     placed = {part.strip() for layer in contract["layers"] for part in re.split(r"[|:]", layer)}
     there = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
     assert placed == there - {"__init__"}
+
+
+def test_systems_are_independent_by_contract():
+    """import-linter holds that no system imports another; it must look at every family, and excuse nothing but `core`."""
+    contract = contracts()["systems"]
+    assert contract["type"] == "independence"
+    assert contract["modules"] == [f"lowdim.{family}.*" for family in PACKAGES]
+    assert contract["ignore_imports"] == [f"lowdim.{family}.** -> lowdim.{family}.core.**" for family in PACKAGES]
+
+
+#: Names in a family folder that no row of the catalogue has.
+WITHOUT_A_ROW = {("adapters", "lora"): "the baseline of every comparison"}
+
+
+@pytest.mark.parametrize("family", PACKAGES)
+def test_in_a_family_every_name_is_a_system(family):
+    folder = SOURCE / family
+    names = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    systems = set()
+    for row in entries():
+        if row.available and row.family == family:
+            made = getattr(importlib.import_module(f"lowdim.{family}"), row.target.partition(":")[2])
+            systems.add(made.__module__.split(".")[2])
+    allowed = {name for where, name in WITHOUT_A_ROW if where == family}
+    assert names - {"__init__", "core"} - allowed == systems
 
 
 # --- repository ------------------------------------------------------------------------------------------------------------

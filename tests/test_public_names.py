@@ -1,0 +1,46 @@
+"""What users import stays importable: the names of the first public version, wherever their code has moved since."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+NAMES = json.loads((Path(__file__).parent / "public_names.json").read_text(encoding="utf-8"))
+
+#: Inner names that others are known to import.
+INNER = {
+    "adapters.diffora_search": ["DiffoRAAdapted"],
+    "catalogue": ["variant"],
+    "cli": ["main"],
+    "compare": ["CompareSettings", "compare", "runner", "runs"],
+    "errors": ["LowdimError"],
+    "export": ["export"],
+    "files": ["read_json"],
+    "layers": ["densify"],
+    "layers.maestro_model": ["maestro_layers"],
+    "plan": ["forecast", "table"],
+    "train": ["AdaptedCallback"],
+    "train.data": ["read_examples", "read_texts"],
+    "train.loop": ["FitSettings", "fit"],
+    "train.metrics": ["metric_for"],
+    "train.packing": ["pretraining"],
+    "train.recipes": ["Recipe", "load_recipe"],
+    "train.run": ["run_recipe"],
+    "train.tasks": ["classification", "language_modelling"],
+    "train.tokenizers": ["byte_tokenizer"],
+}
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_public_names_stay(module):
+    there = importlib.import_module(module)
+    assert not [name for name in NAMES[module] if not hasattr(there, name)]
+
+
+@pytest.mark.parametrize("module", INNER)
+def test_inner_names_that_others_import_stay(module):
+    for name in INNER[module]:
+        code: dict = {}
+        exec(f"from lowdim.{module} import {name}", code)
+        assert code[name] is not None

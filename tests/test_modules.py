@@ -1,8 +1,12 @@
+import copy
+import json
+
 import pytest
 import torch
 from torch import nn
 
-from lowdim.modules import LowRankLinear
+from lowdim.errors import CheckpointError
+from lowdim.modules import LowRankLinear, MaskedLinear, describe_layers, layer_class, place_blanks
 from lowdim.testing.layer_case import LayerCase
 
 
@@ -144,3 +148,116 @@ def test_bad_factors():
         LowRankLinear.from_factors(A, B, torch.zeros(5))
     with pytest.raises(ValueError, match=r"rank must be an int in \[1, 4\]; got 9"):
         LowRankLinear.from_linear(nn.Linear(5, 4), rank=9)
+
+
+# What takes a layer's place
+
+
+def conv1d(out_features, in_features):
+    layer = pytest.importorskip("transformers.pytorch_utils").Conv1D(out_features, in_features)
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+class OnlyPositive(MaskedLinear):
+    def mask(self):
+        return (self.matrix > 0).to(self.weight.dtype)
+
+    def description(self):
+        return {}
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(5, 3), lambda: nn.Linear(5, 3, bias=False), lambda: conv1d(3, 5)])
+def test_masked_layers_share_the_parameters_and_give_a_layer_of_the_class_that_stood_there(make):
+    old = make()
+    W = (old.weight.T if old.weight.shape == (5, 3) else old.weight).detach().clone()
+    layer, x = OnlyPositive(old), torch.randn(4, 5)
+    assert layer.weight is old.weight
+    assert layer.bias is old.bias
+    bias = 0 if old.bias is None else old.bias
+    want = x @ W.clamp_min(0).T + bias
+    torch.testing.assert_close(layer(x), want)
+    plain = layer.to_plain()
+    assert type(plain) is type(old)
+    assert plain.weight.shape == old.weight.shape
+    torch.testing.assert_close(plain(x), want)
+    torch.testing.assert_close(layer.to_linear()(x), want)
+    with torch.no_grad():
+        plain.weight.zero_()
+    torch.testing.assert_close(layer(x), want)  # nothing is shared with the plain layer
+    layer(x).sum().backward()
+    grad = x.sum(0) * (W > 0)
+    torch.testing.assert_close(old.weight.grad, grad if isinstance(old, nn.Linear) else grad.T)
+    assert layer.cost(7).flops_forward == 2 * 7 * 15
+
+
+def test_a_masked_layer_needs_a_weight_of_its_own():
+    with pytest.raises(TypeError, match=r"layer must be nn.Linear or Conv1D; got ReLU"):
+        OnlyPositive(nn.ReLU())
+    with pytest.raises(TypeError, match="is computed"):
+        OnlyPositive(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+    frozen = nn.Linear(3, 2)
+    frozen.weight.requires_grad_(False)
+    plain = OnlyPositive(frozen.eval()).to_plain()
+    assert (plain.weight.requires_grad, plain.bias.requires_grad, plain.training) == (False, True, False)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(5, 3), lambda: conv1d(3, 5)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_low_rank_layers_remember_what_stood_there(make, bias):
+    old = make().eval()
+    A, B = torch.randn(2, 5), torch.randn(3, 2)
+    layer = LowRankLinear.from_factors(A, B, torch.randn(3) if bias else None).take_place_of(old)
+    plain, x = layer.to_plain(), torch.randn(4, 5)
+    assert type(plain) is type(old)
+    assert not layer.training
+    assert not plain.training
+    torch.testing.assert_close(plain(x), x @ (B @ A).T + (layer.bias if bias else 0))
+    stored = plain.weight if isinstance(old, nn.Linear) else plain.weight.T
+    torch.testing.assert_close(stored.detach(), B @ A)
+    assert type(copy.deepcopy(layer).to_plain()) is type(old)
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_low_rank_layer_is_made_again_from_its_description(alpha, bias):
+    layer = LowRankLinear(5, 3, bias, rank=2, alpha=alpha, dtype=torch.bfloat16)
+    model = nn.Sequential(nn.ReLU(), layer)
+    described = json.loads(json.dumps(describe_layers(model)))
+    assert described == {"1": {"class": "LowRankLinear", **layer.description()}}
+    again = nn.Sequential(nn.ReLU(), nn.Linear(5, 3, not bias, dtype=torch.bfloat16))
+    place_blanks(again, described)
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in again.parameters())
+    again.load_state_dict(model.state_dict(), assign=True)
+    x = torch.randn(4, 5, dtype=torch.bfloat16)
+    assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("layers", "match"),
+    [
+        (
+            {"1": {"class": "LowRankLiner", "rank": 2}},
+            "'LowRankLiner', which this version .*nearest: LowRankLinear",
+        ),
+        ({"2": {"class": "LowRankLinear", "rank": 2, "bias": True}}, "a layer '2', which Sequential does not have; nearest: "),
+        ({"1": {"class": "LowRankLinear", "rank": 4, "bias": True}}, r"layer 1: rank must be an int in \[1, 3\]; got 4"),
+        ({"1": {"class": "LowRankLinear", "rank": 2}}, "layer 1: its description lacks 'bias'"),
+        ({"1": {"class": "LowRankLinear", "rank": 2, "bias": True, "depth": 2}}, "layer 1: .*depth"),
+        ({"0": {"class": "LowRankLinear", "rank": 2, "bias": True}}, "layer 0: layer must have a weight matrix"),
+    ],
+)
+def test_descriptions_that_do_not_fit_change_nothing(layers, match):
+    model = nn.Sequential(nn.ReLU(), nn.Linear(5, 3))
+    linear = model[1]
+    with pytest.raises(CheckpointError, match=match):
+        place_blanks(model, layers)
+    assert model[1] is linear
+
+
+def test_classes_of_users_are_found_by_name():
+    model = nn.Sequential(nn.Linear(5, 3))
+    place_blanks(model, {"0": {"class": "OnlyPositive"}})
+    assert type(model[0]) is OnlyPositive
+    assert layer_class("OnlyPositive") is OnlyPositive

@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lowdim.after_import import after_import
 from lowdim.lazy import lazy_names
 from lowdim.version import __version__
 
 _FUNCTIONS = {"adapt": "adapters", "load_adapter": "adapters"}
 _PACKAGES = (
     "adapters", "calibrate", "catalogue", "compress", "diagnose", "errors", "export", "layers", "linalg", "modules",
-    "optim", "plan", "ranks", "report", "represent", "results", "solve", "surgery", "train",
+    "optim", "plan", "pretrained", "ranks", "report", "represent", "results", "solve", "surgery", "train",
 )  # fmt: skip
 
 __all__ = ["__version__", *_FUNCTIONS, *_PACKAGES]
@@ -31,3 +32,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# transformers then reads the compressed models that `lowdim.pretrained` writes; nothing is imported before transformers is.
+after_import("transformers.quantizers", "lowdim.pretrained.registration:register")

@@ -578,7 +578,7 @@ def test_compress(call, refused, tmp_path):
     assert (code, err) == (0, "")
     assert "perplexity on held-out blocks" in out
     files = {p.name for p in (tmp_path / "small").iterdir()}
-    assert files >= {"config.json", "model.safetensors", "factors.safetensors", "compression.json", "tokenizer.json"}
+    assert files >= {"config.json", "model.safetensors", "compression.json", "tokenizer.json"}
     record = json.loads((tmp_path / "small" / "compression.json").read_text())
     assert record["parameters"][1] < record["parameters"][0]
     assert models.load_model(str(tmp_path / "small"), "causal-lm")
@@ -593,10 +593,7 @@ def test_compress(call, refused, tmp_path):
 
 
 def test_compress_by_weights(call, tmp_path):
-    import torch
-
-    from lowdim.compress import LowRankLinear, load_low_rank
-    from lowdim.files import read_tensors
+    from lowdim.compress import LowRankLinear
 
     common = ["compress", "--model", "stories260k", "--data", "lowdim:shakespeare", "--method", "welore", "--max-length", "32"]
     code, out, err = call(*common, "--out", tmp_path / "small", "--target", "0.6")
@@ -608,14 +605,10 @@ def test_compress_by_weights(call, tmp_path):
     assert record["ranks"]
     assert 0 < record["threshold"] < 1
     assert len(record["perplexity"]) == 2
-    dense = models.load_model(str(tmp_path / "small"), "causal-lm")
-    factors, _ = read_tensors(tmp_path / "small" / "factors.safetensors")
-    assert {key.rpartition(".")[0] for key in factors} == set(record["ranks"])
-    ids = torch.arange(20)[None] + 5
-    want = dense(ids).logits.detach()
-    small = load_low_rank(dense, {**dense.state_dict(), **factors})  # the thin model again
-    assert sum(isinstance(m, LowRankLinear) for m in small.modules()) == len(record["ranks"])
-    torch.testing.assert_close(small(ids).logits.detach(), want, rtol=1e-3, atol=1e-3)
+    small = models.load_model(str(tmp_path / "small"), "causal-lm")
+    ranks = {name: m.rank for name, m in small.named_modules() if isinstance(m, LowRankLinear)}
+    assert ranks == record["ranks"]
+    assert sum(p.numel() for p in small.parameters()) == record["parameters"][1]
     code, out, err = call(*common, "--out", tmp_path / "again", "--threshold", record["threshold"])
     assert (code, err) == (0, "")
     again = json.loads((tmp_path / "again" / "compression.json").read_text())

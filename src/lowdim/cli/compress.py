@@ -28,6 +28,9 @@ def compress(
         int | None, typer.Option("--samples", help="Sequences that the method looks at (200), or that are tuned on (all).")
     ] = None,
     max_length: Annotated[int, typer.Option("--max-length", help="Tokens in a sequence.")] = 128,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Write the dense equivalent, of full size, for readers without lowdim.")
+    ] = False,
 ) -> None:
     """Shrink a trained model, and say what it cost. `lowdim list METHOD` shows a method's own options."""
     from lowdim.jobs import CompressSettings
@@ -36,16 +39,14 @@ def compress(
     spelled = {"param_ratio": param_ratio, "target": target, "threshold": threshold}
     settings = CompressSettings(
         model=model, data=tuple(data), out=out, method=method, options=_options(method, option, spelled), tune_steps=tune_steps,
-        lr=lr, samples=samples, max_length=max_length,
+        lr=lr, samples=samples, max_length=max_length, dense=dense,
     )  # fmt: skip
     console = Console()
     outcome = run(settings, say=lambda line: print_line(console, line))
     details = ", ".join(f"{name} {value:g}" for name, value in outcome.report.details.items() if isinstance(value, float))
     print_line(console, f"{outcome.summary}{f'; {details}' if details else ''}")
-    print_line(
-        console,
-        f"written {out}: the dense equivalent as a transformers checkpoint, and the thin factors in factors.safetensors",
-    )
+    loads = "transformers loads it, with the thin factors beside it" if dense else "transformers loads it once lowdim is imported"
+    print_line(console, f"written {out}: {loads}")
 
 
 def _options(method: str, pairs: list[str] | None, spelled: dict[str, Any]) -> dict[str, Any]:

@@ -321,7 +321,7 @@ def _decompose(layer: nn.Module, stats: Mapping[str, Any], rank: int, *, centere
     total = float(eigenvalues.sum())
     error = 0.0 if total == 0 else math.sqrt(float(eigenvalues[rank:].sum()) / total)
     new = LowRankLinear.from_factors(A, B, bias if centered or linear.bias is not None else None)
-    return new.train(layer.training), error  # type: ignore[return-value]
+    return new.take_place_of(layer), error
 
 
 def _factors(

@@ -277,7 +277,7 @@ def _factor(layer: nn.Module, rank: int) -> nn.Module:
     A, B = balanced_factors(_wide(layer), rank)
     dtype = layer_dtype(layer)
     new = WeLoreLinear.from_factors(A.to(dtype), B.to(dtype), cast("Tensor | None", layer.bias))
-    return new.train(layer.training)
+    return new.take_place_of(layer)
 
 
 def _report(

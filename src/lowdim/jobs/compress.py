@@ -46,6 +46,7 @@ class CompressSettings:
         lr: learning rate of the tuning; None takes 5e-5.
         samples: sequences that the method looks at (None: 200), or that are tuned on (None: all).
         max_length: tokens in a sequence.
+        dense: write the dense equivalent, for readers without lowdim.
 
     Raises:
         ValueError: a value out of range, or one that nothing would use.
@@ -65,6 +66,7 @@ class CompressSettings:
     lr: float | None = None
     samples: int | None = None
     max_length: int = 128
+    dense: bool = False
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -132,7 +134,7 @@ def compress(settings: CompressSettings, *, say: Callable[[str], None] = lambda 
     Raises:
         UnknownNameError, ValueError: see `CompressSettings` and `lowdim list METHOD`.
         FileExistsError: the folder is not empty.
-        LowdimError: the loss of the tuning is not finite; nothing is written.
+        LowdimError: the loss of the tuning is not finite, or what was written does not read back; nothing is left in the folder.
 
     Example:
         >>> from lowdim.jobs import CompressSettings, compress
@@ -148,6 +150,7 @@ def compress(settings: CompressSettings, *, say: Callable[[str], None] = lambda 
     check_free(out)
     from lowdim import models
     from lowdim.compress import last_report
+    from lowdim.pretrained import save_compressed
     from lowdim.train.metrics import metric_for
     from lowdim.train.tasks import language_modelling
 
@@ -177,7 +180,7 @@ def compress(settings: CompressSettings, *, say: Callable[[str], None] = lambda 
         data=settings.data,
         folder=out,
     )
-    _write(model, tokenizer, outcome.to_dict(), out)
+    save_compressed(model, out, tokenizer, record=outcome.to_dict(), dense=settings.dense)
     return outcome
 
 
@@ -216,18 +219,3 @@ def _tune(method: Compressor, model: nn.Module, task: Task, steps: int, lr: floa
     if result.failure:
         raise LowdimError(f"{result.failure}; try a smaller --lr than {lr:g}. Nothing was written")
     return {"tune_steps": steps, "lr": lr, "trained": applied.trained(), "losses": result.losses}
-
-
-def _write(model: nn.Module, tokenizer: Any, record: dict[str, Any], out: Path) -> None:
-    """The dense equivalent as a transformers checkpoint, and the thin factors in a file of their own."""
-    from lowdim import models
-    from lowdim.files import whole_folder, write_json, write_tensors
-    from lowdim.layers import densify
-
-    factors = {key: value for key, value in model.state_dict().items() if key.endswith((".A", ".B"))}
-    densify(model)
-    with whole_folder(out) as draft, models.quiet():
-        write_tensors(draft / "factors.safetensors", factors)
-        model.save_pretrained(draft)  # type: ignore[operator]
-        tokenizer.save_pretrained(draft)
-        write_json(draft / "compression.json", record)

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from lowdim.linalg import derive_seed
+from lowdim.modules import StructuredLinear
 from lowdim.surgery import Patterns, as_linear, find_layers, is_linear, swap_layers, without_tied
 
-__all__ = ["densify", "swap_linear"]
+__all__ = ["densify", "plain_layers", "structured_layers", "swap_linear"]
 
 
 def swap_linear(
@@ -56,6 +57,10 @@ def swap_linear(
     layers, _ = without_tied(model, found, named=target_modules not in (None, "all-linear"))
 
     def convert(name: str, layer: nn.Module) -> nn.Module:
+        new = structured(name, layer)
+        return new.take_place_of(layer) if isinstance(new, StructuredLinear) else new
+
+    def structured(name: str, layer: nn.Module) -> nn.Module:
         linear = as_linear(layer)
         seed = {} if how.get("seed") is None else {"seed": derive_seed(how["seed"], "layer", name) % 2**31}
         if not fresh:
@@ -69,7 +74,7 @@ def swap_linear(
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Replace every submodule that has `to_linear` or `to_conv` by its plain equivalent, in place.
+    """Replace every submodule that has `to_plain`, `to_linear` or `to_conv` by its plain equivalent, in place.
 
     Modules and weights that are tied stay tied. A module inside another one that has such a method goes with it.
 
@@ -87,16 +92,28 @@ def densify(model: nn.Module) -> nn.Module:
     """
     if (plain := _plain(model)) is not None:
         return plain()
-    layers: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in layers)
-        if not inside and _plain(module) is not None:
-            layers[name] = module
+    layers = structured_layers(model)
     with torch.no_grad():
         swap_layers(model, layers, lambda _, layer: _plain(layer)())
     return model
 
 
+@torch.no_grad()
+def plain_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """`{module name: plain layer}` for each submodule that `densify` would replace; the model stays as it is."""
+    return {name: _plain(layer)() for name, layer in structured_layers(model).items()}
+
+
+def structured_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The submodules that `densify` would replace, by name; one inside another is not listed."""
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in layers)
+        if not inside and _plain(module) is not None:
+            layers[name] = module
+    return layers
+
+
 def _plain(module: nn.Module) -> Any:
-    """The method that gives a plain layer (a linear one, or a convolution), or None."""
-    return next((m for name in ("to_linear", "to_conv") if callable(m := getattr(module, name, None))), None)
+    """The method that gives a plain layer (of the class that stood there, linear, or a convolution), or None."""
+    return next((m for name in ("to_plain", "to_linear", "to_conv") if callable(m := getattr(module, name, None))), None)

@@ -1,77 +1,27 @@
-"""The few modules that more than one family swaps in, and what every structured linear layer shares."""
+"""The low-rank layer that all families share."""
 
 from __future__ import annotations
 
-import copy
 import math
-from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowdim.errors import check_choice, check_float, check_int
-from lowdim.linalg import Cost, balance_factors_, chain_cost, draw_normal, draw_uniform, truncated_svd
-from lowdim.surgery import make_linear
+from lowdim.linalg import balance_factors_, balanced_factors, draw_normal, draw_uniform
+from lowdim.modules.rebuildable import Rebuildable
+from lowdim.modules.structured import StructuredLinear
+from lowdim.surgery import layer_dtype, matrix_shape
 
-__all__ = ["LowRankLinear", "StructuredLinear"]
+__all__ = ["LowRankLinear"]
 
 _INITS = ("kaiming", "orthogonal", "zero", "svd", "random")
 
 
-class StructuredLinear(nn.Module, ABC):
-    """A linear layer `y = W x + bias` whose weight follows from fewer numbers than it has entries.
-
-    A subclass sets `in_features`, `out_features` and `bias` (a parameter or None) and writes `forward`, `dense_weight` and
-    `products`; the rest works from these.
-    """
-
-    in_features: int
-    out_features: int
-    bias: nn.Parameter | None
-
-    @abstractmethod
-    def dense_weight(self) -> Tensor:
-        """The exact dense equivalent `(out, in)`, differentiable."""
-
-    @abstractmethod
-    def products(self) -> list[tuple[int, int, int]]:
-        """The chain of matrix products of one use: (weights, inputs, outputs) of each."""
-
-    @property
-    def weight(self) -> Tensor:
-        """`dense_weight()`, computed at every access, for code that reads the weight of any linear layer."""
-        return self.dense_weight()
-
-    @torch.no_grad()
-    def to_linear(self) -> nn.Linear:
-        """A plain layer with the same function, dtype and device; its weight is computed in float32 or better."""
-        first = next(self.parameters())
-        wide = torch.promote_types(first.dtype, torch.float32)
-        source = self if first.dtype == wide else copy.deepcopy(self).to(wide)
-        with torch.autocast(first.device.type, enabled=False):
-            weight = source.dense_weight().to(first.dtype)
-        linear = make_linear(weight, self.bias, requires_grad=any(p.requires_grad for p in self.parameters()))
-        return linear.train(self.training)
-
-    def cost(self, tokens: int, *, itemsize: int = 4) -> Cost:
-        """What one use on `tokens` rows costs, from shapes alone."""
-        check_int("tokens", tokens, 0)
-        parameters = sum(p.numel() for p in self.parameters())
-        return chain_cost(self.products(), tokens, parameters=parameters, itemsize=itemsize)
-
-    def check_input(self, x: Tensor) -> None:
-        """Raise ValueError unless the last dimension of `x` has `in_features` entries."""
-        if x.ndim == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have {self.in_features} features in its last dimension; got shape {tuple(x.shape)}")
-
-    def extra_repr(self) -> str:
-        """Sizes, for `print(model)`."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-class LowRankLinear(StructuredLinear):
+class LowRankLinear(StructuredLinear, Rebuildable):
     """A linear layer whose weight is a product of two thin matrices.
 
     Formula: `y = c · B (A x) + bias`, `A (rank, in)`, `B (out, rank)`, `c = alpha / rank` (1 where alpha is None).
@@ -167,7 +117,7 @@ class LowRankLinear(StructuredLinear):
             return
         draw = torch.empty(self.out_features, self.in_features, device=self.A.device)
         draw_normal(draw, std, generator)
-        A, B = _balanced(draw, self.rank)
+        A, B = balanced_factors(draw, self.rank)
         self.A.copy_(A)
         self.B.copy_(B)
 
@@ -244,21 +194,37 @@ class LowRankLinear(StructuredLinear):
         check_int("rank", rank, 1, min(weight.shape))
         _check_alpha(alpha)
         scale = 1.0 if alpha is None else alpha / rank
-        A, B = _balanced(weight / scale if scale != 1.0 else weight, rank)
+        A, B = balanced_factors(weight / scale if scale != 1.0 else weight, rank)
         bias = None if linear.bias is None else linear.bias.detach()
         return cls.from_factors(A.to(weight.dtype), B.to(weight.dtype), bias, alpha=alpha).train(linear.training)
+
+    def description(self) -> dict[str, Any]:
+        """Rank, whether there is a bias, and alpha where there is one."""
+        return {"rank": self.rank, "bias": self.bias is not None} | ({} if self.alpha is None else {"alpha": self.alpha})
+
+    @classmethod
+    def blank(cls, layer: nn.Module, **description: Any) -> Self:
+        """A layer on the meta device, without numbers, in the sizes and dtype of `layer`.
+
+        Raises:
+            ValueError, TypeError: a description that does not fit the layer.
+        """
+        out_features, in_features = matrix_shape(layer)
+        bias = description.pop("bias")
+        return cls(in_features, out_features, bias, device="meta", dtype=layer_dtype(layer), **description).take_place_of(layer)
+
+    @classmethod
+    def recognise(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Two factors `A (rank, in)` and `B (out, rank)`; a scale cannot be seen in them and is taken to be 1."""
+        A, B = tensors.get("A"), tensors.get("B")
+        if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+            return None
+        return {"rank": A.shape[0], "bias": "bias" in tensors}
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
         scale = "" if self.alpha is None else f", alpha={self.alpha:g}"
         return f"{super().extra_repr()}, rank={self.rank}{scale}"
-
-
-def _balanced(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """`A (rank, in)`, `B (out, rank)` of the best approximation, each with singular values √S, in float32 or better."""
-    u, s, vh = truncated_svd(weight, rank, method="exact")
-    root = s.sqrt()
-    return root[:, None] * vh, u * root
 
 
 def _parameter(values: Tensor) -> nn.Parameter:

@@ -1,0 +1,128 @@
+"""How a file says which module stands in a layer's place, and how the module is made again from that."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, Self, cast
+
+from torch import Tensor, nn
+
+from lowdim.errors import CheckpointError, nearest
+from lowdim.surgery import swap_layers
+
+__all__ = ["Rebuildable", "describe_layers", "known_classes", "layer_class", "place_blanks"]
+
+#: Class name, as files write it, -> the module it is imported from when a file names it.
+_HOMES = {
+    "LowRankLinear": "lowdim.modules",
+    "WeLoreLinear": "lowdim.compress",
+}
+
+_DEFINED: dict[str, type[Rebuildable]] = {}
+
+
+class Rebuildable(ABC):
+    """Mixin of a module that takes a layer's place and can be made again from a file.
+
+    A file holds the tensors of its state dict and, as JSON, its class name and `description()`. A reader makes the dense model,
+    puts `blank(layer, **description)` in the place of each such layer, fills in the tensors and calls `after_loading()`.
+    Subclasses outside lowdim are found by their name once their module has been imported.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowdim.modules import LowRankLinear
+        >>> layer = LowRankLinear(6, 4, rank=2)
+        >>> layer.description()
+        {'rank': 2, 'bias': True}
+        >>> LowRankLinear.blank(nn.Linear(6, 4), **layer.description()).A.device.type
+        'meta'
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _DEFINED[cls.__name__] = cls
+
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """What `blank` needs beside the layer: JSON values only."""
+
+    @classmethod
+    @abstractmethod
+    def blank(cls, layer: nn.Module, **description: Any) -> Self:
+        """A module without numbers, on the meta device where `layer` is there, that stands for `layer`."""
+
+    @classmethod
+    def recognise(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """The description that tensors under one layer's name imply, or None; for files without descriptions."""
+        return None
+
+    def after_loading(self) -> None:  # noqa: B027 (most classes have nothing to do)
+        """Runs once the tensors are there: unpack codes, refresh what follows from them."""
+
+
+def layer_class(name: str) -> type[Rebuildable]:
+    """The class that files call `name`.
+
+    Raises:
+        CheckpointError: lowdim has no such class, and no imported module has defined one.
+    """
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _DEFINED:
+        return _DEFINED[name]
+    close = ", ".join(nearest(name, [*_HOMES, *_DEFINED]))
+    raise CheckpointError(
+        f"the file names a layer class {name!r}, which this version of lowdim does not have (nearest: {close}); "
+        "update lowdim, or import the module that defines it first"
+    )
+
+
+def known_classes() -> Iterator[type[Rebuildable]]:
+    """Lowdim's own classes, in the order in which they are asked to recognise tensors."""
+    return (layer_class(name) for name in _HOMES)
+
+
+def describe_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """`{module name: {"class": its class, ...description}}` of each rebuildable module, in model order.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowdim.modules import LowRankLinear, describe_layers
+        >>> describe_layers(nn.Sequential(nn.Linear(4, 6), LowRankLinear(6, 4, rank=2)))
+        {'1': {'class': 'LowRankLinear', 'rank': 2, 'bias': True}}
+    """
+    return {
+        name: {"class": type(module).__name__, **module.description()}
+        for name, module in model.named_modules()
+        if isinstance(module, Rebuildable)
+    }
+
+
+def place_blanks(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put the modules that `layers` describes in the place of the model's own, in place; their numbers are still to come.
+
+    Raises:
+        CheckpointError: a name that is not a module of the model, an unknown class, a description that does not fit the layer.
+            The model is then as it was.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in layers:
+        if name not in modules:
+            raise CheckpointError(
+                f"the file describes a layer {name!r}, which {type(model).__name__} does not have; "
+                f"nearest: {', '.join(nearest(name, modules))}"
+            )
+    try:
+        swap_layers(model, {name: modules[name] for name in layers}, lambda name, layer: _blank(layer, layers[name]))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"the file's descriptions do not fit {type(model).__name__}: {error}") from error
+
+
+def _blank(layer: nn.Module, description: Mapping[str, Any]) -> nn.Module:
+    try:
+        made = layer_class(description["class"]).blank(layer, **{k: v for k, v in description.items() if k != "class"})
+    except KeyError as error:
+        raise ValueError(f"its description lacks {error}; got {dict(description)!r}") from None
+    return cast(nn.Module, made)

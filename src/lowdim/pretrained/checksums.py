@@ -1,0 +1,95 @@
+"""Checksums of a checkpoint's tensors, in the header of each file, so that they are never out of step with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowdim.errors import CheckpointError
+
+__all__ = ["checksums", "header", "verify"]
+
+#: The key of a safetensors header under which they stand.
+_KEY = "lowdim"
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name -> checksum of dtype, shape and bytes; tensors that are not held as a whole here (meta, sharded) have none."""
+    return {name: _checksum(tensor) for name, tensor in tensors.items() if _is_whole(tensor)}
+
+
+def header(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """What the safetensors header of a compressed model holds."""
+    return {_KEY: json.dumps({"version": 1, "checksums": checksums(tensors)})}
+
+
+def verify(files: Iterable[str | Path], layers: Iterable[str]) -> None:
+    """Read the files and compare every tensor with its checksum. Files that carry none are let through.
+
+    Args:
+        files: the safetensors files of one checkpoint.
+        layers: names of compressed layers, of which no tensor may be missing.
+
+    Raises:
+        CheckpointError: a file that is incomplete, a tensor that has changed since it was written, or one that is missing.
+    """
+    expected: dict[str, str] = {}
+    found: dict[str, str] = {}
+    for path in (Path(file) for file in files):
+        if path.suffix != ".safetensors":
+            continue
+        named, actual = _read(path)
+        for name, value in actual.items():
+            if name in named and named[name] != value:
+                raise CheckpointError(
+                    f"{path} is damaged: tensor {name} is not what was written; fetch or write the folder again"
+                )
+        expected |= named
+        found |= actual
+    there = set(found.values())  # a tensor may have been renamed, or written under the name of one it is tied to
+    prefixes = tuple(f"{layer}." for layer in layers)
+    missing = [
+        name for name, value in expected.items() if name.startswith(prefixes) and name not in found and value not in there
+    ]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint lacks {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; a file is missing"
+        )
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The checksums that a file's header names, and those of the tensors in it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            record = (file.metadata() or {}).get(_KEY)
+            if record is None:
+                return {}, {}
+            named = _named(record)
+            return named, {name: _checksum(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error})") from error
+
+
+def _named(record: str) -> dict[str, str]:
+    content: Any = json.loads(record)
+    return {str(name): str(value) for name, value in content["checksums"].items()}
+
+
+def _checksum(tensor: Tensor) -> str:
+    plain = tensor.detach().to("cpu").contiguous()
+    found = hashlib.blake2b(f"{plain.dtype}{tuple(plain.shape)}".encode(), digest_size=8)
+    if plain.numel():
+        found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return not tensor.is_meta and type(tensor) in (Tensor, torch.nn.Parameter)

@@ -1,0 +1,139 @@
+"""The reader and writer of `quant_method: "lowdim"` inside transformers. Importing this module registers it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lowdim.errors import CheckpointError
+from lowdim.layers import densify
+from lowdim.modules import Rebuildable, describe_layers, place_blanks
+from lowdim.pretrained.checksums import header, verify
+
+__all__ = ["LowdimConfig", "LowdimQuantizer"]
+
+METHOD = "lowdim"
+_VERSION = 1
+
+
+@register_quantization_config(METHOD)
+class LowdimConfig(QuantizationConfigMixin):
+    """What `config.json` says of a compressed model.
+
+    Attributes:
+        layers: module name -> class and description of what stands there (see `lowdim.modules.Rebuildable`).
+        system: which system made it, for readers of the file; nothing depends on it.
+        version: of this format.
+
+    Raises:
+        CheckpointError: another version.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+        system: str | None = None,
+        version: int = _VERSION,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ):
+        if version != _VERSION or unknown:
+            extra = f" with {', '.join(map(repr, unknown))}" if unknown else ""
+            raise CheckpointError(
+                f"config.json describes a compressed model in version {version!r}{extra}; this lowdim reads version "
+                f"{_VERSION}; update it"
+            )
+        self.quant_method: Any = quant_method
+        self.version = version
+        self.system = system
+        self.layers = {name: dict(description) for name, description in (layers or {}).items()}
+
+
+@register_quantizer(METHOD)
+class LowdimQuantizer(HfQuantizer):
+    """Puts compressed layers in their places before transformers fills in the numbers, and writes them back."""
+
+    requires_calibration = True  # transformers only reads such models; compressing is `lowdim.compress`
+
+    quantization_config: Any
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Iterable[str] | None = None, **_: Any
+    ) -> nn.Module:
+        verify(checkpoint_files or (), self.quantization_config.layers)
+        layers = _as_named_in(model, self.quantization_config.layers)
+        place_blanks(model, layers)
+        guards = {rf"(^|\.){re.escape(name)}\.weight$" for name in (*layers, *self.quantization_config.layers)}
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, *guards}  # type: ignore[assignment]
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, Rebuildable):
+                module.after_loading()
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors as they are now, their checksums, and `config.json` brought up to date with the layers.
+
+        Where the first compressed layer has no weight of its own, an empty tensor stands under that name: a reader without
+        lowdim then fails on its shape, where it would else draw the missing weights at random.
+        """
+        layers = describe_layers(model)
+        self.quantization_config.layers = layers
+        model.config.quantization_config = self.quantization_config
+        state = dict(model.state_dict())
+        guarded = next((name for name in layers if f"{name}.weight" not in state), None)
+        if guarded is not None:
+            like = next(value for key, value in state.items() if key.startswith(f"{guarded}."))
+            state[f"{guarded}.weight"] = torch.empty(0, dtype=like.dtype)
+        return state, header(state)
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> nn.Module:
+        from lowdim.pretrained.dense import make_room_for_biases
+
+        densify(model)
+        make_room_for_biases(model)
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return model if wanted in (None, model.dtype) else model.to(wanted)
+
+    def is_serializable(self) -> bool:
+        """A loaded model, tuned or not, can be saved again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients flow through every compressed layer."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """The compressed layers themselves can be trained, so that `Trainer` accepts the model."""
+        return True
+
+
+def _as_named_in(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The descriptions under the names of `model`, which may be the body of the saved model, or have it as its body."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
+    body = not hasattr(model, prefix.rstrip(".")) if prefix else False
+    found = {}
+    for name, description in layers.items():
+        if name in modules:
+            found[name] = dict(description)
+        elif body and prefix and name.startswith(prefix):
+            found[name.removeprefix(prefix)] = dict(description)
+        elif prefix and f"{prefix}{name}" in modules:
+            found[f"{prefix}{name}"] = dict(description)
+        elif not body:
+            found[name] = dict(description)  # not there: the error names it
+        # What is left belongs to the head of the model that was saved, which a body does not have.
+    return found

@@ -1,0 +1,162 @@
+"""Writing a compressed model, and reading it again before that is called done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowdim.errors import LowdimError
+from lowdim.files import whole_folder, write_json, write_tensors
+from lowdim.layers.swap import structured_layers
+from lowdim.models import quiet
+from lowdim.modules import Rebuildable, describe_layers
+
+__all__ = ["save_compressed", "stored_bytes"]
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors that a checkpoint of this model holds, from shapes alone; tied ones count once.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowdim.modules import LowRankLinear
+        >>> from lowdim.pretrained import stored_bytes
+        >>> stored_bytes(nn.Linear(100, 100)), stored_bytes(LowRankLinear(100, 100, rank=10))
+        (40400, 8400)
+    """
+    kept = set(model.state_dict().keys())
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors = {id(tensor): tensor for name, tensor in named if name in kept}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def save_compressed(
+    model: Any,
+    folder: str | Path,
+    tokenizer: Any = None,
+    *,
+    record: Mapping[str, Any] | None = None,
+    dense: bool = False,
+    max_shard_size: str | int = "50GB",
+) -> int:
+    """Write a compressed transformers model as a checkpoint, and read it again before it takes its place.
+
+    With lowdim imported, `from_pretrained(folder)` of the model's own class or of `AutoModel...` gives the same tensors, so the
+    same outputs to the bit; nothing is written where it would not. The model keeps what it needs to be saved again, as a
+    checkpoint of `Trainer` or by its own `save_pretrained`. A model without compressed layers is saved as ever.
+
+    Args:
+        model: a transformers model whose layers a system of `lowdim.compress` has replaced.
+        folder: other files that it holds stay.
+        tokenizer: is saved beside it.
+        record: what else is known of the model (method, options, scores); becomes `compression.json`.
+        dense: write the dense equivalent, which loads without lowdim and has the size of the dense model, with the thin factors
+            beside it in `factors.safetensors`.
+        max_shard_size: larger checkpoints are split, as `save_pretrained` says.
+
+    Returns:
+        Bytes of all tensors in the checkpoint.
+
+    Raises:
+        TypeError: not a transformers model.
+        LowdimError: a layer that cannot be described in a file, a bias that a dense checkpoint of this class has no place for,
+            or a checkpoint that does not read back as it was written. Nothing is then left in the folder.
+        OSError: no space or no permission.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+        >>> from lowdim.compress import WeLoreConfig, welore
+        >>> from lowdim.pretrained import save_compressed, stored_bytes
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=32)
+        >>> model = welore(LlamaForCausalLM(LlamaConfig(**sizes)), WeLoreConfig(threshold=0.6))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     size = save_compressed(model, folder)
+        ...     again = AutoModelForCausalLM.from_pretrained(folder)
+        >>> size == stored_bytes(again)
+        True
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model must be a transformers model; got {type(model).__name__}. Save the state dict of others with "
+            "lowdim.files.write_tensors and load it with lowdim.compress.load_compressed"
+        )
+    written = _dense(model) if dense else _compressed(model)
+    with quiet(), whole_folder(folder) as draft:
+        written.save_pretrained(draft, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
+        if dense:
+            write_tensors(draft / "factors.safetensors", _factors(model))
+        if record is not None:
+            write_json(draft / "compression.json", record)
+        _read_back(written, draft)
+    return stored_bytes(written)
+
+
+def _compressed(model: Any) -> Any:
+    """The model, with what makes transformers save it as a compressed one."""
+    from lowdim.pretrained.quantizer import LowdimConfig, LowdimQuantizer
+
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, LowdimQuantizer):
+        method = quantizer.quantization_config.quant_method
+        raise LowdimError(
+            f"{type(model).__name__} is quantized by {method}, and a checkpoint can hold only one description; compress "
+            "the model that was not quantized"
+        )
+    layers = describe_layers(model)
+    for name, module in structured_layers(model).items():
+        if name not in layers:
+            raise LowdimError(
+                f"layer {name} is a {type(module).__name__}, which no file can describe yet; write the dense model (dense=True)"
+            )
+    if not layers and quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    if layers:
+        report = getattr(model, "lowdim_report", None)
+        config = LowdimConfig(layers, system=getattr(report, "system", None))
+        model.config.quantization_config = config
+        model.hf_quantizer = LowdimQuantizer(config, pre_quantized=True)
+    return model
+
+
+def _dense(model: Any) -> Any:
+    from lowdim.pretrained.dense import dense_model
+
+    return dense_model(model)
+
+
+def _factors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of compressed layers that a dense checkpoint lacks."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Rebuildable):
+            own = {key: value for key, value in module.state_dict().items() if key not in ("weight", "bias")}  # type: ignore[attr-defined]
+            found |= {f"{name}.{key}": value for key, value in own.items()}
+    return found
+
+
+def _read_back(model: Any, draft: Path) -> None:
+    """Load what was written and compare it with the model, tensor by tensor."""
+    again, info = type(model).from_pretrained(draft, dtype="auto", output_loading_info=True)
+    odd = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in sorted(map(str, info[kind]))]
+    here, there = model.state_dict(), again.state_dict()
+    odd += [key for key in here if key not in there or not _equal(here[key], there[key])]
+    odd += [key for key in there if key not in here]
+    if odd:
+        names = ", ".join(dict.fromkeys(odd[:5]))
+        raise LowdimError(
+            f"the checkpoint of {type(model).__name__} does not read back as it was written: {names}"
+            f"{' ...' if len(odd) > 5 else ''}; nothing was left in the folder"
+        )
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    return one.dtype == two.dtype and one.shape == two.shape and torch.equal(one.detach().cpu(), two.detach().cpu())

@@ -160,7 +160,7 @@ def conv1d(out_features, in_features):
     return layer
 
 
-class OnlyPositive(MaskedLinear):
+class PositivePart(MaskedLinear):
     def mask(self):
         return (self.matrix > 0).to(self.weight.dtype)
 
@@ -172,7 +172,7 @@ class OnlyPositive(MaskedLinear):
 def test_masked_layers_share_the_parameters_and_give_a_layer_of_the_class_that_stood_there(make):
     old = make()
     W = (old.weight.T if old.weight.shape == (5, 3) else old.weight).detach().clone()
-    layer, x = OnlyPositive(old), torch.randn(4, 5)
+    layer, x = PositivePart(old), torch.randn(4, 5)
     assert layer.weight is old.weight
     assert layer.bias is old.bias
     bias = 0 if old.bias is None else old.bias
@@ -194,12 +194,12 @@ def test_masked_layers_share_the_parameters_and_give_a_layer_of_the_class_that_s
 
 def test_a_masked_layer_needs_a_weight_of_its_own():
     with pytest.raises(TypeError, match=r"layer must be nn.Linear or Conv1D; got ReLU"):
-        OnlyPositive(nn.ReLU())
+        PositivePart(nn.ReLU())
     with pytest.raises(TypeError, match="is computed"):
-        OnlyPositive(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+        PositivePart(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
     frozen = nn.Linear(3, 2)
     frozen.weight.requires_grad_(False)
-    plain = OnlyPositive(frozen.eval()).to_plain()
+    plain = PositivePart(frozen.eval()).to_plain()
     assert (plain.weight.requires_grad, plain.bias.requires_grad, plain.training) == (False, True, False)
 
 
@@ -258,6 +258,6 @@ def test_descriptions_that_do_not_fit_change_nothing(layers, match):
 
 def test_classes_of_users_are_found_by_name():
     model = nn.Sequential(nn.Linear(5, 3))
-    place_blanks(model, {"0": {"class": "OnlyPositive"}})
-    assert type(model[0]) is OnlyPositive
-    assert layer_class("OnlyPositive") is OnlyPositive
+    place_blanks(model, {"0": {"class": "PositivePart"}})
+    assert type(model[0]) is PositivePart
+    assert layer_class("PositivePart") is PositivePart

@@ -16,8 +16,8 @@ __all__ = ["after_import"]
 def after_import(module: str, call: str) -> None:
     """Call a function once `module` has been imported: now if it is loaded already, else right after it has loaded.
 
-    A finder on Python's import path waits for that one module, lets its own loader load it as ever, and removes itself. It costs
-    nothing where the module is never imported.
+    A finder on Python's import path waits for that one module, lets its own loader load it as ever, and removes itself. It
+    costs nothing where the module is never imported.
 
     Args:
         module: full name of the module to wait for.

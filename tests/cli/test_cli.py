@@ -31,7 +31,7 @@ COMMANDS = {
     "export": {"adapter", "out", "--model", "--format", "--rank", "--task", "--for", "--max-error"},
     "compress": {
         "--model", "--out", "--data", "--method", "--option", "--param-ratio", "--target", "--threshold", "--tune-steps",
-        "--lr", "--samples", "--max-length",
+        "--lr", "--samples", "--max-length", "--dense",
     },
     "diagnose": {"diagnostic", "--base", "--tuned", "--option", "--k", "--threshold", "--out"},
     "report": {"source", "--out"},

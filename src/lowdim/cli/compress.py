@@ -45,7 +45,7 @@ def compress(
     outcome = run(settings, say=lambda line: print_line(console, line))
     details = ", ".join(f"{name} {value:g}" for name, value in outcome.report.details.items() if isinstance(value, float))
     print_line(console, f"{outcome.summary}{f'; {details}' if details else ''}")
-    loads = "transformers loads it, with the thin factors beside it" if dense else "transformers loads it once lowdim is imported"
+    loads = "transformers loads it, with the thin factors beside it" if dense else "transformers loads it after `import lowdim`"
     print_line(console, f"written {out}: {loads}")
 
 

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -240,11 +240,10 @@ def lord_rank(
         raise ValueError(f"exactly one of rank_ratio and param_ratio must be given; got {rank_ratio!r} and {param_ratio!r}")
     _check_ratios(rank_ratio, param_ratio)
     full = min(in_features, out_features)
-    if param_ratio is not None:
-        rank = parameter_rank(out_features, in_features, share=param_ratio, multiple=multiple)
-    else:
-        assert rank_ratio is not None
+    if rank_ratio is not None:
         rank = _round_down(math.floor(rank_ratio * full + 1e-9), multiple)  # 0.29 * 100 is just below 29
+    else:
+        rank = parameter_rank(out_features, in_features, share=cast(float, param_ratio), multiple=multiple)
     return max(1, min(rank, full))
 
 

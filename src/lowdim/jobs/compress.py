@@ -134,7 +134,7 @@ def compress(settings: CompressSettings, *, say: Callable[[str], None] = lambda 
     Raises:
         UnknownNameError, ValueError: see `CompressSettings` and `lowdim list METHOD`.
         FileExistsError: the folder is not empty.
-        LowdimError: the loss of the tuning is not finite, or what was written does not read back; nothing is left in the folder.
+        LowdimError: the loss of the tuning is not finite, or the folder does not read back; nothing is left in it.
 
     Example:
         >>> from lowdim.jobs import CompressSettings, compress

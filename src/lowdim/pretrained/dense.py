@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.errors import LowdimError
-from lowdim.layers.swap import plain_layers
+from lowdim.layers.core.swap import plain_layers
 
 __all__ = ["dense_model", "make_room_for_biases"]
 

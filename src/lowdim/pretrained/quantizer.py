@@ -23,7 +23,6 @@ METHOD = "lowdim"
 _VERSION = 1
 
 
-@register_quantization_config(METHOD)
 class LowdimConfig(QuantizationConfigMixin):
     """What `config.json` says of a compressed model.
 
@@ -56,7 +55,6 @@ class LowdimConfig(QuantizationConfigMixin):
         self.layers = {name: dict(description) for name, description in (layers or {}).items()}
 
 
-@register_quantizer(METHOD)
 class LowdimQuantizer(HfQuantizer):
     """Puts compressed layers in their places before transformers fills in the numbers, and writes them back."""
 
@@ -137,3 +135,7 @@ def _as_named_in(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> dict[st
             found[name] = dict(description)  # not there: the error names it
         # What is left belongs to the head of the model that was saved, which a body does not have.
     return found
+
+
+register_quantization_config(METHOD)(LowdimConfig)
+register_quantizer(METHOD)(LowdimQuantizer)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowdim.errors import LowdimError
 from lowdim.files import whole_folder, write_json, write_tensors
-from lowdim.layers.swap import structured_layers
+from lowdim.layers.core.swap import structured_layers
 from lowdim.models import quiet
 from lowdim.modules import Rebuildable, describe_layers
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from golden import adapters, curves, exports, layers, optimizers, runs
+from golden import adapters, curves, exports, functions, layers, optimizers, runs
 from lowdim import report
 from lowdim.catalogue import entries
 from lowdim.cli import main
@@ -156,3 +156,7 @@ def test_a_compressed_model_answers_as_it_did(method):
 
 def test_a_diagnosis_is_what_it_was():
     assert_same_numbers(exports.intruders(), read_json(exports.FOLDER / "intruders.json"), 1e-6)
+
+
+def test_functions_give_what_they_gave():
+    assert_close(functions.answers(), read_tensors(functions.FILE)[0])

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in the same order in every run
 
-from golden import adapters, bases, curves, exports, layers, optimizers, runs
+from golden import adapters, bases, curves, exports, functions, layers, optimizers, runs
 
 
 def main(kinds: list[str]) -> None:
@@ -45,6 +45,7 @@ WRITERS: dict[str, tuple[Iterable[str], Callable[[str], Path], Callable[[str], N
     "curves": (curves.cases(), curves.place, curves.write),
     "compressed": (("lord", "welore"), _expected(exports.FOLDER / "compressed"), exports.write_compressed),
     "exports": (("together.safetensors", "intruders.json"), exports.FOLDER.joinpath, exports.write_others),
+    "functions": (("functions.safetensors",), bases.FILES.joinpath, functions.write),
     "layers": (layers.CASES, _expected(layers.FOLDER), layers.write),
     "optimizers": (optimizers.CASES, _expected(optimizers.FOLDER), optimizers.write),
     "peft": (exports.PEFT, lambda name: exports.FOLDER / "peft" / name / "errors.json", exports.write_peft),

@@ -174,3 +174,5 @@ def test_every_system_that_works_can_be_described():
         options = described_system(name)[1][name]
         for option, value in variant.options.items():
             assert options[option].default == value
+        bare = [option.name for option in options.values() if not option.help]
+        assert not bare, f"{name}: describe {', '.join(bare)} in the docstring's Attributes or Args"

@@ -123,9 +123,9 @@ class SoRA(Method):
         sparse_lambda: weight of the gates' mean size in `adapted.regularizer()`.
         threshold: `t`, not multiplied by the learning rate; 0 closes nothing.
         proximal: `"official"`, the released operator, or `"soft"`, the paper's.
-        schedule: None, or how the threshold grows from `threshold` to `max_threshold` in `num_thresholds` values, of which
-            each is used for `schedule_interval` calls of `adapted.step()`: `"linear"`, `"log_linear"` (evenly spaced in
-            `exp t`) or `"exp_linear"` (in `log t`).
+        schedule, max_threshold, num_thresholds, schedule_interval: None, or how the threshold grows from `threshold` to
+            `max_threshold` in `num_thresholds` values, of which each is used for `schedule_interval` calls of `adapted.step()`:
+            `"linear"`, `"log_linear"` (evenly spaced in `exp t`) or `"exp_linear"` (in `log t`).
         target_modules: which layers (see `lowdim.surgery.find_layers`).
 
     Raises:

@@ -51,6 +51,9 @@ def plan(
         print(json.dumps([f.to_dict() for f in outcome.forecasts], indent=1))
     else:
         console.print(table(list(outcome.forecasts), limit))
+    if unchanged := settings.unchanged():
+        notes = Console(stderr=True) if as_json else console
+        print_line(notes, f"--rank does not change {', '.join(unchanged)}: no single rank to set")
     for variant, reason in outcome.refused:
         print_line(Console(stderr=True) if as_json else console, f"{variant.label}: {reason}")
     if not outcome.forecasts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,10 +53,25 @@ class PlanSettings:
     def chosen(self) -> list[Variant]:
         """The methods that make sense for the task."""
         found = [v for v in choose(self.methods) if self.task == "classify" or v.name != "linear-probe"]
-        if self.rank is not None:
-            options = {"rank": self.rank}
-            found = [dataclasses.replace(v, options={**v.options, **options}) if "rank" in v.options else v for v in found]
         return [v for v in found if self.task != "pretrain" or v.kind != "adapter"]
+
+    def at_rank(self, variant: Variant) -> Variant:
+        """The method at the wanted rank, where it has one.
+
+        Raises:
+            ValueError: a rank that it refuses.
+        """
+        if self.rank is None or not _has_rank(variant):
+            return variant
+        from lowdim.methods import with_options
+
+        return with_options(variant, {"rank": self.rank})
+
+    def unchanged(self) -> list[str]:
+        """Labels of the chosen methods that `rank` does not change: those without one, or with a choice of several."""
+        if self.rank is None:
+            return []
+        return [v.label for v in self.chosen() if not _has_rank(v)]
 
 
 @dataclass(frozen=True)
@@ -82,7 +96,6 @@ def plan(settings: PlanSettings, *, say: Callable[[str], None] = lambda line: No
         >>> [f.method for f in plan(PlanSettings(model="stories260k", methods="lora", length=32)).forecasts]
         ['lora']
     """
-    chosen = settings.chosen()
     import torch
 
     from lowdim import models
@@ -90,13 +103,13 @@ def plan(settings: PlanSettings, *, say: Callable[[str], None] = lambda line: No
 
     config = models.load_config(settings.model)
     forecasts, refused = [], []
-    for variant in chosen:
+    for variant in settings.chosen():
         say(f"forecasting {variant.label}")
         try:
             forecasts.append(
                 forecast(
                     config,
-                    variant,
+                    settings.at_rank(variant),
                     batch_size=settings.batch_size,
                     sequence_length=settings.length,
                     task=settings.task,
@@ -117,4 +130,11 @@ def touched_layers(settings: PlanSettings) -> list[tuple[Variant, list[Any]]]:
     from lowdim.plan import shows
 
     config = models.load_config(settings.model)
-    return [(variant, list(shows(config, variant, task=settings.task))) for variant in settings.chosen()]
+    chosen = [settings.at_rank(variant) for variant in settings.chosen()]
+    return [(variant, list(shows(config, variant, task=settings.task))) for variant in chosen]
+
+
+def _has_rank(variant: Variant) -> bool:
+    from lowdim.methods import strategy_for
+
+    return "rank" in strategy_for(variant).option_names() and "rank_choices" not in variant.options

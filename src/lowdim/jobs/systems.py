@@ -16,6 +16,17 @@ from lowdim.jobs.options import Option, check_options, described, options_of
 __all__ = ["Compressor", "Diagnostic", "compressor", "described_system", "diagnostic", "names_of"]
 
 
+#: What options mean where a method says nothing of its own about them.
+_COMMON = {
+    "target_modules": "which layers; null takes every linear layer but the head",
+    "betas": "decay rates of Adam's two moments",
+    "eps": "added to the root of the second moment",
+    "weight_decay": "decoupled decay of the weights, as in AdamW",
+    "stagger": "spread the refreshes of the layers' subspaces over the steps between two of them",
+    "foreach": "update many tensors in one call",
+}
+
+
 def names_of(family: str) -> list[str]:
     """The slugs of a family that work today, in alphabetical order."""
     return sorted(entry.slug for entry in entries() if entry.family == family and entry.available)
@@ -140,13 +151,16 @@ def variant_options(variant: Variant) -> dict[str, Option]:
         return {}
     from lowdim.methods import strategy_for
 
-    known = {"target_modules": Option("target_modules", Any, None, "which layers; null takes every linear layer but the head")}
     parts = [variant.build(), *([variant.build_companion()] if variant.companion else [])]
-    for part in parts:
-        known |= options_of(part)
-    texts = described(parts[0])
-    found = {n: known.get(n) or Option(n, Any, None, texts.get(n, "")) for n in strategy_for(variant).option_names()}
-    return {n: dataclasses.replace(o, default=variant.options.get(n, o.default)) for n, o in found.items()}
+    known = {name: option for part in parts for name, option in options_of(part).items()}
+    texts = _COMMON | {name: text for part in parts for name, text in described(part).items()}
+    found = {}
+    for name in strategy_for(variant).option_names():
+        option = known.get(name) or Option(name, Any, None, "")
+        found[name] = dataclasses.replace(
+            option, default=variant.options.get(name, option.default), help=option.help or texts.get(name, "")
+        )
+    return found
 
 
 def _entry(family: str, argument: str, name: str) -> Entry:

@@ -187,6 +187,7 @@ class DCTAdamW(ProjectedOptimizer):
         update_interval: steps between choices, T; a choice costs about as much as a few passes over the gradient.
         basis: `"dct3"` or `"dct2"`: Q is the cosine matrix or its transpose.
         norm: of the scores, 1 or 2.
+        max_dim: matrices with a side of this many or more are not projected; None projects all.
         rotate: carry moments over with their columns. Without it they stay where they are, and meet other columns.
         error_feedback: False; True: what a step does not use is added to the next gradient (a tensor of the parameter's size
             and dtype); 8: the same in one byte an entry.

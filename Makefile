@@ -1,5 +1,5 @@
 # Two words do everything on a fresh machine with Python 3.11 or newer: `make demo` and `make test`.
-# The rest: make lint | format | types | layers | docs | tables | test-slow | bench | ci | clean. The first call of a word
+# The rest: make lint | format | types | layers | docs | tables | test-slow | mutants | bench | ci | clean. The first call of a word
 # installs what it needs in .venv; stamp files there make the next one quick.
 
 SHELL := /bin/bash
@@ -13,7 +13,7 @@ JOBS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow lint format types layers docs tables bench ci clean setup-demo setup-test setup-dev
+.PHONY: help demo test test-slow mutants lint format types layers docs tables bench ci clean setup-demo setup-test setup-dev
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ test: setup-test  ## the tests, without the slow ones
 
 test-slow: setup-test  ## the slow tests, too
 	$(PYTEST) -n $(JOBS) -m "slow or not slow"
+
+mutants: setup-test  ## plant faults in a copy, one at a time; which do the tests miss? writes results/mutants.json
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py --jobs $(JOBS)
 
 lint: setup-dev  ## ruff: rules and format, checked
 	$(BIN)/ruff check .

@@ -59,4 +59,32 @@ FAULTS = [
         'int(state["interval"] + self.gamma)',
         Tests(("optim/test_q_galore.py::TestAlwaysLazy",), "formula", shared=True),
     ),
+    Fault(
+        "matrix completion returns 1.5 U",
+        "solve/matrix_completion/complete.py",
+        "U=as_given(u, values),",
+        "U=as_given(1.5 * u, values),",
+        Tests(("solve/test_matrix_completion.py::TestCompletion",), shared=True),
+    ),
+    Fault(
+        "intruders are the vectors above the threshold",
+        "diagnose/intruders/measure.py",
+        "indices = (similarity < threshold).nonzero()[:, 0].tolist()",
+        "indices = (similarity > threshold).nonzero()[:, 0].tolist()",
+        Tests(("diagnose/test_intruders.py::TestIntruders",), shared=True),
+    ),
+    Fault(
+        "Matryoshka ignores its weights",
+        "represent/matryoshka/heads.py",
+        "losses = [c * loss for c, loss in zip(weights, losses)]",
+        "losses = list(losses)",
+        Tests(("represent/test_mrl.py::TestHead",), shared=True),
+    ),
+    Fault(
+        "LoRD keeps the smallest eigenvectors",
+        "compress/lord.py",
+        "return eigenvalues.flip(0).clamp_min(0), vectors.flip(1)",
+        "return eigenvalues.flip(0).clamp_min(0), vectors",
+        Tests(("compress/test_lord.py::TestLoRD",), shared=True),
+    ),
 ]

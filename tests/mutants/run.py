@@ -1,0 +1,121 @@
+"""Plant every fault, one at a time, in a copy of the package, and run the tests that should catch it.
+
+    python tests/mutants/run.py [--only WORDS] [--jobs 2] [--timeout 60] [--out results/mutants.json]
+
+A fault that no test catches is a survivor. At the end the tests that caught the faults run once without one, and must pass. The
+exit code is 1 where there are survivors, or where a fault could not be planted or its tests could not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lowdim.files import write_json
+from lowdim.train.environment import environment
+from mutants import shared
+from mutants.faults import adapters, layers, numerics, optim, others
+from mutants.planting import BROKEN, CAUGHT, ROOT, SURVIVED, TIMED_OUT, Copy, Fault, Outcome, Tests
+
+FAULTS = [*shared.FAULTS, *adapters.FAULTS, *optim.FAULTS, *layers.FAULTS, *numerics.FAULTS, *others.FAULTS]
+
+
+class Runner:
+    """Runs faults on copies of the sources, one copy for each worker."""
+
+    def __init__(self, folder: Path, timeout: float):
+        self.folder, self.timeout = folder, timeout
+        self.local = threading.local()
+
+    def copy(self) -> Copy:
+        """This worker's copy."""
+        if not hasattr(self.local, "copy"):
+            self.local.copy = Copy(Path(tempfile.mkdtemp(dir=self.folder)))
+        return self.local.copy
+
+    def one(self, fault: Fault) -> tuple[Fault, Outcome]:
+        """Plant one, and run its tests."""
+        try:
+            with self.copy().planted(fault):
+                outcome = self.copy().run(fault.tests, self.timeout)
+        except ValueError as error:
+            outcome = Outcome(BROKEN, 0.0, str(error))
+        print(f"{outcome.status:9} {outcome.seconds:5.1f} s  {fault.file}  {fault.what}", flush=True)
+        if outcome.status != CAUGHT:
+            print(f"          - {fault.old!r}\n          + {fault.new!r}", flush=True)
+        if outcome.status == BROKEN:
+            print("\n".join(f"          {text}" for text in outcome.output.splitlines()[-6:]), flush=True)
+        return fault, outcome
+
+    def pass_without(self, failed: list[str]) -> bool:
+        """Whether the tests that caught the faults pass on the sources as they are."""
+        nodes = tuple(dict.fromkeys(node.removeprefix("tests/") for node in failed))
+        if not nodes:
+            return True
+        plain = self.copy().run(Tests(nodes), timeout=30 * self.timeout)
+        if plain.status != SURVIVED:
+            print(f"the tests do not pass without a fault:\n{plain.output[-3000:]}", flush=True)
+        return plain.status == SURVIVED
+
+
+def record(fault: Fault, outcome: Outcome) -> dict[str, object]:
+    """What is written of one fault."""
+    return {
+        "what": fault.what,
+        "file": f"src/lowdim/{fault.file}",
+        "line": None if outcome.status == BROKEN else fault.line(),
+        "old": fault.old,
+        "new": fault.new,
+        "tests": [f"tests/{node}" for node in fault.tests.nodes],
+        "keyword": fault.tests.keyword,
+        "shared_case_alone": fault.tests.shared,
+        "status": outcome.status,
+        "caught_by": outcome.failed if outcome.status == CAUGHT else None,
+        "seconds": round(outcome.seconds, 1),
+    }
+
+
+def main() -> int:
+    """Run, report, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="faults whose file or description holds this text")
+    parser.add_argument("--jobs", type=int, default=2, help="test runs at a time")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for the tests of one fault")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "mutants.json", help="where the record goes")
+    given = parser.parse_args()
+    chosen = [fault for fault in FAULTS if given.only in fault.file or given.only in fault.what]
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
+        runner = Runner(Path(folder), given.timeout)
+        found = list(pool.map(runner.one, chosen))
+        sound = runner.pass_without([outcome.failed for _, outcome in found if outcome.status == CAUGHT])
+    counts = Counter(outcome.status for _, outcome in found)
+    print(", ".join(f"{count} {status}" for status, count in counts.items()), f"of {len(found)}")
+    for fault, outcome in found:
+        if outcome.status == SURVIVED:
+            print(f"survived: src/lowdim/{fault.file}:{fault.line()}  {fault.what}")
+    if not given.only:
+        write_json(
+            given.out,
+            {
+                "planted": len(found),
+                **{status.replace(" ", "_"): counts[status] for status in (CAUGHT, SURVIVED, BROKEN, TIMED_OUT)},
+                "tests_pass_without_a_fault": sound,
+                "seconds": round(time.monotonic() - begun),
+                "environment": environment(),
+                "faults": [record(fault, outcome) for fault, outcome in found],
+            },
+        )
+    return int(counts[CAUGHT] != len(found) or not sound)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -42,15 +42,15 @@ def blocks(page: Path, *languages: str) -> list[Block]:
 
 def run_python(block: Block) -> None:
     """Execute a block as a program of its own; a failure names the page and the line."""
-    from lowdim.adapters.core import base
+    from lowdim.adapters.core import method as methods
 
     source = "\n" * block.line + block.body  # so that a traceback's line is the page's
-    known = dict(base._REGISTRY)
+    known = dict(methods._REGISTRY)
     try:
         exec(compile(source, str(block.page), "exec"), {"__name__": "__main__"})
     finally:  # a method that an example defines is not one of ours
-        base._REGISTRY.clear()
-        base._REGISTRY.update(known)
+        methods._REGISTRY.clear()
+        methods._REGISTRY.update(known)
 
 
 def exit_code(arguments: list[str]) -> int:

@@ -49,7 +49,7 @@ def _representations() -> dict[str, Tensor]:
         found[f"MatryoshkaCrossEntropy.{shared}"] = loss.detach()
     loss = represent.MatryoshkaEmbeddingLoss(lambda a, b: (a - b).square().mean(), [4, 16])
     found["MatryoshkaEmbeddingLoss"] = loss(x, x.flip(0))
-    probabilities = torch.softmax(torch.stack([_matrix(9, 3, 0.4), 2 * _matrix(9, 3, 0.8)]), -1)
+    probabilities = torch.softmax(torch.stack([2 * _matrix(9, 3, 0.4), 4 * torch.nn.functional.one_hot(labels, 3)]), -1)
     result = represent.MatryoshkaCascade([2, 16]).fit(probabilities, labels).predict(probabilities)
     found |= {"MatryoshkaCascade.predictions": result.predictions, "MatryoshkaCascade.level": result.level}
     near = represent.adaptive_retrieve(x[:3], x, retrieval_dim=4, rerank_dim=16, shortlist=5, k=3)
@@ -60,10 +60,10 @@ def _representations() -> dict[str, Tensor]:
 
 def _diagnostics() -> dict[str, Tensor]:
     base, tuned = _matrix(8, 6, 0.7), _matrix(8, 6, 0.7) + 4 * _matrix(8, 1, 1.1) @ _matrix(1, 6, 0.5)
-    A, B = diagnose.scale_intruders_lora(base, _matrix(2, 6, 0.5), _matrix(8, 2, 1.1), scaling=4.0, scale=0.5)
+    A, B = diagnose.scale_intruders_lora(base, _matrix(2, 6, 0.5), _matrix(8, 2, 1.1), scaling=4.0, scale=0.5, threshold=0.9)
     bounds = [diagnose.compression_bound(0.14, d, 2000, bits=8) for d in (10, 40)]
     return {
-        "scale_intruders": diagnose.scale_intruders(base, tuned, scale=0.5, k=3),
+        "scale_intruders": diagnose.scale_intruders(base, tuned, scale=0.5, k=3, threshold=0.7),
         "scale_intruders_lora": B @ A,
         "compression_bound": torch.tensor(bounds, dtype=torch.float64),
         "quantize_subspace": diagnose.quantize_subspace(_matrix(1, 20, 0.7)[0], 3),

@@ -11,7 +11,8 @@ BIN := $(VENV)/bin
 # Test processes; each runs torch on one thread.
 JOBS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Neighbours share models and runs that are made once for each process, so each process starts with a stretch of its own.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist worksteal
 
 .PHONY: help demo test test-slow mutants lint format types layers docs tables bench ci clean setup-demo setup-test setup-dev
 
@@ -24,8 +25,8 @@ demo: setup-demo  ## compare methods on a real encoder and shipped sentences; wr
 test: setup-test  ## the tests, without the slow ones
 	$(PYTEST) -n $(JOBS)
 
-test-slow: setup-test  ## the slow tests, too
-	$(PYTEST) -n $(JOBS) -m "slow or not slow"
+test-slow: setup-test  ## the slow tests alone; with `make test` they are all
+	$(PYTEST) -n $(JOBS) -m slow
 
 mutants: setup-test  ## plant faults in a copy, one at a time; which do the tests miss? writes results/mutants.json
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py --jobs $(JOBS)
@@ -53,7 +54,7 @@ tables: setup-test  ## write the tables of README and docs/choosing.md that come
 bench: $(VENV)/.bench  ## figures against PEFT and galore-torch; writes results/bench-*.json
 	for file in bench/*.py; do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file; done
 
-ci: test lint types layers  ## what .ci/run checks, without Debian's packages
+ci: test test-slow lint types layers  ## what .ci/run checks, without Debian's packages
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache

@@ -225,12 +225,15 @@ def test_what_is_shipped_is_credited():
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")[:200]
 
 
-def test_ci_calls_the_command_of_the_readme():
+def test_ci_calls_the_command_of_the_readme_and_runs_every_test():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     lines = [line.strip() for line in script.splitlines()]
-    assert "make test" in lines
-    assert "make lint types layers" in lines
     assert lines[0] == "#!/usr/bin/env bash"
+    assert {"make test", "make test-slow", "make lint types layers"} <= set(lines)
+    pytest_options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    assert pytest_options["addopts"].endswith("-m 'not slow'"), "what `make test` leaves out"
+    (slow,) = re.findall(r"^test-slow:.*\n\t(.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert slow.endswith(" -m slow"), "and `make test-slow` runs"
 
 
 def test_hooks_are_local():

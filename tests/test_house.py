@@ -105,6 +105,12 @@ def test_no_pickled_weights_are_read():
     assert not bad
 
 
+def test_type_checkers_see_the_types():
+    """PEP 561: without the marker, annotations of an installed package are ignored."""
+    assert (SOURCE / "py.typed").is_file()
+    assert "Typing :: Typed" in project()["project"]["classifiers"]
+
+
 def test_long_files_are_reported():
     """Advice and not a limit: a file above 350 lines may hold more than one idea. Split it by idea, never by length."""
     long = {local(p): n for p in SOURCE.rglob("*.py") if (n := len(p.read_text(encoding="utf-8").splitlines())) > 350}

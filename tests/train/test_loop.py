@@ -10,6 +10,7 @@ from torch import nn
 import tiny
 from lowdim import methods, models
 from lowdim.catalogue import variant
+from lowdim.companion import Companion
 from lowdim.errors import UnknownNameError
 from lowdim.methods import Applied
 from lowdim.train.callbacks import AdaptedCallback
@@ -60,6 +61,30 @@ def test_step_is_called_once_after_each_optimizer_step(tmp_path, accumulation):
     result = run(applied, tmp_path, gradient_accumulation=accumulation, warmup=0.0, schedule="constant")
     assert result.steps == list(range(1, 7))
     assert seen == [(True, True)] * 6, "once a step, with the optimizer, after it has moved the weights"
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_companion_is_called_beside_every_step_and_finished_once(tmp_path, accumulation):
+    calls = []
+
+    class Noted(Companion):
+        def loss(self, forward, logits):
+            calls.append("loss")
+            return 0.0
+
+        def step(self, optimizer=None):
+            calls.append("step" if optimizer is not None else "no optimizer")
+
+        def finish(self):
+            calls.append("finish")
+
+    def make(optimizer):
+        return Noted()
+
+    applied = ready("full")
+    applied.make_companion = make
+    run(applied, tmp_path, steps=4, gradient_accumulation=accumulation)
+    assert calls == [*(["loss"] * accumulation + ["step"]) * 4, "finish"]
 
 
 def test_the_callback_is_one_of_transformers():

@@ -236,7 +236,7 @@ FAULTS = [
         "adapters/loram/method.py",
         "return self.pruned is None or self.training",
         "return self.pruned is None",
-        formula("loram", "TestLoRAMByRatio", "pruned"),
+        own("loram", "leaves_the_pruned"),
     ),
     Fault(
         "SAID has one scale for all tensors",

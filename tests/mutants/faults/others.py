@@ -155,14 +155,14 @@ FAULTS = [
         "methods/applied.py",
         "for each in self.companions:\n            each.step(optimizer)\n",
         "if self.adapted is not None:\n            self.adapted.step(optimizer)\n",
-        Tests(("train/test_loop.py", "methods"), "companion or turn or prune or shrink"),
+        of("train/test_loop", "companion"),
     ),
     Fault(
         "nothing is stepped under the Trainer",
         "train/attendant.py",
         '            trainer.applied.after_step(kwargs["optimizer"])\n',
         "",
-        of("train/test_loop", "step_is_called or schedule_advances"),
+        of("train/test_loop", "companion or step_is_called"),
     ),
     Fault(
         "a penalty is reported as the task's loss",
@@ -176,7 +176,7 @@ FAULTS = [
         "methods/applied.py",
         "for each in self.companions:\n            each.finish()\n",
         "pass\n",
-        Tests(("train/test_loop.py", "methods"), "finish"),
+        of("train/test_loop", "companion"),
     ),
     Fault(
         "an open schedule stays open",

@@ -95,14 +95,29 @@ def compressed(method: str) -> dict[str, Tensor]:
 
 
 def write_compressed(method: str) -> None:
-    """Store the folder of `lowdim compress`, what it answers, and what the function itself gives."""
+    """Store the dense folder of `lowdim compress`, what it answers, and what the function itself gives."""
     from lowdim.cli import main
 
     folder = FOLDER / "compressed" / method
     with curves.workplace() as place:
         try:
             main(
-                ["compress", "--model", "llama", "--data", "text.txt", "--method", method, "--max-length", "12", "--out", "out"]
+                [
+                    *[
+                        "compress",
+                        "--dense",
+                        "--model",
+                        "llama",
+                        "--data",
+                        "text.txt",
+                        "--max-length",
+                        "12",
+                        "--out",
+                        "out",
+                        "--method",
+                    ],
+                    method,
+                ]
             )
         except SystemExit as end:
             if end.code:

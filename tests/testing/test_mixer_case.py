@@ -1,16 +1,12 @@
 """The shared case of token mixers: the worked example of the documentation passes it, and each wrong version fails it."""
 
-import sys
-from importlib import import_module
-
 import pytest
 import torch
-from planted_source import ROOT, planted
+from planted_source import example, planted
 
 from lowdim.testing.mixer_case import MixerCase
 
-sys.path.insert(0, str(ROOT / "docs" / "examples"))  # a new process finds the class there, too
-TestDiagonalRecurrence = import_module("adding_a_mixer").TestDiagonalRecurrence
+TestDiagonalRecurrence = example("adding_a_mixer").TestDiagonalRecurrence
 
 f64 = torch.float64
 #: what is wrong, the text that is replaced in the example, what takes its place, the test that notices it

@@ -99,11 +99,11 @@ FAULTS = [
         Tests(("optim/test_q_galore.py", "optim/test_galore.py"), "bad_gradient or nan_gradient"),
     ),
     Fault(
-        "two bases are applied from one side",
+        "where both sides are projected, weights do not decay",
         "optim/core/projectors.py",
         "sharded.add_product(weight, left.to(dtype) @ sharded.gather(low), right.to(dtype).mT, alpha=alpha, beta=beta)",
         "sharded.add_product(weight, left.to(dtype) @ sharded.gather(low), right.to(dtype).mT, alpha=alpha)",
-        of("driver", "decay"),
+        case("galore", "TestFull"),
     ),
     Fault(
         "weight decay after the update acts before it",

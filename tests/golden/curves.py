@@ -156,7 +156,10 @@ def numbers_of(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {
         **{key: record[key] for key in kept},
         "weights": {"count": len(numbers), "l1": float(numbers.abs().sum()), "l2": math.sqrt(float(numbers.square().sum()))},
-        "environment": {key: record["environment"][key] for key in ("torch", "transformers", "cpu", "cores")},
+        "environment": {
+            **{key: record["environment"][key] for key in ("torch", "transformers", "cpu", "cores")},
+            "instructions": torch.backends.cpu.get_cpu_capability(),  # one processor's name serves several generations
+        },
     }
 
 

@@ -54,7 +54,7 @@ def test_the_bias_is_the_files(bias):
         (lambda t: t.update({"embed.weight": torch.zeros(7, 5)}), "embed.weight missing, superfluous or misshapen"),
         (
             lambda t: t.update({"mid.A": torch.zeros(2, 5)}),
-            r"layer mid is \(4, 4\); the file's factors are B \(4, 2\) and A \(2, 5\)",
+            r"layer mid is \(4, 4\), and what the file has for it does not fit: A \(2, 5\), B \(4, 2\)",
         ),
         (lambda t: t.update({"mid.B": torch.zeros(4, 3)}), r"layer mid is .* B \(4, 3\)"),
     ],

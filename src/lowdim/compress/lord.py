@@ -392,7 +392,9 @@ def _report(
         before = sum(p.numel() for p in layer.parameters())
         if name in new:
             after = sum(p.numel() for p in new[name].parameters())
-            rows.append(CompressedLayer(name, *matrix_shape(layer), new[name].rank, errors[name], before, after))
+            rank = new[name].rank
+            size = matrix_shape(layer)
+            rows.append(CompressedLayer(name, *size, rank, errors[name], before, after, what=f"rank {rank}", replaced=True))
         else:
             note = f"left dense: tied to {', '.join(tied[name])}" if name in tied else "left dense: it would not shrink"
             rows.append(CompressedLayer(name, *matrix_shape(layer), None, 0.0, before, before, note))

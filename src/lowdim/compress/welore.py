@@ -306,7 +306,8 @@ def _report(
             rank, energy = kept[name], spectra[name].square()
             error = math.sqrt(float(energy[rank:].sum() / energy.sum()))
             change = rank * (out_features + in_features) - out_features * in_features if twin else 0
-            rows.append(CompressedLayer(name, out_features, in_features, rank, error, before, before + change))
+            what = {"what": f"rank {rank}", "replaced": True}
+            rows.append(CompressedLayer(name, out_features, in_features, rank, error, before, before + change, **what))
             continue
         if name in tied:
             note = f"left dense: tied to {', '.join(tied[name])}"

@@ -14,7 +14,7 @@ from lowdim.errors import check_choice, check_float, check_int
 from lowdim.linalg import balance_factors_, balanced_factors, draw_normal, draw_uniform
 from lowdim.modules.rebuildable import Rebuildable
 from lowdim.modules.structured import StructuredLinear
-from lowdim.surgery import layer_dtype, matrix_shape
+from lowdim.surgery import is_linear, layer_dtype, matrix_shape
 
 __all__ = ["LowRankLinear"]
 
@@ -214,10 +214,10 @@ class LowRankLinear(StructuredLinear, Rebuildable):
         return cls(in_features, out_features, bias, device="meta", dtype=layer_dtype(layer), **description).take_place_of(layer)
 
     @classmethod
-    def recognise(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Two factors `A (rank, in)` and `B (out, rank)`; a scale cannot be seen in them and is taken to be 1."""
+    def recognise(cls, layer: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Two matrices `A (rank, in)` and `B (out, rank)`; a scale cannot be seen in them and is taken to be 1."""
         A, B = tensors.get("A"), tensors.get("B")
-        if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+        if A is None or B is None or A.ndim != 2 or B.ndim != 2 or not is_linear(layer):
             return None
         return {"rank": A.shape[0], "bias": "bias" in tensors}
 

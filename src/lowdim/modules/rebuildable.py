@@ -54,8 +54,8 @@ class Rebuildable(ABC):
         """A module without numbers, on the meta device where `layer` is there, that stands for `layer`."""
 
     @classmethod
-    def recognise(cls, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """The description that tensors under one layer's name imply, or None; for files without descriptions."""
+    def recognise(cls, layer: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """The description that the tensors under the name of `layer` imply, or None; for files without descriptions."""
         return None
 
     def after_loading(self) -> None:  # noqa: B027 (most classes have nothing to do)

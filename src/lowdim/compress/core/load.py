@@ -3,52 +3,112 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from lowdim.errors import CheckpointError
-from lowdim.modules import LowRankLinear
-from lowdim.surgery import is_linear, matrix_shape, swap_layers, tied_parameters
+from lowdim.modules import Rebuildable, layer_class
+from lowdim.modules.rebuildable import known_classes
+from lowdim.surgery import is_matrix_layer, matrix_shape, shallow_copy, swap_layers, tied_parameters
 
-__all__ = ["load_low_rank"]
+__all__ = ["load_compressed", "load_low_rank"]
 
 
-def load_low_rank(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Load the state of a model whose layers had become low-rank into a freshly built dense one, in place.
+def load_compressed(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, Mapping[str, Any]] | None = None,
+) -> nn.Module:
+    """Load the state of a compressed model into a freshly built dense one, in place.
 
-    Where `tensors` has `NAME.A` and `NAME.B` and the model a linear layer at NAME, a LowRankLinear of their rank takes its
-    place; then everything is loaded. A tensor that is tied to one in the file may be missing.
+    For models outside transformers; for those `lowdim.pretrained` writes checkpoints that need no such call. What stands in a
+    layer's place is what `layers` says of it. Without that, the classes of lowdim that can be told from their tensors alone are
+    recognised: `NAME.A` and `NAME.B` make a LowRankLinear. The dtype of a new layer is the file's. A tensor that is tied to one
+    in the file may be missing.
+
+    Args:
+        tensors: the compressed model's state dict.
+        layers: what `lowdim.modules.describe_layers` gave for the compressed model.
 
     Returns:
         The model.
 
     Raises:
-        CheckpointError: the tensors do not fit the model, which is left as it was.
+        CheckpointError: tensors or descriptions do not fit the model, which is left as it was.
 
     Example:
         >>> from torch import nn
-        >>> from lowdim.compress import LowRankLinear, load_low_rank
+        >>> from lowdim.compress import LowRankLinear, load_compressed
         >>> small = nn.Sequential(LowRankLinear(6, 4, rank=2), nn.ReLU())
-        >>> type(load_low_rank(nn.Sequential(nn.Linear(6, 4), nn.ReLU()), small.state_dict())[0]).__name__
+        >>> type(load_compressed(nn.Sequential(nn.Linear(6, 4), nn.ReLU()), small.state_dict())[0]).__name__
         'LowRankLinear'
     """
-    layers: dict[str, nn.Module] = {}
-    for name, layer in model.named_modules(remove_duplicate=False):
-        A, B = tensors.get(f"{name}.A"), tensors.get(f"{name}.B")
-        if A is not None and B is not None and is_linear(layer):
-            if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or (B.shape[0], A.shape[1]) != matrix_shape(layer):
-                raise CheckpointError(
-                    f"layer {name} is {matrix_shape(layer)}; the file's factors are B {tuple(B.shape)} and A {tuple(A.shape)}"
-                )
-            layers[name] = layer
-    _check_rest(model, tensors, layers)
-    swap_layers(model, layers, lambda name, _: _from_file(tensors, name))
-    model.load_state_dict(dict(tensors), strict=False)
+    described = _recognised(model, tensors) if layers is None else {name: dict(about) for name, about in layers.items()}
+    old = {name: _module(model, name) for name in described}
+    made = {name: _filled(name, layer, described[name], tensors) for name, layer in old.items()}
+    _check_rest(model, tensors, old)
+    swap_layers(model, old, lambda name, _: made[name])
+    rest = {name: value for name, value in tensors.items() if name.rpartition(".")[0] not in made}
+    model.load_state_dict(rest, strict=False)
     return model
 
 
-def _from_file(tensors: Mapping[str, Tensor], name: str) -> LowRankLinear:
-    return LowRankLinear.from_factors(tensors[f"{name}.A"], tensors[f"{name}.B"], tensors.get(f"{name}.bias"))
+def load_low_rank(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """`load_compressed` under its earlier name, for models whose layers are low-rank."""
+    return load_compressed(model, tensors)
+
+
+def _recognised(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """The descriptions that the tensors imply for the linear and convolution layers of the model."""
+    own: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, leaf = key.rpartition(".")
+        own.setdefault(name, {})[leaf] = value
+    found: dict[str, dict[str, Any]] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if name not in own or not is_matrix_layer(layer):
+            continue
+        for kind in known_classes():
+            about = kind.recognise(layer, own[name])
+            if about is not None:
+                found[name] = {"class": kind.__name__, **about}
+                break
+    return found
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(f"layers describes {name!r}, which {type(model).__name__} does not have") from None
+
+
+def _filled(name: str, layer: nn.Module, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """What stands in the layer's place, with its numbers; the layer stays as it is."""
+    own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    details = {key: value for key, value in description.items() if key != "class"}
+    try:
+        new: Any = layer_class(description["class"]).blank(_without_numbers(layer), **details)
+        new.load_state_dict({key: value.detach().clone() for key, value in own.items()}, strict=True, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        sizes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in own.items())
+        raise CheckpointError(
+            f"layer {name} is {matrix_shape(layer)}, and what the file has for it does not fit: {sizes or 'nothing'} ({error})"
+        ) from error
+    assert isinstance(new, Rebuildable)
+    new.after_loading()
+    device = cast(Tensor, layer.weight).device
+    return (new if device.type == "meta" else new.to(device)).train(layer.training)
+
+
+def _without_numbers(layer: nn.Module) -> nn.Module:
+    """A copy of a layer on the meta device."""
+    copy = shallow_copy(layer)
+    for key, parameter in copy._parameters.items():
+        if parameter is not None:
+            copy._parameters[key] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    return copy
 
 
 def _check_rest(model: nn.Module, tensors: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> None:

@@ -15,9 +15,15 @@ __all__ = ["CompressedLayer", "CompressionReport", "attach_report", "last_report
 
 @dataclass(frozen=True)
 class CompressedLayer:
-    """One layer: its size, its rank (None: left dense, `note` says why), what was lost, and parameters before and after.
+    """What became of one layer.
 
-    `relative_error` is in the norm that the system minimises, 0 for a layer left dense.
+    Attributes:
+        rank: of its factors; None where it has none.
+        relative_error: what was lost, in the norm that the system minimises; 0 for a layer left dense.
+        before, after: its parameters.
+        note: why it was left dense.
+        what: what stands there now, as people say it: "rank 12", "2:4", "90 % sparse"; empty for a layer left dense.
+        replaced: whether anything stands there now.
     """
 
     name: str
@@ -28,6 +34,8 @@ class CompressedLayer:
     before: int
     after: int
     note: str = ""
+    what: str = ""
+    replaced: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,12 +49,12 @@ class CompressionReport(Result):
     @property
     def replaced(self) -> tuple[CompressedLayer, ...]:
         """The layers that were replaced."""
-        return tuple(layer for layer in self.layers if layer.rank is not None)
+        return tuple(layer for layer in self.layers if layer.replaced)
 
     @property
     def left_dense(self) -> tuple[CompressedLayer, ...]:
         """The layers that were selected but left as they were."""
-        return tuple(layer for layer in self.layers if layer.rank is None)
+        return tuple(layer for layer in self.layers if not layer.replaced)
 
     @property
     def before(self) -> int:
@@ -87,7 +95,7 @@ class CompressionReport(Result):
         lines = [self.summary]
         for layer in self.layers:
             size = f"{layer.out_features}x{layer.in_features}"
-            what = layer.note if layer.rank is None else f"rank {layer.rank}, relative error {layer.relative_error:.4f}"
+            what = f"{layer.what}, relative error {layer.relative_error:.4f}" if layer.replaced else layer.note
             lines.append(f"  {layer.name:{width}}  {size:>11}  {what}")
         return "\n".join(lines)
 

@@ -1,0 +1,177 @@
+"""Compression that goes on while a model is trained: a step after each optimizer step, and plain layers at the end."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowdim.companion import Companion
+from lowdim.errors import CheckpointError, LowdimError
+from lowdim.surgery import swap_layers
+
+__all__ = ["Scheduled", "SparseTraining", "finalize", "scheduled_layers", "step"]
+
+
+class Scheduled(nn.Module):
+    """Mixin of a layer whose mask or pattern follows the number of finished optimizer steps.
+
+    A subclass calls `start_counting()` in its constructor, reads `finished`, and has `to_plain()`, as `MaskedLinear` does: a
+    layer of the class that stood there, with the final mask applied. `count` is a buffer, so that checkpoints hold it;
+    `finished` is the same as a Python int, without waiting for a GPU in every forward.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowdim.compress import Scheduled
+        >>> from lowdim.modules import MaskedLinear
+        >>> class Fading(MaskedLinear, Scheduled):
+        ...     def __init__(self, layer):
+        ...         super().__init__(layer)
+        ...         self.start_counting()
+        ...     def mask(self):
+        ...         return self.weight.new_full(self.weight.shape, 0.5**self.finished)
+        ...     def description(self):
+        ...         return {}
+        >>> layer = Fading(nn.Linear(2, 1))
+        >>> layer.step()
+        >>> layer.mask().tolist(), int(layer.count)
+        ([[0.5, 0.5]], 1)
+    """
+
+    count: Tensor
+
+    def start_counting(self) -> None:
+        """Register the counter, at 0, beside the layer's own parameters."""
+        like = next(self.parameters())
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=like.device))
+        self._read: tuple[Tensor, int, int] | None = None
+
+    @property
+    def finished(self) -> int:
+        """How many optimizer steps are done."""
+        count = self.count
+        if count.is_meta:
+            return 0  # a forecast, or a layer whose numbers are still to come
+        if self._read is None or self._read[0] is not count or self._read[1] != count._version:
+            self._read = (count, count._version, int(count))
+        return self._read[2]
+
+    def step(self) -> None:
+        """One optimizer step more is done."""
+        done = self.finished + 1
+        self.count.add_(1)
+        if not self.count.is_meta:
+            self._read = (self.count, self.count._version, done)
+
+
+def scheduled_layers(model: nn.Module) -> dict[str, Scheduled]:
+    """The layers that follow a schedule, by name.
+
+    Raises:
+        LowdimError: the model has none.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Scheduled)}
+    if not found:
+        raise LowdimError(
+            f"{type(model).__name__} has no layer that follows a schedule; was it finalized already, or never prepared?"
+        )
+    return found
+
+
+def step(model: nn.Module) -> None:
+    """Advance every scheduled layer by one: call it once after each optimizer step.
+
+    Raises:
+        LowdimError: the model has no scheduled layer.
+    """
+    for layer in scheduled_layers(model).values():
+        layer.step()
+
+
+def finalize(model: nn.Module) -> nn.Module:
+    """Put plain layers with the final mask applied in the place of scheduled ones, in place: exact zeros that any tool loads.
+
+    Returns:
+        The model, or the new layer if the model itself is a scheduled one. Build a new optimizer afterwards: the old one holds
+        tensors that are no longer used.
+
+    Raises:
+        LowdimError: the model has no scheduled layer.
+    """
+    layers = scheduled_layers(model)
+    if isinstance(model, Scheduled):
+        return cast(Any, model).to_plain()
+    with torch.no_grad():
+        swap_layers(model, layers, lambda _, layer: layer.to_plain())
+    return model
+
+
+class SparseTraining(Companion):
+    """`step` and `finalize` as a companion of a training.
+
+    Args:
+        model: as a scheduled system of `lowdim.compress` left it.
+        optimizer: checked to hold what the scheduled layers train, if given.
+
+    Raises:
+        LowdimError: the model has no scheduled layer.
+        ValueError: the optimizer lacks a parameter of one; it was built before the layers were prepared.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowdim.compress import Scheduled, SparseTraining
+        >>> from lowdim.modules import MaskedLinear
+        >>> class Halved(MaskedLinear, Scheduled):
+        ...     def __init__(self, layer):
+        ...         super().__init__(layer)
+        ...         self.start_counting()
+        ...     def mask(self):
+        ...         return self.weight.new_full(self.weight.shape, 0.5**self.finished)
+        ...     def description(self):
+        ...         return {}
+        >>> model = nn.Sequential(Halved(nn.Linear(2, 1)))
+        >>> companion = SparseTraining(model)
+        >>> companion.step()
+        >>> companion.state_dict()
+        {'counts': {'0': 1}}
+        >>> companion.finish()
+        >>> type(model[0]).__name__
+        'Linear'
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None):
+        self._model = model
+        layers = scheduled_layers(model)
+        if optimizer is not None:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for name, layer in layers.items():
+                lacking = [path for path, p in layer.named_parameters() if p.requires_grad and id(p) not in held]
+                if lacking:
+                    names = ", ".join(lacking)
+                    raise ValueError(f"the optimizer does not hold {names} of layer {name}; build it after preparing the model")
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """`lowdim.compress.step(model)`."""
+        step(self._model)
+
+    def finish(self) -> None:
+        """`lowdim.compress.finalize(model)`."""
+        finalize(self._model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps each layer has seen."""
+        return {"counts": {name: layer.finished for name, layer in scheduled_layers(self._model).items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back the counts.
+
+        Raises:
+            CheckpointError: they are of other layers.
+        """
+        layers = scheduled_layers(self._model)
+        if state["counts"].keys() != layers.keys():
+            odd = sorted(state["counts"].keys() ^ layers.keys())
+            raise CheckpointError(f"the checkpoint's schedule is of other layers than the model's: {', '.join(odd[:5])}")
+        for name, layer in layers.items():
+            layer.count.fill_(int(state["counts"][name]))

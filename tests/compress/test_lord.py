@@ -27,9 +27,24 @@ class TestLoRD(CompressCase):
     def compress(self, model, batches, **options):
         return lord(model, LoRDConfig(**options), batches)
 
+    def expected(self, layer, inputs, compressed):
+        y = inputs @ layer.weight.T + layer.bias
+        mean = y.mean(0)
+        covariance = (y - mean).T @ (y - mean) / len(y)
+        rank = min(layer.weight.shape) // 2
+        V = torch.linalg.eigh(covariance).eigenvectors[:, -rank:]  # of the largest eigenvalues
+        return mean + (y - mean) @ V @ V.T
+
 
 class TestLoRDUncentred(TestLoRD):
     options = {"param_ratio": 0.6, "centered": False}  # noqa: RUF012
+
+    def expected(self, layer, inputs, compressed):
+        y = inputs @ layer.weight.T + layer.bias
+        out, inn = layer.weight.shape
+        rank = math.floor(0.6 * out * inn / (out + inn))
+        V = torch.linalg.eigh(y.T @ y / len(y)).eigenvectors[:, -rank:]
+        return y @ V @ V.T
 
 
 def samples(in_features, rows=200, seed=0):

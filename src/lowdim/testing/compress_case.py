@@ -1,18 +1,26 @@
 """What every compression of a trained model owes: `model -> model` with layers swapped in place.
 
-A system's test says how to compress, and gets all of these::
+A system's test says how to compress and writes, as a formula of the dense layer, what a compressed layer must answer; it then
+gets all of these::
 
-    class TestLoRD(CompressCase):
-        options = {"rank_ratio": 0.5}
-        lossless = {"rank_ratio": 1.0, "skip_unprofitable": False}
+    class TestWeightSVD(CompressCase):
+        options = {"rank": 4}
+        needs_data = False
 
         def compress(self, model, batches, **options):
-            return lord(model, LoRDConfig(**options), batches)
+            return weight_svd(model, WeightSVDConfig(**options))
+
+        def expected(self, layer, inputs, compressed):
+            u, s, vh = torch.linalg.svd(layer.weight, full_matrices=False)
+            return inputs @ (u[:, :4] * s[:4] @ vh[:4]).T + layer.bias
+
+A check that a system cannot pass is switched off by name, with the reason: `test_lossless = None  # why`.
 """
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,8 +30,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowdim.compress import LowRankLinear, load_low_rank
-from lowdim.files import read_tensors, write_tensors
+from lowdim.calibrate import capture
+from lowdim.compress import LowRankLinear, load_compressed
+from lowdim.files import read_json, read_tensors, write_json, write_tensors
+from lowdim.modules import describe_layers
 from lowdim.testing.new_process import run_in_new_process
 
 __all__ = ["CompressCase", "small_net"]
@@ -46,28 +56,46 @@ def small_net(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     return net.to(dtype)
 
 
-class CompressCase:
-    """Base of a compressor's test class.
+class CompressCase(ABC):
+    """Base of a compressor's test class: write `compress` and `expected`, set the attributes.
 
     Attributes:
-        options: hyperparameters with which `small_net` shrinks.
-        lossless: hyperparameters with which the outputs stay, or None.
+        options: hyperparameters with which `small_net` is compressed.
+        lossless: hyperparameters with which the outputs stay; None where there are none.
         needs_data: the system looks at sample batches.
         compressed: the classes that may stand where a linear layer stood.
+        shrinks: the model has fewer numbers afterwards; False for masks, which keep all.
+        frozen: parameters of a compressed layer, by their names in it, that get no gradient right after it was made.
+        tolerance: largest error of a compressed layer's answer, relative to the largest entry, in float64.
     """
 
     options: ClassVar[dict[str, Any]] = {}
     lossless: ClassVar[dict[str, Any] | None] = None
     needs_data: ClassVar[bool] = True
     compressed: ClassVar[tuple[type[nn.Module], ...]] = (LowRankLinear,)
+    shrinks: ClassVar[bool] = True
+    frozen: ClassVar[tuple[str, ...]] = ()
+    tolerance: ClassVar[float] = 1e-8
 
+    @abstractmethod
     def compress(self, model: nn.Module, batches: Any, **options: Any) -> Any:
         """The system's function; `options` includes `target_modules` in some tests."""
-        raise AssertionError(f"{type(self).__name__} must define compress(model, batches, **options)")
 
-    def reload(self, model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    @abstractmethod
+    def expected(self, layer: nn.Linear, inputs: Tensor, compressed: Any) -> Tensor:
+        """What the layer that took the place of `layer` must answer to `inputs`, with `options`.
+
+        Written out from the paper in plain torch: no function of the system, ranks and thresholds as the formula gives them.
+
+        Args:
+            layer: the dense layer, float64.
+            inputs: `(rows, in)`, all that the layer saw of `batches()` in the dense model.
+            compressed: what stands in its place, for what was drawn at random and cannot be computed.
+        """
+
+    def reload(self, model: nn.Module, tensors: dict[str, Tensor], layers: dict[str, Any]) -> nn.Module:
         """A freshly built dense model with the compressed model's tensors; must be importable behaviour, not state."""
-        return load_low_rank(model, tensors)
+        return load_compressed(model, tensors, layers)
 
     def batches(self, count: int = 8, rows: int = 128, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """Sample inputs of `small_net`."""
@@ -79,28 +107,51 @@ class CompressCase:
 
     # What it does
 
-    def test_swaps_in_place_and_shrinks(self) -> None:
-        """The same object, fewer numbers, finite outputs; the head stays."""
+    @pytest.mark.parametrize("name", ["up", "down"])
+    def test_each_layer_answers_as_the_formula_says(self, name: str) -> None:
+        """On the inputs it was compressed for, in float64; layers are compressed one by one and from the dense model."""
+        model, batches = small_net(dtype=torch.float64).eval(), self.batches(dtype=torch.float64)
+        dense = copy.deepcopy(model.get_submodule(name))
+        inputs = torch.cat([found[name] for found in capture(model, [name], batches, inputs=True)])
+        self.compress(model, batches, **self.options)
+        compressed = model.get_submodule(name)
+        with torch.no_grad():
+            got, want = compressed(inputs), self.expected(dense, inputs, compressed)
+        assert got.shape == want.shape
+        error = float((got - want).abs().max() / want.abs().max())
+        assert error <= self.tolerance, f"layer {name}: relative error {error:.3g} > {self.tolerance:.3g}"
+
+    def test_swaps_in_place(self) -> None:
+        """The same object, finite outputs that are not those of before; the head stays."""
         model = small_net().eval()
-        before, x = sum(p.numel() for p in model.parameters()), self.batches()[0]
+        x = self.batches()[0]
         want = model(x).detach()
         assert self.run(model) is model
         assert isinstance(model.up, self.compressed)
         assert isinstance(model.down, self.compressed)
         assert type(model.classifier) is nn.Linear
-        assert sum(p.numel() for p in model.parameters()) < before
         got = model(x).detach()
         assert bool(torch.isfinite(got).all())
         assert 0 < float((got - want).norm() / want.norm()) < 1
 
+    def test_shrinks(self) -> None:
+        """Fewer numbers than before."""
+        if not self.shrinks:
+            pytest.skip("it keeps every number of the model: it masks, and does not shrink")
+        model = small_net()
+        before = sum(p.numel() for p in model.parameters())
+        self.run(model)
+        assert sum(p.numel() for p in model.parameters()) < before
+
     def test_lossless(self) -> None:
         """With enough freedom the function stays."""
-        if self.lossless is not None:
-            model, x = small_net(dtype=torch.float64).eval(), self.batches(dtype=torch.float64)
-            want = model(x[0]).detach()
-            self.compress(model, x, **self.lossless)
-            assert isinstance(model.up, self.compressed)
-            torch.testing.assert_close(model(x[0]).detach(), want, rtol=1e-8, atol=1e-8)
+        if self.lossless is None:
+            pytest.skip("no hyperparameters of this system leave the outputs as they were")
+        model, x = small_net(dtype=torch.float64).eval(), self.batches(dtype=torch.float64)
+        want = model(x[0]).detach()
+        self.compress(model, x, **self.lossless)
+        assert isinstance(model.up, self.compressed)
+        torch.testing.assert_close(model(x[0]).detach(), want, rtol=1e-8, atol=1e-8)
 
     def test_same_input_same_bits(self) -> None:
         """Two runs give equal tensors."""
@@ -126,34 +177,37 @@ class CompressCase:
         self.run(model)
         assert {module.training for module in model.modules()} == {training}
         assert torch.equal(model.norm.running_mean, mean)
-        assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["classifier.bias"]
+        still = [n for n, p in model.named_parameters() if not p.requires_grad and not n.startswith(("up.", "down."))]
+        assert still == ["classifier.bias"]
         assert torch.equal(model.norm.weight.grad, torch.ones(48))
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
     def test_new_parameters_train(self) -> None:
-        """Fine-tuning can follow: every new number gets a gradient."""
+        """Fine-tuning can follow: every number of a compressed layer gets a gradient, but for those the system freezes."""
         model = self.run(small_net())
         model.eval()
         model(self.batches()[0]).square().sum().backward()
         for name in ("up", "down"):
-            for path, parameter in model.get_submodule(name).named_parameters():
-                assert parameter.grad is not None, path
-                assert bool(parameter.grad.any()), path
+            own = dict(model.get_submodule(name).named_parameters())
+            assert set(self.frozen) <= own.keys()
+            assert {path for path, p in own.items() if p.grad is not None and bool(p.grad.any())} == own.keys() - set(
+                self.frozen
+            )
 
     def test_batches_are_consumed_once(self) -> None:
         """A generator serves, and gives the same as a list."""
-        if self.needs_data:
-            drawn: list[int] = []
+        self._needs_data()
+        drawn: list[int] = []
 
-            def batches() -> Any:
-                for i, batch in enumerate(self.batches()):
-                    drawn.append(i)
-                    yield batch
+        def batches() -> Any:
+            for i, batch in enumerate(self.batches()):
+                drawn.append(i)
+                yield batch
 
-            got = self.compress(small_net(), batches(), **self.options).state_dict()
-            assert drawn == list(range(8))
-            want = self.run(small_net()).state_dict()
-            assert all(torch.equal(value, want[name]) for name, value in got.items())
+        got = self.compress(small_net(), batches(), **self.options).state_dict()
+        assert drawn == list(range(8))
+        want = self.run(small_net()).state_dict()
+        assert all(torch.equal(value, want[name]) for name, value in got.items())
 
     # Files, dtypes, copies
 
@@ -161,6 +215,7 @@ class CompressCase:
         """The saved tensors suffice to rebuild the model around them."""
         model, x = self.run(small_net()).eval(), self.batches()[0]
         write_tensors(tmp_path / "model.safetensors", model.state_dict())
+        write_json(tmp_path / "layers.json", describe_layers(model))
         write_tensors(tmp_path / "x.safetensors", {"x": x})
         run_in_new_process(_answer, type(self), str(tmp_path))
         assert torch.equal(read_tensors(tmp_path / "answer.safetensors")[0]["y"], model(x).detach())
@@ -231,10 +286,10 @@ class CompressCase:
 
     @pytest.mark.parametrize("batches", [None, []])
     def test_no_batches(self, batches: Any) -> None:
-        """None and an empty list are told apart from data."""
-        if self.needs_data:
-            with pytest.raises(ValueError, match=r"batches is (missing|empty)"):
-                self.compress(small_net(), batches, **self.options)
+        """None and an empty list are not data."""
+        self._needs_data()
+        with pytest.raises(ValueError, match=r"batches is (missing|empty)"):
+            self.compress(small_net(), batches, **self.options)
 
     def test_an_error_leaves_the_model_as_it_was(self) -> None:
         """NaN in a batch or a weight names the layer, and nothing has changed."""
@@ -252,6 +307,10 @@ class CompressCase:
         assert after.keys() == before.keys()
         assert all(torch.equal(value.nan_to_num(7), before[name].nan_to_num(7)) for name, value in after.items())
         assert not any(m._forward_hooks for m in model.modules())
+
+    def _needs_data(self) -> None:
+        if not self.needs_data:
+            pytest.skip("it looks at weights alone, and reads no batch")
 
 
 class _Call(nn.Module):
@@ -278,5 +337,5 @@ class _Tied(nn.Module):
 def _answer(case: type[CompressCase], folder: str) -> None:
     tensors, _ = read_tensors(Path(folder) / "model.safetensors")
     x = read_tensors(Path(folder) / "x.safetensors")[0]["x"].clone()  # aligned as a tensor of its own
-    model = case().reload(small_net(seed=99), tensors).eval()
+    model = case().reload(small_net(seed=99), tensors, read_json(Path(folder) / "layers.json")).eval()
     write_tensors(Path(folder) / "answer.safetensors", {"y": model(x).detach()})

@@ -586,7 +586,7 @@ def test_before_training_searches_and_chooses(count):
 
     batches = [batch(i) for i in range(count)]
     before = [p.detach().clone() for p in adapted.weight_parameters()]
-    assert adapted.before_training(batches, counting, 0.05, 40) is None
+    assert adapted.before_training(batches, counting, 0.05, 40) == 8, "a fifth of the steps"
     assert adapted.dam is None
     assert len(seen) == 2 * 8  # a fifth of the steps, a validation and a training batch each
     assert all(training and inner for _, training, inner in seen)
@@ -599,7 +599,7 @@ def test_before_training_searches_and_chooses(count):
     assert adapted.model.blocks[1].training
     assert not adapted.model.blocks[0].training
     seen.clear()
-    adapted.before_training(batches, counting, 0.05, 40)  # a second time there is nothing to do
+    assert adapted.before_training(batches, counting, 0.05, 40) == 0, "a second time there is nothing to do"
     assert not seen
 
 

@@ -579,7 +579,7 @@ def test_resume_is_exact(stop):
         step(*through, index)
         step(*again, index)
     assert all(torch.equal(value, again[0].state_dict()[name]) for name, value in through[0].state_dict().items())
-    assert through[2].state_dict() == again[2].state_dict() == {"steps": 14}
+    assert through[2].state_dict() == again[2].state_dict() == {"steps": 14, "seed": 0}
 
 
 def test_scheduler_seed_decides_the_draws():

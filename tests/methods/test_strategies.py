@@ -105,7 +105,7 @@ def test_the_start_is_the_model_itself(chosen):
     else:
         # LoRA-SB starts from its estimate of the first full step, which is small and not nothing.
         # Weights of eight bits are rounded.
-        tolerance = {"lora-sb": 0.02, "q-galore": 2e-3}.get(chosen.name, 1e-5)
+        tolerance = {"lora-sb": 0.05, "q-galore": 2e-3}.get(chosen.name, 1e-5)
         assert torch.allclose(got, want, atol=tolerance), (got - want).abs().max()
 
 

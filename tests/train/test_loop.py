@@ -108,11 +108,11 @@ def test_lamdas_schedule_advances_with_the_training(tmp_path, accumulation):
             held.append(updates[0].B.detach().clone())
 
     run(applied, tmp_path, steps=8, gradient_accumulation=accumulation, callbacks=(Watch(),))
-    assert frozen == [1, 2, 3, 4, 4, 4, 4, 4]
+    assert frozen == [0, 1, 2, 3, 4, 4, 4, 4], "the first of eight steps is the warm-up's"
     assert all(int(u.steps) == 8 for u in updates)
     assert torch.equal(held[0][:, 0], held[-1][:, 0]), "the first column was never moved"
     assert not torch.equal(held[0][:, 2], held[3][:, 2])
-    assert torch.equal(held[3], held[-1]), "and in the end none is"
+    assert torch.equal(held[4], held[-1]), "and in the end none is"
 
 
 def _callback():
@@ -189,8 +189,9 @@ def test_the_regularizer_is_added_once_a_step(tmp_path, accumulation):
     )  # fmt: skip
     assert model.extra.item() == pytest.approx(-0.5 * 3.0 * 4)
     assert model.w.item() == pytest.approx(-0.5 * 4)
-    # The loss that is written down has it, too: w + 3·extra falls by 0.5 + 4.5 a step.
-    assert result.losses == pytest.approx([0.0, -5.0, -10.0, -15.0])
+    # w falls by 0.5 a step, and 3·extra by 4.5: the loss that is logged is the task's, the penalty is logged beside it.
+    assert result.losses == pytest.approx([0.0, -0.5, -1.0, -1.5])
+    assert result.penalties == pytest.approx([0.0, -4.5, -9.0, -13.5])
 
 
 def test_rates_follow_the_schedule_and_the_methods_own_groups(tmp_path):
@@ -280,9 +281,9 @@ def test_bf16_trains(tmp_path):
 
 
 def test_a_checkpoint_that_was_not_finished_is_not_taken(tmp_path):
-    from lowdim.train.loop import _newest
+    from lowdim.train.trainer import newest_checkpoint
 
-    assert _newest(tmp_path / "none") is None
+    assert newest_checkpoint(tmp_path / "none") is None
     for step, state in ((2, {"global_step": 2}), (10, {"global_step": 10})):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
@@ -290,7 +291,7 @@ def test_a_checkpoint_that_was_not_finished_is_not_taken(tmp_path):
     (tmp_path / "checkpoint-14").mkdir()
     (tmp_path / "checkpoint-14" / "trainer_state.json").write_text('{"global_st')  # and in the middle of it
     (tmp_path / "checkpoint-best").mkdir()
-    assert _newest(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 def test_trackers():

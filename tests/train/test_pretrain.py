@@ -13,7 +13,7 @@ from lowdim.errors import CheckpointError, DataError, UnknownNameError
 from lowdim.models import assets
 from lowdim.train.recipes import Recipe
 from lowdim.train.run import run_recipe
-from lowdim.train.watching import SpikeAlarm
+from lowdim.train.spikes import SpikeAlarm
 
 TRAINING = [v.name for v in methods("training")]
 
@@ -156,9 +156,9 @@ def test_scores_on_the_way_and_what_is_watched(text, shape, tmp_path):
 
 
 def test_a_spike_is_told(text, shape, tmp_path, monkeypatch):
-    from lowdim.train import attendant
+    from lowdim.train import trainer
 
-    monkeypatch.setattr(attendant, "SpikeAlarm", lambda: SpikeAlarm(patience=2))
+    monkeypatch.setattr(trainer, "SpikeAlarm", lambda: SpikeAlarm(patience=2))
     told = []
     how = {"options": {}, "lr": 3.0, "save_steps": 0, "max_grad_norm": 0.0, "steps": 6}
     record = run_recipe(recipe(tmp_path / "out", text, shape, "full", **how), say=told.append)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -111,6 +112,11 @@ class FLoRA(Method):
     scale: float = 4.0
     dropout: float = 0.01
     target_modules: Any = None
+
+    @classmethod
+    def at_rank(cls, options: Mapping[str, Any], rank: int) -> dict[str, Any]:
+        """The same rank in every dimension."""
+        return {**options, "ranks": rank}
 
     def __post_init__(self) -> None:
         if isinstance(self.ranks, (tuple, list)):

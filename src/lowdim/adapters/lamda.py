@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lowdim.adapters.core.common import check_rank, draw_uniform, top_triplets
 from lowdim.adapters.core.guards import error_context
-from lowdim.adapters.core.method import Method, Stats
+from lowdim.adapters.core.method import Method, Stats, open_field
 from lowdim.adapters.core.thin import ThinUpdate
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.linalg import local, match, stream, wide
@@ -43,11 +43,12 @@ class LaMDAUpdate(ThinUpdate):
         *,
         spectral: bool,
         rate: float,  # columns frozen per step
+        delay: int = 0,  # steps before the first is frozen
         dtype: Any,
         device: Any,
     ):
         super().__init__(out_features, in_features, rank, scaling)
-        self.spectral, self.rate = spectral, rate
+        self.spectral, self.rate, self.delay = spectral, rate, delay
         # Where B and S start as a part of the weight, decay would shrink that part.
         self.no_decay = frozenset({"B", "S"}) if spectral else frozenset()
         self.S = nn.Parameter(torch.empty(rank, rank, dtype=dtype, device=device))
@@ -64,7 +65,7 @@ class LaMDAUpdate(ThinUpdate):
 
     def frozen_columns(self) -> int:
         """How many columns of `B` are frozen during the optimizer step that comes next."""
-        return min(self.rank, math.floor(self.rate * (self._done + 1) + 1e-9))
+        return min(self.rank, math.floor(self.rate * max(0, self._done + 1 - self.delay) + 1e-9))
 
     def down(self) -> Tensor:
         """`A`."""
@@ -144,7 +145,8 @@ class LaMDA(Method):
 
     Formula: `y = base(x) + c · B S A x`, `c = alpha / rank` (1 where alpha is None). `init="spectral"`: `W = U Σ Vᵀ`,
     `A = V[:, :r]ᵀ`, `B = U[:, :r]`, `S = diag(σ₁..σ_r) / c`, base weight `W − c·B S A`: the output does not change.
-    During optimizer step `i` of `T = total_steps` the first `min(r, ⌊r·i / (freeze_fraction·T)⌋)` columns of `B` are frozen.
+    During optimizer step `i` of `T = total_steps` the first `min(r, ⌊r·(i − w) / (freeze_fraction·T)⌋)` columns of `B` are
+    frozen, with `w = warmup_steps`.
 
     Args:
         rank: inner size, in [1, min(out, in)].
@@ -156,6 +158,7 @@ class LaMDA(Method):
         total_steps: optimizer steps of the training; None never freezes. `lowdim.train` fills it in; in another loop set it,
             and call `adapted.step()` after each optimizer step.
         freeze_schedule: `"paper"`, or `"code"` (`⌊i / (freeze_fraction·T)⌋` columns: the released rule, which hardly freezes).
+        warmup_steps: steps of the rate's warm-up, in which no column freezes yet; None means 0. `lowdim.train` fills it in.
         rank_choices: LaMDA++: ranks handed out so that layers with flat spectra get the larger ones (`lowdim.ranks.by_energy`,
             an equivalent in spirit: the paper's exact formula was not at hand).
 
@@ -187,6 +190,14 @@ class LaMDA(Method):
     total_steps: int | None = None
     freeze_schedule: str = "paper"
     rank_choices: tuple[int, ...] | None = None
+    warmup_steps: int | None = open_field()
+
+    @classmethod
+    def at_rank(cls, options: Mapping[str, Any], rank: int) -> dict[str, Any]:
+        """LaMDA++'s choices become as many times larger or smaller as the mean rank does."""
+        mean, choices = options.get("rank", cls.rank), options.get("rank_choices")
+        scaled = {} if choices is None else {"rank_choices": tuple(max(1, round(c * rank / mean)) for c in choices)}
+        return {**options, "rank": rank, **scaled}
 
     def __post_init__(self) -> None:
         check_int("rank", self.rank, 1)
@@ -198,6 +209,8 @@ class LaMDA(Method):
         if self.total_steps is not None:
             check_int("total_steps", self.total_steps, 1)
         check_choice("freeze_schedule", self.freeze_schedule, _SCHEDULES)
+        if self.warmup_steps is not None:
+            check_int("warmup_steps", self.warmup_steps, 0)
         if self.rank_choices is not None:
             object.__setattr__(self, "rank_choices", tuple(self.rank_choices))
             if not self.rank_choices:
@@ -229,7 +242,17 @@ class LaMDA(Method):
         span = math.inf if self.total_steps is None else self.freeze_fraction * self.total_steps
         rate = (rank if self.freeze_schedule == "paper" else 1) / span
         spectral = self.init == "spectral"
-        return LaMDAUpdate(out_features, in_features, rank, scaling, spectral=spectral, rate=rate, dtype=dtype, device=device)
+        return LaMDAUpdate(
+            out_features,
+            in_features,
+            rank,
+            scaling,
+            spectral=spectral,
+            rate=rate,
+            delay=self.warmup_steps or 0,
+            dtype=dtype,
+            device=device,
+        )
 
     def initialise(self, update: LaMDAUpdate, weight: Tensor, stats: Stats, generator: torch.Generator | None) -> None:
         """Fill the factors from the weight's singular triplets, or at random."""

@@ -53,7 +53,7 @@ def plan(
         console.print(table(list(outcome.forecasts), limit))
     if unchanged := settings.unchanged():
         notes = Console(stderr=True) if as_json else console
-        print_line(notes, f"--rank does not change {', '.join(unchanged)}: no single rank to set")
+        print_line(notes, f"--rank does not change {', '.join(unchanged)}: they have no rank")
     for variant, reason in outcome.refused:
         print_line(Console(stderr=True) if as_json else console, f"{variant.label}: {reason}")
     if not outcome.forecasts:

@@ -27,7 +27,7 @@ from lowdim.files import read_json, write_json
 from lowdim.linalg import derive_seed
 from lowdim.train.data import locate
 from lowdim.train.environment import environment
-from lowdim.train.garbage import own_garbage
+from lowdim.train.garbage import isolated_gc
 from lowdim.train.metrics import Metric, metric_for
 from lowdim.train.packing import is_source, pretraining
 from lowdim.train.run import random_model, recipe_tokenizer
@@ -283,7 +283,7 @@ def _one(bench: Bench, run: Run, live: LiveTable, records: dict[str, dict[str, l
     record = load_run(bench, run)
     cached = record is not None
     if record is None:
-        with own_garbage():
+        with isolated_gc():
             record = perform(bench, run, on_step=live.tick)
     live.finish(run, record, cached=cached)
     records[run.phase].setdefault(run.variant.name, []).append(record)

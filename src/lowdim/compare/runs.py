@@ -53,12 +53,13 @@ class Bench:
     max_length: int
     folder: Path
     fingerprint: str
-    sample_batches: int = 4
     scratch: bool = False
 
 
 def perform(bench: Bench, run: Run, *, on_step: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Train, score and write `run.json`; returns its record. A run that diverges is recorded with its reason, not raised."""
+    from lowdim.train.trainer import Tick
+
     model = copy.deepcopy(bench.model)
     record: dict[str, Any] = {
         "schema": 1,
@@ -80,7 +81,9 @@ def perform(bench: Bench, run: Run, *, on_step: Callable[[], None] = lambda: Non
             lr=run.lr,
             steps=bench.steps,
             head=bench.head,
-            batches=bench.task.sample_batches(bench.sample_batches, bench.batch_size, next(model.parameters()).device),
+            batches=bench.task.sample_batches(
+                strategy.sample_batches(bench.steps), bench.batch_size, next(model.parameters()).device
+            ),
             loss_fn=bench.task.loss_fn,
             seed=run.seed,
             scratch=bench.scratch,
@@ -103,11 +106,12 @@ def perform(bench: Bench, run: Run, *, on_step: Callable[[], None] = lambda: Non
                 settings,
                 Path(scratch),
                 measure_memory=run.phase == "trial" and run.index == 0,
-                callbacks=(_step_callback(on_step),),
+                callbacks=(Tick(on_step),),
             )
         record.update(
             losses=result.losses,
             loss_steps=result.steps,
+            **({"penalties": result.penalties} if result.penalties else {}),
             seconds_per_step=result.seconds_per_step,
             measured_peak_bytes=result.peak_bytes,
             failure=result.failure,
@@ -161,16 +165,6 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
             seen.add(value.data_ptr())
             found[name] = value
     return found
-
-
-def _step_callback(on_step: Callable[[], None]) -> Any:
-    from transformers import TrainerCallback
-
-    class Tick(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            on_step()
-
-    return Tick()
 
 
 def _jsonable(value: Any) -> Any:

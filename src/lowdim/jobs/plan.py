@@ -61,17 +61,11 @@ class PlanSettings:
         Raises:
             ValueError: a rank that it refuses.
         """
-        if self.rank is None or not _has_rank(variant):
-            return variant
-        from lowdim.methods import with_options
-
-        return with_options(variant, {"rank": self.rank})
+        return (_with_rank(variant, self.rank) if self.rank is not None else None) or variant
 
     def unchanged(self) -> list[str]:
-        """Labels of the chosen methods that `rank` does not change: those without one, or with a choice of several."""
-        if self.rank is None:
-            return []
-        return [v.label for v in self.chosen() if not _has_rank(v)]
+        """Labels of the chosen methods that `rank` does not change: those that have none."""
+        return [] if self.rank is None else [v.label for v in self.chosen() if _with_rank(v, self.rank) is None]
 
 
 @dataclass(frozen=True)
@@ -134,7 +128,7 @@ def touched_layers(settings: PlanSettings) -> list[tuple[Variant, list[Any]]]:
     return [(variant, list(shows(config, variant, task=settings.task))) for variant in chosen]
 
 
-def _has_rank(variant: Variant) -> bool:
+def _with_rank(variant: Variant, rank: int) -> Variant | None:
     from lowdim.methods import strategy_for
 
-    return "rank" in strategy_for(variant).option_names() and "rank_choices" not in variant.options
+    return strategy_for(variant).at_rank(rank)

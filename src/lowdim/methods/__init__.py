@@ -20,10 +20,21 @@ from lowdim.methods.full import FullStrategy
 from lowdim.methods.layer import LayerStrategy
 from lowdim.methods.optimizer import OptimizerStrategy
 from lowdim.methods.probe import ProbeStrategy
-from lowdim.methods.setup import Setup
+from lowdim.methods.setup import WARMUP, Setup
 from lowdim.methods.strategy import Strategy
 
-__all__ = ["STRATEGIES", "Applied", "Companion", "Losses", "Setup", "Strategy", "apply", "strategy_for", "with_options"]
+__all__ = [
+    "STRATEGIES",
+    "WARMUP",
+    "Applied",
+    "Companion",
+    "Losses",
+    "Setup",
+    "Strategy",
+    "apply",
+    "strategy_for",
+    "with_options",
+]
 
 #: The class for each `Variant.kind`.
 STRATEGIES: dict[str, type[Strategy]] = {

@@ -10,6 +10,7 @@ from torch import nn
 from lowdim.adapters import LoRA, ModelMethod, adapt
 from lowdim.adapters.core.attach import target_layers
 from lowdim.adapters.core.layer import kind_of
+from lowdim.catalogue import Variant
 from lowdim.methods.applied import Applied
 from lowdim.methods.setup import Setup
 from lowdim.methods.strategy import Strategy, adamw
@@ -26,6 +27,15 @@ class AdapterStrategy(Strategy):
         """The fields of the method's dataclass."""
         return [field.name for field in dataclasses.fields(self.variant.build())]
 
+    def sample_batches(self, steps: int) -> int:
+        """As many as the method says."""
+        return self.variant.build().sample_batches(steps)
+
+    def at_rank(self, rank: int) -> Variant | None:
+        """As the method understands it: LaMDA++ scales its choices, FLoRA has one rank a dimension."""
+        options = self.variant.build().at_rank(self.variant.options, rank)
+        return None if options is None else dataclasses.replace(self.variant, options=options)
+
     def check(self) -> None:
         """Build the method."""
         options = self.filled(Setup(lr=1e-3, steps=1))
@@ -34,13 +44,13 @@ class AdapterStrategy(Strategy):
         self.variant.build()(**options)
 
     def filled(self, setup: Setup) -> dict[str, Any]:
-        """The options, with `lr` and `total_steps` filled in where the method has such fields and they are open."""
+        """The options, with `lr`, `total_steps` and `warmup_steps` from the training where they are fields and left open."""
         names, options = self.option_names(), dict(self.variant.options)
-        if "total_steps" in names and options.get("total_steps") is None:
-            options["total_steps"] = setup.steps
-        if "lr" in names and "lr" not in options:
-            options["lr"] = setup.lr
-        return options
+        training = {"lr": setup.lr, "total_steps": setup.steps, "warmup_steps": setup.warmup_steps or None}
+        return {
+            **options,
+            **{n: value for n, value in training.items() if n in names and value is not None and options.get(n) is None},
+        }
 
     def apply(self, model: nn.Module, setup: Setup) -> Applied:
         """Attach the method to the layers that it names, or to every layer outside the head."""
@@ -58,9 +68,12 @@ class AdapterStrategy(Strategy):
             seed=setup.seed,
             initialise=setup.initialise,
         )
+        applied = Applied(model, self.variant, lambda lr: adamw(adapted.param_groups(lr), lr), adapted, options)
         if setup.initialise:
-            adapted.before_training(samples or [], setup.loss_fn, setup.lr, setup.steps)
-        return Applied(model, self.variant, lambda lr: adamw(adapted.param_groups(lr), lr), adapted, options)
+            applied.spent = adapted.before_training(samples or [], setup.loss_fn, setup.lr, setup.steps)
+        if applied.spent:
+            applied.notes = (f"{applied.spent} of {setup.steps} steps go to the method's own search before the training",)
+        return applied
 
     def _columns(self, model: nn.Module, head: tuple[str, ...]) -> list[str]:
         """What the layers that can be adapted are called in each block (`"query"`, `"value"`), for methods that need names."""

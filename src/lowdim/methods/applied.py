@@ -47,6 +47,7 @@ class Applied:
         options: the hyperparameters with everything filled in.
         make_companion: `optimizer -> Companion`, or None where the method needs none beside `adapted`.
         notes: what was left as it was, in words.
+        spent: how many of the steps the method has used already, in a search before the training.
         companion: what `start` made with `make_companion`. Its state goes into checkpoints; that of `adapted` stands in the
             model's own buffers.
     """
@@ -58,6 +59,7 @@ class Applied:
     options: dict[str, Any] = field(default_factory=dict)
     make_companion: Callable[[torch.optim.Optimizer], Companion] | None = None
     notes: tuple[str, ...] = ()
+    spent: int = 0
     companion: Companion | None = field(default=None, init=False)
 
     @property

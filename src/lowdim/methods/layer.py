@@ -66,11 +66,11 @@ class LayerStrategy(Strategy):
         return hyperparameters(self.variant.build_companion()) if self.variant.companion else []
 
     def _split(self, setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The layer's own options, and its companion's with `total_steps` filled in where it is open."""
+        """The layer's own options, and its companion's with `total_steps` and the run's seed where they are open."""
         names = self._companion_names()
         beside = {name: value for name, value in self.variant.options.items() if name in names}
-        if "total_steps" in names and beside.get("total_steps") is None:
-            beside["total_steps"] = setup.steps
+        training = {"total_steps": setup.steps, "seed": setup.seed}
+        beside |= {name: value for name, value in training.items() if name in names and beside.get(name) is None}
         return {name: value for name, value in self.variant.options.items() if name not in names}, beside
 
     def _companion(self, model: nn.Module, options: dict[str, Any], optimizer: torch.optim.Optimizer) -> Companion:

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowdim.calibrate import LossFn
 
-__all__ = ["Setup"]
+__all__ = ["WARMUP", "Setup"]
+
+WARMUP = 0.1
+"""Share of the steps in which the rate rises, where nothing else is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,7 @@ class Setup:
         steps: optimizer steps in all (some methods have schedules).
         head: modules of the model that are new and always trained, e.g. `("classifier",)`.
         batches, loss_fn: sample data for methods that look at it first.
+        warmup: share of the steps in which the rate rises; methods whose schedules begin after it ask for it.
         seed: of everything that the method draws, its companion included.
         initialise: False allocates only, for forecasts.
         scratch: training starts from random weights: structured layers draw their own.
@@ -39,9 +43,15 @@ class Setup:
     head: tuple[str, ...] = ()
     batches: Iterable[Any] | None = None
     loss_fn: LossFn | None = None
+    warmup: float = WARMUP
     seed: int = 0
     initialise: bool = True
     scratch: bool = False
     layerwise: bool = False
     accumulate: int = 1
     max_norm: float = 0.0
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps in which the rate rises."""
+        return round(self.warmup * self.steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -38,6 +39,16 @@ class Strategy(ABC):
 
     def check(self) -> None:  # noqa: B027  (most have nothing to refuse)
         """Raise ValueError or TypeError for options that the method refuses whatever the model."""
+
+    def sample_batches(self, steps: int) -> int:
+        """How many sample batches `Setup.batches` should hold for a training of `steps` steps."""
+        return 4
+
+    def at_rank(self, rank: int) -> Variant | None:
+        """The method with this rank, whatever it calls it; None where it has nothing like one."""
+        if "rank" not in self.option_names():
+            return None
+        return replace(self.variant, options={**self.variant.options, "rank": rank})
 
     @abstractmethod
     def apply(self, model: nn.Module, setup: Setup) -> Applied:

@@ -1,8 +1,10 @@
-"""What adapted models need from a training loop: one call after each optimizer step."""
+"""What adapted models need from a training loop: the regularizer, and one call after each optimizer step."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 if TYPE_CHECKING:
     from lowdim.adapters import Adapted
@@ -19,7 +21,16 @@ def _base() -> type:
 
 
 class AdaptedCallback(_base()):
-    """A `transformers.TrainerCallback` that calls `adapted.step()` after each optimizer step.
+    """A `transformers.TrainerCallback` that does what an adapter needs: its regularizer and `adapted.step()`.
+
+    Where the method has a regularizer (SoRA, IncreLoRA, SaRA with a nuclear norm), its gradient is added once before each
+    optimizer step, after the trainer has clipped the gradients of the loss. The loss that the trainer logs is the task's.
+
+    Args:
+        regularize: False where your own `compute_loss` adds `adapted.regularizer()` to the loss.
+
+    Raises:
+        ValueError: a regularizer under `fp16`, whose gradients are scaled (in `on_train_begin`).
 
     Example:
         >>> import torch, lowdim
@@ -28,23 +39,44 @@ class AdaptedCallback(_base()):
         >>> callback = AdaptedCallback(adapted)  # Trainer(..., callbacks=[callback])
     """
 
-    def __init__(self, adapted: Adapted):
-        self.adapted = adapted
+    def __init__(self, adapted: Adapted, *, regularize: bool = True):
+        self.adapted, self.regularize = adapted, regularize
         self._first = True
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the first backward pass: every adapted layer must have got a gradient."""
-        if self._first:
-            self._first = False
-            self.adapted.check_gradients()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After a resume the optimizer may have more groups than the scheduler was made for."""
-        if kwargs.get("lr_scheduler") is not None:
-            warmup = args.get_warmup_steps(state.max_steps)
-            self.adapted.follow(kwargs["lr_scheduler"], warmup=warmup, total=state.max_steps)
+        if self.regularize and args.fp16 and self._penalty() is not None:
+            raise ValueError(
+                f"{type(self.adapted.method).__name__} has a regularizer, whose gradient cannot be added to scaled ones: train "
+                "with bf16, or add adapted.regularizer() to the loss in compute_loss and set regularize=False"
+            )
+        self._follow(args, state, kwargs.get("lr_scheduler"))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the regularizer's gradient. After the first backward pass every adapted layer must have got a gradient."""
+        if self._first:
+            self._first = False
+            self.adapted.check_gradients()
+        penalty = self._penalty() if self.regularize else None
+        if penalty is None:
+            return
+        trained = [p for p in self.adapted.trainable().values() if p.requires_grad]
+        for parameter, gradient in zip(trained, torch.autograd.grad(penalty, trained, allow_unused=True)):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance schedules, rank allocation and proximal steps."""
         self.adapted.step(kwargs.get("optimizer"))
-        self.on_train_begin(args, state, control, **kwargs)
+        self._follow(args, state, kwargs.get("lr_scheduler"))
+
+    def _follow(self, args: Any, state: Any, scheduler: Any) -> None:
+        if scheduler is not None:
+            warmup = args.get_warmup_steps(state.max_steps)
+            self.adapted.follow(scheduler, warmup=warmup, total=state.max_steps)
+
+    def _penalty(self) -> torch.Tensor | None:
+        """The regularizer where it depends on what is trained."""
+        with torch.enable_grad():
+            value = self.adapted.regularizer()
+        return value if isinstance(value, torch.Tensor) and value.requires_grad else None

@@ -1,4 +1,4 @@
-"""Collecting what one run leaves behind, and not looking through the rest of the program for it."""
+"""Garbage collection of one run's objects only."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["own_garbage"]
+__all__ = ["isolated_gc"]
 
 _depth = 0
 
 
 @contextmanager
-def own_garbage() -> Iterator[None]:
-    """Within it only objects that were made inside are looked at by the garbage collector; at the end it is run.
+def isolated_gc() -> Iterator[None]:
+    """Limits garbage collection to objects created inside the block, and collects once at the end.
 
     A trainer, its callbacks and the model hold each other, so a run's memory comes back by the collector only. With torch and
     transformers loaded a full collection takes half a second, which is much beside a short run; the objects of a run are few.
 
     Example:
-        >>> from lowdim.train.garbage import own_garbage
-        >>> with own_garbage():
+        >>> from lowdim.train.garbage import isolated_gc
+        >>> with isolated_gc():
         ...     one = []
         ...     one.append(one)
         ...     del one

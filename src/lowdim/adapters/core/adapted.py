@@ -118,8 +118,13 @@ class Adapted(Companion):
                 "Set allow_unused=True on the Adapted if it is meant"
             )
 
-    def before_training(self, batches: list[Any], loss_fn: LossFn | None, lr: float, steps: int) -> None:
-        """Called by `lowdim run` and `lowdim compare` before a training of `steps` steps; for methods that search first."""
+    def before_training(self, batches: list[Any], loss_fn: LossFn | None, lr: float, steps: int) -> int:
+        """Called by `lowdim run` and `lowdim compare` before a training of `steps` steps; for methods that search first.
+
+        Returns:
+            How many of the steps the search has used; the training has that many fewer.
+        """
+        return 0
 
     def follow(self, scheduler: Any, *, warmup: int, total: int) -> None:
         """Called by `AdaptedCallback` after each step: a method that adds optimizer groups tells the rate scheduler of them."""

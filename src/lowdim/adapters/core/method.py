@@ -18,7 +18,7 @@ from lowdim.adapters.core.update import WeightUpdate
 from lowdim.errors import CheckpointError
 from lowdim.surgery import dense_matrix, describe, is_quantized
 
-__all__ = ["Method", "ModelMethod", "Stats", "method_class", "registered_methods"]
+__all__ = ["Method", "ModelMethod", "Stats", "method_class", "open_field", "registered_methods"]
 
 Stats = Mapping[str, Any]
 
@@ -137,9 +137,21 @@ class Method:
         """PEFT's config and tensors where PEFT has this very method, else None (then it goes as LoRA)."""
         return None
 
+    @classmethod
+    def sample_batches(cls, steps: int) -> int:
+        """How many sample batches it looks at before a training of `steps` steps, where it looks at any."""
+        return 4
+
+    @classmethod
+    def at_rank(cls, options: Mapping[str, Any], rank: int) -> dict[str, Any] | None:
+        """The options for another rank; None where the method has nothing like one. Override where it goes by another name."""
+        has = any(field.name == "rank" for field in dataclasses.fields(cast(Any, cls)))
+        return {**options, "rank": rank} if has else None
+
     def config(self) -> dict[str, Any]:
-        """The fields as JSON-able values."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(cast(Any, self))}
+        """The fields as JSON-able values, without open ones (`open_field`) that are still None."""
+        values = {f: getattr(self, f.name) for f in dataclasses.fields(cast(Any, self))}
+        return {f.name: _plain(value) for f, value in values.items() if value is not None or not f.metadata.get("open")}
 
     def saved(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint that belong to the method itself."""
@@ -178,6 +190,11 @@ class ModelMethod(Method, abstract=True):
     def attach_model(self, model: nn.Module, *, seed: int = 0, dtype: torch.dtype | None = None, **options: Any) -> Any:
         """Freeze `model`, make its parameters functions of few numbers, in place; gives an `Adapted`."""
         raise NotImplementedError(f"{type(self).__name__} must define attach_model(...)")
+
+
+def open_field() -> Any:
+    """A dataclass field that a training fills in. Files leave it out while it is None, so that older versions read them."""
+    return dataclasses.field(default=None, metadata={"open": True})
 
 
 def method_class(name: str) -> type[Any]:

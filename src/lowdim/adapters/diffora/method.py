@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowdim.adapters.core.common import check_rank, draw_uniform
 from lowdim.adapters.core.gated import GatedLoRAUpdate
 from lowdim.adapters.core.method import Method, Stats
-from lowdim.adapters.diffora.search import DifferentialMatrix, DiffoRAAdapted, Grid
+from lowdim.adapters.diffora.search import DifferentialMatrix, DiffoRAAdapted, Grid, search_steps
 from lowdim.errors import check_float, check_int
 from lowdim.linalg import wide
 
@@ -167,6 +167,11 @@ class DiffoRA(Method):
         check_float("alpha", self.alpha, 0.0, low_open=True)
         check_float("dropout", self.dropout, 0.0, 1.0, high_open=True)
         check_float("select_ratio", self.select_ratio, 0.0, 1.0, low_open=True)
+
+    @classmethod
+    def sample_batches(cls, steps: int) -> int:
+        """Two for each step of the search, to train and to validate on; 256 at most, which are then used repeatedly."""
+        return min(256, max(4, 2 * search_steps(steps)))
 
     def shared(self, layers: Mapping[str, nn.Module], *, seed: int, initialise: bool = True) -> DifferentialMatrix:
         """The matrix of logits, in float32 or better."""

@@ -15,7 +15,7 @@ from lowdim.adapters.core.adapted import Adapted
 from lowdim.adapters.core.shared import Shared
 from lowdim.calibrate import LossFn
 
-__all__ = ["DifferentialMatrix", "DiffoRAAdapted", "Grid"]
+__all__ = ["DifferentialMatrix", "DiffoRAAdapted", "Grid", "search_steps"]
 
 Grid = list[list[str | None]]
 
@@ -198,17 +198,20 @@ class DiffoRAAdapted(Adapted):
         self._matrix.choose(selected, pair)
         return selected
 
-    def before_training(self, batches: list[Any], loss_fn: LossFn | None, lr: float, steps: int) -> None:
+    def before_training(self, batches: list[Any], loss_fn: LossFn | None, lr: float, steps: int) -> int:
         """The whole search, for training loops that know no search: a fifth of `steps`, half of the batches as validation.
 
         The logits are moved by Adam (rate 2e-2, betas 0.5 and 0.999), the weights by AdamW at `lr`; then `discretize()`. Does
         nothing where the search has ended. A single batch serves as both halves.
 
+        Returns:
+            The steps of the search.
+
         Raises:
             ValueError: no batches, or no loss_fn.
         """
         if self.dam is None:
-            return
+            return 0
         if not batches or loss_fn is None:
             raise ValueError("DiffoRA searches before it trains: it needs sample batches and loss_fn")
         half = len(batches) // 2
@@ -219,13 +222,14 @@ class DiffoRAAdapted(Adapted):
         modes = {module: module.training for module in self.model.modules()}
         self.model.train()
         try:
-            for step in range(max(1, round(0.2 * steps))):
+            for step in range(search_steps(steps)):
                 pair = train[step % len(train)], valid[step % len(valid)]
                 self.search_step(loss_fn, *pair, dam_optimizer, weight_optimizer)
         finally:
             for module, mode in modes.items():
                 module.training = mode
         self.discretize()
+        return search_steps(steps)
 
     def _searched(self) -> nn.Parameter:
         if self.dam is None:
@@ -263,6 +267,11 @@ class _Objective(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return self.loss_fn(self.model, batch)
+
+
+def search_steps(steps: int) -> int:
+    """How many of a training's steps are the search's."""
+    return max(1, round(0.2 * steps))
 
 
 def _finite(which: str, loss: Tensor) -> Tensor:

@@ -66,8 +66,9 @@ class IncreLoRAAdapted(Adapted):
             self._grow(list(self.layers), optimizer, call)
         if self.total_rank < self._target():
             shared.observe(self._scores(shared.I), method.beta1, method.beta2)
-            if call > method.init_warmup and call % method.update_interval == 0:
-                self._grow(self._chosen(), optimizer, call)
+            first, every, end = method.growth
+            if call > first and call % every == 0:
+                self._grow(self._chosen(max(0, end - call) // every), optimizer, call)
         shared.count()
 
     def regularizer(self) -> Tensor | float:
@@ -150,9 +151,14 @@ class IncreLoRAAdapted(Adapted):
         scores = [like.new_zeros(()) if u.score is None else u.score.to(like) for u in self._updates().values()]
         return mean_over_processes(torch.stack(scores))
 
-    def _chosen(self) -> list[str]:
+    def _chosen(self, later: int) -> list[str]:
+        """The most important layers, `top_h` of them, or so many that the target is reached in this growth and `later` more."""
         importance = self.importance()
-        count = min(self.method.top_h, self._target() - self.total_rank, len(importance))
+        wanted, most = self._target() - self.total_rank, self.method.top_h
+        if most is None:
+            growths = -(-wanted // self.method.ranks_at_a_time)
+            most = -(-growths // max(1 + later, -(-growths // len(importance))))
+        count = min(most, wanted, len(importance))
         least = sorted(importance.values(), reverse=True)[count - 1]
         return [name for name, value in importance.items() if value >= least]
 

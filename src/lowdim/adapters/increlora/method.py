@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.adapters.core.common import check_rank, draw_normal
-from lowdim.adapters.core.method import Method, Stats
+from lowdim.adapters.core.method import Method, Stats, open_field
 from lowdim.adapters.increlora.growth import Allocator, IncreLoRAAdapted
 from lowdim.adapters.increlora.update import STD, IncreLoRAUpdate
 from lowdim.errors import check_float, check_int
@@ -34,14 +34,17 @@ class IncreLoRA(Method):
         alpha: numerator of the scale; 0 or less takes `rank`.
         dropout: on the update's input, while training.
         rank_step: ranks that a layer gets at a time; None takes `max(1, target_rank // 2)`.
-        top_h: layers that grow at a time (more where they tie).
-        init_warmup, update_interval: when they grow, in calls of `adapted.step(optimizer)`.
+        top_h: layers that grow at a time (more where they tie); None takes as many as the target needs by the middle of
+            `total_steps`.
+        init_warmup, update_interval: when they grow, in calls of `adapted.step(optimizer)`; None takes a tenth and a twentieth
+            of `total_steps`.
         beta1, beta2: memory of the importance, in (0, 1).
         advance_learn: whether the reserve's `A` and `B` are trained before it is active.
         orth_weight: weight of `adapted.regularizer()`, which holds the rows of `A` and the columns of `B` orthonormal.
         target_total: sum of all ranks at the end; None takes `target_rank` times the number of layers.
         weight_decay: of the parameters that come during the training.
         target_modules: which layers (see `lowdim.surgery.find_layers`).
+        total_steps: optimizer steps of the training, for what is None above; `lowdim.train` fills it in.
 
     Raises:
         ValueError: a hyperparameter out of range (here), a rank beyond the layer (at attach), or `step()` without an optimizer.
@@ -77,9 +80,9 @@ class IncreLoRA(Method):
     alpha: float = 32
     dropout: float = 0.0
     rank_step: int | None = None
-    top_h: int = 3
-    init_warmup: int = 100
-    update_interval: int = 100
+    top_h: int | None = 3
+    init_warmup: int | None = 100
+    update_interval: int | None = 100
     beta1: float = 0.85
     beta2: float = 0.85
     advance_learn: bool = True
@@ -87,6 +90,13 @@ class IncreLoRA(Method):
     target_total: int | None = None
     weight_decay: float = 0.0
     target_modules: Any = None
+    total_steps: int | None = open_field()
+
+    @classmethod
+    def at_rank(cls, options: Mapping[str, Any], rank: int) -> dict[str, Any]:
+        """The rank at the start, with a target as many times larger as before."""
+        start, target = options.get("rank", cls.rank), options.get("target_rank", cls.target_rank)
+        return {**options, "rank": rank, "target_rank": max(rank, round(rank * target / start))}
 
     def __post_init__(self) -> None:
         check_int("rank", self.rank, 1)
@@ -96,22 +106,39 @@ class IncreLoRA(Method):
         for name, least in (("rank_step", 1), ("target_total", 1)):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), least)
+        if self.total_steps is not None:
+            check_int("total_steps", self.total_steps, 1)
         for name, least in (("top_h", 1), ("init_warmup", 0), ("update_interval", 1)):
-            check_int(name, getattr(self, name), least)
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), least)
+            elif self.total_steps is None:
+                raise ValueError(f"{name}=None follows from total_steps, which must then be given; got None")
         for name in ("beta1", "beta2"):
             check_float(name, getattr(self, name), 0.0, 1.0, low_open=True, high_open=True)
         check_float("orth_weight", self.orth_weight, 0.0)
         check_float("weight_decay", self.weight_decay, 0.0)
 
+    @property
+    def growth(self) -> tuple[int, int, int]:
+        """The call after which layers grow, every how many calls they do, and the call by which the target is to be reached."""
+        total = self.total_steps or 0
+        first = total // 10 if self.init_warmup is None else self.init_warmup
+        every = max(1, total // 20) if self.update_interval is None else self.update_interval
+        return first, every, total // 2
+
+    @property
+    def ranks_at_a_time(self) -> int:
+        """Ranks that a layer gets when it grows."""
+        return max(1, self.target_rank // 2) if self.rank_step is None else self.rank_step
+
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> IncreLoRAUpdate:
         """Allocate the lists, as long as `stats["grown"]` says."""
-        step = max(1, self.target_rank // 2) if self.rank_step is None else self.rank_step
         update = IncreLoRAUpdate(
             out_features,
             in_features,
             check_rank(self.rank, out_features, in_features),
             self.alpha,
-            rank_step=step,
+            rank_step=self.ranks_at_a_time,
             advance=self.advance_learn,
             dtype=dtype,
             device=device,

@@ -15,7 +15,7 @@ from lowdim.adapters.core.adapted import Adapted
 from lowdim.adapters.core.convolution import Convolution
 from lowdim.adapters.core.guards import pristine_matrix, whole_parameters
 from lowdim.adapters.core.layer import AdaptedLayer
-from lowdim.adapters.core.method import Method, Stats
+from lowdim.adapters.core.method import Method, Stats, open_field
 from lowdim.adapters.core.shared import StepCounter
 from lowdim.adapters.core.update import WeightUpdate
 from lowdim.adapters.sara.entries import EntriesLayer, apply_entries, put_entries
@@ -186,7 +186,7 @@ class SaRAAdapted(Adapted):
         if not isinstance(self.shared, StepCounter):  # merged
             return
         self.shared.count()
-        if self.shared.done == self.method.progressive_iter:
+        if self.shared.done == self.method.selection_step:
             for update in self._updates():
                 update.select()
 
@@ -223,13 +223,15 @@ class SaRA(Method):
 
     Args:
         threshold: in units of the weight; choose it so that 5 to 20 % of the weights fall under it.
-        progressive_iter: step after which entries are selected again (the middle of the training); None never does.
+        progressive_iter: step after which entries are selected again; None takes the middle of `total_steps`, and without that
+            entries are never selected again.
         lambda_rank: weight of the nuclear norm; its decomposition takes time, so it is off by default.
         nuclear_min_dim, nuclear_min_count: only linear layers with `min(out, in)` above the first can be drawn, and one with
             no more active entries than the second gives 0.
         target_modules: which layers (see `lowdim.surgery.find_layers`).
         seed: of the draw, beside that of `lowdim.adapt`.
         dropout: on the update's input, while training; it costs a second product.
+        total_steps: optimizer steps of the training; `lowdim.train` fills it in.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -260,16 +262,26 @@ class SaRA(Method):
     target_modules: Any = None
     seed: int = 0
     dropout: float = 0.0
+    total_steps: int | None = open_field()
 
     def __post_init__(self) -> None:
         check_float("threshold", self.threshold, 0.0, low_open=True)
         if self.progressive_iter is not None:
             check_int("progressive_iter", self.progressive_iter, 1)
+        if self.total_steps is not None:
+            check_int("total_steps", self.total_steps, 1)
         check_float("lambda_rank", self.lambda_rank, 0.0)
         check_int("nuclear_min_dim", self.nuclear_min_dim, 0)
         check_int("nuclear_min_count", self.nuclear_min_count, 0)
         check_int("seed", self.seed, 0)
         check_float("dropout", self.dropout, 0.0, 1.0, high_open=True)
+
+    @property
+    def selection_step(self) -> int | None:
+        """The step after which entries are selected again, or None."""
+        if self.progressive_iter is not None or self.total_steps is None:
+            return self.progressive_iter
+        return max(1, self.total_steps // 2)
 
     @staticmethod
     def default_lr(threshold: float) -> float:

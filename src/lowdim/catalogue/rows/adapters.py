@@ -51,7 +51,7 @@ ROWS = (
         claim="Beats LoRA with 27 to 90 times fewer trained parameters, LoRA-XS at the same number; no scaling to tune.",
         target="LoRASB",
         variants=(
-            Variant("lora-sb", options={"rank": 24, "lr": 1e-4}, rates=(3e-3, 1e-3, 1e-2, 3e-4, 3e-2)),
+            Variant("lora-sb", options={"rank": 24}, rates=(3e-3, 1e-3, 1e-2, 3e-4, 3e-2)),
             Variant(
                 "lora-xs", "LoRA-XS", target="LoRAXS", options={"rank": 24, "alpha": 24}, rates=(1e-2, 3e-3, 3e-2, 1e-3, 3e-4)
             ),
@@ -155,7 +155,7 @@ ROWS = (
         variants=(
             Variant(
                 "increlora",
-                options={"rank": 4, "target_rank": 8, "alpha": 16, "init_warmup": 10, "update_interval": 5},
+                options={"rank": 4, "target_rank": 8, "alpha": 16, "top_h": None, "init_warmup": None, "update_interval": None},
                 rates=(1e-3, 3e-3, 3e-4, 1e-2, 1e-4),
             ),
         ),

@@ -62,7 +62,7 @@ ROWS = (
         variants=(
             Variant(
                 "maestro",
-                options={"lasso": 1e-3, "threshold": 0.05},
+                options={"lasso": 5e-3, "threshold": 1.0},
                 rates=(1e-4, 3e-5, 3e-4, 1e-5, 1e-3),
                 scratch_rates=(3e-3, 1e-2, 1e-3, 3e-4, 3e-2),
                 companion="MaestroTraining",

@@ -131,17 +131,17 @@ class MaestroSampler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there; the layers' own ranks come with the model's state dict.
+        """Go on from there, with the saved seed; the layers' own ranks come with the model's state dict.
 
         Raises:
             CheckpointError: the state of another sampler.
         """
         _check_state(state, {"kind", "seed", "round", "position", "ranks"})
-        for name, mine in (("kind", self.kind), ("seed", self.seed)):
-            if state[name] != mine:
-                raise CheckpointError(f"{name} of the saved sampler is {state[name]!r}; this one has {mine!r}")
+        if state["kind"] != self.kind:
+            raise CheckpointError(f"kind of the saved sampler is {state['kind']!r}; this one has {self.kind!r}")
         if state["ranks"].keys() != self.layers.keys():
             raise CheckpointError(f"the saved sampler is of layers {sorted(state['ranks'])}; this one of {sorted(self.layers)}")
+        self.seed = state["seed"]
         self._round, self._position, self._ranks = state["round"], state["position"], dict(state["ranks"])
         self._order = None
 

@@ -100,17 +100,17 @@ class SSTScheduler(Companion):
         self._drop()
 
     def state_dict(self) -> dict[str, Any]:
-        """How many steps were taken; all else follows from it and from the model."""
-        return {"steps": self.steps}
+        """How many steps were taken, and the seed; all else follows from these and from the model."""
+        return {"steps": self.steps, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another scheduler with the same settings stood.
+        """Go on where another scheduler with the same settings stood, with its draws.
 
         Raises:
             ValueError: `steps` is missing or not an int >= 0.
         """
         check_int("steps", state.get("steps"), 0)
-        self.steps = state["steps"]
+        self.steps, self.seed = state["steps"], state.get("seed", 0)  # 0: what all earlier versions drew from
 
     def _drop(self) -> None:
         for layer in self.layers:

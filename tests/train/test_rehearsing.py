@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from lowdim.optim import GaLore, param_groups
-from lowdim.train import watching
-from lowdim.train.watching import SpikeAlarm, rehearse_saving
+from lowdim.train import rehearsing
+from lowdim.train.rehearsing import rehearse_saving
+from lowdim.train.spikes import SpikeAlarm
 
 
 def test_noise_is_no_spike_and_a_jump_is():
@@ -61,7 +62,7 @@ def test_a_rehearsal_leaves_no_trace(inner, tmp_path):
 
 def test_a_disk_without_room(tmp_path, monkeypatch):
     def left(number):
-        monkeypatch.setattr(watching.shutil, "disk_usage", lambda path: type("Usage", (), {"free": number})())
+        monkeypatch.setattr(rehearsing.shutil, "disk_usage", lambda path: type("Usage", (), {"free": number})())
 
     model = net()
     left(5_000)

@@ -1,0 +1,341 @@
+"""The trainer of `fit` and its callbacks. It imports transformers, so `fit` imports this module only when it runs."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from lowdim.errors import CheckpointError
+from lowdim.files import read_json
+from lowdim.methods import Applied, Losses
+from lowdim.train.loop import PENALTY, SUBSPACE, FitResult, FitSettings
+from lowdim.train.metrics import metric_for
+from lowdim.train.rehearsing import rehearse_saving
+from lowdim.train.spikes import SpikeAlarm
+
+if TYPE_CHECKING:
+    from lowdim.train.tasks import Task
+
+__all__ = ["MethodTrainer", "Recorder", "RunMonitor", "Tick", "arguments", "newest_checkpoint"]
+
+_COMPANION = "companion.pt"  # in a checkpoint
+_KEPT = 3  # two whole checkpoints, and the next one beside them
+_WORDS = {"captured": "captured", "overlap": "overlap with the last subspaces"}
+
+
+class MethodTrainer(Trainer):
+    """`transformers.Trainer` with the optimizer, loss and companion of a method.
+
+    Args:
+        applied: the model that a strategy has made ready.
+        lr: the peak rate.
+        watch: log what a projected optimizer sees of the gradients.
+        others: of `transformers.Trainer`.
+    """
+
+    def __init__(self, applied: Applied, lr: float, *, watch: bool = False, **others: Any):
+        self.applied, self.applied_lr, self.watch = applied, lr, watch
+        self._penalty: float | None = None  # summed since the last entry of the log
+        self._losses: Losses | None = None
+        self._logged_step = 0
+        super().__init__(model=applied.model, **others)
+        self.remove_callback(PrinterCallback)
+        # Every loss here is a mean over the batch. Many classifiers take any keyword and so seem to divide by the items of
+        # all accumulated batches, but do not; the trainer would then leave their gradient as many times too large.
+        self.model_accepts_loss_kwargs = False
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The method's own, with its companion."""
+        if self.optimizer is None:
+            self.optimizer = self.applied.start(self.applied_lr)
+        return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """In training with what the method adds."""
+        usual: Any = super().compute_loss
+        if return_outputs or not model.training:
+            return usual(model, inputs, return_outputs, **kwargs)
+        self._losses = self.applied.loss(inputs, lambda called, batch: usual(called, batch, **kwargs), model)
+        return self._losses.total
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One forward and backward pass; returns the task's loss, which is logged.
+
+        Raises:
+            FloatingPointError: the loss, or the method's penalty, is not finite.
+        """
+        total = super().training_step(*args, **kwargs)
+        if not bool(torch.isfinite(total)):  # before the optimizer makes weights of it
+            raise FloatingPointError(f"the loss became {float(total):g} at step {self.state.global_step + 1}")
+        losses, self._losses = self._losses, None
+        if losses is None or not isinstance(losses.penalty, torch.Tensor) or not losses.penalty.requires_grad:
+            return total
+        share = self.current_gradient_accumulation_steps
+        self._penalty = (self._penalty or 0.0) + float(losses.penalty.detach().mean()) / share
+        return losses.task.detach().mean() / share
+
+    def plain_optimizer(self) -> Any:
+        """Without the wrapper that accelerate puts around it."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """With the method's penalty, and with what a projected optimizer saw where that is watched."""
+        if "loss" in logs:
+            if self._penalty is not None:
+                logs[PENALTY] = self._penalty / max(1, self.state.global_step - self._logged_step)
+            self._penalty, self._logged_step = None, self.state.global_step
+            numbers = getattr(self.plain_optimizer(), "log", None)
+            if numbers is not None and self.watch:
+                logs.update({f"{SUBSPACE}{name}": value for name, value in _unclipped(numbers(), logs).items()})
+        super().log(logs, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.applied.companion is not None and self.args.should_save:
+            torch.save(self.applied.companion.state_dict(), Path(output_dir) / _COMPANION)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            if checkpoint is not None and not self.is_fsdp_enabled:
+                _check_complete(Path(checkpoint))
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if self.applied.companion is not None and checkpoint is not None:
+                self.applied.companion.load_state_dict(torch.load(Path(checkpoint) / _COMPANION, weights_only=True))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+        self._logged_step = self.state.global_step
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except Exception as error:  # a full disk: torch, safetensors and the system each have an error of their own for it
+            folder = Path(str(self.args.output_dir))
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            if shutil.disk_usage(folder).free < 2**20:
+                reason = os.strerror(errno.ENOSPC)
+            shutil.rmtree(folder / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+            earlier = "; go on from the one before with --resume" if newest_checkpoint(folder) else ""
+            raise OSError(errno.ENOSPC, f"could not write a checkpoint to {folder} ({reason}){earlier}") from error
+
+
+class Recorder(TrainerCallback):
+    """Step times, and one reading of the memory.
+
+    Args:
+        measure: read the peak of one step, which makes that step slower.
+
+    Attributes:
+        times: seconds of each step from the third on.
+        peak_bytes: of the measured step, or None.
+    """
+
+    measured_step = 3  # of this process, so a resumed run is measured, too; the first two allocate and warm up
+
+    def __init__(self, model: nn.Module, measure: bool):
+        self.model, self.measure = model, measure
+        self.begun, self.start = 0, 0.0
+        self.times: list[float] = []
+        self.peak_bytes: int | None = None
+        self._peak: Any = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock, or the measurement."""
+        self.begun += 1
+        if self.measure and self.begun == self.measured_step:
+            from lowdim.plan import PeakMemory
+
+            self._peak = PeakMemory(self.model, kwargs.get("optimizer"))
+            self._peak.__enter__()
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Read the clock, or the measurement."""
+        seconds = time.perf_counter() - self.start
+        if self._peak is not None:
+            self._peak.__exit__(None, None, None)
+            self.peak_bytes, self._peak = self._peak.bytes, None
+        elif self.begun >= self.measured_step:
+            self.times.append(seconds)
+
+    def close(self) -> None:
+        """End a measurement whose step was left by an exception; a profiler that stays open breaks the next run."""
+        if self._peak is not None:
+            self._peak.__exit__(None, None, None)
+            self._peak = None
+
+
+class RunMonitor(TrainerCallback):
+    """Monitors a run: the method's own steps, evaluations, the alarm for spikes, the rehearsal of saving.
+
+    Args:
+        result: gets the steps whose loss jumped.
+        say: gets a line for each spike and each evaluation.
+    """
+
+    def __init__(
+        self, trainer: MethodTrainer, task: Task, settings: FitSettings, result: FitResult, say: Callable[[str], None]
+    ):
+        self.trainer, self.task, self.settings, self.result, self.say = trainer, task, settings, result, say
+        self.alarm = SpikeAlarm()
+        self._first = True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look back at the losses of a run that is resumed, and rehearse saving."""
+        trainer, settings = self.trainer, self.settings
+        self._follow(args, state, kwargs["lr_scheduler"])
+        optimizer = trainer.plain_optimizer()
+        if hasattr(optimizer, "watcher"):
+            optimizer.watcher.on = settings.watch
+        self.alarm.recall(float(entry["loss"]) for entry in state.log_history if "loss" in entry)
+        if settings.save_steps and not state.global_step and not trainer.is_fsdp_enabled and state.is_world_process_zero:
+            companion = trainer.applied.companion
+            short = rehearse_saving(trainer.applied.model, optimizer, companion, Path(args.output_dir), _KEPT)
+            if short:
+                self.say(f"note: {short}")
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the first backward pass: every adapted layer must have got a gradient."""
+        if self._first and self.trainer.applied.adapted is not None:
+            self.trainer.applied.adapted.check_gradients()
+        self._first = False
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The method's own steps."""
+        self.trainer.applied.after_step(kwargs["optimizer"])
+        self._follow(args, state, kwargs["lr_scheduler"])
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Report a loss that jumps."""
+        if logs and "loss" in logs and self.alarm.spike(float(logs["loss"])):
+            self.result.spikes.append(state.global_step)
+            usual = f"below {self.alarm.threshold():.4f}"
+            self.say(f"step {state.global_step}: the loss jumped to {float(logs['loss']):.4f} (usual: {usual})")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Score the validation part where it is due."""
+        every = self.settings.eval_steps
+        if every and state.global_step % every == 0 and state.global_step < state.max_steps:
+            loss = self.task.evaluate(self.trainer.applied.model, self.task.validation, metric_for(self.task.kind, "loss"))
+            due = control.should_log
+            self.trainer.log({"eval_loss": loss})
+            control.should_log = due  # which logging switches off: the step's own loss would be lost
+            score = f"step {state.global_step}: validation perplexity {math.exp(min(loss, 50.0)):.4f}"
+            self.say(score + _seen(self.trainer.plain_optimizer()))
+
+    def _follow(self, args: Any, state: Any, scheduler: Any) -> None:
+        """Let the scheduler know of groups that the optimizer got, also by a resume."""
+        if self.trainer.applied.adapted is not None and scheduler is not None:
+            warmup = args.get_warmup_steps(state.max_steps)
+            self.trainer.applied.adapted.follow(scheduler, warmup=warmup, total=state.max_steps)
+
+
+class Tick(TrainerCallback):
+    """Calls a function after each optimizer step."""
+
+    def __init__(self, on_step: Callable[[], None]):
+        self.on_step = on_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One step was made."""
+        self.on_step()
+
+
+def arguments(settings: FitSettings, steps: int, folder: Path) -> TrainingArguments:
+    """The settings in transformers' words."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=round(settings.warmup * steps),
+        max_grad_norm=0.0 if settings.clips_itself else settings.max_grad_norm,
+        weight_decay=0.0,
+        bf16=settings.bf16,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        logging_strategy="steps",
+        logging_steps=settings.log_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,
+        save_total_limit=2 if settings.save_steps else None,
+        report_to=settings.report_to,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        ddp_broadcast_buffers=False,  # frozen bases are the same everywhere, and large
+    )
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that was finished, or None."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    complete = [p for p in found if _whole(p / "trainer_state.json")]
+    return str(max(complete, key=lambda p: int(p.name.rpartition("-")[2]))) if complete else None
+
+
+def _whole(state: Path) -> bool:
+    """Whether a checkpoint was finished: the trainer writes this file last."""
+    try:
+        return bool(read_json(state))
+    except CheckpointError:
+        return False
+
+
+def _check_complete(checkpoint: Path) -> None:
+    """Raise FileNotFoundError where a part is missing that the trainer would silently do without."""
+    for pattern in ("optimizer.pt", "scheduler.pt", "rng_state*.pth"):  # one random state a process
+        if not list(checkpoint.glob(pattern)):
+            raise FileNotFoundError(f"it has no {pattern.replace('*', '')}")
+
+
+@contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    """What goes wrong while a checkpoint is read is its damage, and says how to go on."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch, safetensors, zip files and the system each have an error of their own for it
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(
+            f"{checkpoint} cannot be read ({reason}); remove that folder, and --resume goes on from the checkpoint before it"
+        ) from error
+
+
+def _seen(optimizer: Any) -> str:
+    """What a projected optimizer saw in the last step, in words."""
+    numbers = optimizer.log() if hasattr(optimizer, "watcher") else {}
+    return "".join(f"; {words} {numbers[name]:.3g}" for name, words in _WORDS.items() if name in numbers)
+
+
+def _unclipped(numbers: dict[str, float], logs: dict[str, float]) -> dict[str, float]:
+    """Norms as they were before the trainer clipped the full gradients, which it reports as `grad_norm`."""
+    norm, seen = logs.get("grad_norm"), numbers.get("true_grad_norm")
+    if not norm or not seen:
+        return numbers
+    names = ("true_grad_norm", "projected_norm")
+    return {name: value * norm / seen if name in names else value for name, value in numbers.items()}

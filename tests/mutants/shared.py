@@ -87,4 +87,25 @@ FAULTS = [
         "return eigenvalues.flip(0).clamp_min(0), vectors",
         Tests(("compress/test_lord.py::TestLoRD",), shared=True),
     ),
+    Fault(
+        "a Matryoshka embedding is normalised before it is cut",
+        "represent/matryoshka/heads.py",
+        "return F.normalize(cut, dim=-1) if self.normalize else cut",
+        "return F.normalize(embedding, dim=-1)[..., :size] if self.normalize else cut",
+        Tests(("represent/test_mrl.py::TestEmbeddingLoss",), "formula", shared=True),
+    ),
+    Fault(
+        "a cascade answers where it is unsure",
+        "represent/matryoshka/cascade.py",
+        "sure = confidence[:max_level] > self.thresholds_",
+        "sure = confidence[:max_level] < self.thresholds_",
+        Tests(("represent/test_cascade.py::TestCascade",), "formula", shared=True),
+    ),
+    Fault(
+        "retrieval reorders its list at the first size",
+        "represent/matryoshka/retrieval.py",
+        "_rerank(q, d, indices[:, :length], size, dtype)",
+        "_rerank(q, d, indices[:, :length], retrieval_dim, dtype)",
+        Tests(("represent/test_retrieval.py::TestAdaptive",), "formula", shared=True),
+    ),
 ]

@@ -63,18 +63,18 @@ class TestEfficientHead(TestHead):
 class TestEmbeddingLoss(RepresentCase):
     def make(self):
         torch.manual_seed(0)
-        return MatryoshkaEmbeddingLoss(nn.CosineEmbeddingLoss(), [2, 8], weights=[0.5, 3.0])
+        return MatryoshkaEmbeddingLoss(nn.MSELoss(), [2, 8], weights=[0.5, 3.0])
 
     def loss(self, module, dtype):
         x, _ = batch(dtype)
-        return module(x[:, :16], x[:, 16:], target=torch.ones(9))
+        return module(x[:, :16], x[:, 16:])
 
     def expected(self, module):
         u, v = batch(torch.float64)[0].split(16, dim=1)
         total = torch.zeros((), dtype=torch.float64)
         for weight, size in ((0.5, 2), (3.0, 8)):
             a, b = (z[:, :size] / z[:, :size].norm(dim=1, keepdim=True) for z in (u, v))
-            total = total + weight * (1 - (a * b).sum(1)).mean()  # the cosine loss of pairs that belong together
+            total = total + weight * (a - b).square().mean()
         return total
 
     def refusals(self):
@@ -196,6 +196,13 @@ def test_embedding_loss_cuts_then_normalises():
     assert torch.allclose(got, 0.1 * parts[0] + 2.0 * parts[1], atol=1e-14)
     plain = MatryoshkaEmbeddingLoss(F.mse_loss, [3], normalize=False)(u, v)
     assert torch.equal(plain, F.mse_loss(u[:, :3], v[:, :3]))
+
+
+def test_keywords_reach_the_loss():
+    u, v = batch(torch.float64)[0].split(16, dim=1)
+    y = torch.tensor([1.0, -1.0, 1.0] * 3, dtype=torch.float64)
+    got = MatryoshkaEmbeddingLoss(F.cosine_embedding_loss, [3])(u, v, target=y)
+    assert torch.allclose(got, F.cosine_embedding_loss(u[:, :3], v[:, :3], y))
 
 
 def test_embedding_loss_keeps_zero_vectors_finite():

@@ -48,7 +48,7 @@ layers: setup-dev  ## which package may import which
 docs: setup-test  ## run the examples of README, docs and docstrings; check the links
 	$(PYTEST) -n $(JOBS) -m "slow or not slow" tests/test_readme.py tests/test_docs.py tests/test_shipped_recipes.py
 
-tables: setup-test  ## write the tables of README and docs/choosing.md that come from the catalogue
+tables: setup-test  ## write what README and docs show from elsewhere: tables from the catalogue, files of docs/examples
 	$(BIN)/python docs/tables.py
 
 bench: $(VENV)/.bench  ## figures against PEFT and galore-torch; writes results/bench-*.json

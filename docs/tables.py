@@ -1,6 +1,7 @@
-"""Write the tables of README.md and docs/choosing.md that come from the catalogue; `make tables` runs this.
+"""Write what the docs show from elsewhere: tables from the catalogue, and the files of docs/examples; `make tables` runs this.
 
-A table stands between `<!-- NAME: from the catalogue -->` and `<!-- end of NAME -->`; nothing there is written by hand.
+A table stands between `<!-- NAME: from the catalogue -->` and `<!-- end of NAME -->`, an example between `<!-- FILE -->` and
+`<!-- end of FILE -->`; nothing there is written by hand.
 """
 
 from __future__ import annotations
@@ -68,26 +69,38 @@ TABLES: tuple[tuple[Path, str, Callable[[str], str], str], ...] = (
 )
 
 
+#: The page that shows the files of docs/examples.
+EXAMPLES = ROOT / "docs" / "adding-a-system.md"
+
+
 def pages() -> dict[Path, str]:
-    """Each page with its tables as they should be.
+    """Each page with its tables and examples as they should be.
 
     Raises:
-        ValueError: a page lacks the lines that a table stands between.
+        ValueError: a page lacks the lines that a table or an example stands between.
     """
     found: dict[Path, str] = {}
     for path, name, make, place in TABLES:
         text = found.get(path) or path.read_text(encoding="utf-8")
-        begin, end = f"<!-- {name}: from the catalogue -->", f"<!-- end of {name} -->"
-        if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"{path} must have one line {begin} and one line {end}")
-        pattern = re.escape(begin) + ".*?" + re.escape(end)
-        table = f"{begin}\n{make(place)}\n{end}"
-        found[path] = re.sub(pattern, lambda match, table=table: table, text, flags=re.DOTALL)
-    return found
+        found[path] = _filled(path, text, f"{name}: from the catalogue", name, make(place))
+    text = EXAMPLES.read_text(encoding="utf-8")
+    for file in sorted((ROOT / "docs" / "examples").glob("adding_a*.py")):
+        code = file.read_text(encoding="utf-8")
+        text = _filled(
+            EXAMPLES, text, file.name, file.name, f"[examples/{file.name}](examples/{file.name})\n\n```python\n{code}```"
+        )
+    return {**found, EXAMPLES: text}
+
+
+def _filled(path: Path, text: str, begin: str, end: str, content: str) -> str:
+    begin, end = f"<!-- {begin} -->", f"<!-- end of {end} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{path} must have one line {begin} and one line {end}")
+    return re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda match: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL)
 
 
 def outdated() -> list[Path]:
-    """Pages whose tables are not as they should be."""
+    """Pages whose tables or examples are not as they should be."""
     return [path for path, text in pages().items() if path.read_text(encoding="utf-8") != text]
 
 

@@ -91,23 +91,33 @@ def deep() -> list:
     return [pytest.param(v, id=v.name, marks=[pytest.mark.slow] * (v.name != "lora")) for v in built_methods()]
 
 
+#: How far amounts are from a line in the number of layers, for methods in which layers are not independent of each other.
+BENDS = {
+    "said": 1e-3,  # theta is one number shorter for each tensor, so the work on it grows by a square as well
+    "diffora": 1e-3,  # each gate hands back a gradient of the whole matrix of gates
+    "maestro": 5e-3,  # which ranks a step trains is drawn for each layer
+    "s2ft": 0.05,  # channels are drawn from all layers together, and those of different layers have different lengths
+}
+
+
 @pytest.mark.parametrize("chosen", deep())
 def test_a_line_through_two_depths_is_exact(chosen):
     config = llama(layers=6, hidden_size=32, intermediate_size=64)
     options = {name: 8 for name in ("rank",) if "rank" in chosen.options}
     if "rank_choices" in chosen.options:
         options["rank_choices"] = (4, 8)
+    if "ratio" in chosen.options:
+        options["ratio"] = 0.5  # of layers as small as these, a few per cent are one channel or none
     subject, plan = Subject.of(config, task="classify"), Plan(with_options(chosen, options), 2, 16)
     whole = rehearse(subject, plan)
     short = _extend(rehearse(subject, plan, 2), rehearse(subject, plan, 4), 6)
-    # SAID's theta is one number shorter for each tensor, so the work on it grows by a square as well.
-    bend = 1e-3 if chosen.name == "said" else 1e-9
+    bend = BENDS.get(chosen.name, 1e-9)
     for name, value in whole.amounts.items():
         assert short.amounts[name] == pytest.approx(value, rel=bend)
     # Where state comes into being while the first step goes, the line is a close guess; afterwards it is exact.
     for step, rel in ((1, 0.05), (2, 0), (3, 0)):
         peaks = [max((p.total for k, p in r.peaks.items() if k[0] == step), default=0) for r in (short, whole)]
-        assert peaks[0] == pytest.approx(peaks[1], rel=rel, abs=0)
+        assert peaks[0] == pytest.approx(peaks[1], rel=max(rel, BENDS.get(chosen.name, 0)), abs=0)
 
 
 def test_patterns_that_single_out_layers_are_rehearsed_whole():

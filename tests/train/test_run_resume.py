@@ -115,7 +115,10 @@ def test_every_adapter_is_killed_and_resumed():
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW)) for m in METHODS])
 def test_killed_and_resumed_is_as_if_never_killed(method, whole, tmp_path):
     folder, want = whole(method)
-    assert want["validation"] < want["before"]
+    if method == "monarch":  # `before` scores the model; this starts from an approximation of it
+        assert want["losses"][-1] < want["losses"][0]
+    else:
+        assert want["validation"] < want["before"]
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe(tmp_path, method), callbacks=(Kill(5),))
     assert not (tmp_path / "run.json").exists()
@@ -167,7 +170,8 @@ def test_killed_by_the_system(whole, tmp_path):
 
 def _environment():
     here = Path(__file__).parent
-    return {**os.environ, "PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    folders = os.pathsep.join(filter(None, (str(here), str(here.parent), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": folders, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 def test_the_record_and_the_folder(whole):

@@ -1,19 +1,9 @@
-"""The worked examples of the documentation, and the same with one wrong place, to see that a shared case notices."""
+"""A source file with one wrong place, to see that a shared case notices. Right ones run in test_docs_examples."""
 
-import importlib
-import sys
 import types
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-
-
-def example(name: str) -> types.ModuleType:
-    """A file of docs/examples as a module that a new process finds, too."""
-    folder = str(ROOT / "docs" / "examples")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    return importlib.import_module(name)
 
 
 def planted(path: str, old: str, new: str) -> types.ModuleType:

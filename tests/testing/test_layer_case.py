@@ -2,12 +2,9 @@
 
 import pytest
 import torch
-from planted_source import example, planted
+from planted_source import planted
 
 from lowdim.testing.layer_case import LayerCase
-
-TestBlockDiagonal = example("adding_a_layer").TestBlockDiagonal
-TestBlockDiagonalTall = example("adding_a_layer").TestBlockDiagonalTall
 
 #: what is wrong, the text that is replaced in the example, what takes its place, the test that notices it
 FAULTS = [

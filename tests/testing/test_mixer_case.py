@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from planted_source import example, planted
+from planted_source import planted
 
 from lowdim.testing.mixer_case import MixerCase
-
-TestDiagonalRecurrence = example("adding_a_mixer").TestDiagonalRecurrence
 
 f64 = torch.float64
 #: what is wrong, the text that is replaced in the example, what takes its place, the test that notices it

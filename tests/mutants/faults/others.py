@@ -169,7 +169,7 @@ FAULTS = [
         "methods/applied.py",
         "return Losses(task + penalty, task, penalty)",
         "return Losses(task + penalty, task + penalty, penalty)",
-        Tests(("train/test_loop.py", "methods"), "penalt or regularizer or loss"),
+        of("methods/test_losses"),
     ),
     Fault(
         "a search or a rank's decision is not finished after training",

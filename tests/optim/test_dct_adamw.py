@@ -22,7 +22,7 @@ from lowdim.optim import (
 from lowdim.optim.dct import PickingAdamW
 from lowdim.testing.optimizer_case import OptimizerCase
 from lowdim.testing.optimizer_problem import OptimizerProblem
-from lowdim.testing.sharded_case import Subject, check_sharded
+from lowdim.testing.sharded_case import Subject, check_sharded, uneven_net
 
 f64 = torch.float64
 
@@ -143,16 +143,6 @@ def test_error_feedback_in_bfloat16():
     assert state["exp_avg"].dtype == torch.float32
 
 
-def small_net():
-    """Tall, wide and square matrices with sides that two does not divide."""
-    net = nn.Sequential(nn.Linear(7, 18), nn.Tanh(), nn.Linear(18, 18), nn.Tanh(), nn.Linear(18, 9)).double()
-    draw = stream(0, "sharded", "net")
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(torch.randn(p.shape, generator=draw, dtype=f64) / p.shape[-1] ** 0.5)
-    return net
-
-
 def made(**options):
     return lambda net: DCTAdamW(
         param_groups(net, rank=3), **{"lr": 0.02, "update_interval": 2, "weight_decay": 0.01, **options}
@@ -160,12 +150,12 @@ def made(**options):
 
 
 SHARDED = {
-    "dct": Subject(net=small_net, optimizer=made()),
-    "dct-l2": Subject(net=small_net, optimizer=made(norm=2, basis="dct2", rotate=False, update_interval=1)),
-    "dct-feedback": Subject(net=small_net, optimizer=made(error_feedback=True)),
-    "dct-feedback-8bit": Subject(net=small_net, optimizer=made(error_feedback=8)),
-    "dct-replicas": Subject(net=small_net, optimizer=made(layerwise=True, error_feedback=True), how="replicas"),
-    "dct-fira": Subject(net=small_net, optimizer=made(residual="norm_scaled")),
+    "dct": Subject(net=uneven_net, optimizer=made()),
+    "dct-l2": Subject(net=uneven_net, optimizer=made(norm=2, basis="dct2", rotate=False, update_interval=1)),
+    "dct-feedback": Subject(net=uneven_net, optimizer=made(error_feedback=True)),
+    "dct-feedback-8bit": Subject(net=uneven_net, optimizer=made(error_feedback=8)),
+    "dct-replicas": Subject(net=uneven_net, optimizer=made(layerwise=True, error_feedback=True), how="replicas"),
+    "dct-fira": Subject(net=uneven_net, optimizer=made(residual="norm_scaled")),
 }
 
 

@@ -11,7 +11,7 @@ import vectors
 from lowdim.linalg import stream
 from lowdim.optim import AdamWRule, Fira, GaLore, NormScaledResidual, SVDProjector, param_groups, state_bytes
 from lowdim.testing.optimizer_case import OptimizerCase
-from lowdim.testing.sharded_case import Subject, check_sharded
+from lowdim.testing.sharded_case import Subject, check_sharded, uneven_net
 
 
 class TestFira(OptimizerCase):
@@ -81,27 +81,17 @@ class TestPlain(TestFira):
         return PlainFira(params, **{"lr": 0.02, "rank": 3, "update_interval": self.update_interval, **options})
 
 
-def small_net():
-    """Tall, wide and square matrices with sides that two does not divide."""
-    net = nn.Sequential(nn.Linear(7, 18), nn.Tanh(), nn.Linear(18, 18), nn.Tanh(), nn.Linear(18, 9)).double()
-    draw = stream(0, "sharded", "net")
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(torch.randn(p.shape, generator=draw, dtype=torch.float64) / p.shape[-1] ** 0.5)
-    return net
-
-
 def made(cls=Fira, **options):
     common = {"lr": 0.02, "update_interval": 4, "weight_decay": 0.01}
     return lambda net: cls(param_groups(net, rank=3), **{**common, **options})
 
 
 SHARDED = {
-    "fira": Subject(net=small_net, optimizer=made(scale=0.5)),
-    "fira-reverse": Subject(net=small_net, optimizer=made(proj_type="reverse_std")),
-    "fira-replicas": Subject(net=small_net, optimizer=made(layerwise=True), how="replicas"),
-    "fira-plain": Subject(net=small_net, optimizer=made(PlainFira, scale=0.5)),
-    "fira-plain-reverse": Subject(net=small_net, optimizer=made(PlainFira, proj_type="reverse_std")),
+    "fira": Subject(net=uneven_net, optimizer=made(scale=0.5)),
+    "fira-reverse": Subject(net=uneven_net, optimizer=made(proj_type="reverse_std")),
+    "fira-replicas": Subject(net=uneven_net, optimizer=made(layerwise=True), how="replicas"),
+    "fira-plain": Subject(net=uneven_net, optimizer=made(PlainFira, scale=0.5)),
+    "fira-plain-reverse": Subject(net=uneven_net, optimizer=made(PlainFira, proj_type="reverse_std")),
 }
 
 

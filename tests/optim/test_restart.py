@@ -2,6 +2,7 @@ import copy
 import io
 import math
 
+import formulas
 import pytest
 import torch
 from torch import nn
@@ -94,6 +95,29 @@ def test_reference_training(how):
         torch.testing.assert_close(layer.dense_weight().detach(), weights[-1])
     v.close(torch.stack(weights), "weights_after")
     assert acted == [(k + 1) % h["interval"] == 0 for k in range(h["steps"])]
+
+
+def test_training_is_the_formula():
+    """Adam on both factors; after every third step `B ← U √S`, `A ← √S Vᵀ` of `B A = U S Vᵀ`, and Adam begins anew."""
+    draw = stream(0, "restart", "formula")
+    A, B, x, y = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in ((3, 7), (5, 3), (16, 7), (16, 5)))
+    layer = LowRankLinear.from_factors(A, B)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
+    restart = Restart(optimizer, layer, interval=3)
+    state_A, state_B = {}, {}
+    for step in range(8):
+        (layer(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        G = 2 * (x @ (B @ A).T - y).T @ x / y.numel()
+        grad_A, grad_B, eta = B.T @ G, G @ A.T, formulas.step_size(step % 3, 0.05)
+        A = A - eta * formulas.adam_inside(grad_A, state_A, step % 3)
+        B = B - eta * formulas.adam_inside(grad_B, state_B, step % 3)
+        torch.testing.assert_close((layer.B @ layer.A).detach(), B @ A, rtol=1e-10, atol=1e-12)
+        if restart.step():
+            U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
+            A, B = S[:3].sqrt()[:, None] * Vh[:3], U[:, :3] * S[:3].sqrt()
+            state_A, state_B = {}, {}
 
 
 # What a restart does.

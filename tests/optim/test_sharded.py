@@ -1,21 +1,7 @@
 """FSDP2: GaLore in two gloo processes gives what it gives in one, across refreshes, checkpoints and world sizes."""
 
-import torch
-from torch import nn
-
-from lowdim.linalg import stream
 from lowdim.optim import GaLore, param_groups
-from lowdim.testing.sharded_case import Subject
-
-
-def small_net():
-    """Tall, wide and square matrices with sides that two does not divide."""
-    net = nn.Sequential(nn.Linear(7, 18), nn.Tanh(), nn.Linear(18, 18), nn.Tanh(), nn.Linear(18, 9)).double()
-    draw = stream(0, "sharded", "net")
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(torch.randn(p.shape, generator=draw, dtype=torch.float64) / p.shape[-1] ** 0.5)
-    return net
+from lowdim.testing.sharded_case import Subject, uneven_net
 
 
 class Galore:
@@ -42,9 +28,9 @@ SETTINGS = {
     "layerwise-clipped": {"layerwise": True, "max_norm": 0.3},
 }
 SHARDED = {
-    f"galore-{name}": Subject(small_net, Galore(**options), tolerance=1e-6 if name in ("8bit", "16bit") else 1e-10)
+    f"galore-{name}": Subject(uneven_net, Galore(**options), tolerance=1e-6 if name in ("8bit", "16bit") else 1e-10)
     for name, options in SETTINGS.items()
 }
-SHARDED["galore-ddp"] = Subject(small_net, Galore(), how="ddp")
-SHARDED["galore-replicas"] = Subject(small_net, Galore(layerwise=True), how="replicas")
-SHARDED["galore-replicas-clipped"] = Subject(small_net, Galore(layerwise=True, max_norm=0.3), how="replicas")
+SHARDED["galore-ddp"] = Subject(uneven_net, Galore(), how="ddp")
+SHARDED["galore-replicas"] = Subject(uneven_net, Galore(layerwise=True), how="replicas")
+SHARDED["galore-replicas-clipped"] = Subject(uneven_net, Galore(layerwise=True, max_norm=0.3), how="replicas")

@@ -177,7 +177,7 @@ class LayerCase(ABC):
         want = self.dense(copy.deepcopy(layer).double()).detach()
         if dtype == torch.float64:
             self.close(linear.weight, want, "forward")
-        else:  # half of the last bit, and what float32 adds: a product that was rounded on the way would be further off
+        else:  # half of the last bit, and what float32 adds: a product that was rounded in between would be further off
             error = (linear.weight.detach().double() - want).abs()
             assert bool((error <= 2**-8 * want.abs() + 1e-6 * want.abs().max()).all())
         assert torch.equal(linear.bias, layer.bias)

@@ -1,6 +1,6 @@
 """Training spread over processes equals training in one: what every optimizer and layer owes under FSDP2.
 
-    SHARDED = {"mine": Subject(net=build_net, optimizer=lambda net: Mine(param_groups(net, rank=3), lr=0.05))}
+    SHARDED = {"mine": Subject(net=uneven_net, optimizer=lambda net: Mine(param_groups(net, rank=3), lr=0.05))}
 
     @pytest.mark.slow
     def test_two_processes_equal_one():
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lowdim.linalg import gather, stream
 from lowdim.testing.processes import in_processes
 
-__all__ = ["Subject", "check_sharded", "sharded_numbers"]
+__all__ = ["Subject", "check_sharded", "sharded_numbers", "uneven_net"]
 
 STEPS = 10
 HALF = 6  # where a checkpoint is taken
@@ -39,7 +39,7 @@ class Subject:
         net: builds the network in float64, with the same numbers each time; takes rows of `features` numbers. Each of its
             direct children that has parameters is sharded on its own, then the whole.
         optimizer: `net -> optimizer`; a refresh should fall within ten steps.
-        companion: `(net, optimizer) -> companion` with `step()`, `state_dict()`, `load_state_dict()`; it should act within ten.
+        companion: `(net, optimizer) -> lowdim.companion.Companion`; it should act within ten steps.
         how: `"fsdp"` (FSDP2), `"ddp"`, or `"replicas"`: the same parameters in each process, and the optimizer averages.
         features: entries of an input row.
         tolerance: allowed difference, relative to how far the weights moved.
@@ -82,12 +82,15 @@ class _Training:
             self.optimizer.step()
             self.optimizer.zero_grad()
             if self.companion is not None:
-                self.companion.step()
+                self.companion.step(self.optimizer)
 
     def weights(self) -> dict[str, Any]:
         """Every tensor of the model, whole."""
         with torch.no_grad():
-            return {name: gather(value).detach().clone().numpy() for name, value in self.net.state_dict().items() if _is(value)}
+            return {name: gather(value).detach().clone().numpy() for name, value in self._tensors()}
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [(name, value) for name, value in self.net.state_dict().items() if isinstance(value, Tensor)]
 
     def save(self) -> dict[str, Any]:
         """Model, optimizer and companion, whole, as a trainer writes them."""
@@ -96,8 +99,8 @@ class _Training:
         model, optimizer = get_state_dict(
             self.net, self.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
-        beside = None if self.companion is None else copy.deepcopy(self.companion.state_dict())
-        return copy.deepcopy({"model": model, "optimizer": optimizer, "companion": beside})
+        acting = None if self.companion is None else self.companion.state_dict()
+        return copy.deepcopy({"model": model, "optimizer": optimizer, "companion": acting})
 
     def load(self, saved: dict[str, Any]) -> None:
         """Into this number of processes, whatever it was saved from."""
@@ -111,8 +114,14 @@ class _Training:
             self.companion.load_state_dict(saved["companion"])
 
 
-def _is(value: Any) -> bool:
-    return isinstance(value, Tensor)
+def uneven_net() -> nn.Module:
+    """Tall, square and wide matrices, in float64, with sides that two does not divide."""
+    net = nn.Sequential(nn.Linear(7, 18), nn.Tanh(), nn.Linear(18, 18), nn.Tanh(), nn.Linear(18, 9)).double()
+    draw = stream(0, "sharded", "net")
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=draw, dtype=torch.float64) / p.shape[-1] ** 0.5)
+    return net
 
 
 def sharded_numbers(rank: int, world: int, names: list[tuple[str, str]]) -> dict[str, Any]:
@@ -124,7 +133,7 @@ def sharded_numbers(rank: int, world: int, names: list[tuple[str, str]]) -> dict
     for module, key in names:
         try:
             found[key] = _numbers(importlib.import_module(module).SHARDED[key], rank, world, mesh)
-        except Exception:  # noqa: BLE001 - told where it is looked at; the others go on
+        except Exception:  # noqa: BLE001 - reported by check_sharded; the others go on
             found[key] = traceback.format_exc()
     return found
 
@@ -170,7 +179,7 @@ def check_sharded(subject: Subject, numbers: Any = None, *, module: str = "", ke
                 for k, s in (subjects if isinstance(subjects, dict) else {}).items():
                     if s is subject:
                         module, key = name, k
-        assert key, "the subject must stand in a dictionary SHARDED at the top level of a module"
+        assert key, "the subject must be in a dictionary SHARDED at the top level of a module"
         numbers = in_processes(_one, 2, module, key)
     assert not isinstance(numbers, str), numbers
     plain = _Training(subject)

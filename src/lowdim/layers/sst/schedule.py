@@ -1,4 +1,4 @@
-"""What must act beside the optimizer when SST layers are trained."""
+"""What must act besides the optimizer when SST layers are trained."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _ZERO = {True: 127, False: 0}
 
 @dataclass(frozen=True)
 class AdamWRule(InnerRule):
-    """Adam's direction; where eps stands tells two families of implementations apart.
+    """Adam's direction; two families of implementations differ in where eps is added.
 
     Formula: `m ← β₁ m + (1−β₁) g`, `v ← β₂ v + (1−β₂) g²`, `D = m / (√v + e)`, `η = lr √(1−β₂ᵏ) / (1−β₁ᵏ)`, k = step + 1.
     `eps_mode="outside"`: e = eps (as transformers had it); `"inside"`: `e = eps √(1−β₂ᵏ)` (torch's AdamW).
@@ -56,7 +56,7 @@ class AdamWRule(InnerRule):
         return self.advance(low, m, v, step), self.step_size(step, lr)
 
     def walk(self, low: Tensor, state: State, step: int) -> Iterator[tuple[slice, Tensor]]:
-        """D of contiguous tensors a piece at a time, by slices of the flattened tensor; the moments are updated on the way."""
+        """D of contiguous tensors a piece at a time, by slices of the flattened tensor; the moments are updated as it goes."""
         grad, m, v = low.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         for here in pieces(low, 1):
             yield here, self.advance(grad[here], m[here], v[here], step)

@@ -20,7 +20,7 @@ from lowdim.surgery import Patterns, as_linear, find_layers, is_linear, make_lin
 __all__ = ["Int8Linear", "Int8Parameter", "Int8Store", "check_int8", "quantize_linears"]
 
 _REMEDY = (
-    "an 8-bit weight cannot be sharded: its gradient and its scales lie beside it. Pass it over: fully_shard(module, "
+    "an 8-bit weight cannot be sharded: its gradient and its scales are kept apart from it. Leave it out: fully_shard(module, "
     "ignored_params={p for p in module.parameters() if isinstance(p, Int8Parameter)}); every process then holds it whole, and "
     "QGaLore averages its gradient"
 )

@@ -8,7 +8,7 @@ __all__ = ["TrainingOptions"]
 
 
 class TrainingOptions(TypedDict, total=False):
-    """Keywords that every optimizer here takes beside its hyperparameters; see `ProjectedOptimizer`."""
+    """Keywords that every optimizer here takes besides its hyperparameters; see `ProjectedOptimizer`."""
 
     layerwise: bool
     accumulate: int

@@ -1,0 +1,96 @@
+"""`lowdim compress`."""
+
+import json
+
+import pytest
+
+from lowdim import models
+
+
+def test_compress(call, refused, tmp_path):
+    common = ["compress", "--model", "stories260k", "--data", "lowdim:shakespeare", "--samples", "64", "--max-length", "32"]
+    code, out, err = call(*common, "--out", tmp_path / "small", "--param-ratio", "0.8")
+    assert (code, err) == (0, "")
+    assert "perplexity on held-out blocks" in out
+    files = {p.name for p in (tmp_path / "small").iterdir()}
+    assert files >= {"config.json", "model.safetensors", "compression.json", "tokenizer.json"}
+    record = json.loads((tmp_path / "small" / "compression.json").read_text())
+    assert record["parameters"][1] < record["parameters"][0]
+    assert models.load_model(str(tmp_path / "small"), "causal-lm")
+    assert "is not empty" in refused(*common, "--out", tmp_path / "small")
+    assert record["param_ratio"] == 0.8
+    assert set(record["ranks"].values()) == {int(0.8 * i * o / (i + o)) for i, o in ((64, 32), (64, 64), (64, 172))}
+    message = refused(*common, "--out", tmp_path / "x", "--param-ratio", "0")
+    assert "option param_ratio of lord must be a number in (0, 1] or null; got 0" in message
+    assert "--method must be one of lord, welore" in refused(*common, "--out", tmp_path / "x", "--method", "svd")
+    assert "--samples must be" in refused(*common[:5], "--out", tmp_path / "x", "--samples", "0")
+    assert not (tmp_path / "x").exists()
+
+
+def test_compress_by_weights(call, tmp_path):
+    from lowdim.compress import LowRankLinear
+
+    common = ["compress", "--model", "stories260k", "--data", "lowdim:shakespeare", "--method", "welore", "--max-length", "32"]
+    code, out, err = call(*common, "--out", tmp_path / "small", "--target", "0.6")
+    assert (code, err) == (0, "")
+    assert "layers replaced" in out
+    assert "; threshold 0." in out
+    record = json.loads((tmp_path / "small" / "compression.json").read_text())
+    assert (record["method"], record["target"]) == ("welore", 0.6)
+    assert record["ranks"]
+    assert 0 < record["threshold"] < 1
+    assert len(record["perplexity"]) == 2
+    small = models.load_model(str(tmp_path / "small"), "causal-lm")
+    ranks = {name: m.rank for name, m in small.named_modules() if isinstance(m, LowRankLinear)}
+    assert ranks == record["ranks"]
+    assert sum(p.numel() for p in small.parameters()) == record["parameters"][1]
+    code, out, err = call(*common, "--out", tmp_path / "again", "--threshold", record["threshold"])
+    assert (code, err) == (0, "")
+    again = json.loads((tmp_path / "again" / "compression.json").read_text())
+    assert (again["ranks"], again["target"]) == (record["ranks"], None)
+
+
+def test_compress_then_tune(call, tmp_path):
+    common = ["compress", "--model", "stories260k", "--data", "lowdim:shakespeare", "--method", "welore", "--max-length", "32"]
+    tuning = ["--target", "0.6", "--tune-steps", "6", "--lr", "3e-3", "--samples", "64"]
+    code, out, err = call(*common, *tuning, "--out", tmp_path / "small")
+    assert (code, err) == (0, "")
+    assert "(tuned)" in out
+    record = json.loads((tmp_path / "small" / "compression.json").read_text())
+    assert (record["tune_steps"], record["lr"], len(record["losses"])) == (6, 3e-3, 6)
+    assert record["trained"] < record["parameters"][1]
+    dense, compressed, tuned = record["perplexity"]
+    assert dense < compressed
+    assert tuned < compressed
+    code, _, err = call(*common, "--tune-steps", "6", "--lr", "1e9", "--out", tmp_path / "x", "--target", "0.6")
+    assert code != 0
+    assert "try a smaller --lr than 1e+09" in err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--target", "0.5"], "lord has no option 'target' (welore has); nearest: "),
+        (["--option", "param_rato=0.5"], "lord has no option 'param_rato'; nearest: param_ratio (a number in (0, 1] or null)"),
+        (["--method", "welore", "--param-ratio", "0.7"], "welore has no option 'param_ratio' (lord has); nearest: "),
+        (["--option", "rank=8", "--option", "rank_ratio=0.5"], "exactly one of rank, rank_ratio and param_ratio must be given"),
+        (["--option", "rank=8", "--option", "rank=9"], "option rank of lord is given more than once"),
+        (["--option", "rank=eight"], "option rank of lord must be a whole number >= 1 or a mapping or null; got 'eight'"),
+        (["--option", "centered=2"], "option centered of lord must be true or false; got 2"),
+        (["--option", "rank"], "--option must be name=value; got 'rank'"),
+        (["--option", "rank={"], "option rank of lord: '{' is not YAML"),
+        (["--tune-steps", "5"], "--tune-steps: lord leaves nothing to tune by itself"),
+        (["--method", "welore", "--target", "0.5", "--threshold", "0.2"], "exactly one of target and threshold must be given"),
+        (["--method", "welore", "--target", "1"], "option target of welore must be a number in (0, 1) or null; got 1"),
+        (["--method", "welore", "--threshold", "2"], "option threshold of welore must be a number in [0, 1] or null"),
+        (["--method", "welore", "--samples", "5"], "--samples is only used for tuning, since welore needs no samples"),
+        (["--method", "welore", "--lr", "0.1"], "--lr is only used for tuning; add --tune-steps"),
+        (["--method", "welore", "--tune-steps", "0"], "--tune-steps must be an int >= 1"),
+        (["--method", "welore", "--tune-steps", "5", "--lr", "0"], "--lr must be a finite number"),
+    ],
+)
+def test_compress_refuses_what_it_would_not_use(options, part, refused, tmp_path):
+    common = ["compress", "--model", "stories260k", "--data", "lowdim:shakespeare", "--out", tmp_path / "x"]
+    assert part in refused(*common, *options)
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,153 @@
+"""`lowdim export`."""
+
+import pytest
+
+import lowdim
+from lowdim import models
+
+
+def damage(folder, kind):
+    file = folder / "adapter.safetensors"
+    raw = file.read_bytes()
+    if kind == "truncated":
+        file.write_bytes(raw[: len(raw) // 2])
+    elif kind == "flipped":
+        file.write_bytes(raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
+    elif kind == "foreign":
+        from safetensors.torch import load_file, save_file
+
+        save_file(load_file(file), file)
+    elif kind == "missing":
+        file.unlink()
+    elif kind == "peft":
+        file.unlink()
+        (folder / "adapter_config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("truncated", "adapter.safetensors is damaged or not a safetensors file"),
+        ("flipped", "is damaged: its tensors do not match its digest"),
+        ("foreign", "was not written by lowdim"),
+        ("missing", "adapter.safetensors does not exist"),
+        ("peft", "already holds a PEFT adapter"),
+    ],
+)
+def test_export_refuses_a_damaged_adapter(kind, part, refused, finished, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(finished / "adapter", tmp_path / "adapter")
+    damage(folder, kind)
+    assert part in refused("export", folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_refuses_another_base_model(refused, finished, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(models.assets() / "stories260k")
+    with models.quiet():
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    models.load_tokenizer("stories260k").save_pretrained(tmp_path / "other")
+    message = refused("export", finished / "adapter", tmp_path / "out", "--model", tmp_path / "other")
+    assert "was trained on another base model: the weight of layer model.layers.0.self_attn.q_proj differs" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["run", "adapter"])
+@pytest.mark.parametrize("format", ["peft", "merged"])
+def test_export_of_a_run_and_of_an_adapter(what, format, call, finished, tmp_path):
+    source = finished if what == "run" else finished / "adapter"
+    code, out, err = call("export", source, tmp_path / "out", "--format", format)
+    assert (code, err) == (0, "")
+    assert ("exact" in out) == (format == "peft")
+    assert (tmp_path / "out" / ("adapter_config.json" if format == "peft" else "config.json")).is_file()
+
+
+def test_export_of_a_classifier_finds_its_classes(call, refused, bert_folder, pooled_folder, tmp_path):
+    from lowdim.adapters import LoRA
+
+    for folder, labels in ((bert_folder, 3), (pooled_folder, 5)):
+        adapted = lowdim.adapt(
+            models.load_model(str(folder), "classify", num_labels=labels), LoRA(rank=2), modules_to_save=["classifier"]
+        )
+        place = tmp_path / folder.name
+        adapted.save(place / "adapter")
+        code, _, err = call("export", place, place / "out", "--format", "merged")  # a folder that holds `adapter`
+        assert (code, err) == (0, "")
+        again = models.load_model(str(place / "out"), "classify", num_labels=labels)
+        assert models.head_modules(again, "classify") == ("classifier",)
+        assert "a model for causal-lm" in refused("export", place, place / "lm", "--task", "causal-lm")
+
+
+def test_export_refuses(refused, finished, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.txt").write_text("precious")
+    assert "is not empty; name another folder" in refused("export", finished, tmp_path / "mine")
+    assert "is a file; name a folder" in refused("export", finished, tmp_path / "mine" / "a.txt")
+    assert "--format must be one of peft, merged" in refused("export", finished, tmp_path / "out", "--format", "pft")
+    assert "is not a folder" in refused("export", tmp_path / "nowhere", tmp_path / "out")
+    assert "rank must be an int >= 1; got 0" in refused("export", finished, tmp_path / "out", "--rank", "0")
+    assert "adapter.safetensors does not exist" in refused("export", tmp_path / "mine", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "mine" / "a.txt").read_text() == "precious"
+
+
+@pytest.fixture(scope="module")
+def full_rank(tmp_path_factory):
+    """A saved adapter whose update is not low-rank."""
+    import torch
+
+    from lowdim.adapters import RandLoRA
+
+    adapted = lowdim.adapt(models.load_model("stories260k", "causal-lm"), RandLoRA(rank=8, target_modules=["q_proj", "v_proj"]))
+    with torch.no_grad():
+        for i, parameter in enumerate(adapted.trainable().values()):
+            parameter.normal_(generator=torch.Generator().manual_seed(i))
+    return adapted.save(tmp_path_factory.mktemp("full-rank") / "adapter")
+
+
+def test_export_says_what_truncating_costs_and_which_rank_would_do(call, refused, full_rank, tmp_path):
+    code, out, err = call("export", full_rank, tmp_path / "four", "--rank", "4")
+    assert (code, err) == (0, "")
+    lines = [line.split() for line in out.splitlines() if line.startswith("model.layers.")]
+    assert len(lines) == 10
+    assert {rank for _, rank, _ in lines} == {"4"}
+    assert all(0.1 < float(error) < 1 for _, _, error in lines)
+    assert "--format merged loses nothing" in out
+    (wanted,) = (line.split()[1] for line in out.splitlines() if line.startswith("--rank "))
+    out = call("export", full_rank, tmp_path / "wanted", "--rank", wanted)[1]
+    assert "--rank" not in out
+    assert max(float(line.split()[2]) for line in out.splitlines() if line.startswith("model.layers.")) <= 0.01
+
+    out = call("export", full_rank, tmp_path / "bound", "--max-error", "0.2", "--for", "vllm")[1]
+    lines = [line.split() for line in out.splitlines() if line.startswith("model.layers.")]
+    assert len({rank for _, rank, _ in lines}) == 1
+    assert all(float(error) <= 0.2 for _, _, error in lines)
+    assert "vllm serve" in out
+    assert "--max-lora-rank 32 " in out
+    assert "--lora-modules NAME=bound" in out
+
+    assert "exact" in call("export", full_rank, tmp_path / "own")[1]
+    assert "not both" in refused("export", full_rank, tmp_path / "out", "--rank", "4", "--max-error", "0.1")
+    assert "max_error must be" in refused("export", full_rank, tmp_path / "out", "--max-error", "1.5")
+    assert "--for must be one of vllm, llamacpp; got 'ollama'" in refused(
+        "export", full_rank, tmp_path / "out", "--for", "ollama"
+    )
+    message = refused("export", full_rank, tmp_path / "out", "--for", "vllm", "--format", "merged")
+    assert "is for --format peft" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_for_llama_cpp(call, finished, tmp_path):
+    code, out, err = call("export", finished, tmp_path / "out", "--for", "llamacpp")
+    assert (code, err) == (0, "")
+    assert out.startswith("exact\n")
+    assert f"python convert_lora_to_gguf.py out --base {models.resolve('stories260k').path} --outfile out.gguf" in out
+
+
+def test_export_of_a_run_from_random_weights(call, refused, recipe, tmp_path):
+    assert call("run", recipe(pretrained=False))[0] == 0
+    assert "started from random weights" in refused("export", tmp_path / "out", tmp_path / "peft")
+    assert call("export", tmp_path / "out", tmp_path / "merged", "--format", "merged")[0] == 0

@@ -1,0 +1,70 @@
+"""`lowdim run`."""
+
+import pytest
+
+
+def test_run_writes_a_folder_and_says_so(finished, call, tmp_path):
+    assert {p.name for p in finished.iterdir()} >= {"adapter", "recipe.yaml", "report.html", "run.json"}
+    code, out, err = call("run", finished / "recipe.yaml", "--out", tmp_path / "again")
+    assert code == 0, err
+    assert err == ""
+    assert "LoRA: validation perplexity" in out
+    assert f"written {tmp_path / 'again' / 'adapter'}" in out
+
+
+def test_run_check_prints_the_recipe_filled_in(call, recipe, tmp_path):
+    code, out, _ = call("run", recipe(options={"rank": 2}), "--check", "--steps", "7")
+    assert code == 0
+    assert "steps: 7\n" in out
+    assert "warmup: 0.1\n" in out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"stepz": 3}, "no recipe has a key 'stepz'; nearest: steps"),
+        ({"steps": 0}, "steps: Input should be greater than or equal to 1 (got 0)"),
+        ({"method": "loraa"}, "nearest: lora"),
+        ({"options": {"rnk": 3}}, "method lora has no option 'rnk'; nearest: rank"),
+        ({"options": {"rank": 0}}, "rank must be an int >= 1; got 0"),
+    ],
+)
+@pytest.mark.parametrize("check", [True, False])
+def test_run_refuses_a_recipe_at_once(changes, part, check, refused, recipe, tmp_path):
+    assert part in refused("run", recipe(**changes), *(["--check"] if check else []))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"options": {"rank": 99}}, "LoRA on layer model.layers.0.self_attn.q_proj"),
+        ({"options": {"target_modules": ["q_prj"]}}, "'q_prj' matches no module"),
+        ({"metric": "f1"}, "metric for causal-lm must be one of perplexity, loss; got 'f1'"),
+        ({"model": "nowhere"}, "'nowhere' is no folder"),
+        ({"data": "nowhere.txt"}, "nowhere.txt: no such file"),
+        ({"max_length": 512}, "blocks of 512 tokens"),
+    ],
+)
+def test_run_refuses_what_does_not_fit(changes, part, refused, recipe, tmp_path):
+    if "max_length" in changes:
+        (tmp_path / "short.txt").write_text("Once upon a time. " * 20)
+        changes = {**changes, "data": str(tmp_path / "short.txt")}
+    assert part in refused("run", recipe(**changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_that_diverges(refused, recipe, tmp_path):
+    message = refused("run", recipe(lr=1e30, warmup=0, schedule="constant", max_grad_norm=0, method="full", steps=5))
+    assert "the loss became nan at step" in message
+    assert "try a smaller learning rate than 1e+30" in message
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_run_does_not_write_over_a_run(refused, finished):
+    before = (finished / "run.json").read_bytes()
+    assert "holds a run; go on with --resume" in refused("run", finished / "recipe.yaml", "--out", finished)
+    message = refused("run", finished / "recipe.yaml", "--out", finished, "--resume", "--steps", "5")
+    assert "was made by another recipe: steps was 3 and is 5" in message
+    assert (finished / "run.json").read_bytes() == before

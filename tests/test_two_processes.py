@@ -1,4 +1,4 @@
-"""Every optimizer and layer in two gloo processes (FSDP2) against one, with checkpoints that change the number of processes.
+"""Every optimizer, layer and compression in two gloo processes (FSDP2) against one, with checkpoints that change the number of processes.
 
 The subjects stand in the test files of the systems, in dictionaries named SHARDED; here one pair of processes serves all.
 """
@@ -13,11 +13,12 @@ from lowdim.testing.processes import in_processes
 from lowdim.testing.sharded_case import check_sharded, sharded_numbers
 
 HERE = Path(__file__).parent
-for _folder in ("optim", "layers"):
+FOLDERS = ("optim", "layers", "compress")
+for _folder in FOLDERS:
     sys.path.insert(0, str(HERE / _folder))
 MODULES = sorted(
     path.stem
-    for folder in ("optim", "layers")
+    for folder in FOLDERS
     for path in (HERE / folder).glob("test_*.py")
     if "SHARDED = {" in path.read_text(encoding="utf-8")
 )

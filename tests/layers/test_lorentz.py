@@ -7,7 +7,7 @@ from torch import nn
 
 import vectors
 from lowdim.layers import LorentzLinear, SSTLinear, SSTScheduler
-from lowdim.testing.sharded_case import Subject, check_sharded
+from lowdim.testing.sharded_case import Subject
 
 
 def by_the_formula(x, weight, bias, log_scale):
@@ -173,11 +173,6 @@ def _turn(net, optimizer):
 
 
 SHARDED = {"lorentz": Subject(net=_net, optimizer=_optimizer, companion=_turn)}
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one():
-    check_sharded(SHARDED["lorentz"], module=__name__, key="lorentz")
 
 
 @pytest.mark.parametrize("scale", [0, -1.0, math.inf, math.nan, "10", True])

@@ -20,7 +20,7 @@ from lowdim.layers import (
 )
 from lowdim.linalg import gather
 from lowdim.testing.processes import in_processes
-from lowdim.testing.sharded_case import Subject, check_sharded
+from lowdim.testing.sharded_case import Subject
 
 
 def net(*, dtype=torch.float64):
@@ -558,11 +558,6 @@ SHARDED = {
         companion=lambda model, optimizer: training(model, optimizer, threshold=0.3),
     )
 }
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one():
-    check_sharded(SHARDED["maestro"], module=__name__, key="maestro")
 
 
 def _with_everything(rank, world, how):

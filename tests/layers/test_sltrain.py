@@ -16,7 +16,7 @@ from lowdim.linalg import stream
 from lowdim.optim import Restart
 from lowdim.plan.kept import kept_bytes
 from lowdim.testing.layer_case import LayerCase
-from lowdim.testing.sharded_case import Subject, check_sharded
+from lowdim.testing.sharded_case import Subject
 
 ROWS = 100  # more than enough that W itself is built
 
@@ -523,9 +523,3 @@ SHARDED = {
         net=sharded_net, optimizer=adamw, companion=lambda net, optimizer: Restart(optimizer, net, interval=4)
     ),
 }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(SHARDED))
-def test_two_processes_equal_one(name):
-    check_sharded(SHARDED[name], module=__name__, key=name)

@@ -13,7 +13,7 @@ from lowdim.layers import SSTLinear, SSTScheduler, densify, swap_linear
 from lowdim.linalg import stream
 from lowdim.plan.kept import kept_tensors
 from lowdim.testing.layer_case import LayerCase
-from lowdim.testing.sharded_case import Subject, check_sharded
+from lowdim.testing.sharded_case import Subject
 
 
 class TestSSTTall(LayerCase):
@@ -635,12 +635,6 @@ SHARDED = {
     "sst": Subject(net=build, optimizer=_optimizer, companion=_slow_turn),
     "sst, states just dropped": Subject(net=build, optimizer=_optimizer, companion=_turn),
 }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SHARDED)
-def test_two_processes_equal_one(name):
-    check_sharded(SHARDED[name], module=__name__, key=name)
 
 
 # --- wrong input ------------------------------------------------------------------------------------------------------

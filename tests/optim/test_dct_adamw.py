@@ -22,7 +22,7 @@ from lowdim.optim import (
 from lowdim.optim.dct import PickingAdamW
 from lowdim.testing.optimizer_case import OptimizerCase
 from lowdim.testing.optimizer_problem import OptimizerProblem
-from lowdim.testing.sharded_case import Subject, check_sharded, uneven_net
+from lowdim.testing.sharded_case import Subject, uneven_net
 
 f64 = torch.float64
 
@@ -157,12 +157,6 @@ SHARDED = {
     "dct-replicas": Subject(net=uneven_net, optimizer=made(layerwise=True, error_feedback=True), how="replicas"),
     "dct-fira": Subject(net=uneven_net, optimizer=made(residual="norm_scaled")),
 }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(SHARDED))
-def test_two_processes_equal_one(name):
-    check_sharded(SHARDED[name])
 
 
 def follow(case, **options):

@@ -11,7 +11,7 @@ import vectors
 from lowdim.linalg import stream
 from lowdim.optim import AdamWRule, Fira, GaLore, NormScaledResidual, SVDProjector, param_groups, state_bytes
 from lowdim.testing.optimizer_case import OptimizerCase
-from lowdim.testing.sharded_case import Subject, check_sharded, uneven_net
+from lowdim.testing.sharded_case import Subject, uneven_net
 
 
 class TestFira(OptimizerCase):
@@ -93,12 +93,6 @@ SHARDED = {
     "fira-plain": Subject(net=uneven_net, optimizer=made(PlainFira, scale=0.5)),
     "fira-plain-reverse": Subject(net=uneven_net, optimizer=made(PlainFira, proj_type="reverse_std")),
 }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(SHARDED))
-def test_two_processes_equal_one(name):
-    check_sharded(SHARDED[name])
 
 
 def follow(case, cls=Fira, **options):

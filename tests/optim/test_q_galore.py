@@ -24,7 +24,7 @@ from lowdim.optim import (
 from lowdim.testing.optimizer_case import OptimizerCase
 from lowdim.testing.optimizer_problem import OptimizerProblem
 from lowdim.testing.processes import in_processes
-from lowdim.testing.sharded_case import Subject, check_sharded
+from lowdim.testing.sharded_case import Subject
 
 
 class TestFloatWeights(OptimizerCase):
@@ -690,8 +690,3 @@ def on_shards(net):
 
 
 SHARDED = {"q-galore": Subject(floating_net, on_shards)}
-
-
-@pytest.mark.slow
-def test_sharded_floating_weights():
-    check_sharded(SHARDED["q-galore"], module=__name__, key="q-galore")

@@ -13,7 +13,7 @@ from lowdim.linalg import stream
 from lowdim.methods import apply, with_options
 from lowdim.modules import LowRankLinear
 from lowdim.optim import GaLore, Restart, param_groups, quick_recovery_cosine
-from lowdim.testing.sharded_case import Subject, check_sharded
+from lowdim.testing.sharded_case import Subject
 
 SCHEDULE = {"total_steps": 400, "warmup_steps": 40, "restart_interval": 100}
 
@@ -442,9 +442,3 @@ SHARDED = {
         companion=lambda net, optimizer: Restart(optimizer, net, interval=4),
     ),
 }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(SHARDED))
-def test_two_processes_equal_one(name):
-    check_sharded(SHARDED[name], module=__name__, key=name)

@@ -1,4 +1,4 @@
-"""Every optimizer, layer and compression in two gloo processes (FSDP2) against one, with checkpoints that change the number of processes.
+"""Every optimizer, layer and compression in two gloo processes (FSDP2) against one; checkpoints change the number of processes.
 
 The subjects stand in the test files of the systems, in dictionaries named SHARDED; here one pair of processes serves all.
 """

@@ -22,6 +22,15 @@ def test_noise_is_no_spike_and_a_jump_is():
     assert not alarm.spike(falling[-1])
 
 
+def test_spikes_do_not_move_the_alarm():
+    alarm = SpikeAlarm(patience=4)
+    for loss in (3.0, 2.9, 3.1, 2.8, 2.9):
+        alarm.spike(loss)
+    usual = alarm.threshold()
+    assert [alarm.spike(9.0) for _ in range(20)] == [True] * 20
+    assert alarm.threshold() == usual
+
+
 def test_the_first_losses_are_never_called_spikes():
     alarm = SpikeAlarm(patience=5)
     assert not any(alarm.spike(loss) for loss in (1.0, 50.0, 2.0, 70.0, 3.0))

@@ -59,8 +59,8 @@ FAULTS = [
     Fault(
         "LaMDA freezes a column one step late",
         "adapters/lamda.py",
-        "self.rate * (self._done + 1) + 1e-9",
-        "self.rate * self._done + 1e-9",
+        "self.rate * max(0, self._done + 1 - self.delay) + 1e-9",
+        "self.rate * max(0, self._done - self.delay) + 1e-9",
         own("lamda", "test_schedule or on_time"),
     ),
     Fault(

@@ -159,8 +159,8 @@ FAULTS = [
     ),
     Fault(
         "nothing is stepped under the Trainer",
-        "train/attendant.py",
-        '            trainer.applied.after_step(kwargs["optimizer"])\n',
+        "train/trainer.py",
+        '        self.trainer.applied.after_step(kwargs["optimizer"])\n',
         "",
         of("train/test_loop", "companion or step_is_called"),
     ),
@@ -181,8 +181,8 @@ FAULTS = [
     Fault(
         "an open schedule stays open",
         "methods/adapter.py",
-        'options["total_steps"] = setup.steps',
-        "pass",
+        '"total_steps": setup.steps,',
+        "",
         Tests(("methods/test_strategies.py",), "open_schedules"),
     ),
     Fault(
@@ -194,24 +194,24 @@ FAULTS = [
     ),
     Fault(
         "a loss that is not finite goes on",
-        "train/loop.py",
-        "if not bool(torch.isfinite(loss)):",
+        "train/trainer.py",
+        "if not bool(torch.isfinite(total)):",
         "if False:",
         of("train/test_loop", "not_finite"),
     ),
     Fault(
         "accumulated batches count once each",
-        "train/loop.py",
+        "train/trainer.py",
         "self.model_accepts_loss_kwargs = False",
         "self.model_accepts_loss_kwargs = True",
         of("train/test_loop", "one_large_batch"),
     ),
     Fault(
         "a spike is remembered as usual",
-        "train/watching.py",
+        "train/spikes.py",
         "            return True\n        self._seen.append(loss)\n",
         "            self._seen.append(loss)\n            return True\n        self._seen.append(loss)\n",
-        of("train/test_watching", "spike"),
+        of("train/test_rehearsing", "spike"),
     ),
     Fault(
         "the error of a small test set is left out",

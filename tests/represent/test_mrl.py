@@ -244,7 +244,8 @@ def test_equals_sentence_transformers_matryoshka_loss(weights):
 
 @pytest.mark.slow
 def test_the_reproduction_runs():
-    from lowdim.reproduce import Context, data, mrl
+    from lowdim.reproduce import Context, mrl
+    from lowdim.reproduce.settings import data
 
     if not data._FASHION.is_dir():
         pytest.skip("needs Debian's package dataset-fashion-mnist")

@@ -286,6 +286,26 @@ class Eight(OptimizerProblem):
 EIGHT = Eight()
 
 
+def test_steps_of_8_bit_weights_are_those_of_the_formula():
+    """The step of a floating weight, then the nearest of 256 codes of each group of 16."""
+    net, case = EIGHT.model(torch.float64, stochastic_round=False), TestFloatWeights()
+    case.group = 16
+    optimizer = EIGHT.make(net, weight_decay=case.decay)
+    layers = [m for m in net if isinstance(m, Int8Linear)]
+    want, states = [layer.dense_weight() for layer in layers], [{} for _ in layers]
+    start = [weight.clone() for weight in want]
+    for step in range(8):
+        EIGHT.loss(net, step, torch.float64).backward()
+        for i, layer in enumerate(layers):
+            weight = case.reference_step(want[i], layer.weight.float_grad.clone(), states[i], step, projected=True)
+            want[i] = formulas.rounded(weight, 8, 16)
+        optimizer.step()
+        optimizer.zero_grad()
+        for layer, right in zip(layers, want, strict=True):
+            torch.testing.assert_close(layer.dense_weight(), right, rtol=1e-9, atol=1e-12)
+    assert all(float((right - old).norm()) > 0.1 for right, old in zip(want, start, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"layerwise": True}, {"layerwise": True, "max_norm": 0.5}, {"stagger": True}])
 def test_learns(dtype, options):

@@ -31,80 +31,20 @@ by name, with the reason: `test_one_step_at_a_time_is_the_whole = None  # it loo
 
 from __future__ import annotations
 
-import copy
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, ClassVar
-
 import pytest
 import torch
-from torch import Tensor, nn
 
-from lowdim.files import read_tensors, write_tensors
-from lowdim.linalg import Cost, stream
-from lowdim.testing.new_process import run_in_new_process
+from lowdim.testing.mixer_files import MixerFiles
+from lowdim.testing.mixer_hooks import BATCH, DTYPES, LENGTH, parts
 
 __all__ = ["MixerCase"]
 
-BATCH, LENGTH = 3, 11
-DTYPES = [torch.float64, torch.float32]
 
-
-class MixerCase(ABC):
+class MixerCase(MixerFiles):
     """Base of a mixer's test class: write `reference`, set the attributes, override the methods where a mixer differs.
 
-    Attributes:
-        mixer_class: the class under test, made as `mixer_class(features, seed=…, device=…, dtype=…, **how)`.
-        features: entries of a token.
-        how: its hyperparameters.
-        tolerances: largest error relative to the largest entry, by dtype and for gradients (in float64).
+    See `MixerHooks` for the attributes.
     """
-
-    mixer_class: ClassVar[type[nn.Module]]
-    features: ClassVar[int] = 6
-    how: ClassVar[dict[str, Any]] = {}
-    tolerances: ClassVar[dict[str, float]] = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 5e-2, "gradient": 1e-9}
-
-    @abstractmethod
-    def reference(self, mixer: Any, x: Tensor) -> Tensor:
-        """The output for whole sequences `(batch, length, features)` as a formula of the parameters, differentiable.
-
-        Written out from the paper: no method of the mixer, hyperparameters as the test states them.
-        """
-
-    def make(self, *, dtype: torch.dtype = torch.float64, device: Any = None, seed: int = 0) -> Any:
-        """A fresh mixer."""
-        return self.mixer_class(self.features, seed=seed, device=device, dtype=dtype, **self.how)
-
-    def tokens(self, dtype: torch.dtype = torch.float64, *, length: int = LENGTH, seed: int = 0) -> Tensor:
-        """Inputs `(batch, length, features)`."""
-        draw = stream(seed, "mixer", "tokens", length)
-        return torch.randn(BATCH, length, self.features, generator=draw, dtype=torch.float64).to(dtype)
-
-    def chunked(self, mixer: Any, x: Tensor, size: int) -> Tensor:
-        """The output where so many tokens are worked on at a time; by default one call a chunk, with the state carried over."""
-        state, out = None, []
-        for piece in x.split(size, dim=1):
-            y, state = mixer(piece, state, return_state=True)
-            out.append(y)
-        return torch.cat(out, 1)
-
-    def expected_cost(self, batch: int, length: int) -> Cost | None:
-        """The cost, by its formula; None where the test gives none."""
-        return None
-
-    def close(self, got: Tensor, want: Tensor, operation: str | torch.dtype) -> None:
-        """Compare at the operation's tolerance."""
-        name = str(operation).removeprefix("torch.")
-        assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, want {tuple(want.shape)}"
-        error = float((got.detach() - want.detach()).abs().max() / want.detach().abs().max().clamp_min(1e-30))
-        assert error <= self.tolerances[name], f"{name}: {error:.3g} > {self.tolerances[name]:.3g}"
-
-    def same_state(self, got: Any, want: Any, dtype: torch.dtype) -> None:
-        """Two states, part by part."""
-        for a, b in zip(parts(got), parts(want), strict=True):
-            self.close(a, b, dtype)
 
     # One sequence, cut in every way.
 
@@ -262,75 +202,6 @@ class MixerCase(ABC):
         self.close(found[1], found[0], "gradient")
         self.close(found[2], found[0], "gradient")
 
-    # Dtypes, devices, copies, files.
-
-    def test_bfloat16_is_near_the_exact_answer(self) -> None:
-        """Outputs and gradients in bfloat16, whole and step by step."""
-        mixer, x = self.make(dtype=torch.bfloat16), self.tokens(torch.bfloat16)
-        exact = self.reference(copy.deepcopy(mixer).double(), x.double())
-        y = mixer(x)
-        assert y.dtype == torch.bfloat16
-        self.close(y.double(), exact, torch.bfloat16)
-        state, out = mixer.initial_state(BATCH), []
-        for t in range(LENGTH):
-            y_t, state = mixer.step(x[:, t], state)
-            out.append(y_t)
-        self.close(torch.stack(out, 1).double(), exact, torch.bfloat16)
-        y.float().square().sum().backward()
-        for name, p in mixer.named_parameters():
-            if p.requires_grad:
-                assert p.grad is not None, name
-                assert p.grad.dtype == p.dtype, name
-                assert bool(p.grad.isfinite().all()), name
-
-    def test_autocast(self) -> None:
-        """Near the answer without it; the parameters' gradients keep their dtype."""
-        mixer, x = self.make(dtype=torch.float32), self.tokens(torch.float32)
-        with torch.autocast("cpu", torch.bfloat16):
-            y = mixer(x)
-        self.close(y.float(), self.reference(mixer, x), torch.bfloat16)
-        y.float().sum().backward()
-        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in mixer.parameters() if p.requires_grad)
-
-    def test_strided_tokens(self) -> None:
-        """A transposed or sliced input is no other input."""
-        mixer, x = self.make(), self.tokens(length=2 * LENGTH)
-        for view in (x[:, ::2], x.transpose(0, 1).contiguous().transpose(0, 1)):
-            self.close(mixer(view), mixer(view.contiguous()), torch.float64)
-
-    def test_meta_device(self) -> None:
-        """Shapes without memory; filled later from a state dict."""
-        mixer, filled = self.make(device="meta", dtype=torch.float32), self.make(dtype=torch.float32)
-        assert all(p.is_meta for p in mixer.parameters())
-        assert mixer(torch.empty(2, 5, self.features, device="meta")).shape == (2, 5, self.features)
-        mixer.to_empty(device="cpu").load_state_dict(filled.state_dict())
-        x = self.tokens(torch.float32)
-        assert torch.equal(mixer(x), filled(x))
-
-    def test_deepcopy_is_independent(self) -> None:
-        """Equal at first, and then on its own."""
-        mixer, x = self.make(), self.tokens()
-        other, y = copy.deepcopy(mixer), mixer(x)
-        assert torch.equal(other(x), y)
-        with torch.no_grad():
-            next(other.parameters()).add_(1)
-        assert torch.equal(mixer(x), y)
-
-    def test_loads_in_another_process(self, tmp_path: Path) -> None:
-        """The saved tensors and the constructor's arguments give the same output, bit by bit."""
-        mixer, x = self.make(dtype=torch.float32), self.tokens(torch.float32)
-        write_tensors(tmp_path / "mixer.safetensors", {**mixer.state_dict(), "_x": x})
-        run_in_new_process(_answer, self.mixer_class, self.features, self.how, str(tmp_path))
-        assert torch.equal(read_tensors(tmp_path / "answer.safetensors")[0]["y"], mixer(x).detach())
-
-    def test_same_seed_same_numbers(self) -> None:
-        """Bit by bit, whatever torch's own generator holds; another seed gives others."""
-        one = self.make()
-        torch.manual_seed(12345)
-        two, three = self.make(), self.make(seed=1)
-        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-        assert not all(torch.equal(a, b) for a, b in zip(one.parameters(), three.parameters(), strict=True))
-
     # Cost and wrong input.
 
     def test_cost_is_its_formula(self) -> None:
@@ -359,24 +230,3 @@ class MixerCase(ABC):
                 mixer(x, mixer.initial_state(batch))
             with pytest.raises(ValueError, match="state"):
                 mixer.step(x[:, 0], mixer.initial_state(batch))
-
-
-def parts(state: Any) -> list[Tensor]:
-    """The tensors of a state."""
-    return list(_parts(state))
-
-
-def _parts(state: Any) -> Iterator[Tensor]:
-    if isinstance(state, Tensor):
-        yield state
-    elif state is not None:
-        for part in state:
-            yield from _parts(part)
-
-
-def _answer(mixer_class: type[nn.Module], features: int, how: dict[str, Any], folder: str) -> None:
-    tensors, _ = read_tensors(Path(folder) / "mixer.safetensors")
-    x = tensors.pop("_x").clone()  # memory of its own: products of some CPUs depend on how the operands are aligned
-    mixer = mixer_class(features, **how)
-    mixer.load_state_dict(tensors)
-    write_tensors(Path(folder) / "answer.safetensors", {"y": mixer(x).detach()})

@@ -133,8 +133,9 @@ def json_value(value: Any, where: str = "value") -> Any:
         return [json_value(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, PurePath):
         return str(value)
-    if callable(getattr(value, "tolist", None)):  # tensors, numpy arrays and numbers
-        return json_value(value.tolist(), where)
+    tolist = getattr(value, "tolist", None)  # of tensors, numpy arrays and numbers
+    if callable(tolist):
+        return json_value(tolist(), where)
     raise TypeError(f"{where} is a {type(value).__name__}, which JSON has no form for")
 
 

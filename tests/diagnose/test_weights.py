@@ -175,7 +175,7 @@ def test_an_adapted_model_of_lowdim():
     assert all(torch.equal(merged[k], v) for k, v in weights_of(plain).items())
 
 
-def test_conv1d_is_turned_in_modules_folders_and_bare_files_beside_a_module(tmp_path):
+def test_conv1d_is_turned_in_modules_folders_and_bare_files_next_to_a_module(tmp_path):
     conv1d = pytest.importorskip("transformers.pytorch_utils", reason="Conv1D is transformers'").Conv1D
     block = nn.ModuleDict({"c_fc": conv1d(6, 4), "lin": nn.Linear(3, 2)})
     weights = weights_of(block)

@@ -170,7 +170,7 @@ class TestAdaptive(ResultCase):
             (ValueError, "rerank_dim", lambda: adaptive(rerank_dim=0)),
             (ValueError, "shortlist", lambda: adaptive(shortlist=0)),
             (ValueError, "k must", lambda: adaptive(shortlist=3, k=4)),
-            (ValueError, "one D", lambda: adaptive(queries=q[:, :8])),
+            (ValueError, "equally many columns", lambda: adaptive(queries=q[:, :8])),
             (ValueError, "(16,)", lambda: adaptive(queries=q[0])),
             (ValueError, "empty", lambda: adaptive(database=d[:0])),
             (TypeError, "floating point", lambda: adaptive(queries=q.long())),

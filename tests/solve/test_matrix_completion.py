@@ -206,8 +206,8 @@ def test_a_sparse_matrix_s_stored_zeros_are_observed():
     assert np.allclose(got.U @ got.V.T, want.U @ want.V.T, atol=1e-12)
     assert np.abs(got.V[0]).max() < 1e-12
     assert complete_matrix.from_sparse is complete_sparse_matrix  # its first name
-    twice = sparse.coo_array((np.ones(2), (np.zeros(2, int), np.zeros(2, int))), shape=(2, 2))
-    refuses([(ValueError, "duplicate entry (0, 0)", lambda: complete_sparse_matrix(twice, 1))])
+    duplicates = sparse.coo_array((np.ones(2), (np.zeros(2, int), np.zeros(2, int))), shape=(2, 2))
+    refuses([(ValueError, "duplicate entry (0, 0)", lambda: complete_sparse_matrix(duplicates, 1))])
 
 
 def test_the_sparse_start_equals_the_dense_one(monkeypatch):

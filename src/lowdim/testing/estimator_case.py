@@ -118,7 +118,7 @@ class EstimatorCase(ABC):
         from sklearn.exceptions import NotFittedError
 
         fitted, (X, y) = self._fitted(), self.data()
-        twin = clone(fitted)
+        twin: Any = clone(fitted)
         assert repr(twin.get_params()) == repr(fitted.get_params())
         with pytest.raises(NotFittedError):
             self._out(twin, X)
@@ -141,7 +141,8 @@ class EstimatorCase(ABC):
         (X, y), grid = self.data(), self.grid()
         assert all(len(values) > 1 for values in grid.values())
         scoring = None if hasattr(self.estimator(), "score") else self._size
-        search = GridSearchCV(self.estimator(), grid, cv=2, error_score="raise", scoring=scoring).fit(X, y)
+        options: dict[str, Any] = {"cv": 2, "error_score": "raise", "scoring": scoring}
+        search = GridSearchCV(self.estimator(), grid, **options).fit(X, y)
         assert len(search.cv_results_["params"]) == int(np.prod([len(values) for values in grid.values()]))
         assert np.isfinite(search.cv_results_["mean_test_score"]).all()
         agrees(self._out(search.best_estimator_, X), self._out(self.estimator(**search.best_params_).fit(X, y), X), 0.0)

@@ -132,8 +132,7 @@ class ResultCase(ValueCase):
         own = result.plot()
         assert own is not axes
         assert own.has_data()
-        plt.close(axes.figure)
-        plt.close(own.figure)
+        plt.close("all")
 
     def test_it_reads_well(self):
         """A terminal and a notebook get a summary in one line and a short table, not arrays."""

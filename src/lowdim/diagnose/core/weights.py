@@ -44,7 +44,7 @@ class Weights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._entries:
             close = ", ".join(nearest(name, self._entries))
-            raise UnknownNameError(f"{self.origin} has no 2-D weight {name!r}; nearest: {close or 'none at all'}")
+            raise UnknownNameError(f"{self.origin} has no 2-D weight {name!r}; nearest: {close or 'there is none'}")
         entry = self._entries[name]
         tensor: Any = entry.load().detach()
         if hasattr(tensor, "full_tensor"):  # a DTensor is gathered, one weight at a time
@@ -144,7 +144,7 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 
 def is_peft_layer(module: nn.Module) -> bool:
-    """Whether this is a layer that PEFT wrapped (told without importing peft)."""
+    """Whether this is a layer that PEFT wrapped (recognised without importing peft)."""
     return callable(getattr(module, "get_base_layer", None)) and hasattr(module, "merged_adapters")
 
 
@@ -161,7 +161,7 @@ def _walk(module: nn.Module, prefix: str, merged: bool) -> Iterator[tuple[str, _
     if is_lowdim_layer(module):
         inner: Any = module
         if not merged and not callable(getattr(module, "original_weight", None)):
-            raise TypeError(f"layer {prefix[:-1]}: {type(module).__name__} cannot tell its base weight; keep the base model")
+            raise TypeError(f"layer {prefix[:-1]}: {type(module).__name__} does not know its base weight; keep the base model")
         # The frozen part may be a residual, so the base weight is asked for, not read.
         before = lambda: with_matrix(inner.base, inner.original_weight())  # noqa: E731
         yield from _wrapped(inner.base, prefix, inner.merged if merged else before)

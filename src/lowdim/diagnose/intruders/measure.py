@@ -219,7 +219,7 @@ def find_intruders(
     where = f"layer {name}: " if name else ""
     if base.ndim != 2 or base.shape != tuned.shape:
         raise ValueError(
-            f"{where}base and tuned must be matrices of one shape (out, in); got {tuple(base.shape)} and {tuple(tuned.shape)}"
+            f"{where}base and tuned must be matrices of the same shape; got {tuple(base.shape)} and {tuple(tuned.shape)}"
         )
     if 0 in base.shape or not (base.is_floating_point() and tuned.is_floating_point()):
         raise ValueError(
@@ -260,7 +260,7 @@ def paired_weights(base: Any, tuned: Any, names: Iterable[str] | None) -> tuple[
     for which, weights in (("base", base_weights), ("tuned", tuned_weights)):
         missing = [name for name in wanted if name not in weights]
         if missing:
-            close = ", ".join(nearest(missing[0], weights)) or "none at all"
+            close = ", ".join(nearest(missing[0], weights)) or "there is none"
             raise ValueError(
                 f"{which}: {weights.origin} has no 2-D weight {missing[0]!r}"
                 f"{f' ({len(missing)} names are missing)' if len(missing) > 1 else ''}; nearest: {close}"

@@ -190,7 +190,7 @@ def _scale_pair(
         raise ValueError(f"{where}scaling must not be 0: such an adapter changes nothing")
     if A.ndim != 2 or B.ndim != 2 or base.ndim != 2 or B.shape[1] != A.shape[0] or base.shape != (B.shape[0], A.shape[1]):
         raise ValueError(
-            f"{where}base (out, in), A (r, in) and B (out, r) must fit; "
+            f"{where}base must be (out, in), A (r, in) and B (out, r); "
             f"got {tuple(base.shape)}, {tuple(A.shape)} and {tuple(B.shape)}"
         )
     wide = torch.promote_types(torch.promote_types(base.dtype, A.dtype), torch.float32)

@@ -59,7 +59,7 @@ class MatryoshkaCascade:
         ([0, 0], [0, 1], 5.0)
 
     Fit on data that neither trained the model nor measures the result. The expected size leaves out the smaller heads
-    that were tried first: the backbone runs once, and a head is small beside it.
+    that were tried first: the backbone runs once, and a head is small compared with it.
 
     Source: Kusupati et al., NeurIPS 2022, arXiv 2205.13147, section 4.2.
     """

@@ -142,7 +142,7 @@ def _retrieve(
     q, d = torch.as_tensor(queries), torch.as_tensor(database)
     if q.ndim != 2 or d.ndim != 2 or q.shape[1] != d.shape[1]:
         raise ValueError(
-            f"queries (Q, D) and database (N, D) must be matrices of one D; got {tuple(q.shape)} and {tuple(d.shape)}"
+            f"queries (Q, D) and database (N, D) must have equally many columns; got {tuple(q.shape)} and {tuple(d.shape)}"
         )
     rows, width = d.shape
     if rows == 0 or len(q) == 0:

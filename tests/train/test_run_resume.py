@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from lowdim.adapters import Adapted
+from lowdim.adapters.diffora.search import search_steps
 from lowdim.catalogue import entries, variant
 from lowdim.errors import CheckpointError, LowdimError, UnknownNameError
 from lowdim.train.recipes import Recipe
@@ -126,7 +127,8 @@ def test_killed_and_resumed_is_as_if_never_killed(method, whole, tmp_path):
     assert not (tmp_path / "model").exists()
     got = run_recipe(recipe(tmp_path, method), resume=True)
     assert got["losses"] == want["losses"]
-    assert got["loss_steps"] == want["loss_steps"] == list(range(1, 9))
+    spent = search_steps(8) if method == "diffora" else 0
+    assert got["loss_steps"] == want["loss_steps"] == list(range(1, 9 - spent))
     assert {k: got[k] for k in ("before", "validation", "test")} == {k: want[k] for k in ("before", "validation", "test")}
     assert same(trained(tmp_path), trained(folder))
     if method == "lora":

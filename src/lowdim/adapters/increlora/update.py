@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -135,6 +136,12 @@ class IncreLoRAUpdate(ThinUpdate):
     def meta(self) -> dict[str, Any]:
         """When the lists grew."""
         return {"grown": list(self.times)}
+
+    def restore(self, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
+        """Take a checkpoint, with lists as long as its own."""
+        if "grown" in tensors:
+            self.resize(tensors["grown"].tolist())
+        super().restore(tensors, weight)
 
     def resize(self, times: list[int]) -> None:
         """Bring the lists to the length that they have after growths at these calls; the numbers are loaded after that."""

@@ -1,6 +1,7 @@
 """What each row of the catalogue does over a short real run, with the row's own options, under the trainer."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_lamda_freezes_after_the_warm_up(task, tmp_path):
     wanted = [min(rank, max(0, math.floor(rank * (i - warmup) / (share * steps) + 1e-9))) for i in range(2, steps + 2)]
     assert [count for count, _ in seen] == wanted, "in the step that comes next"
     assert not update.B.requires_grad
-    for (frozen, before), (_, after) in zip(seen, seen[1:], strict=False):
+    for (frozen, before), (_, after) in pairwise(seen):
         moved = (before != after).any(0)
         assert not moved[:frozen].any()
         assert moved[frozen:].all() or frozen == rank

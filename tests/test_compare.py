@@ -277,9 +277,9 @@ def test_more_seeds_are_added_to_those_that_are_there(whole, make, tmp_path):
 def test_other_settings_are_refused_and_named(whole, make):
     folder, _, _ = whole
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    with pytest.raises(ValueError, match=r"made with other settings: --steps was 4, --batch-size was 8"):
+    with pytest.raises(ValueError, match=r"made with different settings: --steps was 4, --batch-size was 8"):
         run(make(steps=5, batch_size=4), folder, resume=True)
-    with pytest.raises(FileExistsError, match="holds a comparison; go on with --resume"):
+    with pytest.raises(FileExistsError, match="already holds a comparison; continue it with --resume"):
         run(make(), folder)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
@@ -409,7 +409,7 @@ def test_a_budget_leaves_out_what_does_not_fit_and_says_why(whole, make, tmp_pat
     assert result["budget_bytes"] == budget
     assert by_name(result)["lora"]["status"] == "ok"
     assert not (tmp_path / "out" / "runs" / "full").exists(), "it was never run"
-    with pytest.raises(BudgetError, match="nothing fits; lora needs least"):
+    with pytest.raises(BudgetError, match="no method fits; lora needs the least"):
         run(make(methods=("full", "lora"), budget=1000), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
@@ -614,7 +614,7 @@ def test_what_pretraining_refuses(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("a text " * 500)
     usual = {"model": "llama-tiny", "task": "pretrain", "tokenizer": "bytes", "data": (str(text),), "steps": 3}
-    with pytest.raises(ValueError, match="an adapter needs a trained model"):
+    with pytest.raises(ValueError, match="adapters need a trained model"):
         run(CompareSettings(**usual, methods=("lora",)), tmp_path / "out")
     with pytest.raises(ValueError, match="--tokenizer is for --task pretrain"):
         CompareSettings(**{**usual, "task": "causal-lm"})

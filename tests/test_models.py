@@ -44,7 +44,7 @@ def test_resolve_knows_the_shipped_names_and_folders(bert_folder, tmp_path, monk
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("minilmm", r"'minilmm' is no folder, no hub id \(owner/name\), and none of minilm, .* \(nearest: minilm\)"),
+        ("minilmm", r"'minilmm' is not a folder, a hub id \(owner/name\) or one of minilm, .* \(nearest: minilm\)"),
         ("HERE/tiny-brt", r"no such folder \(nearest there: tiny-bert\)"),
         ("HERE/tiny-bert/1/2", "no such folder$"),
         ("./tiny-brt", r"no such folder"),
@@ -162,7 +162,7 @@ def test_a_pooler_that_the_checkpoint_lacks_is_trained(bert_folder, tmp_path):
         (lambda f: rewrite(f, model_type="no-such-model"), "does not recognize this architecture"),
         (
             lambda f: rewrite(f, hidden_size=64),
-            r"\d+ tensors of a model for classify are not in its weights, or of another shape",
+            r"\d+ tensors of a model for classify are missing from its weights or have another shape",
         ),
         (lambda f: rewrite(f, num_hidden_layers=3), r"16 tensors .* such as bert\.encoder\.layer\.2\."),
         (lambda f: rewrite(f, hidden_size=33), "multiple of the number of attention heads"),
@@ -178,7 +178,9 @@ def test_a_damaged_model_is_an_error_and_no_random_weights(broken, damage, messa
 
 
 def test_an_encoder_is_no_language_model(bert_folder):
-    with pytest.raises(UnknownNameError, match=r"6 tensors of a model for causal-lm are not in its weights.*cls\.predictions"):
+    with pytest.raises(
+        UnknownNameError, match=r"6 tensors of a model for causal-lm are missing from its weights.*cls\.predictions"
+    ):
         models.load_model(str(bert_folder), "causal-lm")
 
 

@@ -136,7 +136,7 @@ def json_value(value: Any, where: str = "value") -> Any:
     tolist = getattr(value, "tolist", None)  # of tensors, numpy arrays and numbers
     if callable(tolist):
         return json_value(tolist(), where)
-    raise TypeError(f"{where} is a {type(value).__name__}, which JSON has no form for")
+    raise TypeError(f"{where} is a {type(value).__name__}, which JSON cannot represent")
 
 
 def html_table(caption: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -183,4 +183,4 @@ def _record(value: Any, where: str, left_out: tuple[str, ...] = ()) -> dict[str,
 def _key(key: Any, where: str) -> str:
     if isinstance(key, (str, int, float)):
         return str(key)
-    raise TypeError(f"a key of {where} is a {type(key).__name__}, which JSON has no form for: {key!r}")
+    raise TypeError(f"a key of {where} is a {type(key).__name__}, which JSON cannot represent: {key!r}")

@@ -325,7 +325,7 @@ def without_tied(
     if len(tied) == len(layers):
         raise NoMatchingModuleError(f"no layer is left: {text}. Untie it first, or name other layers in target_modules")
     if tied and named:
-        warnings.warn(f"left alone because its weight is tied: {text}", UserWarning, stacklevel=3)
+        warnings.warn(f"left unchanged because its weight is tied: {text}", UserWarning, stacklevel=3)
     return {name: layer for name, layer in layers.items() if name not in tied}, tied
 
 

@@ -400,7 +400,7 @@ def test_bad_input():
             LaMDA(**{field: bad})
     with pytest.raises(ValueError, match="at most min"):
         LaMDA(rank=5).attach(nn.Linear(8, 4))
-    with pytest.raises(TypeError, match="takes conv2d, linear"):
+    with pytest.raises(TypeError, match="adapts conv2d, linear"):
         LaMDA(rank=1).attach(nn.LayerNorm(4))
     broken = nn.Linear(8, 4)
     broken.weight.data[0] = float("inf")

@@ -188,7 +188,7 @@ def test_alone_a_layer_draws_from_the_generator_or_the_methods_seed():
 
 
 def test_nothing_to_train_is_a_warning():
-    with pytest.warns(UserWarning, match=r"ratio=0\.01 of 20 channel blocks is none"):
+    with pytest.warns(UserWarning, match=r"ratio=0\.01 selects none of the 20 channel blocks"):
         lowdim.adapt(small_model(), S2FT(ratio=0.01))
 
 
@@ -289,7 +289,7 @@ def test_given_channels_name_their_layers():
         lowdim.adapt(small_model(), S2FT(indices={"body.second": [1]}, target_modules=["first", "second"]))
     with pytest.raises(UnknownNameError, match=r"'body\.first'"):
         lowdim.adapt(small_model(), S2FT(indices={"body.first": [1], "body.second": [1]}, target_modules=["second"]))
-    with pytest.raises(ValueError, match="indices names layers"):
+    with pytest.raises(ValueError, match="indices is a mapping from layers"):
         S2FT(indices={"0": [1]}).attach(nn.Linear(4, 4))
 
 
@@ -453,9 +453,9 @@ def test_bad_input():
     for bad in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="block"):
             S2FT(block=bad)
-    with pytest.raises(ValueError, match="twice"):
+    with pytest.raises(ValueError, match="duplicates"):
         S2FT(indices=[1, 2, 1])
-    with pytest.raises(ValueError, match=r"indices\['a'\] must not name a channel twice"):
+    with pytest.raises(ValueError, match=r"indices\['a'\] must not have duplicates"):
         S2FT(indices={"a": [1, 1]})
     for bad in ([-1], [0.5], [True]):
         with pytest.raises(ValueError, match="indices"):
@@ -470,5 +470,5 @@ def test_bad_input():
         with pytest.raises(ValueError, match=r"axis|block"):
             s2ft_scores(torch.ones(4, 4), axis, block)
     for layer in (nn.Conv2d(4, 4, 3), nn.Embedding(4, 4)):
-        with pytest.raises(TypeError, match="takes linear"):
+        with pytest.raises(TypeError, match="adapts linear"):
             S2FT().attach(layer)

@@ -276,7 +276,7 @@ def test_bad_input():
         sub.draws[1] = fastfood_draws(8)
     with pytest.raises(IndexError):
         sub.draws[6]
-    with pytest.raises(ValueError, match="adapted already"):
+    with pytest.raises(ValueError, match="already adapted"):
         said(sub.model, 20)
     assert all(p.requires_grad for p in model.parameters())  # every refusal left it alone
 

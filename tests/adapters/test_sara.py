@@ -561,7 +561,7 @@ def test_bad_input():
     with pytest.raises(TypeError, match="floating point"):
         SaRA().attach(layer)
     for other in (nn.ReLU(), nn.Embedding(4, 4), nn.LayerNorm(4)):
-        with pytest.raises(TypeError, match="takes"):
+        with pytest.raises(TypeError, match="adapts"):
             SaRA().attach(other)
 
 

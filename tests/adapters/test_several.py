@@ -157,7 +157,7 @@ def test_swapping_keeps_parameters_and_optimizer(adapters, tmp_path):
         adapters.swap("lora", tmp_path)
     assert all(torch.equal(value, before[key]) for key, value in adapters["lora"].state_dict().items())
     moved(lowdim.adapt(small_model(dtype=torch.float64), LoRA(rank=3)), 9).save(tmp_path / "three")
-    with pytest.raises(ValueError, match="cannot take"):
+    with pytest.raises(ValueError, match="cannot load the tensors"):
         adapters.swap("lora", tmp_path / "three")
 
 
@@ -238,7 +238,7 @@ def test_bad_input(adapters):
         adapters.combine("new", {})
     with pytest.raises(ValueError, match="rank"):
         adapters.combine("new", {"lora": 1.0}, rank=0)
-    with pytest.raises(ValueError, match="adapted already"):
+    with pytest.raises(ValueError, match="already adapted"):
         AdapterSet(adapters.model)
 
 
@@ -251,7 +251,7 @@ def test_a_set_over_adapters_that_are_there():
     assert relative_error(model(X), alone(METHODS["svfit"], 3)(X)) < 1e-11
     found.activate("lora")
     assert relative_error(model(X), alone(METHODS["lora"], 0)(X)) < 1e-11
-    with pytest.raises(ValueError, match="further adapters"):
+    with pytest.raises(ValueError, match="other adapters as well"):
         AdapterSet.of(lora=one)
     with pytest.raises(ValueError, match="one model"):
         AdapterSet.of(lora=one, other=lowdim.adapt(small_model(), LoRA(rank=1)))

@@ -31,14 +31,14 @@ def compare(refused, bert_folder, two_classes, tmp_path):
         ({"methods": ","}, ["--methods (nothing that trains a model)"]),
         ({"methods": "solve"}, ["--methods (nothing that trains a model)"]),
         ({"model": "./nowhere"}, ["--model ./nowhere: no such folder"]),
-        ({"model": "minilmm"}, ["'minilmm' is no folder", "nearest: minilm"]),
+        ({"model": "minilmm"}, ["'minilmm' is not a folder", "nearest: minilm"]),
         ({"task": "clasify"}, ["--task must be one of classify, causal-lm", "nearest: classify"]),
         ({"metric": "acuracy"}, ["metric for classify must be one of accuracy, f1, mcc", "nearest: accuracy"]),
         ({"label": "lable"}, ["no column 'lable'; nearest: label", "columns: text, label"]),
         ({"text": "txt"}, ["no column 'txt'; nearest: text"]),
         ({"budget": "8 parsecs"}, ["a size must be a number and a unit, such as 8GiB", "'8 parsecs'"]),
-        ({"budget": "1KiB"}, ["--budget 1.00 KiB: nothing fits; lora needs least", "try a smaller --batch-size"]),
-        ({"time_limit": "soon"}, ["--time-limit must be a positive number of s, m or h", "'soon'"]),
+        ({"budget": "1KiB"}, ["--budget 1.00 KiB: no method fits; lora needs the least", "try a smaller --batch-size"]),
+        ({"time_limit": "soon"}, ["--time-limit must be a positive number with unit s, m or h", "'soon'"]),
         ({"time_limit": "0m"}, ["--time-limit must be a positive number"]),
         ({"seeds": 0}, ["--seeds must be an int >= 1; got 0"]),
         ({"trials": 6}, ["--trials must be an int in [1, 5]; got 6"]),
@@ -61,7 +61,7 @@ def test_compare_refuses(changes, parts, compare):
     [
         (b"", "is empty"),
         (b"text,label\n", "has a header and no rows"),
-        (b"text,label\ngood,a\nbad,a\n", "one class only ('a')"),
+        (b"text,label\ngood,a\nbad,a\n", "only one class ('a')"),
         ("text,label\ncaf\u00e9,a\n".encode("latin-1"), "is not UTF-8: byte 14 (0xe9, line 2); it reads as cp1252"),
         (b"text,label\n" + b"good,a\nbad,b\n" * 9, "class 'a' has 1 examples; at least 3 are needed"),
         (b"one,two,three\na,b,c\n", "which column holds the label? name it with --label"),
@@ -77,7 +77,7 @@ def test_compare_refuses_options_that_contradict(compare):
     text = {"model": "stories260k", "task": "causal-lm", "data": "lowdim:shakespeare"}
     assert "--label is for --task classify" in compare(**text, label="x")
     assert "--methods linear-probe is for --task classify" in compare(**text, methods="linear-probe")
-    assert "tensors of a model for causal-lm are not in its weights" in compare(task="causal-lm", data="lowdim:shakespeare")
+    assert "tensors of a model for causal-lm are missing from its weights" in compare(task="causal-lm", data="lowdim:shakespeare")
 
 
 def test_compare_refuses_a_method_that_does_not_fit_the_model(compare, monkeypatch):
@@ -105,7 +105,7 @@ def test_compare_does_not_write_over_another_folder(refused, bert_folder, two_cl
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "settings.json").write_text("{}")
-    assert "holds a comparison; go on with --resume" in refused(*common, tmp_path / "old")
+    assert "already holds a comparison; continue it with --resume" in refused(*common, tmp_path / "old")
 
 
 def test_brackets_in_a_path_are_no_markup(refused, bert_folder, tmp_path):
@@ -113,5 +113,5 @@ def test_brackets_in_a_path_are_no_markup(refused, bert_folder, tmp_path):
     folder.mkdir(parents=True)
     file = tiny.write_jsonl(folder / "b.jsonl", [*tiny.sentences(30), ("", "positive")])
     common = ["compare", "--model", bert_folder, "--methods", "lora", "--out", folder / "out", "--budget", "1KiB", "--data"]
-    assert "nothing fits" in refused(*common, file)
+    assert "no method fits" in refused(*common, file)
     assert str(folder / "nowhere.csv") in refused(*common, folder / "nowhere.csv")

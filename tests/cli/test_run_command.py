@@ -42,7 +42,7 @@ def test_run_refuses_a_recipe_at_once(changes, part, check, refused, recipe, tmp
         ({"options": {"rank": 99}}, "LoRA on layer model.layers.0.self_attn.q_proj"),
         ({"options": {"target_modules": ["q_prj"]}}, "'q_prj' matches no module"),
         ({"metric": "f1"}, "metric for causal-lm must be one of perplexity, loss; got 'f1'"),
-        ({"model": "nowhere"}, "'nowhere' is no folder"),
+        ({"model": "nowhere"}, "'nowhere' is not a folder"),
         ({"data": "nowhere.txt"}, "nowhere.txt: no such file"),
         ({"max_length": 512}, "blocks of 512 tokens"),
     ],
@@ -64,7 +64,7 @@ def test_run_that_diverges(refused, recipe, tmp_path):
 
 def test_run_does_not_write_over_a_run(refused, finished):
     before = (finished / "run.json").read_bytes()
-    assert "holds a run; go on with --resume" in refused("run", finished / "recipe.yaml", "--out", finished)
+    assert "already holds a run; continue it with --resume" in refused("run", finished / "recipe.yaml", "--out", finished)
     message = refused("run", finished / "recipe.yaml", "--out", finished, "--resume", "--steps", "5")
-    assert "was made by another recipe: steps was 3 and is 5" in message
+    assert "was made with a different recipe: steps was 3 and is 5" in message
     assert (finished / "run.json").read_bytes() == before

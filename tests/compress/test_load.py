@@ -50,13 +50,13 @@ def test_the_bias_is_the_files(bias):
     ("change", "match"),
     [
         (lambda t: t.pop("embed.weight") is t.pop("out.weight"), "embed.weight, out.weight missing"),
-        (lambda t: t.update({"extra.weight": torch.zeros(1)}), "extra.weight missing, superfluous"),
-        (lambda t: t.update({"embed.weight": torch.zeros(7, 5)}), "embed.weight missing, superfluous or misshapen"),
+        (lambda t: t.update({"extra.weight": torch.zeros(1)}), "extra.weight missing, unexpected"),
+        (lambda t: t.update({"embed.weight": torch.zeros(7, 5)}), "embed.weight missing, unexpected or of the wrong shape"),
         (
             lambda t: t.update({"mid.A": torch.zeros(2, 5)}),
-            r"layer mid is \(4, 4\), and what the file has for it does not fit: A \(2, 5\), B \(4, 2\)",
+            r"layer mid has shape \(4, 4\), and its tensors in the file do not fit: A \(2, 5\), B \(4, 2\)",
         ),
-        (lambda t: t.update({"mid.B": torch.zeros(4, 3)}), r"layer mid is .* B \(4, 3\)"),
+        (lambda t: t.update({"mid.B": torch.zeros(4, 3)}), r"layer mid has shape .* B \(4, 3\)"),
     ],
 )
 def test_another_models_file_changes_nothing(change, match):

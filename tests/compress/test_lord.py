@@ -348,7 +348,7 @@ def test_factors_take_the_weights_dtype(dtype):
 
 
 def test_a_model_without_a_report():
-    with pytest.raises(ValueError, match="Linear carries no compression report"):
+    with pytest.raises(ValueError, match="Linear has no compression report"):
         last_report(nn.Linear(2, 2))
 
 

@@ -81,7 +81,7 @@ def test_the_optimizer_must_hold_what_is_trained():
 
 
 def test_counts_of_other_layers_are_refused():
-    with pytest.raises(CheckpointError, match="schedule is of other layers than the model's: 2"):
+    with pytest.raises(CheckpointError, match="schedule is for other layers than the model's: 2"):
         SparseTraining(prepared()).load_state_dict({"counts": {"0": 3}})
 
 

@@ -176,8 +176,8 @@ def test_sampler_state(kind):
 def test_foreign_sampler_states():
     state = MaestroSampler(net()).state_dict()
     for other, message in (
-        (MaestroSampler(net(), kind="across_layers"), "kind of the saved sampler is 'per_layer'"),
-        (MaestroSampler(nn.Sequential(net())), "the saved sampler is of layers"),
+        (MaestroSampler(net(), kind="across_layers"), "the saved sampler is of kind 'per_layer'"),
+        (MaestroSampler(nn.Sequential(net())), "the saved sampler covers layers"),
     ):
         with pytest.raises(CheckpointError, match=message):
             other.load_state_dict(state)

@@ -50,7 +50,7 @@ def test_swap_by_name_and_exclusion():
 
 
 def test_a_tied_layer_asked_for_by_name_is_left_with_a_warning():
-    with pytest.warns(UserWarning, match=r"left alone .*out shares its weight with embed\.weight"):
+    with pytest.warns(UserWarning, match=r"left unchanged .*out shares its weight with embed\.weight"):
         model = swap_linear(Net(), LowRank, ["out", "up"], rank=2)
     assert type(model.out) is nn.Linear
     assert isinstance(model.up, LowRankLinear)

@@ -49,7 +49,7 @@ def test_a_group_of_a_kernel_runs_over_channels():
         (3, 2, r"n must be an int in \[1, 2\]"),
         (0, 4, "n must be an int"),
         (1, 0, "m must be an int"),
-        (2, 3, "8 entries, which is no multiple of m=3"),
+        (2, 3, "8 entries, which is not a multiple of m=3"),
     ],
 )
 def test_patterns_that_do_not_fit(n, m, match):

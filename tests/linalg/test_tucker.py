@@ -87,7 +87,7 @@ def test_zero_tensor():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="one entry a mode"):
+    with pytest.raises(ValueError, match="one entry per mode"):
         tucker(torch.ones(2, 2, 2), (1, 1))
     with pytest.raises(ValueError, match=r"ranks\[1\]"):
         tucker(torch.ones(2, 2, 2), (1, 3, 1))

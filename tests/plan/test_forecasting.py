@@ -145,7 +145,7 @@ def test_tied_weights_count_once():
 def test_a_task_that_the_model_has_no_form_for():
     from transformers import DistilBertConfig
 
-    with pytest.raises(UnknownNameError, match="a distilbert model has no form for the task causal-lm"):
+    with pytest.raises(UnknownNameError, match="a distilbert model has no class for the task causal-lm"):
         forecast(DistilBertConfig(), "lora", task="causal-lm")
 
 
@@ -265,7 +265,7 @@ def test_wrong_arguments(more, message):
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
 def test_a_device_that_torch_lacks():
-    with pytest.raises(ValueError, match="device must be one that this torch can use; it has no cuda"):
+    with pytest.raises(ValueError, match="device must be one that this torch supports, and cuda is not"):
         forecast(bert(), "lora", device="cuda")
 
 
@@ -281,7 +281,7 @@ def test_unknown_models_and_methods(tmp_path):
     with pytest.raises(TypeError, match=r"must return an nn\.Module"):
         forecast(lambda: 3, "lora")
     model = Convolutions()
-    with pytest.raises(TypeError, match="exists already"):
+    with pytest.raises(TypeError, match="returned an existing model"):
         forecast(lambda: model, "lora")
 
 

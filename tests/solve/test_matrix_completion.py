@@ -59,8 +59,8 @@ class TestCompletion(SolveCase):
             (ValueError, "values must be 1-D", lambda: run(values=v[None])),
             (ValueError, "rank", lambda: run(rank=0)),
             (ValueError, "[1, 40]", lambda: run(rank=41)),
-            (ValueError, "rows must lie in [0, 40)", lambda: run(rows=r + 1)),
-            (ValueError, "cols must lie in [0, 50)", lambda: run(cols=c - 1)),
+            (ValueError, "rows must be in [0, 40)", lambda: run(rows=r + 1)),
+            (ValueError, "cols must be in [0, 50)", lambda: run(cols=c - 1)),
             (
                 ValueError,
                 f"duplicate entry ({r[0]}, {c[0]})",

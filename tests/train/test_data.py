@@ -170,17 +170,17 @@ def test_a_table_without_a_header_is_noticed(tmp_path):
         ("a.tsv", "text\tlabel\na\n", "row 2 has 1 fields"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b",\n', "line 2 is not JSON"),
         ("a.jsonl", '["a", 1]\n', "line 1 must be a JSON object; got list"),
-        ("a.jsonl", '{"text": ["a", "b"], "label": 1}\n', "column 'text' must hold texts or numbers; got a list"),
-        ("a.jsonl", '{"text": "a", "label": {"x": 1}}\n', "column 'label' must hold texts or numbers; got a dict"),
+        ("a.jsonl", '{"text": ["a", "b"], "label": 1}\n', "column 'text' must hold text or numbers; got a list"),
+        ("a.jsonl", '{"text": "a", "label": {"x": 1}}\n', "column 'label' must hold text or numbers; got a dict"),
         ("a.json", '{"text": "a"}', "must hold a JSON list of objects"),
         ("a.json", "[1, 2]", "must hold a JSON list of objects"),
         ("a.json", "[", "is not JSON"),
         ("a.txt", "positive\n", "line 1: a labelled text file has `label text` on each line"),
-        ("a.xlsx", "text", r"unknown kind of file '.xlsx'; one of .jsonl, "),
+        ("a.xlsx", "text", r"unknown file type '.xlsx'; it must be one of .jsonl, "),
         ("a.csv", b"", "is empty"),
         ("a.csv", b"\xef\xbb\xbf \n", "is empty"),
         ("a.csv", "text,label\n,1\n,0\n", r"no row has both a text \('text'\) and a label \('label'\)"),
-        ("a.csv", "text,label\nfine,pos\ngood,pos\n", r"one class only \('pos'\)"),
+        ("a.csv", "text,label\nfine,pos\ngood,pos\n", r"only one class \('pos'\)"),
     ],
 )
 def test_what_cannot_be_read_says_where(tmp_path, name, content, message):
@@ -340,7 +340,7 @@ def test_split_says_what_it_left_out():
     examples = make([*texts, "0-0", "1-1 "], [0] * 5 + [1] * 5 + [0, 1], 2)
     assert split(examples).notes == ("2 repeated texts were left out, so that no text is in two parts",)
     assert "1 training texts also stand in the test file" in split(examples, test=make(["0-0", "new"], [0, 1], 2)).notes[1]
-    with pytest.raises(DataError, match="every training text also stands in the test file"):
+    with pytest.raises(DataError, match="every training text is also in the test file"):
         split(examples, test=examples)
     with pytest.raises(DataError, match=r"class 'b' has 2 examples; at least 3 are needed"):
         split(make(texts[:7], [0] * 5 + [1] * 2, 2))

@@ -183,9 +183,9 @@ def test_total_batch(text, shape, tmp_path, monkeypatch):
     [
         ({"method": "sltrain", "layerwise": True}, ValueError, "layerwise updates need a lowdim.optim method"),
         ({"method": "fira", "layerwise": True}, ValueError, "max_norm=1.0.*full gradient"),
-        ({"model": "llama-tiny", "tokenizer": None}, UnknownNameError, "a shape without a tokenizer; name one: bytes"),
+        ({"model": "llama-tiny", "tokenizer": None}, UnknownNameError, "a shape without a tokenizer; choose one: bytes"),
         ({"model": "llama-tiny", "task": "causal-lm"}, UnknownNameError, "shape without weights; it can be pretrained only"),
-        ({"tokenizer": "characters", "data": ["datasets:somewhere"]}, DataError, "needs all text beforehand"),
+        ({"tokenizer": "characters", "data": ["datasets:somewhere"]}, DataError, "needs all text in advance"),
     ],
 )
 def test_what_cannot_run(changes, error, message, text, shape, tmp_path):
@@ -235,7 +235,7 @@ def test_a_damaged_checkpoint_says_how_to_go_on(file, harm, text, shape, tmp_pat
         (folder / file).write_bytes((folder / file).read_bytes()[:100])
     else:
         (folder / file).unlink()
-    with pytest.raises(CheckpointError, match=r"checkpoint-4 cannot be read .*remove that folder, and --resume goes on"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 cannot be read .*remove that folder, and --resume continues"):
         run_recipe(recipe(tmp_path / "cut", text, shape, "sst", **how), resume=True)
     shutil.rmtree(folder)
     got = run_recipe(recipe(tmp_path / "cut", text, shape, "sst", **how), resume=True)

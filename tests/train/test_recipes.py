@@ -83,7 +83,7 @@ def test_a_bad_value_names_its_key(tmp_path, line, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: a\nmodel: b\n", "the key 'model' stands twice"),
+        ("model: a\nmodel: b\n", "duplicate key 'model'"),
         ("model: stories260k\n options: {\n", "is not YAML"),
         ("- a\n- b\n", "must hold keys and values; got list"),
         ("model: !!python/object/apply:os.system ['true']\n", "is not YAML: could not determine a constructor"),

@@ -75,7 +75,7 @@ def test_a_disk_without_room(tmp_path, monkeypatch):
 
     model = net()
     left(5_000)
-    with pytest.raises(OSError, match=r"one needs .* are left\); free some, or set save_steps to 0"):
+    with pytest.raises(OSError, match=r"it needs .* are free\); free some space, or set save_steps to 0"):
         rehearse_saving(model, optimizer_of(model), None, tmp_path, 3)
     left(15_000)
     assert "3 checkpoints of" in rehearse_saving(model, optimizer_of(model), None, tmp_path, 3)
@@ -91,7 +91,7 @@ def test_a_state_that_does_not_come_back(tmp_path):
                 state["step"] = 0
 
     model = net()
-    with pytest.raises(ValueError, match="is not what it was"):
+    with pytest.raises(ValueError, match="a state changed when it was saved and loaded again"):
         rehearse_saving(model, Forgetful(param_groups(model, rank=4)), None, tmp_path, 3)
 
 

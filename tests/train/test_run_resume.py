@@ -209,7 +209,7 @@ def test_load_run_of_other_folders(whole, tmp_path):
         load_run(whole("galore")[0])
     for content in ('{"methods": []}', "[]", '{"recipe": {"model": 3}, "data": {"labels": []}}'):
         (tmp_path / "run.json").write_text(content)
-        with pytest.raises(CheckpointError, match="is no record of a recipe's run"):
+        with pytest.raises(CheckpointError, match="is not the record of a recipe run"):
             load_run(tmp_path)
     (tmp_path / "run.json").write_text('{"reci')
     with pytest.raises(CheckpointError, match="is damaged"):
@@ -218,9 +218,9 @@ def test_load_run_of_other_folders(whole, tmp_path):
 
 def test_a_folder_is_not_written_over(whole, tmp_path):
     folder, _ = whole("lora")
-    with pytest.raises(FileExistsError, match="holds a run; go on with --resume"):
+    with pytest.raises(FileExistsError, match="already holds a run; continue it with --resume"):
         run_recipe(recipe(folder))
-    with pytest.raises(CheckpointError, match=r"made by another recipe: lr was 0\.005 and is 0\.1"):
+    with pytest.raises(CheckpointError, match=r"made with a different recipe: lr was 0\.005 and is 0\.1"):
         run_recipe(recipe(folder, lr=0.1), resume=True)
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(FileExistsError, match="is not empty and holds no run"):

@@ -47,7 +47,7 @@ def test_it_is_written_whole(tmp_path):
     from lowdim.train.run import whole_state
 
     message = in_processes(spread, 2, str(tmp_path))
-    assert "is structured and spread over processes" in message
+    assert "is structured and sharded over processes" in message
     assert not (tmp_path / "never").exists()
     again, want = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), small_llama()
     assert type(again) is type(want)

@@ -122,7 +122,7 @@ class FLoRA(Method):
         if isinstance(self.ranks, (tuple, list)):
             object.__setattr__(self, "ranks", tuple(self.ranks))
             if len(self.ranks) < 2:
-                raise ValueError(f"ranks must have one entry for each axis of the weight, two at least; got {self.ranks}")
+                raise ValueError(f"ranks must have one entry for each axis of the weight, at least two; got {self.ranks}")
             for axis, rank in enumerate(self.ranks):
                 check_int(f"ranks[{axis}]", rank, 1)
         else:

@@ -182,7 +182,7 @@ class S2FT(Method):
             stops.append(total)
         count = int(total * self.ratio)
         if count == 0:
-            warnings.warn(f"ratio={self.ratio} of {total} channel blocks is none: nothing is trained", stacklevel=3)
+            warnings.warn(f"ratio={self.ratio} selects none of the {total} channel blocks: nothing is trained", stacklevel=3)
         # Not torch's generator: forecasts, whose tensors have no numbers, draw too.
         chosen = sorted(random.Random(derive_seed(seed, "S2FT", self.axis, self.seed)).sample(range(total), count))
         found, start = {}, 0
@@ -229,7 +229,7 @@ class S2FT(Method):
         given = stats.get("indices", self.indices)
         if isinstance(given, dict):
             raise ValueError(
-                "indices names layers: use lowdim.adapt(model, method), or give this layer's channels as a sequence"
+                "indices is a mapping from layers: use lowdim.adapt(model, method), or give this layer's channels as a sequence"
             )
         return given
 
@@ -280,5 +280,5 @@ def _ascending(argument: str, given: Any) -> tuple[int, ...]:
     for index in listed:
         check_int(argument, index, 0)
     if len(set(listed)) != len(listed):
-        raise ValueError(f"{argument} must not name a channel twice; got {listed!r:.80}")
+        raise ValueError(f"{argument} must not have duplicates; got {listed!r:.80}")
     return tuple(sorted(listed))

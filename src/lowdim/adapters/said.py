@@ -111,8 +111,8 @@ class Subspace(Composition):
         for name, one, other in zip(self.names, mine, about.get("draws", mine)):
             if one != other:
                 raise CheckpointError(
-                    f"the random projection of {name} is not the one that was trained with: this torch draws other numbers "
-                    f"from seed {self.seed}, or the draws had been assigned"
+                    f"the random projection of {name} is not the one used in training: this torch draws other numbers "
+                    f"from seed {self.seed}, or the draws were assigned by hand"
                 )
 
     def _count(self, index: int) -> int:
@@ -285,16 +285,16 @@ class SAID(WholeMethod):
             for pattern in patterns:
                 if not any(pattern in name for name in every):
                     close = ", ".join(nearest(pattern, every))
-                    raise NoMatchingModuleError(f"parameters: {pattern!r} is in no parameter's name (nearest: {close})")
+                    raise NoMatchingModuleError(f"parameters: {pattern!r} matches no parameter name (nearest: {close})")
             chosen = {name: p for name, p in every.items() if any(pattern in name for pattern in patterns)}
         if not chosen:
             raise ValueError(
-                f"no parameter of {type(model).__name__} is selected (parameters={self.parameters!r}); None takes those that "
+                f"no parameter of {type(model).__name__} is selected (parameters={self.parameters!r}); None selects those that "
                 "require gradients"
             )
         odd = next((name for name, p in chosen.items() if type(p.data).__module__.startswith("torchao.")), None)
         if odd is not None:
-            raise ValueError(f"parameter {odd} is quantized and cannot take an offset; name others in parameters")
+            raise ValueError(f"parameter {odd} is quantized and cannot have an offset; select other ones with parameters")
         return chosen
 
     def composition(

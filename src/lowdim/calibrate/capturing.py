@@ -106,9 +106,9 @@ def capture(
     """
     wanted = list(names)
     if batches is None:
-        raise ValueError("batches is missing: what modules put out must be captured from sample data")
+        raise ValueError("batches is missing: module outputs must be captured from sample data")
     if isinstance(batches, (Mapping, Tensor, str)):
-        raise TypeError(f"batches must be an iterable of batches; got one {type(batches).__name__}: put it into a list")
+        raise TypeError(f"batches must be an iterable of batches; got a single {type(batches).__name__}: put it in a list")
     for batch in batches:
         with as_it_was(model, {}, want_gradient=False), capturing(model, wanted, inputs=inputs) as found, torch.no_grad():
             call_model(model, batch)

@@ -60,11 +60,9 @@ def collect(
     if batches is None:
         raise ValueError(f"batches is missing: {', '.join(sorted(kinds))} must be collected from sample data")
     if isinstance(batches, (Mapping, Tensor, str)):
-        raise TypeError(f"batches must be an iterable of batches; got one {type(batches).__name__}: put it into a list")
+        raise TypeError(f"batches must be an iterable of batches; got a single {type(batches).__name__}: put it in a list")
     if "gradient" in kinds and loss_fn is None:
-        raise ValueError(
-            "loss_fn is missing: the gradient needs loss_fn(model, batch) -> scalar, inference batches are not enough"
-        )
+        raise ValueError("loss_fn is missing: gradients need loss_fn(model, batch) -> scalar; batches alone are not enough")
     collector = _Collector(layers, kinds)
     seen = 0
     with as_it_was(model, layers, want_gradient="gradient" in kinds), collector.hooks():
@@ -219,8 +217,8 @@ class _Collector:
             if few:
                 columns, rows = len(found[few[0]]["covariance"]), found[few[0]]["count"]
                 warnings.warn(
-                    f"layer {few[0]} with {columns} inputs saw {rows} rows of the sample batches, so that its covariance is "
-                    f"singular ({len(few)} of {len(found)} layers saw too few); give more or longer samples",
+                    f"layer {few[0]} with {columns} inputs saw {rows} rows of the sample batches, so its covariance is "
+                    f"singular ({len(few)} of {len(found)} layers saw too few); use more or longer samples",
                     UserWarning,
                     stacklevel=_outside(),
                 )

@@ -33,7 +33,7 @@ def parse_seconds(text: str) -> float:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
     if not match or float(match[1]) <= 0:
-        raise ValueError(f"--time-limit must be a positive number of s, m or h, such as 90s or 10m; got {text!r}")
+        raise ValueError(f"--time-limit must be a positive number with unit s, m or h, such as 90s or 10m; got {text!r}")
     return float(match[1]) * _UNITS[match[2]]
 
 

@@ -73,7 +73,7 @@ def compare(
         raise ValueError(
             f"--methods {','.join(settings.methods)} is for --task classify"
             if settings.task == "causal-lm"
-            else f"--methods {','.join(settings.methods)}: an adapter needs a trained model, and --task pretrain starts without"
+            else f"--methods {','.join(settings.methods)}: adapters need a trained model; --task pretrain has none"
         )
     console.print(f"Reading {', '.join(settings.data)}", highlight=False, markup=False)
     tokenizer = recipe_tokenizer(settings.model, settings.tokenizer, settings.data, settings.text)
@@ -138,12 +138,12 @@ def _claim(folder: Path, settings: CompareSettings, resume: bool) -> None:
             raise FileExistsError(f"--out {folder} is not empty and holds no comparison; name another folder")
         return
     if not resume:
-        raise FileExistsError(f"--out {folder} holds a comparison; go on with --resume, or name another folder")
+        raise FileExistsError(f"--out {folder} already holds a comparison; continue it with --resume, or name another folder")
     differs = settings.differs_from(read_json(earlier))
     if differs:
         old = read_json(earlier)
         shown = ", ".join(f"--{key.replace('_', '-')} was {old.get(key)!r}" for key in differs)
-        raise ValueError(f"--resume: {folder} was made with other settings: {shown}")
+        raise ValueError(f"--resume: {folder} was made with different settings: {shown}")
 
 
 def _suits(variant: Variant, task: str) -> bool:
@@ -211,7 +211,7 @@ def _forecast(
         if found:
             least = min(found, key=lambda name: found[name])
             raise BudgetError(
-                f"--budget {format_bytes(settings.budget or 0)}: nothing fits; {least} needs least, "
+                f"--budget {format_bytes(settings.budget or 0)}: no method fits; {least} needs the least, "
                 f"{format_bytes(found[least])} (try a smaller --batch-size or --max-length)"
             )
         raise LowdimError(f"no method can be run: {'; '.join(f'{k}: {v}' for k, v in skipped.items())}")

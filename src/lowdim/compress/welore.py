@@ -215,7 +215,7 @@ def welore_freeze(model: nn.Module, *, train_norms: bool = False) -> list[nn.Par
     if not components:
         raise ValueError(
             f"{type(model).__name__} has no low-rank component to train; compress it with welore first (a lower min_reduction, "
-            "or a higher target, gives more of them)"
+            "or a higher target, gives more)"
         )
     freeze(model)
     for parameter in chosen.values():
@@ -260,7 +260,7 @@ def _ranks(
             owners.setdefault(id(layer.weight), name)
     if not owners:
         raise NoMatchingModuleError(
-            f"no layer is left: each of {', '.join(layers)} has one row or column, which has no rank to lose"
+            f"no layer is left: each of {', '.join(layers)} has one row or column, so its rank cannot be reduced"
         )
     counted = {name: spectra[name] for name in owners.values()}
     if config.target is not None:

@@ -50,7 +50,7 @@ def diagnose(settings: DiagnoseSettings) -> Any:
     chosen = diagnostic(settings.diagnostic)
     for name in settings.inputs:
         if name not in chosen.inputs:
-            raise UnknownNameError(f"{settings.diagnostic} takes no --{name}; it measures {_flags(chosen.inputs)}")
+            raise UnknownNameError(f"{settings.diagnostic} does not take --{name}; it measures {_flags(chosen.inputs)}")
     missing = [name for name in chosen.inputs if name not in settings.inputs]
     if missing:
         raise ValueError(f"{settings.diagnostic} measures {_flags(chosen.inputs)}; missing: {_flags(missing)}")

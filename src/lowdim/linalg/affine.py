@@ -66,7 +66,7 @@ def quantize_affine(
     scales, zeros = (torch.empty(groups, 1, dtype=w.dtype, device=w.device) for _ in range(2))
     store_affine(w, codes, scales, zeros, group_size=group_size, bits=bits, uniform=uniform)
     if has_numbers(w) and not bool(torch.isfinite(scales).all()):
-        raise ValueError("w has NaN or infinite entries, which no code can stand for")
+        raise ValueError("w has NaN or infinite entries, which cannot be quantized")
     return codes, scales, zeros
 
 
@@ -142,7 +142,7 @@ def dequantize_affine(
     groups = _groups("codes", codes.numel(), group_size)
     for name, tensor in (("scales", scales), ("zeros", zeros)):
         if tensor.numel() != groups:
-            raise ValueError(f"{name} must have {groups} entries, one a group of {group_size}; got {tensor.numel()}")
+            raise ValueError(f"{name} must have {groups} entries, one per group of {group_size}; got {tensor.numel()}")
     scales, zeros = scales.reshape(-1, 1), zeros.reshape(-1, 1)
     out = torch.empty(codes.shape, dtype=dtype or scales.dtype, device=codes.device)
     source, target = codes.reshape(-1, group_size), out.view(-1, group_size)
@@ -179,7 +179,7 @@ def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
         [1, 2, 15]
     """
     if packed.dtype != torch.uint8 or packed.numel() != -(-count // 2):
-        raise ValueError(f"{count} packed codes are {-(-count // 2)} uint8; got {packed.numel()} {packed.dtype}")
+        raise ValueError(f"packed must hold {-(-count // 2)} uint8 for {count} codes; got {packed.numel()} {packed.dtype}")
     return torch.stack([packed & 15, packed >> 4], -1).view(-1)[:count]
 
 

@@ -33,6 +33,6 @@ def unpack_bits(packed: Tensor, count: int) -> Tensor:
         [True, False, True]
     """
     if packed.dtype != torch.uint8 or packed.numel() != -(-count // 8):
-        raise ValueError(f"{count} packed bits are {-(-count // 8)} uint8; got {packed.numel()} {packed.dtype}")
+        raise ValueError(f"packed must hold {-(-count // 8)} uint8 for {count} bits; got {packed.numel()} {packed.dtype}")
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return ((packed.reshape(-1, 1) >> shifts) & 1).reshape(-1)[:count].bool()

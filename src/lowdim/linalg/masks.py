@@ -40,7 +40,9 @@ def nm_mask(
     check_int("n", n, 1, m)
     size = weight.shape[dim]
     if size % m:
-        raise ValueError(f"dimension {dim} of a weight {tuple(weight.shape)} has {size} entries, which is no multiple of m={m}")
+        raise ValueError(
+            f"dimension {dim} of a weight {tuple(weight.shape)} has {size} entries, which is not a multiple of m={m}"
+        )
     groups = weight.detach().movedim(dim, -1).unflatten(-1, (size // m, m))
     order = groups.abs().argsort(dim=-1, stable=True)
     mask = torch.ones_like(groups).scatter(-1, order[..., : m - n], 0.0)

@@ -50,7 +50,7 @@ class CountSketch:
                 f"buckets and signs must have one shape (*batch, n); got {tuple(buckets.shape)} and {tuple(signs.shape)}"
             )
         if buckets.numel() and not (int(buckets.min()) >= 0 and int(buckets.max()) < rows):
-            raise ValueError(f"buckets must lie in [0, {rows}); got {int(buckets.min())} to {int(buckets.max())}")
+            raise ValueError(f"buckets must be in [0, {rows}); got {int(buckets.min())} to {int(buckets.max())}")
         self.buckets, self.signs, self.rows = buckets, signs, rows
 
     @classmethod

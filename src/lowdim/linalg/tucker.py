@@ -94,7 +94,7 @@ def tucker(
     SIAM J. Matrix Anal. Appl. 2000.
     """
     if len(ranks) != tensor.ndim:
-        raise ValueError(f"ranks must have one entry a mode ({tensor.ndim}); got {tuple(ranks)}")
+        raise ValueError(f"ranks must have one entry per mode ({tensor.ndim}); got {tuple(ranks)}")
     for mode, (rank, size) in enumerate(zip(ranks, tensor.shape)):
         check_int(f"ranks[{mode}]", rank, 1, size)
     work = tensor.detach().to(compute_dtype(tensor.dtype))

@@ -118,7 +118,7 @@ def resolve(name: str) -> Source:
         raise UnknownNameError(f"--model {name}: no such folder{close}")
     if "/" not in name:
         raise UnknownNameError(
-            f"--model {name!r} is no folder, no hub id (owner/name), and none of {', '.join(NAMES)} "
+            f"--model {name!r} is not a folder, a hub id (owner/name) or one of {', '.join(NAMES)} "
             f"(nearest: {nearest(name, NAMES, 1)[0]})"
         )
     return Source(name, name.split("/")[-1], hub=True)
@@ -154,7 +154,7 @@ def load_tokenizer(name: str) -> Any:
     transformers = _transformers()
     source = resolve(name)
     if name in SHAPES:
-        raise UnknownNameError(f"--model {name} is a shape without a tokenizer; name one: bytes, characters, or a folder")
+        raise UnknownNameError(f"--model {name} is a shape without a tokenizer; choose one: bytes, characters, or a folder")
     with quiet():
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, **source.options)
@@ -215,7 +215,7 @@ def load_model(
     broken = sorted(key for key in absent if task != "classify" or pooled or not key.startswith(new))
     if broken:
         raise UnknownNameError(
-            f"--model {name}: {len(broken)} tensors of a model for {task} are not in its weights, or of another shape there, "
+            f"--model {name}: {len(broken)} tensors of a model for {task} are missing from its weights or have another shape, "
             f"such as {broken[0]}"
         )
     if source.gguf:

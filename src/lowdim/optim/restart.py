@@ -74,14 +74,15 @@ class Restart(Companion):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
         if reset and isinstance(optimizer, torch.optim.Adagrad):
-            raise TypeError("optimizer must make its state when it first needs it; Adagrad makes it once and for all")
+            raise TypeError("optimizer must create its state at the first step; Adagrad creates it in its constructor")
         check_int("interval", interval, 1)
         layerwise = bool(getattr(optimizer, "layerwise", False))
         if recovery_steps is not None:
             check_int("recovery_steps", recovery_steps, 1, interval)
             if layerwise:
                 raise ValueError(
-                    f"recovery_steps must be None with layerwise=True, whose updates no step sees; got {recovery_steps!r}"
+                    "recovery_steps must be None with layerwise=True, which updates in the backward pass; got "
+                    f"{recovery_steps!r}"
                 )
         self.optimizer, self.model, self.interval = optimizer, model, interval
         self.refactorize, self.reset, self.recovery_steps = refactorize, reset, recovery_steps

@@ -63,7 +63,9 @@ class Subject:
             raise TypeError(f"dtype must be a floating torch.dtype such as torch.bfloat16; got {dtype!r}")
         place = torch.device(device)
         if place.type not in ("cpu", "meta") and not torch.accelerator.is_available():
-            raise ValueError(f"device must be one that this torch can use; it has no {place.type} (cpu is close)")
+            raise ValueError(
+                f"device must be one that this torch supports, and {place.type} is not (cpu gives a close estimate)"
+            )
         config, label = None, type(source).__name__
         if isinstance(source, (str, Path)):
             from lowdim.models import load_config, resolve
@@ -109,7 +111,7 @@ class Subject:
             except ValueError as error:
                 if "Unrecognized configuration class" not in str(error):
                     raise
-                raise UnknownNameError(f"a {config.model_type} model has no form for the task {self.task}") from error
+                raise UnknownNameError(f"a {config.model_type} model has no class for the task {self.task}") from error
         elif isinstance(self.source, nn.Module):
             model = _fake_copy(self.source)
         else:
@@ -119,7 +121,7 @@ class Subject:
                 raise TypeError(f"model: the function must return an nn.Module; got {type(model).__name__}")
             if not all(isinstance(p, FakeTensor) for p in model.parameters()):
                 raise TypeError(
-                    "model: the function must build the model when it is called; this one returned a model that exists already"
+                    "model: the function must build the model when it is called; this one returned an existing model"
                 )
         return model.train()
 

@@ -192,7 +192,7 @@ def _checkpoint(model: nn.Module) -> None:
     enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, "gradient_checkpointing_enable", None)
     if enable is None:
         raise ValueError(
-            f"gradient_checkpointing: {type(model).__name__} cannot do it (it has no gradient_checkpointing_enable)"
+            f"gradient_checkpointing: {type(model).__name__} does not support it (it has no gradient_checkpointing_enable)"
         )
     if getattr(getattr(model, "config", None), "use_cache", False):
         model.config.use_cache = False  # type: ignore[union-attr]

@@ -48,7 +48,7 @@ def verify(files: Iterable[str | Path], layers: Iterable[str]) -> None:
         for name, value in actual.items():
             if name in named and named[name] != value:
                 raise CheckpointError(
-                    f"{path} is damaged: tensor {name} is not what was written; fetch or write the folder again"
+                    f"{path} is damaged: tensor {name} differs from what was written; download or write the folder again"
                 )
         expected |= named
         found |= actual

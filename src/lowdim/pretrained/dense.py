@@ -71,7 +71,7 @@ def _roomy(model: Any, state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tens
     if extra:
         names = ", ".join(sorted(extra)[:3])
         raise LowdimError(
-            f"{type(model).__name__} has no place for {names}{' ...' if len(extra) > 3 else ''}, so a dense checkpoint would "
+            f"{type(model).__name__} cannot hold {names}{' ...' if len(extra) > 3 else ''}, so a dense checkpoint would "
             "lose it; write the compressed one, or compress without new biases (LoRD: centered=False)"
         )
     own = dict(plain.state_dict())

@@ -114,9 +114,7 @@ def _compressed(model: Any) -> Any:
     layers = describe_layers(model)
     for name, module in structured_layers(model).items():
         if name not in layers:
-            raise LowdimError(
-                f"layer {name} is a {type(module).__name__}, which no file can describe yet; write the dense model (dense=True)"
-            )
+            raise LowdimError(f"layer {name} is a {type(module).__name__}, which a file cannot describe yet; use dense=True")
     if not layers and quantizer is not None:
         quantizer.remove_quantization_config(model)
     if layers:

@@ -147,11 +147,11 @@ class WholeModelCase(WholeTraining, WholeFiles):
         model = small_model()
         method = self.method(model)
         lowdim.adapt(model, LoRA(rank=1))
-        with pytest.raises(ValueError, match="adapted already"):
+        with pytest.raises(ValueError, match="already adapted"):
             lowdim.adapt(model, method)
         model = small_model()
         lowdim.adapt(model, method)
-        with pytest.raises(ValueError, match="adapted already"):
+        with pytest.raises(ValueError, match="already adapted"):
             lowdim.adapt(model, method)
 
     # Shapes alone

@@ -79,7 +79,7 @@ class WholeFiles(WholeHooks):
     def test_a_file_on_an_adapted_model_is_refused(self, tmp_path):
         model = small_model()
         self.adapt(model).save(tmp_path / "mine")
-        with pytest.raises(ValueError, match="adapted already"):
+        with pytest.raises(ValueError, match="already adapted"):
             lowdim.load_adapter(model, tmp_path / "mine")
         lowdim.adapt(small_model(), LoRA(rank=1)).save(tmp_path / "lora")
         with pytest.raises(CheckpointError, match="composed by another adapter"):

@@ -47,8 +47,8 @@ class AdaptedCallback(_base()):
         """After a resume the optimizer may have more groups than the scheduler was made for."""
         if self.regularize and args.fp16 and self._penalty() is not None:
             raise ValueError(
-                f"{type(self.adapted.method).__name__} has a regularizer, whose gradient cannot be added to scaled ones: train "
-                "with bf16, or add adapted.regularizer() to the loss in compute_loss and set regularize=False"
+                f"{type(self.adapted.method).__name__} has a regularizer, whose gradient cannot be added to scaled gradients: "
+                "train with bf16, or add adapted.regularizer() to the loss in compute_loss and set regularize=False"
             )
         self._follow(args, state, kwargs.get("lr_scheduler"))
 

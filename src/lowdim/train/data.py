@@ -68,7 +68,7 @@ def read_examples(
     name = ", ".join(str(p) for p in paths)
     known = list(classes) if classes else _ordered(set(labels))
     if len(known) < 2:
-        raise DataError(f"{name}: there is one class only ({known[0]!r}); at least two are needed to classify")
+        raise DataError(f"{name}: there is only one class ({known[0]!r}); classification needs at least two")
     if not classes and len(known) > max(50, len(labels) // 2):
         raise DataError(
             f"{name}: the labels have {len(known)} different values in {len(labels)} rows, such as {known[0]!r}; "
@@ -176,7 +176,7 @@ def split(
         if len(clean) < len(unique):
             notes.append(f"{len(unique) - len(clean)} training texts also stand in the test file and were left out of training")
         if not clean:
-            raise DataError("every training text also stands in the test file (--eval), so nothing is left to train on")
+            raise DataError("every training text is also in the test file (--eval), so nothing is left to train on")
         unique = clean
     counts = Counter(examples.labels[i] for i in unique)
     need = 2 if test is not None else 3
@@ -241,7 +241,7 @@ def _blank(value: Any) -> bool:
 
 def _plain(value: Any, column: str, path: Path) -> Any:
     if isinstance(value, (list, dict, bytes)):
-        raise DataError(f"{path}: column {column!r} must hold texts or numbers; got a {type(value).__name__}")
+        raise DataError(f"{path}: column {column!r} must hold text or numbers; got a {type(value).__name__}")
     return value if isinstance(value, (bool, float)) else str(value)
 
 

@@ -134,7 +134,7 @@ def training_text(sources: Sequence[str | Path], text: str | None = None) -> Ite
         DataError: a source of `datasets`, whose text is not known beforehand.
     """
     if any(map(is_source, sources)):
-        raise DataError(f"tokenizer characters needs all text beforehand, which {sources[0]} does not give; take bytes")
+        raise DataError(f"tokenizer characters needs all text in advance, which {sources[0]} does not give; use bytes")
     yield from read_texts(sources, text=text)[0]
 
 

@@ -37,8 +37,10 @@ def rehearse_saving(model: nn.Module, optimizer: Any, companion: Any, folder: Pa
     one = weights + (sum(size for *_, size in layouts) if layouts else 2 * trained)
     free = shutil.disk_usage(folder if folder.is_dir() else _existing(folder)).free
     if free < one:
-        reason = f"{os.strerror(errno.ENOSPC)}: one needs {format_bytes(one)}, {format_bytes(free)} are left"
-        raise OSError(errno.ENOSPC, f"could not write a checkpoint to {folder} ({reason}); free some, or set save_steps to 0")
+        reason = f"{os.strerror(errno.ENOSPC)}: it needs {format_bytes(one)}, and {format_bytes(free)} are free"
+        raise OSError(
+            errno.ENOSPC, f"could not write a checkpoint to {folder} ({reason}); free some space, or set save_steps to 0"
+        )
     if layouts:
         _round_trip(optimizer.state_dict, optimizer.load_state_dict, _trial_state(optimizer, layouts))
         optimizer.state.clear()
@@ -86,7 +88,7 @@ def _round_trip(save: Callable[[], Any], load: Callable[[Any], Any], state: Any)
     load(torch.load(file, weights_only=True))
     back = save()
     if not _same(state, back):
-        raise ValueError("a state that was saved, read and loaded is not what it was: checkpoints could not be trusted")
+        raise ValueError("a state changed when it was saved and loaded again, so checkpoints of this run would be wrong")
 
 
 def _same(a: Any, b: Any) -> bool:

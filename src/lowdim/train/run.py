@@ -239,7 +239,7 @@ def load_run(folder: str | Path) -> tuple[Any, Recipe, Variant]:
         recipe = Recipe(**record["recipe"])
         labels = max(2, len(record["data"]["labels"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / RECORD} is no record of a recipe's run") from error
+        raise CheckpointError(f"{folder / RECORD} is not the record of a recipe run") from error
     chosen = with_options(variant(recipe.method), recipe.options)
     if not (folder / "adapter").is_dir():
         raise CheckpointError(f"{folder} holds no adapter; its model is in {folder / 'model'}, ready to use")
@@ -273,8 +273,8 @@ def save_plain(model: Any, folder: Path, tokenizer: Any, whole: dict[str, Any] |
     structured = next((name for name, m in model.named_modules() if hasattr(m, "to_linear") or hasattr(m, "to_conv")), None)
     if structured is not None:
         raise LowdimError(
-            f"layer {structured} is structured and spread over processes, so no plain model is written; "
-            f"go on from the checkpoints in {folder.parent} in one process (--resume), which writes it"
+            f"layer {structured} is structured and sharded over processes, so no plain model is written; "
+            f"continue from the checkpoints in {folder.parent} in one process (--resume), which writes it"
         )
     with whole_folder(folder) as draft:
         model.save_pretrained(draft, state_dict=whole)
@@ -309,9 +309,9 @@ def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
             raise FileExistsError(f"{folder} is not empty and holds no run; name another folder with --out")
         return
     if not resume:
-        raise FileExistsError(f"{folder} holds a run; go on with --resume, or name another folder with --out")
+        raise FileExistsError(f"{folder} already holds a run; continue it with --resume, or name another folder with --out")
     now, old = recipe.model_dump(), load_recipe(earlier).model_dump()
     differs = [key for key in now if old[key] != now[key] and key not in ("out", "save_steps", "report_to")]
     if differs:
         shown = ", ".join(f"{key} was {old[key]!r} and is {now[key]!r}" for key in differs)
-        raise CheckpointError(f"--resume: {folder} was made by another recipe: {shown}")
+        raise CheckpointError(f"--resume: {folder} was made with a different recipe: {shown}")

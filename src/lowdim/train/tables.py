@@ -91,7 +91,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
             raise DataError(f"{path} has no rows")
         return rows
     if kind not in FORMATS:
-        raise DataError(f"{path}: unknown kind of file {kind!r}; one of {', '.join(FORMATS)} is needed")
+        raise DataError(f"{path}: unknown file type {kind!r}; it must be one of {', '.join(FORMATS)}")
     content = read_text(path)
     if kind == ".jsonl":
         rows = _json_lines(path, content)

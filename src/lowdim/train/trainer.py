@@ -309,7 +309,7 @@ def _check_complete(checkpoint: Path) -> None:
     """Raise FileNotFoundError where a part is missing that the trainer would silently do without."""
     for pattern in ("optimizer.pt", "scheduler.pt", "rng_state*.pth"):  # one random state a process
         if not list(checkpoint.glob(pattern)):
-            raise FileNotFoundError(f"it has no {pattern.replace('*', '')}")
+            raise FileNotFoundError(f"{pattern.replace('*', '')} is missing")
 
 
 @contextmanager
@@ -322,7 +322,7 @@ def _reading(checkpoint: str | None) -> Iterator[None]:
     except Exception as error:  # torch, safetensors, zip files and the system each have an error of their own for it
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(
-            f"{checkpoint} cannot be read ({reason}); remove that folder, and --resume goes on from the checkpoint before it"
+            f"{checkpoint} cannot be read ({reason}); remove that folder, and --resume continues from the checkpoint before it"
         ) from error
 
 

@@ -70,7 +70,8 @@ class Coefficients(Composition):
             return forward_ad.make_dual(base, offset)
         except RuntimeError as error:
             raise RuntimeError(
-                "a linearized model computes in one piece: call the whole model, not a part, and without gradient checkpointing"
+                "a linearized model can be called only as a whole: call the model, not one of its modules, and turn off "
+                "gradient checkpointing"
             ) from error
 
     def around(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -189,9 +190,9 @@ class ATLAS(WholeMethod):
         if self.partition is not None:
             check_int("partition", self.partition, 1)
             if not self.blockwise:
-                raise ValueError("partition needs blockwise=True: its coefficients belong to one tensor each")
+                raise ValueError("partition needs blockwise=True, as each of its coefficients belongs to one tensor")
         elif self.partition_maps is not None:
-            raise ValueError("partition_maps need partition, the number of classes")
+            raise ValueError("partition_maps needs partition, the number of classes; got partition=None")
         if self.partition_maps is not None:
             object.__setattr__(self, "partition_maps", _Maps(self.partition_maps, self.partition))
 
@@ -297,12 +298,12 @@ class _Maps(_Held):
         for shape, classes in given.items():
             if tuple(classes.shape) != tuple(shape) or len(shape) != 2 or classes.is_floating_point():
                 raise ValueError(
-                    f"partition_maps: {tuple(shape)} must have an integer matrix of that shape; got {classes.dtype} "
+                    f"partition_maps[{tuple(shape)}] must be an integer matrix of that shape; got {classes.dtype} "
                     f"{tuple(classes.shape)}"
                 )
             low, high = int(classes.min()), int(classes.max())
             if low < 0 or high >= count:
-                raise ValueError(f"partition_maps: the classes of {tuple(shape)} must lie in [0, {count}); got {low} to {high}")
+                raise ValueError(f"partition_maps: the classes of {tuple(shape)} must be in [0, {count}); got {low} to {high}")
         super().__init__({tuple(shape): classes.detach().to(torch.int64) for shape, classes in given.items()})
 
     def __eq__(self, other: object) -> bool:

@@ -48,7 +48,7 @@ def task_vector(
     found = {}
     for name, tensor in before.items():
         if after[name].shape != tensor.shape:
-            raise ValueError(f"block {name} has shape {tuple(tensor.shape)} and, fine-tuned, {tuple(after[name].shape)}")
+            raise ValueError(f"block {name} has shape {tuple(tensor.shape)}; fine-tuned, it has {tuple(after[name].shape)}")
         found[name] = (wide(after[name]) - wide(tensor)).to(tensor.dtype)
     return found
 
@@ -111,7 +111,9 @@ class TaskVector(Mapping[str, Tensor]):
         path = Path(reference["path"])
         place = path if path.is_file() else folder / path.name
         if not place.is_file():
-            raise CheckpointError(f"the task vector {path} is gone; put it there again, or as {path.name} beside the adapter")
+            raise CheckpointError(
+                f"the task vector {path} is missing; put it back, or save it as {path.name} next to the adapter"
+            )
         read = cls(place)
         if read.digest != reference["digest"]:
             raise CheckpointError(f"{place} is not the task vector that the adapter was trained with: its digest differs")

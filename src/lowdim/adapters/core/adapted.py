@@ -113,9 +113,9 @@ class Adapted(Companion):
             shown = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
             raise NoGradientError(
                 f"{len(lost)} of {len(self.layers)} adapted layers got no gradient from the first backward pass: {shown}. Does "
-                "the model use them (not another copy of the model, a layer that is skipped, or code that reads their weight)? "
+                "the model use them (not another copy of the model, a skipped layer, or code that only reads their weight)? "
                 "With reentrant gradient checkpointing call model.enable_input_require_grads(), or use use_reentrant=False. "
-                "Set allow_unused=True on the Adapted if it is meant"
+                "Set allow_unused=True on the Adapted if this is intended"
             )
 
     def before_training(self, batches: list[Any], loss_fn: LossFn | None, lr: float, steps: int) -> int:
@@ -289,7 +289,7 @@ class Adapted(Companion):
         """
         for name, layer in self.layers.items():
             if self.model.get_submodule(name) is not layer or isinstance(layer.base, AdaptedLayer):
-                raise ValueError(f"layer {name} has several adapters: take the others away first, or merge by an AdapterSet")
+                raise ValueError(f"layer {name} has several adapters; delete the others first, or use AdapterSet.merge()")
         changes = []
         config: Any = getattr(self.model, "config", None)
         self._merged = _Merged(

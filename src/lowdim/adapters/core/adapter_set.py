@@ -84,7 +84,7 @@ class AdapterSet:
     def __init__(self, model: nn.Module):
         if any(isinstance(module, AdaptedLayer) for module in model.modules()):
             raise ValueError(
-                "model is adapted already: give the plain model, and hand the Adapted over by adopt(name, adapted)"
+                "model is already adapted: pass the plain model, or build the set with AdapterSet.of(name=adapted)"
             )
         self.model = model
         self.adapters: dict[str, Adapted] = {}
@@ -100,7 +100,7 @@ class AdapterSet:
         (model,) = models.values()
         mine = {layer for adapted in adapters.values() for layer in adapted.layers.values()}
         if any(isinstance(module, AdaptedLayer) and module not in mine for module in model.modules()):
-            raise ValueError("the model has further adapters; name all of them")
+            raise ValueError("the model has other adapters as well; pass all of them")
         made = cls.__new__(cls)
         made.model, made.adapters, made._strengths, made._merged = model, {}, {}, None
         for name, adapted in adapters.items():
@@ -212,7 +212,7 @@ class AdapterSet:
         wrong = sorted(set(ours) ^ set(theirs)) or [k for k in ours if ours[k].shape != theirs[k].shape]
         if wrong or type(mine.method) is not type(other.method):
             what = f"{type(other.method).__name__} with other tensors ({', '.join(wrong[:3])})" if wrong else str(other.method)
-            raise ValueError(f"adapter {name!r} is {mine.method}; its tensors cannot take those of {what}")
+            raise ValueError(f"adapter {name!r} is {mine.method}; it cannot load the tensors of {what}")
         with torch.no_grad():
             for place, layer in mine.layers.items():
                 weight = layer.original_weight()
@@ -297,7 +297,7 @@ class AdapterSet:
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be a non-empty string; got {name!r}")
         if name in self.adapters:
-            raise ValueError(f"there is an adapter {name!r} already; delete it first, or swap its numbers")
+            raise ValueError(f"adapter {name!r} already exists; delete it first, or replace its numbers with swap()")
 
     def _known(self, name: str) -> str:
         if name not in self.adapters:
@@ -306,7 +306,7 @@ class AdapterSet:
 
     def _unmerged(self, what: str) -> None:
         if self._merged is not None:
-            raise ValueError(f"the adapters are merged: unmerge() before {what}()")
+            raise ValueError(f"the adapters are merged: call unmerge() before {what}()")
 
     def _layers(self) -> Iterable[AdaptedLayer]:
         return (layer for adapted in self.adapters.values() for layer in adapted.layers.values())

@@ -77,7 +77,7 @@ def adapt(
             modules_to_save=modules_to_save,
         )
     if is_composed(model):
-        raise ValueError("a method that acts on the whole model (SAID, aTLAS) is attached already; merge() it first")
+        raise ValueError("a method that acts on the whole model (SAID, aTLAS) is already attached; merge() it first")
     layers = target_layers(model, method)
     kept = saved_modules(model, modules_to_save, layers)
     fingerprints = {name: fingerprint(pristine_matrix(layer)) for name, layer in layers.items()} if initialise else {}

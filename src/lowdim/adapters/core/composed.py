@@ -126,13 +126,14 @@ def refuse_spread(tensors: Iterable[Tensor]) -> None:
     """Raise ValueError where a parameter is spread over processes."""
     if any(is_sharded(tensor) for tensor in tensors):
         raise ValueError(
-            "the parameters are spread over processes: save() the adapter, and merge it into a whole model by load_adapter"
+            "the parameters are sharded over processes: save() the adapter, load it into an unsharded model with load_adapter, "
+            "and merge it there"
         )
 
 
 def _link(module: nn.Module, attribute: str, link: tuple[Composition, int]) -> None:
     if isinstance(module, torch.jit.ScriptModule):
-        raise TypeError("TorchScript reads parameters by itself")
+        raise TypeError("TorchScript modules read their parameters directly")
     links = module.__dict__.get("_composed", {})
     base = type(module)._composed_base if links else type(module)  # type: ignore[attr-defined]
     links = {**links, attribute: link}

@@ -111,7 +111,7 @@ class Method:
             ValueError: the shape does not allow the hyperparameters, or statistics are missing.
         """
         if not self.accepts(layer):
-            raise TypeError(f"{type(self).__name__} takes {', '.join(sorted(self.takes))} layers; got {describe(layer)}")
+            raise TypeError(f"{type(self).__name__} adapts {', '.join(sorted(self.takes))} layers; got {describe(layer)}")
         over = isinstance(layer, AdaptedLayer)
         if not over and not is_quantized(layer):
             stored = layer._parameters.get("weight")

@@ -94,7 +94,7 @@ class WeightUpdate(nn.Module):
         wrong = sorted(set(own) ^ set(tensors)) or [k for k, v in own.items() if v.shape != tensors[k].shape]
         if wrong:
             raise CheckpointError(
-                f"{type(self).__name__} does not fit the file: {', '.join(wrong)} missing, superfluous or misshapen"
+                f"{type(self).__name__} does not fit the file: {', '.join(wrong)} missing, unexpected or of the wrong shape"
             )
         self.load_state_dict(dict(tensors), strict=False)
 

@@ -131,8 +131,8 @@ class WholeAdapted(Adapted):
             raise NoGradientError(
                 f"the trained numbers of {type(self.method).__name__} got no gradient from the first backward pass. Does the "
                 "loss come from adapted.model (not another copy)? With reentrant gradient checkpointing call "
-                "model.enable_input_require_grads(), or use use_reentrant=False. Set allow_unused=True on the Adapted if it is "
-                "meant"
+                "model.enable_input_require_grads(), or use use_reentrant=False. Set allow_unused=True on the Adapted if "
+                "this is intended"
             )
 
     @torch.no_grad()
@@ -249,9 +249,7 @@ def merge_parameters(model: nn.Module, shared: Composition, places: Mapping[str,
 def refuse_adapted(model: nn.Module) -> None:
     """Raise ValueError where the model has an adapter already, or is composed."""
     if is_composed(model) or any(isinstance(module, AdaptedLayer) for module in model.modules()):
-        raise ValueError(
-            "model is adapted already, and a method that acts on the model as a whole cannot share it: merge() first"
-        )
+        raise ValueError("model is already adapted, and a method that acts on the whole model cannot share it: merge() first")
 
 
 def make_for_itself(model: nn.Module, names: Iterable[str]) -> None:

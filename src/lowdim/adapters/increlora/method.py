@@ -112,7 +112,7 @@ class IncreLoRA(Method):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), least)
             elif self.total_steps is None:
-                raise ValueError(f"{name}=None follows from total_steps, which must then be given; got None")
+                raise ValueError(f"{name}=None is derived from total_steps, which must then be given; got None")
         for name in ("beta1", "beta2"):
             check_float(name, getattr(self, name), 0.0, 1.0, low_open=True, high_open=True)
         check_float("orth_weight", self.orth_weight, 0.0)

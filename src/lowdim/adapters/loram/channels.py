@@ -125,11 +125,11 @@ def _spread(factor: Tensor, dim: int, argument: str, kept: Tensor | None, size: 
     have, name = factor.shape[dim], "A" if dim else "B"
     if kept is None:
         if have != size:
-            raise ValueError(f"{name} has {have} channels and the layer {size}; without {argument} they must be as many")
+            raise ValueError(f"{name} has {have} channels and the layer {size}; without {argument} these must be equal")
         return factor
     index = check_kept(argument, kept, size)
     if len(index) != have:
-        raise ValueError(f"{name} has {have} channels and {argument} {len(index)} indices")
+        raise ValueError(f"{argument} must have one index for each of the {have} channels of {name}; got {len(index)}")
     shape = list(factor.shape)
     shape[dim] = size
     return factor.new_zeros(shape).index_copy(dim, index.to(factor.device), factor)
@@ -236,7 +236,7 @@ def channel_scores(
     sizes = {name: layer.out_features for name, layer in rows.items()}
     sizes.update({name: layer.in_features for name, layer in columns.items() if name not in sizes})
     if len(set(sizes.values())) != 1:
-        raise ValueError(f"the producers' outputs and the consumers' inputs must be equally many; got {sizes or 'no layer'}")
+        raise ValueError(f"the producers' outputs and the consumers' inputs must be equal in number; got {sizes or 'no layer'}")
     count = next(iter(sizes.values()))
     if criterion == "random":
         return torch.rand(count, generator=stream(seed, "channels", *producers, *consumers), dtype=torch.float64)

@@ -181,7 +181,7 @@ class AdaptedLoRAM(Adapted):
             raise NoMatchingModuleError(f"the whole model has no module {name!r}") from None
         shapes = [{key: value.shape for key, value in state.items()} for state in (own, other)]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"module {name} has another shape in the whole model; it cannot be copied over")
+            raise ValueError(f"module {name} has a different shape in the whole model; it cannot be copied")
         return own
 
 
@@ -259,7 +259,7 @@ class LoRAM(Method):
             names = [name for group in groups for name in getattr(group, field)]
             twice = [name for name in names if names.count(name) > 1]
             if twice:
-                raise ValueError(f"layer {twice[0]} is among the {field} of two groups; its channels cannot be pruned twice")
+                raise ValueError(f"layer {twice[0]} is among the {field} of two groups; its channels can be pruned only once")
 
     def kept(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Layer -> rows that stay, and layer -> columns that stay."""

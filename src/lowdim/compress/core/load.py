@@ -94,7 +94,7 @@ def _filled(name: str, layer: nn.Module, description: Mapping[str, Any], tensors
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         sizes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in own.items())
         raise CheckpointError(
-            f"layer {name} is {matrix_shape(layer)}, and what the file has for it does not fit: {sizes or 'nothing'} ({error})"
+            f"layer {name} has shape {matrix_shape(layer)}, and its tensors in the file do not fit: {sizes or 'none'} ({error})"
         ) from error
     assert isinstance(new, Rebuildable)
     new.after_loading()
@@ -121,5 +121,5 @@ def _check_rest(model: nn.Module, tensors: Mapping[str, Tensor], layers: Mapping
     if wrong:
         raise CheckpointError(
             f"the tensors do not fit {type(model).__name__}: {', '.join(wrong[:5])}"
-            f"{' ...' if len(wrong) > 5 else ''} missing, superfluous or misshapen"
+            f"{' ...' if len(wrong) > 5 else ''} missing, unexpected or of the wrong shape"
         )

@@ -114,6 +114,6 @@ def last_report(model: nn.Module) -> CompressionReport:
     report = getattr(model, "lowdim_report", None)
     if not isinstance(report, CompressionReport):
         raise ValueError(
-            f"{type(model).__name__} carries no compression report; it is made by lowdim.compress, not saved in files"
+            f"{type(model).__name__} has no compression report: lowdim.compress makes it, and files do not store it"
         )
     return report

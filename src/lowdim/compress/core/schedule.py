@@ -172,6 +172,6 @@ class SparseTraining(Companion):
         layers = scheduled_layers(self._model)
         if state["counts"].keys() != layers.keys():
             odd = sorted(state["counts"].keys() ^ layers.keys())
-            raise CheckpointError(f"the checkpoint's schedule is of other layers than the model's: {', '.join(odd[:5])}")
+            raise CheckpointError(f"the checkpoint's schedule is for other layers than the model's: {', '.join(odd[:5])}")
         for name, layer in layers.items():
             layer.count.fill_(int(state["counts"][name]))

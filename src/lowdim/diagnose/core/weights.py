@@ -220,7 +220,7 @@ def _from_path(path: Path) -> Weights:
     elif path.name.endswith(".index.json"):
         files = _shards(path)
     elif not path.is_file():
-        raise DataError(f"{path} does not exist; want a .safetensors file or a checkpoint folder")
+        raise DataError(f"{path} does not exist; name a .safetensors file or a checkpoint folder")
     elif path.suffix != ".safetensors":
         raise DataError(f"{path} must be a .safetensors file (pickled weights are not read); got {path.suffix or 'no suffix'}")
     entries: dict[str, _Entry] = {}
@@ -254,7 +254,7 @@ def _shards(index: Path) -> list[Path]:
     files = [index.parent / name for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise CheckpointError(f"{index} names shards that are not there: {', '.join(missing)}")
+        raise CheckpointError(f"{index} names shards that do not exist: {', '.join(missing)}")
     return files
 
 
@@ -268,7 +268,7 @@ def _file_entries(path: Path, turned: bool) -> Iterator[tuple[str, _Entry]]:
                 flip = turned and name.endswith(_CONV1D_LAYERS)
                 yield name, _Entry(_turned(shape) if flip else shape, lambda name=name: handle.get_tensor(name), flip)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 
 def _is_conv1d_model(folder: Path) -> bool:

@@ -102,7 +102,7 @@ class MaestroSampler:
             if place < rank:
                 return {name: place + 1}
             place -= rank
-        raise AssertionError("a place beyond all pairs")
+        raise AssertionError("the position is past the last pair")
 
     @contextlib.contextmanager
     def sampled(self, ranks: Mapping[str, int] | None = None) -> Iterator[dict[str, int]]:
@@ -138,9 +138,11 @@ class MaestroSampler:
         """
         _check_state(state, {"kind", "seed", "round", "position", "ranks"})
         if state["kind"] != self.kind:
-            raise CheckpointError(f"kind of the saved sampler is {state['kind']!r}; this one has {self.kind!r}")
+            raise CheckpointError(f"the saved sampler is of kind {state['kind']!r}; this one is {self.kind!r}")
         if state["ranks"].keys() != self.layers.keys():
-            raise CheckpointError(f"the saved sampler is of layers {sorted(state['ranks'])}; this one of {sorted(self.layers)}")
+            raise CheckpointError(
+                f"the saved sampler covers layers {sorted(state['ranks'])}; this one covers {sorted(self.layers)}"
+            )
         self.seed = state["seed"]
         self._round, self._position, self._ranks = state["round"], state["position"], dict(state["ranks"])
         self._order = None

@@ -33,19 +33,19 @@ def check_params(params: list[Tensor], index: int) -> None:
     for p in params:
         sharded.check_whole(p)
     if len(set(map(id, params))) < len(params):
-        raise ValueError(f"params: group {index} lists a parameter twice; it would be updated twice a step")
+        raise ValueError(f"params: group {index} has a duplicate parameter, which would be updated twice per step")
 
 
 def check_full_gradient(method: str, layerwise: bool, accumulate: int, max_norm: float | None) -> None:
     """Raise ValueError where a rule looks at the full gradient, which is gone once projected ones are summed or wait."""
     if accumulate > 1:
         raise ValueError(
-            f"accumulate={accumulate}: {method} here looks at the full gradient, which the sum of projected gradients does not "
-            "hold; take layerwise=False (.grad is then the sum), or no residual rule"
+            f"accumulate={accumulate}: {method} here needs the full gradient, which the sum of projected gradients does not "
+            "hold; use layerwise=False (.grad is then the sum), or no residual rule"
         )
     if max_norm is not None:
         way = "layerwise=False and torch.nn.utils.clip_grad_norm_" if layerwise else "torch.nn.utils.clip_grad_norm_"
-        raise ValueError(f"max_norm={max_norm}: {method} here looks at the full gradient; clip that instead, with {way}")
+        raise ValueError(f"max_norm={max_norm}: {method} here needs the full gradient; clip that instead, with {way}")
 
 
 def check_schedule(group: dict[str, Any]) -> None:

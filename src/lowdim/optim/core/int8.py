@@ -20,7 +20,7 @@ from lowdim.surgery import Patterns, as_linear, find_layers, is_linear, make_lin
 __all__ = ["Int8Linear", "Int8Parameter", "Int8Store", "check_int8", "quantize_linears"]
 
 _REMEDY = (
-    "an 8-bit weight cannot be sharded: its gradient and its scales are kept apart from it. Leave it out: fully_shard(module, "
+    "an 8-bit weight cannot be sharded: its gradient and its scales are kept apart from it. Exclude it: fully_shard(module, "
     "ignored_params={p for p in module.parameters() if isinstance(p, Int8Parameter)}); every process then holds it whole, and "
     "QGaLore averages its gradient"
 )
@@ -350,7 +350,7 @@ def quantize_linears(
 def check_int8(p: Tensor) -> None:
     """Raise TypeError for a weight of bytes that is no longer an `Int8Parameter`."""
     if p.dtype == torch.uint8 and not isinstance(p, Int8Parameter):
-        raise TypeError(f"a parameter of bytes must be an Int8Parameter, which knows its scales. Under FSDP {_REMEDY}")
+        raise TypeError(f"a uint8 parameter must be an Int8Parameter, which holds its scales. Under FSDP {_REMEDY}")
 
 
 @dataclass(frozen=True)

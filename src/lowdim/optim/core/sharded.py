@@ -77,7 +77,7 @@ def check_alone(p: Tensor, label: Callable[[Tensor], str]) -> None:
         return
     raise ValueError(
         f"layerwise=True: {label(p)} is held by {dist.get_world_size()} processes, and DDP averages gradients too late for an "
-        "update in the backward pass; shard with FSDP2 (fully_shard), or leave DDP away and set replicas=True"
+        "update in the backward pass; shard with FSDP2 (fully_shard), or remove DDP and set replicas=True"
     )
 
 

@@ -61,7 +61,7 @@ def read_indices(
         raise TypeError(f"{name} must be integers; got {tensor.dtype}")
     tensor = tensor.to(torch.int64)
     if tensor.numel() and not (int(tensor.min()) >= 0 and int(tensor.max()) < size):
-        raise ValueError(f"{name} must lie in [0, {size}); got {int(tensor.min())} to {int(tensor.max())}")
+        raise ValueError(f"{name} must be in [0, {size}); got {int(tensor.min())} to {int(tensor.max())}")
     return tensor
 
 

@@ -93,7 +93,7 @@ def _spectral(entries: Entries, rank: int, clip: float, incoherence: float | Non
     keep = u.norm(dim=1) <= limit
     if int(keep.sum()) < rank:
         raise ValueError(
-            f"incoherence={incoherence!r} cuts all but {int(keep.sum())} of {m} rows of the start; take a larger one"
+            f"incoherence={incoherence!r} removes all but {int(keep.sum())} of {m} rows of the start; use a larger value"
         )
     return torch.linalg.qr(torch.where(keep[:, None], u, 0.0)).Q
 

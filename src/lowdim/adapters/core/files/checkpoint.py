@@ -194,7 +194,7 @@ def _restore_shared(shared: nn.Module, tensors: Mapping[str, Tensor], folder: Pa
         shared.load_state_dict(own)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}: the numbers that are shared do not fit this model: {reason}") from error
+        raise CheckpointError(f"{folder}: the shared tensors do not fit this model: {reason}") from error
 
 
 def _heads(model: nn.Module, names: list[str], tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:

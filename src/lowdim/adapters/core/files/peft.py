@@ -153,7 +153,7 @@ def _relative(config: dict[str, Any], tensors: dict[str, Tensor], root: str) -> 
     start = re.escape(root + ".") if isinstance(targets, str) else root + "."
     outside = [name for name in names if not name.startswith(start)]
     if outside:
-        raise ValueError(f"layer {outside[0]} lies outside {root!r}; the adapter cannot be written for {root!r} alone")
+        raise ValueError(f"layer {outside[0]} is not inside {root!r}; the adapter cannot be written for {root!r} alone")
     short = [name.removeprefix(start) for name in names]
     saved = [name.removeprefix(root + ".") for name in config["modules_to_save"] or []]
     config = {

@@ -77,7 +77,9 @@ def test_compare_refuses_options_that_contradict(compare):
     text = {"model": "stories260k", "task": "causal-lm", "data": "lowdim:shakespeare"}
     assert "--label is for --task classify" in compare(**text, label="x")
     assert "--methods linear-probe is for --task classify" in compare(**text, methods="linear-probe")
-    assert "tensors of a model for causal-lm are missing from its weights" in compare(task="causal-lm", data="lowdim:shakespeare")
+    assert "tensors of a model for causal-lm are missing from its weights" in compare(
+        task="causal-lm", data="lowdim:shakespeare"
+    )
 
 
 def test_compare_refuses_a_method_that_does_not_fit_the_model(compare, monkeypatch):

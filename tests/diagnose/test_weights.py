@@ -152,7 +152,7 @@ def test_lowdim_layers_are_merged():
     assert torch.equal(merged["body.0.weight"], model.body[0].merged().weight)
     assert torch.equal(weights_of(model, merged=False)["body.0.weight"], old.weight)
     model.body[0] = StandIn(old)
-    with pytest.raises(TypeError, match=r"body\.0.*pass the base model"):
+    with pytest.raises(TypeError, match=r"body\.0.*keep the base model"):
         weights_of(model, merged=False)
 
 

@@ -18,7 +18,8 @@ def name(fault):
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory):
-    return Copy(tmp_path_factory.mktemp("planted"))
+    with Copy(tmp_path_factory.mktemp("planted")) as made:
+        yield made
 
 
 @pytest.mark.slow

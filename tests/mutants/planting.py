@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -80,11 +83,32 @@ class Outcome:
 
 
 class Copy:
-    """A copy of the package's sources, one fault at a time in it. The tests are those of the repository."""
+    """A copy of the package's sources, one fault at a time in it. The tests are those of the repository.
+
+    Use it as a context manager, or close it: a process waits beside it that each run of tests is forked from.
+    """
 
     def __init__(self, folder: Path):
-        self.source = folder / "src"
+        self.folder, self.source = folder, folder / "src"
         shutil.copytree(ROOT / "src", self.source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        command = [sys.executable, str(Path(__file__).with_name("forks.py"))]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment.pop("PYTHONPATH", None)  # no lowdim but the copy's
+        self.forks = subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def __enter__(self) -> Copy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process that waits."""
+        assert self.forks.stdin is not None
+        self.forks.stdin.close()
+        self.forks.wait()
 
     @contextlib.contextmanager
     def planted(self, fault: Fault) -> Iterator[None]:
@@ -104,21 +128,22 @@ class Copy:
         options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "slow or not slow", "--tb=short", "--hypothesis-seed=0"]
         options += ["-k", tests.keyword] if tests.keyword else []
         options += ["-p", "mutants.shared_only"] if tests.shared else []
-        paths = [str(self.source), str(ROOT / "tests")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", *options, *nodes]
+        output = self.folder / "output.txt"
+        request = {
+            "path": [str(self.source), str(ROOT / "tests")],
+            "arguments": [*options, *nodes],
+            "output": str(output),
+            "timeout": math.ceil(timeout),
+        }
+        assert self.forks.stdin is not None
+        assert self.forks.stdout is not None
         begun = time.monotonic()
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        try:
-            output, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
-            return Outcome(TIMED_OUT, time.monotonic() - begun, output)
-        status = {0: SURVIVED, 1: CAUGHT}.get(process.returncode, BROKEN)
-        return Outcome(status, time.monotonic() - begun, output)
+        self.forks.stdin.write(json.dumps(request) + "\n")
+        self.forks.stdin.flush()
+        code = int(self.forks.stdout.readline())
+        status = {0: SURVIVED, 1: CAUGHT, -signal.SIGALRM: TIMED_OUT}.get(code, BROKEN)
+        text = output.read_text(encoding="utf-8", errors="replace") if output.is_file() else ""
+        return Outcome(status, time.monotonic() - begun, text)
 
 
 def _write(path: Path, text: str) -> None:

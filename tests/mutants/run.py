@@ -33,12 +33,19 @@ class Runner:
     def __init__(self, folder: Path, timeout: float):
         self.folder, self.timeout = folder, timeout
         self.local = threading.local()
+        self.copies: list[Copy] = []
 
     def copy(self) -> Copy:
         """This worker's copy."""
         if not hasattr(self.local, "copy"):
             self.local.copy = Copy(Path(tempfile.mkdtemp(dir=self.folder)))
+            self.copies.append(self.local.copy)
         return self.local.copy
+
+    def close(self) -> None:
+        """End what waits beside the copies."""
+        for copy in self.copies:
+            copy.close()
 
     def one(self, fault: Fault) -> tuple[Fault, Outcome]:
         """Plant one, and run its tests."""
@@ -99,8 +106,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
         runner = Runner(Path(folder), given.timeout)
         found = list(pool.map(runner.one, chosen))
-        if not runner.pass_without([outcome.failed for _, outcome in found if outcome.status == CAUGHT]):
-            return 1
+        sound = runner.pass_without([outcome.failed for _, outcome in found if outcome.status == CAUGHT])
+        runner.close()
+    if not sound:
+        return 1
     rows = {row["what"]: row for row in read_json(given.out)["faults"]} if given.out.is_file() and given.only != [""] else {}
     rows.update({fault.what: record(fault, outcome) for fault, outcome in found})
     rows = {fault.what: rows[fault.what] for fault in FAULTS if fault.what in rows}

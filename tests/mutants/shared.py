@@ -108,4 +108,25 @@ FAULTS = [
         "_rerank(q, d, indices[:, :length], retrieval_dim, dtype)",
         Tests(("represent/test_retrieval.py::TestAdaptive",), "formula", shared=True),
     ),
+    Fault(
+        "WeLore keeps one rank more",
+        "compress/welore.py",
+        "swap_layers(model, factored, lambda name, layer: _factor(layer, kept[name]))",
+        "swap_layers(model, factored, lambda name, layer: _factor(layer, kept[name] + 1))",
+        Tests(("compress/test_welore.py::TestWeLore",), shared=True),
+    ),
+    Fault(
+        "a schedule's count does not advance",
+        "compress/core/schedule.py",
+        "self.count.add_(1)",
+        "self.count.add_(0)",
+        Tests(("compress/test_schedule.py::TestGradual",), shared=True),
+    ),
+    Fault(
+        "the end of a schedule gives the whole weight",
+        "modules/masked.py",
+        "weight = self.dense_weight().to(self.weight.dtype).clone()",
+        "weight = self.matrix.clone()",
+        Tests(("compress/test_schedule.py::TestGradual",), shared=True),
+    ),
 ]

@@ -165,6 +165,7 @@ class CompressCase(ABC):
         before = copy.deepcopy(model.state_dict())
         self.run(model, target_modules=["down"])
         assert isinstance(model.down, self.compressed)
+        assert type(model.up) is nn.Linear
         assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items() if not n.startswith("down."))
 
     @pytest.mark.parametrize("training", [True, False])

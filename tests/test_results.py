@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 import lowdim
-from lowdim.adapters import LoRA
+from lowdim.adapters import AdapterSet, LoRA
 from lowdim.diagnose import Reduction
 from lowdim.errors import MissingExtraError
 from lowdim.plan import forecast
 from lowdim.results import Result, html_table, json_value
+from lowdim.testing.result_case import ResultCase
 
 
 @dataclass(frozen=True)
@@ -167,20 +168,79 @@ def test_a_forecast_shows_its_parts():
     assert found.to_dict()["fits"] is None
 
 
-def test_merging_combining_and_exporting_have_a_row_for_each_layer(tmp_path):
-    adapted = lowdim.adapt(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)), LoRA(rank=1))
+# --- results of adapters: the same duties as those of diagnostics and solvers --------------------------------------------
+
+
+def two_layers(rank=1, seed=0):
+    torch.manual_seed(seed)
+    adapted = lowdim.adapt(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)).double(), LoRA(rank=rank, alpha=rank), seed=seed)
     with torch.no_grad():
         for layer in adapted.layers.values():
-            layer.update.B.fill_(0.5)
-    export = adapted.export(tmp_path, format="peft")
-    assert export.rows() == [{"layer": name, "rank": 1, "error": 0.0} for name in ("0", "1")]
-    assert "2 layers, exact" in export.summary
-    assert export.to_dict()["folder"] == str(tmp_path)
-    adapted.merge()
-    report = adapted.merge_report
-    assert [row["layer"] for row in report.rows()] == ["0", "1"]
-    assert report.to_dict()["layers"] == report.rows()
-    assert all(row["relative_change"] > 0 for row in report.rows())
+            layer.update.B.normal_()
+    return adapted
+
+
+class TestMergeReport(ResultCase):
+    def result(self):
+        adapted = two_layers()
+        adapted.merge()
+        return adapted.merge_report
+
+    def expected(self):
+        layers = []
+        for name, layer in two_layers().layers.items():
+            change, weight = layer.update.B @ layer.update.A, layer.base.weight
+            layers.append(
+                {
+                    "layer": name,
+                    "relative_change": change.square().sum().sqrt() / weight.square().sum().sqrt(),
+                    "largest_change": change.abs().max(),
+                    "rounding_error": 0.0,
+                }
+            )
+        return {"layers": layers, "untied": ()}
+
+    def refusals(self):
+        return []
+
+
+class TestCombination(ResultCase):
+    def sets(self):
+        adapters = AdapterSet(nn.Sequential(nn.Linear(6, 4)).double())
+        for seed, name in enumerate(("one", "other")):
+            adapters.add(name, LoRA(rank=1, alpha=1), seed=seed)
+            torch.manual_seed(seed)
+            nn.init.normal_(adapters.adapters[name].layers["0"].update.B)
+        return adapters
+
+    def result(self):
+        return self.sets().combine("sum", {"one": 2.0, "other": -0.5}, rank=1)
+
+    def expected(self):
+        one, other = (self.sets().adapters[name].layers["0"].update for name in ("one", "other"))
+        wanted = 2.0 * one.B @ one.A - 0.5 * other.B @ other.A
+        s = np.linalg.svd(wanted.detach().numpy())[1]  # what is beyond rank 1 is lost
+        return {"ranks": {"0": 1}, "errors": {"0": np.sqrt((s[1:] ** 2).sum() / (s**2).sum())}, "exact": False}
+
+    def refusals(self):
+        return [(ValueError, "rank", lambda: self.sets().combine("sum", {"one": 1.0}, rank=0))]
+
+
+class TestPeftExport(ResultCase):
+    unchecked = {"folder": "it lies where the test runs"}  # noqa: RUF012
+
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path):
+        self.folder = tmp_path / "peft"
+
+    def result(self):
+        return two_layers(rank=2).export(self.folder, format="peft")
+
+    def expected(self):
+        return {"ranks": {"0": 2, "1": 2}, "errors": {"0": 0.0, "1": 0.0}, "suggested_rank": None, "notes": (), "exact": True}
+
+    def refusals(self):
+        return [(ValueError, "rank", lambda: two_layers().export(self.folder, format="peft", rank=0))]
 
 
 #: Classes with a `to_dict` of their own that are not results of a function.

@@ -1,6 +1,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,6 +9,7 @@ from torch import nn
 import vectors
 from lowdim.diagnose import intruder_dimensions, reduce_intruders, scale_intruders, scale_intruders_lora, weights_of
 from lowdim.testing.agreement import refuses
+from lowdim.testing.result_case import ResultCase
 
 
 def factors(out=20, width=14, rank=3, seed=0, dtype=torch.float64):
@@ -93,6 +95,26 @@ def test_a_plain_model_is_changed_in_place(as_dict):
     assert torch.equal(tuned[2].weight, old["2.weight"])
     assert not changes.truncation
     assert tuned[0].weight.requires_grad
+
+
+class TestReduction(ResultCase):
+    tolerance = 1e-5  # the weights are float32
+
+    def result(self):
+        return reduce_intruders(plain(), tuned_plain(), scale=0.5)
+
+    def expected(self):
+        changes = {}
+        for i in (0, 2):
+            w0, w = (model[i].weight.detach().numpy().astype(np.float64) for model in (plain(), tuned_plain()))
+            (u0, _, _), (u, s, vt) = (np.linalg.svd(matrix, full_matrices=False) for matrix in (w0, w))
+            intruders = np.abs(u[:, :10].T @ u0).max(axis=1) < 0.5
+            scaled = u[:, :10][:, intruders] * s[:10][intruders] @ vt[:10][intruders]
+            changes[f"{i}.weight"] = np.linalg.norm((0.5 - 1) * scaled) / np.linalg.norm(w)
+        return {"changes": changes, "truncation": {}}
+
+    def refusals(self):
+        return [(ValueError, "scale", lambda: reduce_intruders(plain(), plain(), scale=-1.0))]
 
 
 def test_tied_weights_are_changed_once():

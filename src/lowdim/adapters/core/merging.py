@@ -40,15 +40,8 @@ class MergeReport(Result):
     def summary(self) -> str:
         """One line."""
         largest = max((change.relative_change for change in self.layers), default=0.0)
-        untied = f"; {len(self.untied)} tied weights separated" if self.untied else ""
+        untied = f"; untied: {', '.join(self.untied)}" if self.untied else ""
         return f"{len(self.layers)} layers merged, largest relative change {largest:.3e}{untied}"
-
-    def __str__(self) -> str:
-        lines = [f"{'layer':<48} {'|dW|/|W|':>10} {'max':>10} {'rounding':>10}"]
-        lines += [
-            f"{c.layer:<48} {c.relative_change:10.3e} {c.largest_change:10.3e} {c.rounding_error:10.3e}" for c in self.layers
-        ]
-        return "\n".join([*lines, *(f"untied: {name}" for name in self.untied)])
 
 
 def merged_layer(name: str, layer: AdaptedLayer) -> tuple[nn.Module, LayerChange]:

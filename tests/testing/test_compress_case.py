@@ -1,12 +1,10 @@
 """The shared cases of compression: the worked example of the documentation passes, wrong versions fail by the shared case."""
 
 import pytest
-from planted_source import example, planted
+from planted_source import planted
 
 from lowdim.testing.compress_case import CompressCase
 from lowdim.testing.scheduled_compress_case import ScheduledCompressCase
-
-TestASVD = example("adding_a_compression").TestASVD
 
 EXAMPLE, SCHEDULE = "docs/examples/adding_a_compression.py", "tests/compress/test_schedule.py"
 

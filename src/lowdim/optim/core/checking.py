@@ -29,7 +29,7 @@ STATE_VERSION = 1
 
 
 def check_params(params: list[Tensor], index: int) -> None:
-    """Raise ValueError for parameters that were flattened, or that a group lists twice (torch only warns)."""
+    """Raise ValueError for parameters that were flattened, or that a group holds more than once (torch only warns)."""
     for p in params:
         sharded.check_whole(p)
     if len(set(map(id, params))) < len(params):

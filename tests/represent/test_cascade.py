@@ -44,6 +44,16 @@ def test_thresholds_are_the_smallest_best_ones(seed, levels, grid):
     assert result.expected_dim == pytest.approx(float(result.level.double().mean()) + 1)
 
 
+def test_a_confidence_at_the_threshold_is_not_above_it():
+    # The small head is right where it says 0.9 and wrong where it says 0.5; the large one the other way round.
+    sure, torn = [0.9, 0.1], [0.5, 0.5]
+    cascade = MatryoshkaCascade([2, 4], grid=[0.25, 0.5, 0.9])
+    p = torch.tensor([[sure, torn], [sure[::-1], sure[::-1]]], dtype=torch.float64)
+    cascade.fit(p, torch.tensor([0, 1]))
+    assert cascade.thresholds_.tolist() == [0.5]
+    assert cascade.predict(p).level.tolist() == [0, 1]
+
+
 def test_max_level_bounds_the_size():
     p, y = draw(0)
     cascade = MatryoshkaCascade([2, 4, 8]).fit(p, y)

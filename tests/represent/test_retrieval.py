@@ -110,6 +110,13 @@ def test_zero_vectors_stay_zero():
     assert float(result.distances[0][result.indices[0] == 3]) == pytest.approx(1.0)
 
 
+def test_a_zero_vector_is_nearer_than_one_at_more_than_60_degrees():
+    query, database = torch.eye(2)[:1], torch.tensor([[0.3, (1 - 0.09) ** 0.5], [0.0, 0.0], [0.6, 0.8]])
+    ranked = adaptive_retrieve(query, database, retrieval_dim=2, rerank_dim=2, shortlist=2)
+    assert ranked.indices.tolist() == [[2, 1]]
+    assert ranked.distances[0].tolist() == pytest.approx([0.8**0.5, 1.0])  # √(2 − 2 cos), and the query's own length
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_half_precision_distances_are_float32(dtype):
     q, d = data(dtype=dtype)

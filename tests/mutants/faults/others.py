@@ -164,11 +164,11 @@ FAULTS = [
         of("diagnose/test_subspace", "bound or vectors"),
     ),
     Fault(
-        "half steps are solved from the wrong side",
+        "a completion's error is its square",
         "solve/matrix_completion/complete.py",
-        "            u = solver.orthonormal(u)\n",
-        "            pass\n",
-        of("solve/test_matrix_completion", "vectors or exact_matrix"),
+        "errors.append(math.sqrt(squares) / norm)",
+        "errors.append(squares / norm**2)",
+        of("solve/test_matrix_completion", "errors_are_those"),
     ),
     Fault(
         "padding of a block is an observation",

@@ -1,18 +1,56 @@
 """A new system touches eight places of its own and two others: one is added to a copy of the repository, and all passes."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-#: The toy: weights cut to a low rank by their singular values.
-OWN = {
-    "src/lowdim/compress/toy_svd.py": '''
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A system to be added.
+
+    Attributes:
+        names: what its module gives to the family.
+        row: in the catalogue, without the number.
+        files: its own files, by place.
+        vectors: Python that puts `tensors` together.
+        tests: of the repository that must pass with it, beside those that hold for any system.
+    """
+
+    slug: str
+    family: str
+    names: tuple[str, ...]
+    row: str
+    files: dict[str, str]
+    vectors: str
+    tests: tuple[str, ...]
+
+    @property
+    def written(self) -> tuple[str, str]:
+        """What its commands write."""
+        return f"results/{self.slug}.json", f"tests/vectors/{self.slug}/layer.safetensors"
+
+    @property
+    def edited(self) -> set[str]:
+        """Files of its family that it adds a line to."""
+        return {f"src/lowdim/{self.family}/__init__.py", f"src/lowdim/catalogue/rows/{self.family}.py"}
+
+
+#: Weights cut to a low rank by their singular values.
+SVD = Toy(
+    slug="toy-svd",
+    family="compress",
+    names=("ToySVDConfig", "toy_svd"),
+    row='slug="toy-svd", name="Toy SVD", paper="A Toy", arxiv="2401.00001", target="toy_svd"',
+    files={
+        "src/lowdim/compress/toy_svd.py": '''
         """Toy SVD: each weight cut to a low rank."""
 
         from __future__ import annotations
@@ -77,7 +115,7 @@ OWN = {
             u, s, vh = truncated_svd(dense_matrix(layer).detach(), min(rank, *matrix_shape(layer)), method="exact")
             return LowRankLinear.from_factors(vh, u * s, layer.bias)
     ''',
-    "src/lowdim/reproduce/toy_svd.py": '''
+        "src/lowdim/reproduce/toy_svd.py": '''
         """Toy SVD: half the rank keeps more than half of a random matrix."""
 
         from __future__ import annotations
@@ -101,7 +139,7 @@ OWN = {
             check = Check("share of the squares that is kept", kept, ">=", 0.5)
             return Outcome("toy-svd", "A linear layer of width 16.", rows=[{"rank": 8, "kept": kept}], checks=[check])
     ''',
-    "tests/compress/test_toy_svd.py": """
+        "tests/compress/test_toy_svd.py": """
         from pathlib import Path
 
         import torch
@@ -118,7 +156,7 @@ OWN = {
             (small,) = toy_svd(nn.Sequential(layer), ToySVDConfig(rank=1))
             torch.testing.assert_close(small.B @ small.A, tensors["dense"])
     """,
-    "docs/systems/toy-svd.md": """
+        "docs/systems/toy-svd.md": """
         # Toy SVD
 
         Each weight is cut to a low rank by its singular values.
@@ -127,26 +165,83 @@ OWN = {
         $ lowdim compress --model stories260k --data lowdim:shakespeare --method toy-svd --option rank=20 --out small
         ```
     """,
-}
-ROW = """
-    Entry(
-        number=61,
-        slug="toy-svd",
-        name="Toy SVD",
-        paper="A Toy",
-        arxiv="2401.00001",
-        claim="A toy that shows how many places a system touches.",
-        target="toy_svd",
-    ),
+    },
+    vectors="w = torch.arange(24.0, dtype=torch.float64).view(4, 6).sin(); u, s, v = torch.linalg.svd(w); "
+    "tensors = {'weight': w, 'dense': s[0] * torch.outer(u[:, 0], v[0])}",
+    tests=("tests/compress/test_toy_svd.py",),
 )
-"""
-WRITTEN = ("results/toy-svd.json", "tests/vectors/toy-svd/layer.safetensors")
+
+#: The layer that the docs show, trained by name.
+EXAMPLE, TEST = (ROOT / "docs/examples/adding_a_layer.py").read_text("utf-8").split("\n\nclass Test", 1)
+CASE = "from lowdim.testing.layer_case import LayerCase\n"
+BLOCKS = Toy(
+    slug="block-diagonal",
+    family="layers",
+    names=("BlockDiagonal",),
+    row='slug="block-diagonal", name="Block-diagonal", target="BlockDiagonal", arxiv="1705.01000", '
+    'paper="Neural networks with block diagonal inner product layers", '
+    'variants=(Variant("block-diagonal", options={"nblocks": 2}),)',
+    files={
+        "src/lowdim/layers/block_diagonal.py": EXAMPLE.replace(CASE, ""),
+        "src/lowdim/reproduce/block_diagonal.py": '''
+            """A block-diagonal layer has one part in `nblocks` of the weights."""
+
+            from __future__ import annotations
+
+            import torch
+            from torch import nn
+
+            from lowdim.layers import BlockDiagonal
+            from lowdim.reproduce.settings.outcome import Check, Context, Outcome
+
+            __all__ = ["run"]
+
+
+            def run(context: Context) -> Outcome:
+                """Count the weights of one layer."""
+                torch.manual_seed(0)
+                share = BlockDiagonal.from_linear(nn.Linear(16, 16), nblocks=4).blocks.numel() / 256
+                return Outcome("block-diagonal", "One layer.", checks=[Check("share of the weights", share, "<=", 0.25)])
+        ''',
+        "tests/layers/test_block_diagonal.py": '''
+            from pathlib import Path
+
+            import torch
+            from torch import nn
+
+            from lowdim.files import read_tensors
+            from lowdim.layers import BlockDiagonal
+            from lowdim.testing.layer_case import LayerCase
+
+
+            def test_vectors():
+                tensors, _ = read_tensors(Path(__file__).parents[1] / "vectors" / "block-diagonal" / "layer.safetensors")
+                layer = nn.Linear(6, 4, dtype=torch.float64)
+                layer.weight.data = tensors["weight"]
+                assert torch.equal(BlockDiagonal.from_linear(layer, nblocks=2).dense_weight(), tensors["dense"])
+
+
+            class Test''' + TEST.replace("\n", "\n" + " " * 12),
+        "docs/systems/block-diagonal.md": """
+            # Block-diagonal layers
+
+            No block sees the inputs of another.
+
+            ```console
+            $ lowdim plan --model stories260k --methods block-diagonal
+            ```
+        """,
+    },
+    vectors="w = torch.arange(24.0, dtype=torch.float64).view(4, 6); d = torch.block_diag(w[:2, :3], w[2:, 3:]); "
+    "tensors = {'weight': w, 'dense': d}",
+    tests=(
+        "tests/layers/test_block_diagonal.py", "tests/methods", "tests/jobs/test_capabilities.py", "tests/test_golden.py",
+        "tests/test_second_device.py", "tests/train/test_run_resume.py",
+    ),
+)  # fmt: skip
 #: Both are written by `make tables`.
 OTHERS = {"README.md", "docs/choosing.md"}
-TESTS = [
-    "tests/test_catalogue.py", "tests/test_house.py", "tests/test_public_names.py", "tests/jobs/test_options.py",
-    "tests/compress/test_toy_svd.py",
-]  # fmt: skip
+TESTS = ("tests/test_catalogue.py", "tests/test_house.py", "tests/test_public_names.py", "tests/jobs/test_options.py")
 #: The library has sixty systems today, and the toy is one more; that is not the toy's doing.
 COUNTS_SIXTY = "tests/test_catalogue.py::test_sixty_rows_in_order"
 
@@ -160,9 +255,10 @@ def _files(root):
     return [name for name in listed.stdout.decode().split("\0") if name and (root / name).is_file()]
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
+@pytest.fixture(scope="module", params=[SVD, BLOCKS], ids=lambda toy: toy.slug)
+def copy(request, tmp_path_factory):
     """The repository with the toy in it, and how to run a command there."""
+    toy = request.param
     place = tmp_path_factory.mktemp("copy") / "lowdim"
     for name in _files(ROOT):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -178,34 +274,31 @@ def copy(tmp_path_factory):
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
         return done.stdout
 
-    for name, text in OWN.items():
-        lines = text.strip("\n").splitlines()
-        indent = len(lines[0]) - len(lines[0].lstrip())
-        (place / name).write_text("\n".join(line[indent:] for line in lines).rstrip() + "\n", encoding="utf-8")
-    _replace(place / "src/lowdim/catalogue/rows/compress.py", r"\n\)\n$", ROW)
-    names = '__all__ += ["ToySVDConfig", "toy_svd"]\n'
-    home = place / "src/lowdim/compress/__init__.py"
-    home.write_text(
-        home.read_text("utf-8") + f"\nfrom lowdim.compress.toy_svd import ToySVDConfig, toy_svd\n\n{names}",
-        "utf-8",
+    for name, text in toy.files.items():
+        (place / name).write_text(_unindented(text), encoding="utf-8")
+    rows = place / f"src/lowdim/catalogue/rows/{toy.family}.py"
+    text = rows.read_text("utf-8")
+    assert text.endswith("\n)\n")
+    claim = "A toy that shows how many places a system touches."
+    rows.write_text(f'{text[:-2]}    Entry(number=61, claim="{claim}", {toy.row}),\n)\n', "utf-8")
+    home = place / f"src/lowdim/{toy.family}/__init__.py"
+    module = toy.slug.replace("-", "_")
+    added = f"\nfrom lowdim.{toy.family}.{module} import {', '.join(toy.names)}\n\n__all__ += {list(toy.names)!r}\n"
+    home.write_text(home.read_text("utf-8") + added, "utf-8")
+    (place / toy.written[1]).parent.mkdir()
+    run(
+        "-c", f"import torch; from lowdim.files import write_tensors; {toy.vectors}; write_tensors({toy.written[1]!r}, tensors)"
     )
-    vectors = (
-        "import torch; from lowdim.files import write_tensors; w = torch.arange(24.0, dtype=torch.float64).view(4, 6).sin(); "
-        "u, s, v = torch.linalg.svd(w); d = s[0] * torch.outer(u[:, 0], v[0]); "
-        f"write_tensors({WRITTEN[1]!r}, {{'weight': w, 'dense': d}})"
-    )
-    (place / WRITTEN[1]).parent.mkdir()
-    run("-c", vectors)
-    run("-m", "lowdim", "reproduce", "toy-svd")
+    run("-m", "lowdim", "reproduce", toy.slug)
     run("docs/tables.py")
-    run.place = place
+    run.place, run.toy = place, toy
     return run
 
 
-def _replace(path, pattern, new):
-    text, count = re.subn(pattern, lambda match: "\n" + new.strip("\n") + "\n", path.read_text("utf-8"))
-    assert count == 1, path
-    path.write_text(text, encoding="utf-8")
+def _unindented(text):
+    lines = text.strip("\n").splitlines()
+    indent = len(lines[0]) - len(lines[0].lstrip())
+    return "\n".join(line[indent:] for line in lines).rstrip() + "\n"
 
 
 @pytest.mark.slow  # it copies the repository and runs some hundred tests in the copy
@@ -215,8 +308,7 @@ def test_a_system_touches_eight_places_of_its_own_and_two_others(copy):
     )
     touched = {line[3:] for line in status.stdout.splitlines() if line[1] != " "}
     own = touched - OTHERS
-    edited = {"src/lowdim/compress/__init__.py", "src/lowdim/catalogue/rows/compress.py"}
-    assert own == {*OWN, *WRITTEN, *edited}
+    assert own == {*copy.toy.files, *copy.toy.written, *copy.toy.edited}
     assert len(own) == 8
     assert touched & OTHERS == OTHERS
     page = (ROOT / "docs" / "adding-a-system.md").read_text("utf-8")
@@ -225,21 +317,28 @@ def test_a_system_touches_eight_places_of_its_own_and_two_others(copy):
 
 @pytest.mark.slow
 def test_everything_passes_with_it(copy):
-    pytest_ = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
-    copy(*pytest_, "--deselect", COUNTS_SIXTY, *TESTS)
-    out = copy(*pytest_, "tests/test_docs.py", "-k", "toy or links")  # its page, its example, and the links to both
+    toy, run_tests = copy.toy, ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
+    copy(*run_tests, "--deselect", COUNTS_SIXTY, *TESTS)
+    its = f"{toy.slug} or {toy.slug.replace('-', '_')}"
+    copy(*run_tests, *toy.tests, "-k", its)
+    out = copy(*run_tests, "tests/test_docs.py", "-k", f"{its} or links")
     assert out.count(".") > 40
-    copy("-m", "ruff", "check", "-q", "src/lowdim/compress", "src/lowdim/reproduce/toy_svd.py")
     pytest.importorskip("importlinter")
     copy("-c", "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))")
 
 
 @pytest.mark.slow
 def test_the_commands_know_it(copy, tmp_path):
-    assert "toy-svd" in copy("-m", "lowdim", "list", "compress")
-    assert "rank = 4   a whole number >= 1" in copy("-m", "lowdim", "list", "toy-svd")
+    slug = copy.toy.slug
+    assert slug in copy("-m", "lowdim", "list", copy.toy.family)
+    shown = copy("-m", "lowdim", "list", slug)
+    if copy.toy is BLOCKS:
+        assert "nblocks = 2   " in shown
+        forecast = copy("-m", "lowdim", "plan", "--model", "stories260k", "--methods", slug, "--length", "16")
+        assert "Block-diagonal" in forecast
+        return
+    assert "rank = 4   a whole number >= 1" in shown
     data = ["--model", "stories260k", "--data", "lowdim:shakespeare", "--max-length", "32"]
-    options = ["--method", "toy-svd", "--option", "rank=20", "--out", str(tmp_path / "small")]
-    out = copy("-m", "lowdim", "compress", *data, *options)
-    assert "Toy SVD: " in out
+    options = ["--method", slug, "--option", "rank=20", "--out", str(tmp_path / "small")]
+    assert "Toy SVD: " in copy("-m", "lowdim", "compress", *data, *options)
     assert (tmp_path / "small" / "compression.json").is_file()

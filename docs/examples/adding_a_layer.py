@@ -12,6 +12,10 @@ from lowdim.testing.layer_case import LayerCase
 class BlockDiagonal(StructuredLinear):
     """`y = diag(blocks₁, …, blocks_k) x + bias`, `blocks (nblocks, out / nblocks, in / nblocks)`.
 
+    Args:
+        nblocks: how many blocks, a divisor of both sides, >= 1.
+        generator: where the start comes from.
+
     Source: Nesky, Stout, "Neural networks with block diagonal inner product layers", ICANN 2018.
     """
 

@@ -126,7 +126,7 @@ def test_imports_are_light():
     code = (
         "import sys, importlib, lowdim\n"
         "assert 'torch' not in sys.modules, 'import lowdim brings in torch'\n"
-        "import lowdim.cli, lowdim.catalogue\n"
+        "import lowdim.cli, lowdim.catalogue, lowdim.results, lowdim.lazy\n"
         "assert 'torch' not in sys.modules, 'import lowdim.cli brings in torch'\n"
         f"for name in {names!r}:\n"
         "    importlib.import_module('lowdim.' + name)\n"

@@ -14,9 +14,11 @@ import lowdim
 from lowdim.adapters import AdapterSet, LoRA
 from lowdim.diagnose import Reduction
 from lowdim.errors import MissingExtraError
+from lowdim.export import ExportResult
 from lowdim.plan import forecast
 from lowdim.results import Result, html_table, json_value
 from lowdim.testing.result_case import ResultCase
+from lowdim.train import FitResult
 
 
 @dataclass(frozen=True)
@@ -241,6 +243,35 @@ class TestPeftExport(ResultCase):
 
     def refusals(self):
         return [(ValueError, "rank", lambda: two_layers().export(self.folder, format="peft", rank=0))]
+
+
+class TestFitResult(ResultCase):
+    def result(self):
+        found = FitResult()
+        found.read([{"step": 1, "loss": 2.5, "grad_norm": 0.5}, {"step": 2, "loss": 1.5}, {"step": 2, "eval_loss": math.inf}])
+        return found
+
+    def expected(self):
+        empty = {"peak_bytes": None, "failure": None, "subspaces": [], "spikes": [], "penalties": []}
+        seconds, scores = math.nan, [(2, math.inf)]
+        return {
+            "steps": [1, 2],
+            "losses": [2.5, 1.5],
+            "grad_norms": [0.5],
+            "seconds_per_step": seconds,
+            "evaluations": scores,
+            **empty,
+        }
+
+    def refusals(self):
+        return []
+
+
+def test_an_exported_model_has_a_record_without_its_loader():
+    found = ExportResult(Path("out"), "peft", "import peft", nn.Identity, {"a": 0.25}, {"a": 3})
+    assert "reload" not in found.to_dict()
+    assert found.rows() == [{"layer": "a", "rank": 3, "error": 0.25}]
+    assert str(found).splitlines()[0] == "peft in out: largest relative error 0.25"
 
 
 #: Classes with a `to_dict` of their own that are not results of a function.

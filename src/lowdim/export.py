@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from lowdim.files import read_tensors, whole_folder, write_tensors, write_text
 from lowdim.layers import densify
 from lowdim.models import Source, encoder_options, quiet
 from lowdim.models.sentence_classifier import SentenceClassifier
+from lowdim.results import Result
 
 __all__ = ["FORMATS", "ExportResult", "export"]
 
@@ -25,7 +26,7 @@ _POOLING_FILES = ("modules.json", "config_sentence_transformers.json", "sentence
 
 
 @dataclass(frozen=True)
-class ExportResult:
+class ExportResult(Result):
     """What was written, what it lost, and how to load it.
 
     Attributes:
@@ -37,6 +38,8 @@ class ExportResult:
         notes: what the users of `target` must know: the command, limits to raise.
     """
 
+    left_out: ClassVar[tuple[str, ...]] = ("reload",)
+
     folder: Path
     format: str
     how_to_load: str
@@ -45,6 +48,16 @@ class ExportResult:
     ranks: dict[str, int] = field(default_factory=dict)
     suggested_rank: int | None = None
     notes: tuple[str, ...] = ()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each layer of an adapter: its rank and what was lost; none for a merged model."""
+        return [{"layer": name, "rank": self.ranks.get(name), "error": error} for name, error in self.errors.items()]
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        lost = f"largest relative error {max(self.errors.values()):.3g}" if any(self.errors.values()) else "exact"
+        return f"{self.format} in {self.folder}: {lost}"
 
 
 def export(

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from examples import example
 from lowdim.results import Result
 from lowdim.testing.agreement import agrees, disagreements, refuses
+from lowdim.testing.estimator_case import EstimatorCase
 from lowdim.testing.represent_case import RepresentCase
 from lowdim.testing.result_case import ResultCase, ValueCase
 from lowdim.testing.solve_case import ScipySolveCase, conditioned
@@ -56,11 +57,12 @@ def test_what_agrees(got, want):
         ({"a": 1.0}, {"b": 1.0}, "keys"),
         ({"a": ["y"]}, {"a": ["x"]}, r"answer\['a'\]\[0\] is 'y'"),
         (1, True, "want True"),
-        ("1", 1, "."),
+        ("1", 1, "answer is '1'; want numbers"),
+        (None, 1.0, "answer is None; want numbers"),
     ],
 )
 def test_what_does_not_agree(got, want, words):
-    with pytest.raises((AssertionError, TypeError), match=words):
+    with pytest.raises(AssertionError, match=words):
         agrees(got, want, 1e-8)
 
 
@@ -279,6 +281,44 @@ def test_an_estimator_that_is_wrong():
     with pytest.raises(pytest.fail.Exception, match="take it out"):
         Excused().test_scikit_learn(partial(estimator_checks.check_fit2d_1feature, "LeadingDirections"))
     fails(Misspelt, "test_declared_exceptions_are_checks")
+
+
+def random_projection(**options):
+    projections = pytest.importorskip("sklearn.random_projection", reason="the estimator is scikit-learn's")
+    return projections.GaussianRandomProjection(**{"n_components": 2, "random_state": 0, **options})
+
+
+class TestRandomProjection(EstimatorCase):
+    """scikit-learn's own, an estimator that draws."""
+
+    output, random = "transform", True
+
+    def estimator(self, **changes):
+        return random_projection(**changes)
+
+    def data(self):
+        return np.random.default_rng(0).normal(size=(30, 5)), np.arange(30) % 2
+
+    def expected(self, X, y):
+        return X @ np.random.RandomState(0).normal(scale=2**-0.5, size=(2, 5)).T
+
+    def grid(self):
+        return {"n_components": [1, 3]}
+
+
+class AlwaysTheSame(TestRandomProjection):
+    def estimator(self, **changes):
+        return random_projection(**{**changes, "random_state": 7})
+
+
+class Undeclared(TestRandomProjection):
+    random = False
+
+
+def test_an_estimator_that_ignores_random_state():
+    fails(AlwaysTheSame, "test_random_state_decides")
+    fails(AlwaysTheSame, FORMULA)
+    fails(Undeclared, "test_random_state_decides", match="random = True")
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 from lowdim.catalogue import Variant
 from lowdim.catalogue import methods as choose
 from lowdim.errors import check_choice, check_int
+from lowdim.results import Result
 
 __all__ = ["PlanOutcome", "PlanSettings", "plan", "touched_layers"]
 
@@ -69,11 +70,20 @@ class PlanSettings:
 
 
 @dataclass(frozen=True)
-class PlanOutcome:
+class PlanOutcome(Result):
     """Forecasts of the methods that can train the model, and why the others cannot."""
 
     forecasts: tuple[Any, ...]
     refused: tuple[tuple[Variant, str], ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each forecast."""
+        return [row for forecast in self.forecasts for row in forecast.rows()]
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        return f"{len(self.forecasts)} methods forecast, {len(self.refused)} cannot train the model"
 
 
 def plan(settings: PlanSettings, *, say: Callable[[str], None] = lambda line: None) -> PlanOutcome:

@@ -65,6 +65,8 @@ def disagreements(got: Any, want: Any, tolerance: float, unchecked: Mapping[str,
 
 
 def _numbers_differ(got: np.ndarray, want: np.ndarray, tolerance: float, where: str) -> list[str]:
+    if got.dtype.kind not in "iufcb":
+        return [f"{where} is {got.tolist()!r}; want numbers"]
     if got.shape != want.shape:
         return [f"{where} has shape {got.shape}; want {want.shape}"]
     if want.dtype.kind in "iub":

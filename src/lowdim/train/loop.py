@@ -14,6 +14,7 @@ import torch
 from lowdim.errors import check_choice
 from lowdim.methods import WARMUP, Applied
 from lowdim.models import quiet
+from lowdim.results import Result
 from lowdim.train.garbage import isolated_gc
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class FitSettings:
 
 
 @dataclass
-class FitResult:
+class FitResult(Result):
     """What one run gave: the loss of each logged step, its time and memory, and why it ended.
 
     `losses` are the task's, and `penalties` what the method added to each of them (empty where it adds nothing). `evaluations`
@@ -66,6 +67,17 @@ class FitResult:
     subspaces: list[dict[str, float]] = field(default_factory=list)
     spikes: list[int] = field(default_factory=list)
     penalties: list[float] = field(default_factory=list)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each logged step: its loss."""
+        return [{"step": step, "loss": loss} for step, loss in zip(self.steps, self.losses)]
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        if self.failure:
+            return self.failure
+        return f"{self.steps[-1]} steps, last loss {self.losses[-1]:.4g}" if self.steps else "no step was logged"
 
     def read(self, history: list[dict[str, Any]]) -> None:
         """Take the numbers of a trainer's history, which includes what a resumed run did before."""

@@ -58,5 +58,12 @@ def test_it_runs(path, tmp_path):
         pytest.skip(f"needs the package {NEEDS[path.stem]}")
     assert exit_code(["run", str(path), "--steps", "2", "--out", str(tmp_path / "run")]) == 0
     record = read_json(tmp_path / "run" / "run.json")
-    assert len(record["losses"]) >= 1
-    assert (tmp_path / "run" / ("adapter" if (tmp_path / "run" / "adapter").is_dir() else "model")).is_dir()
+    assert record["loss_steps"] == [1, 2]
+    assert all(loss > 0 for loss in record["losses"])
+    kept = "adapter" if variant(load_recipe(path).method).kind == "adapter" else "model"
+    assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.name != "checkpoints") == [
+        kept,
+        "recipe.yaml",
+        "report.html",
+        "run.json",
+    ]

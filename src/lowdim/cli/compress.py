@@ -22,10 +22,10 @@ def compress(
     param_ratio: Annotated[float | None, typer.Option("--param-ratio", help="Same as --option param_ratio=…")] = None,
     target: Annotated[float | None, typer.Option("--target", help="Same as --option target=…")] = None,
     threshold: Annotated[float | None, typer.Option("--threshold", help="Same as --option threshold=…")] = None,
-    tune_steps: Annotated[int | None, typer.Option("--tune-steps", help="Then tune what the method made, on the text.")] = None,
+    tune_steps: Annotated[int | None, typer.Option("--tune-steps", help="Then train what stays trainable.")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Learning rate of --tune-steps (5e-5).")] = None,
     samples: Annotated[
-        int | None, typer.Option("--samples", help="Sequences that the method looks at (200), or that are tuned on (all).")
+        int | None, typer.Option("--samples", help="Sequences that the method looks at (200) or is tuned on (all).")
     ] = None,
     max_length: Annotated[int, typer.Option("--max-length", help="Tokens in a sequence.")] = 128,
     dense: Annotated[

@@ -14,7 +14,7 @@ Model = Annotated[str, typer.Option("--model", help="A folder, a hub id, or mini
 Methods = Annotated[str, typer.Option("--methods", help="Names, families (adapters, optim, layers) or all, with commas.")]
 Pairs = Annotated[
     list[str] | None,
-    typer.Option("--option", metavar="NAME=VALUE", help="One of its own options, which `lowdim list` NAME shows; repeatable."),
+    typer.Option("--option", metavar="NAME=VALUE", help="An option of its own, as `lowdim list` shows them; repeatable."),
 ]
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "": 1}

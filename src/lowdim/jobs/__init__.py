@@ -5,6 +5,7 @@ from lowdim.jobs import CompressSettings, compress
 compress(CompressSettings(model="my-model", data=("notes.txt",), out="smaller", method="welore", options={"target": 0.4}))
 """
 
+from lowdim.jobs.compare import compare_settings
 from lowdim.jobs.compress import CompressOutcome, CompressSettings, compress
 from lowdim.jobs.diagnose import DiagnoseSettings, diagnose
 from lowdim.jobs.export import ExportSettings, export
@@ -25,6 +26,7 @@ __all__ = [
     "PlanOutcome",
     "PlanSettings",
     "Reproduction",
+    "compare_settings",
     "compress",
     "compressor",
     "diagnose",

@@ -382,7 +382,7 @@ def test_capture_leaves_no_hook_after_an_error():
         list(capture(model, ["0", "1.linear"], [torch.ones(1, 3)]))
     with pytest.raises(ValueError, match="names must hold at least one"):
         list(capture(model, [], [torch.ones(1, 3)]))
-    with pytest.raises(TypeError, match="batches must be an iterable of batches; got one Tensor"):
+    with pytest.raises(TypeError, match="batches must be an iterable of batches; got a single Tensor: put it in a list"):
         list(capture(model, ["0"], torch.ones(1, 3)))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowdim.adapters.core.common import check_rank, draw_uniform
+from lowdim.adapters.core.common import check_rank
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.method import Method, Stats
 from lowdim.adapters.core.thin import ThinUpdate
 from lowdim.errors import check_choice, check_float, check_int
-from lowdim.linalg import add_product, local, match, wide
+from lowdim.linalg import add_product, draw_uniform, local, match, wide
 
 __all__ = ["ALLoRA", "ALLoRAUpdate"]
 

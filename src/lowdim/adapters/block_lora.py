@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.common import draw_uniform
 from lowdim.adapters.core.method import Method, Stats
 from lowdim.adapters.core.thin import ThinUpdate
 from lowdim.errors import check_float, check_int
-from lowdim.linalg import wide
+from lowdim.linalg import draw_uniform, wide
 
 __all__ = ["BlockLoRA", "BlockLoRAUpdate"]
 

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowdim.adapters.core.common import draw_normal
 from lowdim.adapters.core.convolution import Convolution
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.method import Method, Stats
 from lowdim.adapters.core.thin import ThinUpdate
 from lowdim.errors import check_float, check_int
-from lowdim.linalg import mode_products, tucker_reconstruct
+from lowdim.linalg import draw_normal, mode_products, tucker_reconstruct
 
 __all__ = ["FLoRA", "FLoRAUpdate"]
 

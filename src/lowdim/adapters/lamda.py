@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowdim.adapters.core.common import check_rank, draw_uniform, top_triplets
+from lowdim.adapters.core.common import check_rank, top_triplets
 from lowdim.adapters.core.guards import error_context
 from lowdim.adapters.core.method import Method, Stats, open_field
 from lowdim.adapters.core.thin import ThinUpdate
 from lowdim.errors import check_choice, check_float, check_int
-from lowdim.linalg import local, match, stream, wide
+from lowdim.linalg import draw_uniform, local, match, stream, wide
 from lowdim.ranks import by_energy
 from lowdim.surgery import dense_matrix, matrix_shape
 

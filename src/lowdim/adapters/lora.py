@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowdim.adapters.core.common import check_rank, draw_uniform
+from lowdim.adapters.core.common import check_rank
 from lowdim.adapters.core.low_rank import LoRAUpdate
 from lowdim.adapters.core.method import Method, Stats
 from lowdim.errors import check_float, check_int
+from lowdim.linalg import draw_uniform
 
 __all__ = ["LoRA"]
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowdim.adapters.core.common import check_rank, draw_normal, top_triplets
+from lowdim.adapters.core.common import check_rank, top_triplets
 from lowdim.adapters.core.method import Method, Stats
 from lowdim.adapters.core.thin import ThinUpdate
 from lowdim.errors import check_float, check_int
+from lowdim.linalg import draw_normal
 
 __all__ = ["LoRASB", "LoRAXS", "SquareUpdate"]
 

@@ -15,7 +15,7 @@ from lowdim.adapters.core.guards import fingerprint
 from lowdim.adapters.core.merging import MergeReport
 from lowdim.adapters.core.whole import WholeAdapted, WholeMethod, make_for_itself, merge_parameters, refuse_adapted
 from lowdim.errors import CheckpointError, NoMatchingModuleError, check_int, nearest
-from lowdim.linalg import FastfoodDraws, fastfood_draws, fastfood_size
+from lowdim.linalg import FastfoodDraws, fastfood_draws, fastfood_size, wide
 from lowdim.linalg.fastfood import fastfood_op
 from lowdim.surgery import freeze
 
@@ -95,7 +95,7 @@ class Subspace(Composition):
         part = self.theta
         if len(part) > len(gaussian):  # a bias, a norm: fewer numbers than coordinates
             part = part[: len(gaussian)]
-        part = part.to(torch.promote_types(part.dtype, torch.float32))
+        part = wide(part)
         if self.scales is not None:  # on θ, not on the projection: autograd would keep that
             part = part * self.scales[index].to(part.dtype)
         out = fastfood_op(part.to(gaussian.device), signs, permutation, gaussian, count, self.energies[index])

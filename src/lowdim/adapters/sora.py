@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.adapters.core.adapted import Adapted
-from lowdim.adapters.core.common import check_rank, draw_normal, draw_uniform
+from lowdim.adapters.core.common import check_rank
 from lowdim.adapters.core.gated import GatedLoRAUpdate
 from lowdim.adapters.core.method import Method, Stats
 from lowdim.adapters.core.shared import StepCounter
 from lowdim.errors import check_choice, check_float, check_int
-from lowdim.linalg import gather, local, wide
+from lowdim.linalg import draw_normal, draw_uniform, gather, local, wide
 from lowdim.surgery import model_device
 
 __all__ = ["SoRA", "SoRAAdapted", "SoRAUpdate"]

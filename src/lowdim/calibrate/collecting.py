@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.calibrate.passes import as_it_was, call_model
-from lowdim.linalg import widest
+from lowdim.linalg import wide, widest
 from lowdim.surgery import is_conv1d, is_quantized
 
 __all__ = ["KINDS", "LossFn", "collect"]
@@ -203,7 +203,7 @@ class _Collector:
                 self._add(name, "gradient", found / batch_size)
             grad = None if is_quantized(layer) else cast(Tensor, layer.weight).grad
             if grad is not None:
-                grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+                grad = wide(grad)
                 transposed = is_conv1d(layer) or isinstance(layer, nn.Embedding)
                 self._add(name, "gradient", (grad.T if transposed else grad.reshape(len(grad), -1)) / batch_size)
         for layer in self.layers.values():  # only now: two layers may share one weight

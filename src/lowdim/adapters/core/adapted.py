@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.adapters.core.files.layout import write_adapter
-from lowdim.adapters.core.guards import leave_fused_paths, whole_parameters
+from lowdim.adapters.core.guards import FusedPaths, whole_parameters
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.merging import MergeReport, merged_layer
 from lowdim.adapters.core.method import Method
@@ -73,7 +73,8 @@ class Adapted(Companion):
             model.add_module(free_name(model), shared)
             for name, layer in self.layers.items():
                 layer.update.connect(shared, name)
-        self._fused = leave_fused_paths(model, self.layers.values())
+        self._fused = FusedPaths(model, self.layers.values())
+        self._fused.disable()
         self._merged: _Merged | None = None
         self._awaits_gradient = True
         self.allow_unused = False
@@ -302,7 +303,7 @@ class Adapted(Companion):
         for parameter in self.model.parameters():
             parameter.requires_grad_(True)
         self.drop_shared()
-        self._fused(False)
+        self._fused.restore()
         if _ties_words(config) and self._head_stands_alone():
             config.tie_word_embeddings = False
         self.merge_report = MergeReport(tuple(changes), tuple(name for name in self.layers if name in self.tied))
@@ -327,7 +328,7 @@ class Adapted(Companion):
         config: Any = getattr(self.model, "config", None)
         if before.ties_words:
             config.tie_word_embeddings = True
-        self._fused(True)
+        self._fused.disable()
         self.layers, self.shared, self._merged, self.merge_report = before.layers, before.shared, None, None
         return self.model
 

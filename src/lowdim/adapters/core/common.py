@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowdim.linalg import compute_dtype, svd, truncated_svd
 
-__all__ = ["check_rank", "draw_normal", "draw_uniform", "top_triplets"]
+__all__ = ["check_rank", "top_triplets"]
 
 
 def check_rank(rank: int, out_features: int, in_features: int) -> int:
@@ -20,22 +20,6 @@ def check_rank(rank: int, out_features: int, in_features: int) -> int:
     if rank > limit:
         raise ValueError(f"rank must be at most min(out_features, in_features) = {limit}; got {rank}")
     return rank
-
-
-def draw_uniform(tensor: Tensor, bound: float, generator: torch.Generator | None) -> None:
-    """Fill with U(−bound, bound), drawn in float32 on the generator's device: the same numbers for every dtype."""
-    device = tensor.device if generator is None else generator.device
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    with torch.no_grad():
-        tensor.copy_(torch.empty(tensor.shape, dtype=wide, device=device).uniform_(-bound, bound, generator=generator))
-
-
-def draw_normal(tensor: Tensor, std: float, generator: torch.Generator | None) -> None:
-    """Fill with N(0, std²), drawn in float32 on the generator's device: the same numbers for every dtype."""
-    device = tensor.device if generator is None else generator.device
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    with torch.no_grad():
-        tensor.copy_(torch.empty(tensor.shape, dtype=wide, device=device).normal_(0.0, std, generator=generator))
 
 
 def top_triplets(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,9 @@ from lowdim.linalg import gather, is_sharded
 from lowdim.surgery import dense_matrix, describe, tied_parameters
 
 __all__ = [
+    "FusedPaths",
     "error_context",
     "fingerprint",
-    "leave_fused_paths",
     "pristine_matrix",
     "saved_modules",
     "tied_layers",
@@ -83,25 +83,29 @@ def whole_parameters(module: nn.Module):
             owner._parameters[name] = parameter
 
 
-def leave_fused_paths(model: nn.Module, layers: Iterable[nn.Module]) -> Callable[[bool], None]:
-    """Keep torch's transformer layers from their fused inference code, which reads weights and would skip the updates.
+class FusedPaths:
+    """Fused inference code of torch's transformer layers, which reads weights directly and would skip the updates."""
 
-    Returns a function that allows that code again (False) or keeps it out (True).
-    """
-    switches = {nn.TransformerEncoder: "use_nested_tensor", nn.TransformerEncoderLayer: "activation_relu_or_gelu"}
-    adapted = set(layers)
-    before: list[tuple[nn.Module, str, Any]] = []
-    for module in model.modules():
-        for kind, name in switches.items():
-            if isinstance(module, kind) and not adapted.isdisjoint(module.modules()):
-                before.append((module, name, getattr(module, name)))
+    _SWITCHES = ((nn.TransformerEncoder, "use_nested_tensor"), (nn.TransformerEncoderLayer, "activation_relu_or_gelu"))
 
-    def leave(away: bool) -> None:
-        for module, name, value in before:
-            setattr(module, name, False if away else value)
+    def __init__(self, model: nn.Module, layers: Iterable[nn.Module]):
+        adapted = set(layers)
+        self._before: list[tuple[nn.Module, str, Any]] = [
+            (module, name, getattr(module, name))
+            for module in model.modules()
+            for kind, name in self._SWITCHES
+            if isinstance(module, kind) and not adapted.isdisjoint(module.modules())
+        ]
 
-    leave(True)
-    return leave
+    def disable(self) -> None:
+        """Make torch run the layers one by one."""
+        for module, name, _ in self._before:
+            setattr(module, name, False)
+
+    def restore(self) -> None:
+        """Allow the fused code again where it was allowed."""
+        for module, name, value in self._before:
+            setattr(module, name, value)
 
 
 def saved_modules(model: nn.Module, names: Iterable[str], layers: Mapping[str, nn.Module]) -> tuple[str, ...]:

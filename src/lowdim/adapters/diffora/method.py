@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.common import check_rank, draw_uniform
+from lowdim.adapters.core.common import check_rank
 from lowdim.adapters.core.gated import GatedLoRAUpdate
 from lowdim.adapters.core.method import Method, Stats
 from lowdim.adapters.diffora.search import DifferentialMatrix, DiffoRAAdapted, Grid, search_steps
 from lowdim.errors import check_float, check_int
-from lowdim.linalg import wide
+from lowdim.linalg import draw_uniform, wide
 
 __all__ = ["DiffoRA", "DiffoRAUpdate"]
 

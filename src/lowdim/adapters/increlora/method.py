@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.common import check_rank, draw_normal
+from lowdim.adapters.core.common import check_rank
 from lowdim.adapters.core.method import Method, Stats, open_field
 from lowdim.adapters.increlora.growth import Allocator, IncreLoRAAdapted
 from lowdim.adapters.increlora.update import STD, IncreLoRAUpdate
 from lowdim.errors import check_float, check_int
+from lowdim.linalg import draw_normal
 from lowdim.surgery import model_device
 
 __all__ = ["IncreLoRA"]

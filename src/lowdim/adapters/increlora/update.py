@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowdim.adapters.core.common import draw_normal
 from lowdim.adapters.core.thin import ThinUpdate
-from lowdim.linalg import add_product, gather, many_processes, mean_over_processes, replicate, wide
+from lowdim.linalg import add_product, draw_normal, gather, many_processes, mean_over_processes, replicate, wide
 
 __all__ = ["STD", "IncreLoRAUpdate"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowdim.adapters.core.adapted import Adapted
-from lowdim.adapters.core.common import check_rank, draw_uniform
+from lowdim.adapters.core.common import check_rank
 from lowdim.adapters.core.guards import fingerprint, tied_layers
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.low_rank import LoRAUpdate
@@ -21,7 +21,7 @@ from lowdim.adapters.core.method import Method, Stats, method_class
 from lowdim.adapters.loram.channels import ChannelGroup, linear_layer, recover_lora
 from lowdim.adapters.loram.masks import Masks, magnitude_mask, pruned_layer
 from lowdim.errors import NoMatchingModuleError, check_float, check_int, nearest
-from lowdim.linalg import wide
+from lowdim.linalg import draw_uniform, wide
 from lowdim.surgery import find_layers, is_linear, matrix_shape, replace_layer, weight_matrix
 
 __all__ = ["AdaptedLoRAM", "LoRAM", "LoRAMUpdate"]

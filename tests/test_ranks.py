@@ -139,7 +139,7 @@ def test_welore_of_equal_values_and_single_ones():
     threshold, kept = welore(spectra, 0.2)
     assert kept == {"flat": 4, "zero": 3, "one": 1, "falls": 1}
     assert threshold == 0.115  # z = 1, 1/9, 0: both lie below; ten values count
-    with pytest.raises(ValueError, match=r"target must be at most 0\.2, what threshold 1 removes; got 0\.21"):
+    with pytest.raises(ValueError, match=r"target must be at most 0\.2, which threshold 1 removes; got 0\.21"):
         welore(spectra, 0.21)
 
 

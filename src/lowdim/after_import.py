@@ -1,4 +1,4 @@
-"""Something that happens as soon as another package's module has been imported, without importing it."""
+"""Run a function as soon as another package's module has been imported, without importing it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["after_import"]
 
 
 def after_import(module: str, call: str) -> None:
-    """Call a function once `module` has been imported: now if it is loaded already, else right after it has loaded.
+    """Call a function once `module` is imported: now if it is already loaded, else right after it has loaded.
 
-    A finder on Python's import path waits for that one module, lets its own loader load it as ever, and removes itself. It
-    costs nothing where the module is never imported.
+    A finder on Python's import path waits for that one module, lets the usual loader load it, and removes itself. It costs
+    nothing if the module is never imported.
 
     Args:
         module: full name of the module to wait for.

@@ -1,4 +1,4 @@
-"""What acts beside the steps of a training: schedules, pruning, guidance, monitoring.
+"""Code that acts between training steps: schedules, pruning, guidance, monitoring.
 
 A training loop that knows a `Companion` calls it in three places and stores its state in checkpoints:
 
@@ -21,10 +21,10 @@ __all__ = ["Companion", "RateFactor"]
 
 
 class Companion:
-    """Acts beside the steps of a training. Does nothing by default; a method overrides what it needs.
+    """Acts between training steps. Does nothing by default; a method overrides what it needs.
 
-    Subclasses that hold state between steps override `state_dict` and `load_state_dict` together. A state holds tensors,
-    numbers, strings and containers of these only, so that checkpoints load without pickled code.
+    Subclasses that hold state between steps override `state_dict` and `load_state_dict` together. A state may
+    hold only tensors, numbers, strings and containers of these, so that checkpoints load without pickled code.
 
     Example:
         >>> class Counter(Companion):
@@ -38,7 +38,7 @@ class Companion:
     """
 
     def loss(self, forward: Callable[[], Any], logits: Any) -> torch.Tensor | float:
-        """What is added to the loss of a batch; 0.0 adds nothing.
+        """The term to add to the loss of a batch; 0.0 adds nothing.
 
         Args:
             forward: runs the model on the same batch again and returns its logits, for methods that compare two passes.
@@ -53,17 +53,17 @@ class Companion:
         """Runs once, after the last step and before the model is evaluated, merged or saved."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold so that a resumed training gives the same bits."""
+        """The state that a checkpoint needs, so that a resumed run gives the same bits."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
 
 
 class RateFactor:
-    """A rate that a method bends for a while (a warm-up after a restart), whatever scheduler sets it.
+    """A temporary factor on the learning rate (a warm-up after a restart), under any scheduler.
 
-    Multiplies every group's learning rate within `optimizer.step()`, and puts it back afterwards.
+    Multiplies every group's learning rate within `optimizer.step()`, and restores it afterwards.
 
     A scheduler writes `group["lr"]` from its own memory after each step, so a factor that was written there would be lost or,
     with some schedulers, multiplied in for good. Hooks around the step leave the groups as they found them.

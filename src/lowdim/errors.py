@@ -1,7 +1,7 @@
 """Typed errors and the checks that raise them.
 
-Every error says which argument, which value, and what would be right; each stays a subclass of the
-built-in error a caller would already catch.
+Every error names the argument, the value, and what would be right. Each is also a subclass of the built-in
+error that callers already catch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class LowdimError(Exception):
 
 
 class CheckpointError(LowdimError, ValueError):
-    """A file is damaged, foreign, of another version, or made for another base model."""
+    """A file is damaged, not written by lowdim, of another version, or made for another base model."""
 
 
 class NoMatchingModuleError(LowdimError, ValueError):
@@ -25,7 +25,7 @@ class NoMatchingModuleError(LowdimError, ValueError):
 
 
 class NoGradientError(LowdimError, RuntimeError):
-    """Something that is trained got no gradient."""
+    """A trained parameter got no gradient."""
 
 
 class UnknownNameError(LowdimError, ValueError):
@@ -33,11 +33,11 @@ class UnknownNameError(LowdimError, ValueError):
 
 
 class BudgetError(LowdimError, ValueError):
-    """Nothing that was asked for fits the memory budget."""
+    """None of the requested methods fits the memory budget."""
 
 
 class DataError(LowdimError, ValueError):
-    """A data file cannot be read, or cannot serve the task."""
+    """A data file cannot be read, or does not fit the task."""
 
 
 class MissingExtraError(LowdimError, ImportError):
@@ -48,14 +48,14 @@ class MissingExtraError(LowdimError, ImportError):
 
 
 def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
-    """The `count` options that look most like `name`, best first; falls back to the first few."""
+    """The `count` options closest to `name`, best first; the first few options if none is close."""
     names = list(options)
     found = difflib.get_close_matches(name, names, n=count, cutoff=0.4)
     return found or names[:count]
 
 
 def unknown(argument: str, value: object, options: Iterable[str]) -> UnknownNameError:
-    """The error for a `value` that is none of `options`, with the nearest names."""
+    """The error for a `value` that is not one of `options`, with the nearest names."""
     names = list(options)
     close = ", ".join(nearest(str(value), names))
     return UnknownNameError(f"{argument} must be one of {', '.join(names)}; got {value!r} (nearest: {close})")

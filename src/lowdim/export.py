@@ -35,7 +35,7 @@ class ExportResult(Result):
         errors: layer -> relative error of a truncated update; empty or zeros where exact.
         ranks: layer -> rank that was written, for a PEFT adapter.
         suggested_rank: the smallest common rank with an error of at most 1 % in every layer, where something was truncated.
-        notes: what the users of `target` must know: the command, limits to raise.
+        notes: what users of `target` need to know: the command, limits to raise.
     """
 
     left_out: ClassVar[tuple[str, ...]] = ("reload",)
@@ -71,21 +71,21 @@ def export(
     max_error: float | None = None,
     target: str | None = None,
 ) -> ExportResult:
-    """Write a trained model for other tools. Nothing is left in `folder` where it fails.
+    """Write a trained model for other tools. If it fails, nothing is left in `folder`.
 
     Args:
         model: an `Adapted`, or a transformers model (which can only be written merged). Writing it merged merges it, in place;
             structured layers become dense ones.
         format: `"peft"`: `adapter_config.json` and `adapter_model.safetensors`; `"merged"`: a checkpoint that
             `from_pretrained` loads. A mean-pooled classifier is written as its encoder (a sentence-transformers folder stays
-            one) with `head.safetensors` beside it.
+            one) with `head.safetensors` next to it.
         tokenizer: saved along with a merged model.
         source: where the base model came from, for the loading instructions and for files to copy along.
         rank: write PEFT's LoRA, and truncate updates of full rank to this; None writes PEFT's own method where it has it
-            (RandLoRA), exact.
+            (RandLoRA), exactly.
         max_error: instead of `rank`, the smallest rank of each layer with at most this relative error, e.g. 0.01.
-        target: `"vllm"` or `"llamacpp"`, for format `"peft"`: LoRA that this program loads, with one rank for all layers; what
-            stands against it is listed in an error before anything is written.
+        target: `"vllm"` or `"llamacpp"`, for format `"peft"`: LoRA that this program loads, with one rank for all layers; an
+            error lists the obstacles before anything is written.
 
     Returns:
         An `ExportResult` that states the errors.

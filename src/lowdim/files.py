@@ -1,4 +1,4 @@
-"""Files are written beside, synced and renamed: a reader sees the old file or the new one, never half of one."""
+"""Atomic file writes: to a temporary file, synced, then renamed. A reader sees the old file or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["read_json", "read_tensors", "whole_folder", "write_bytes", "write_js
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:
-    """Write `data` to `path` atomically; folders on the way are made.
+    """Write `data` to `path` atomically; missing parent folders are created.
 
     Raises:
-        OSError: no space or no permission; the old file, if any, is untouched and nothing half-written stays.
+        OSError: no space or no permission; the old file, if any, is unchanged, and no partial file is left.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,12 +47,12 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
 
 @contextlib.contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder to write into, whose files take their places in `folder` when all are complete, and none if anything fails.
+    """A temporary folder to write into; its files move to `folder` once all are complete, or none do if anything fails.
 
-    Other files that `folder` holds stay.
+    Other files in `folder` are kept.
 
     Raises:
-        OSError: no space or no permission; `folder` is as it was.
+        OSError: no space or no permission; `folder` is unchanged.
 
     Example:
         >>> import tempfile, pathlib
@@ -83,9 +83,9 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, place)
     except Exception as error:
-        # safetensors reports a full disk by an error of its own.
+        # safetensors reports a full disk with an error of its own.
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            inner = error.__cause__ if isinstance(error.__cause__, OSError) else error  # what write_bytes met
+            inner = error.__cause__ if isinstance(error.__cause__, OSError) else error  # raised by write_bytes
             reason = getattr(inner, "strerror", None) or str(inner)
             number = getattr(inner, "errno", None) or errno.EIO
             raise OSError(number, f"could not write {folder} ({reason}); nothing was changed") from error
@@ -100,7 +100,7 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    """Write JSON atomically (numbers that are not finite become null, as JSON has no name for them)."""
+    """Write JSON atomically (infinity and NaN become null, as JSON cannot represent them)."""
     return write_text(path, json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n")
 
 
@@ -120,7 +120,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
-    """Write a safetensors file atomically; tensors are copied to the CPU and made contiguous, shared storage is split."""
+    """Write a safetensors file atomically; tensors are copied to the CPU and made contiguous, without shared storage."""
     from safetensors.torch import save
 
     ready = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}

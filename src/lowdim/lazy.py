@@ -1,4 +1,4 @@
-"""Public names whose module is imported on first use, so that importing a package brings in nothing heavy."""
+"""Public names whose module is imported on first use, so that importing a package stays light."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lowdim.errors import MissingExtraError
 
 __all__ = ["lazy_names"]
 
-#: What is imported -> the package to install and the extra that installs it.
+#: Imported module -> the package to install and the extra that installs it.
 _EXTRAS = {
     "accelerate": ("accelerate", "train"),
     "datasets": ("datasets", "train"),
@@ -25,8 +25,8 @@ _EXTRAS = {
 def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
     """The `__getattr__` of a package whose names live in modules that are imported on first use.
 
-    A class that subclasses a foreign base (an estimator, a transformers cache) cannot be defined without importing that base;
-    its module does so at the top, and the family names it in a table::
+    A class with a base from another package (an estimator, a transformers cache) cannot be defined without importing that
+    base. Its module imports it at the top, and the family lists the class in a table::
 
         _HOMES = {"FewShot": "fewshot", "LoKi": "loki.estimator"}
         __getattr__ = lazy_names(__name__, _HOMES)

@@ -1,4 +1,4 @@
-"""Module names from before a move that others import: they stay importable as another name of the module's new home."""
+"""Keeps old module names importable after a move."""
 
 from __future__ import annotations
 

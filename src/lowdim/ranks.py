@@ -36,13 +36,13 @@ def by_energy(spectra: list[Tensor], *, rank: int, choices: Sequence[int]) -> li
     """LaMDA++'s rule: the layers whose top `rank` singular values hold the least energy get the largest rank.
 
     Formula: `E_l = Σ_{j≤rank} σ_j² / Σ_j σ_j²`; layers sorted by `E_l` ascending (ties: model order) are cut into
-    `len(choices)` consecutive groups of nearly equal size, earlier groups taking the remainder; the first group
+    `len(choices)` consecutive groups of nearly equal size, with the remainder in the earlier groups; the first group
     gets the largest choice.
 
     Args:
         spectra: all singular values of each layer, descending.
-        rank: the target rank at which energy is read.
-        choices: the ranks to hand out.
+        rank: the target rank, at which energy is measured.
+        choices: the ranks to assign.
 
     Returns:
         One rank per layer, in the order of `spectra`.
@@ -56,8 +56,8 @@ def by_energy(spectra: list[Tensor], *, rank: int, choices: Sequence[int]) -> li
         >>> by_energy([torch.tensor([2.0, 0.1]), torch.tensor([1.0, 1.0])], rank=1, choices=(1, 3))
         [1, 3]
 
-    Source: Azizi, Kundu, Pedram, "LaMDA", EMNLP Findings 2024 (an equivalent in spirit; the paper's exact formula was not
-    at hand).
+    Source: Azizi, Kundu, Pedram, "LaMDA", EMNLP Findings 2024 (similar in spirit; the paper's exact formula was not
+    available).
     """
     check_int("rank", rank, 1)
     if not choices or not spectra:
@@ -80,7 +80,7 @@ def parameter_rank(out_features: int, in_features: int, *, share: float, multipl
     """The rank at which two factors hold this share of a matrix's parameters.
 
     Formula: `⌊share · out · in / (out + in)⌋`, rounded down to a multiple of `multiple` unless that is 0. It may be 0, for a
-    matrix too small to be factored, or above min(out, in) for a share above 1: the caller clips or refuses.
+    matrix too small to be factored, or above min(out, in) for a share above 1; the caller must clip or reject it.
 
     Raises:
         ValueError: a size or `multiple` below 1, a share that is not a positive number.
@@ -112,11 +112,11 @@ def welore(
     `Σ_l #{z_l < k} / Σ_l d_l >= target`; layer l keeps `d_l - #{z_l < k}` ranks.
 
     A layer whose singular values are all equal keeps them all, and counts in the sum of `d_l`; a layer with one singular value
-    has nothing to give and does not count.
+    cannot lose any and does not count.
 
     Args:
         singular_values: all singular values of each layer, in any order; they are compared in float64.
-        target: share of all ranks that is to go, in (0, 1). Some more goes, at most what one step of the grid adds.
+        target: share of all ranks to remove, in (0, 1). Slightly more may be removed, at most what one step of the grid adds.
 
     Returns:
         `(k, {name: kept rank})`; every kept rank is at least 1.
@@ -131,7 +131,7 @@ def welore(
         >>> welore({"falls": torch.tensor([8.0, 1.0, 0.5, 0.0]), "flat": torch.tensor([1.0, 0.9, 0.9, 0.0])}, 0.5)
         (0.13, {'falls': 1, 'flat': 3})
 
-    When not: where what is reduced must be parameters or energy; ranks of wide and square layers count alike here.
+    When not: to reach a target of parameters or energy; ranks of wide and square layers count alike here.
 
     Source: Jaiswal et al., "From GaLore to WeLore: How Low-Rank Weights Non-uniformly Emerge from Low-Rank Gradients", arXiv
     2407.11239.
@@ -149,7 +149,7 @@ def welore(
     enough = removed.double() / len(pool) >= target
     if not bool(enough.any()):
         most = int(removed[-1]) / len(pool)
-        raise ValueError(f"target must be at most {most:g}, what threshold {float(thresholds[-1]):g} removes; got {target!r}")
+        raise ValueError(f"target must be at most {most:g}, which threshold {float(thresholds[-1]):g} removes; got {target!r}")
     threshold = float(thresholds[int(enough.int().argmax())])
     return threshold, _kept(normalised, threshold)
 

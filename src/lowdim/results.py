@@ -1,4 +1,4 @@
-"""The base of every result: its fields as strict JSON, its table, its plot, and what a terminal and a notebook show."""
+"""The base class of all results: fields as strict JSON, table, plot, and views for terminals and notebooks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN = 20  # rows of a table in a terminal or a notebook
 
 
 class Result:
-    """What a function found, in a frozen dataclass: subclass it and declare the fields.
+    """The outcome of a function, as a frozen dataclass: subclass it and declare the fields.
 
     The base gives `to_dict()`, `rows()`, `to_dataframe()`, `str()` and the view in a notebook. Override `rows` where the result
     has a natural table (a row for each layer, iteration or query), `summary` where another line says more, and `plot` where a
@@ -46,12 +46,12 @@ class Result:
         """The fields as strict JSON: arrays are lists, dataclasses are dicts, infinity and NaN are null.
 
         Raises:
-            TypeError: a field holds what JSON has no form for; names the field.
+            TypeError: JSON cannot represent a field; the error names it.
         """
         return _record(self, type(self).__name__, self.left_out)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The table: one dict a row. By default one row with the fields that hold a number, a text or nothing."""
+        """The table, one dict per row. By default one row with the fields that hold a number, a text or None."""
         return [{name: value for name, value in self.to_dict().items() if not isinstance(value, (list, dict))}]
 
     def to_dataframe(self) -> Any:
@@ -88,7 +88,7 @@ class Result:
         return html_table(self.summary, self._table())
 
     def _table(self) -> list[dict[str, Any]]:
-        """The rows that are shown below the summary: none where the summary says them already."""
+        """The rows shown below the summary; empty where the summary already contains them."""
         return [] if type(self).rows is Result.rows else self.rows()
 
     def _axes(self, ax: Any = None) -> Any:
@@ -103,13 +103,13 @@ class Result:
 
 
 def json_value(value: Any, where: str = "value") -> Any:
-    """The value in types that JSON has: tensors and arrays become lists, dataclasses dicts, infinity and NaN None.
+    """The value in JSON types: tensors and arrays become lists, dataclasses dicts, infinity and NaN None.
 
     Args:
         where: what the value is, for the error.
 
     Raises:
-        TypeError: JSON has no form for it; names the place.
+        TypeError: JSON cannot represent it; the error names the place.
 
     Example:
         >>> import numpy as np

@@ -1,7 +1,7 @@
 """Find layers by name, read their weight as a matrix, and swap them in place.
 
-Every family goes through here, so that a pattern means the same everywhere (as in PEFT: a name or a dotted
-suffix in a list, a regular expression as a string), and so that tied weights stay tied.
+All families use this module, so a pattern means the same everywhere (as in PEFT: a name or a dotted suffix in a
+list, a regular expression as a string), and tied weights stay tied.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Patterns = str | Iterable[str] | None
 
 
 def is_conv1d(layer: nn.Module) -> bool:
-    """Whether `layer` is transformers' Conv1D (weight stored `(in, out)`), told without importing transformers."""
+    """Whether `layer` is transformers' Conv1D (weight stored `(in, out)`), checked without importing transformers."""
     kind = type(layer)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
@@ -64,7 +64,7 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def is_matrix_layer(layer: nn.Module) -> bool:
-    """Whether the layer applies one weight matrix: what `is_linear` takes, and convolutions."""
+    """Whether the layer applies one weight matrix: the layers of `is_linear`, and convolutions."""
     return is_linear(layer) or isinstance(layer, CONVOLUTIONS)
 
 
@@ -107,7 +107,7 @@ def dense_matrix(layer: nn.Module) -> Tensor:
     weight: Any = layer.weight
     if type(weight).__module__.startswith("torchao."):
         return weight.dequantize().to(torch.float32)
-    # A layer's own kernel knows its format best: its answer to unit vectors is the weight.
+    # The layer's own kernel knows its format: its output for unit vectors is the weight.
     eye = torch.eye(layer.in_features, dtype=layer_dtype(layer), device=weight.device)  # type: ignore[arg-type]
     bias = getattr(layer, "bias", None)
     out = layer(eye) if bias is None else layer(eye) - bias
@@ -115,7 +115,7 @@ def dense_matrix(layer: nn.Module) -> Tensor:
 
 
 def layer_dtype(layer: nn.Module) -> torch.dtype:
-    """The dtype in which a layer answers: its weight's, or what a quantized layer computes in."""
+    """The dtype of a layer's output: its weight's, or the one that a quantized layer computes in."""
     weight = getattr(layer, "weight", None)
     for tensor in (weight, getattr(layer, "bias", None)):
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
@@ -132,10 +132,10 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def with_matrix(layer: nn.Module, matrix: Tensor) -> nn.Module:
-    """A layer like `layer` with another weight matrix `(out, in)`; the given one is left as it is.
+    """A layer like `layer` with another weight matrix `(out, in)`; the given layer is unchanged.
 
-    The new weight takes the old one's dtype, device, layout and `requires_grad`. Bias and hooks are shared. In the place of
-    a quantized layer comes a plain nn.Linear in the dtype that the layer computed in.
+    The new weight takes the old one's dtype, device, layout and `requires_grad`. Bias and hooks are shared. A
+    quantized layer becomes a plain nn.Linear in the dtype that it computed in.
 
     Raises:
         TypeError: the weight is not a parameter but computed from others (weight_norm, a parametrization).
@@ -160,7 +160,7 @@ def make_linear(
     *,
     requires_grad: bool = True,
 ) -> nn.Linear:
-    """A plain layer around these numbers, without a random draw; the weight is taken as it is, the bias copied."""
+    """A plain layer with these numbers, without a random draw; the weight is used as it is, the bias is copied."""
     out_features, in_features = weight.shape
     linear = nn.Linear(in_features, out_features, bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad)
@@ -210,14 +210,14 @@ def find_layers(
 
     Args:
         target_modules: a list of module names or dotted suffixes (`"q_proj"`, `"layer.1.attention.query"`); a string is such a
-            name, or a regular expression that must match the whole name; `"all-linear"` or None takes every layer that
-            `accept` lets through, except the model's prediction head. A module with two names is found by either and
+            name, or a regular expression that must match the whole name; `"all-linear"` or None selects every layer that
+            `accept` allows, except the model's prediction head. A module with two names is found by either and
             listed once, by its first.
         exclude: skip a layer whose name contains one of these.
-        accept: which layers can be taken; a pattern that matches only others is an error.
+        accept: which layers can be selected; a pattern that matches only others is an error.
 
     Raises:
-        NoMatchingModuleError: a pattern matches nothing (the nearest names are listed), or only layers that cannot be taken.
+        NoMatchingModuleError: a pattern matches nothing (the nearest names are listed), or only layers that cannot be selected.
 
     Example:
         >>> from torch import nn
@@ -255,13 +255,13 @@ def find_layers(
 
 
 def parent_and_child(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds `name`, and the attribute under which it does."""
+    """The parent module of `name`, and its attribute name there."""
     path, _, child = name.rpartition(".")
     return model.get_submodule(path), child
 
 
 def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` where `name` is. A module that stands at several names is replaced at each of them."""
+    """Put `new` where `name` is. A module with several names is replaced under each of them."""
     old = model.get_submodule(name)
     for parent in list(model.modules()):
         for child, module in list(parent._modules.items()):
@@ -270,12 +270,12 @@ def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def swap_layers(model: nn.Module, layers: Mapping[str, nn.Module], make: Callable[[str, Any], nn.Module]) -> None:
-    """Put `make(name, layer)` in the place of each layer, in place; layers that share their weight share it afterwards too.
+    """Replace each layer by `make(name, layer)`, in place; layers that share their weight still share it afterwards.
 
-    Everything is made before anything is swapped: after an error the model is what it was.
+    All new layers are made before any is swapped: after an error the model is unchanged.
 
     Raises:
-        ValueError, TypeError: what `make` raised, with the layer's name before it.
+        ValueError, TypeError: raised by `make`, with the layer's name in front.
     """
     made: dict[str, nn.Module] = {}
     for name, layer in layers.items():
@@ -302,11 +302,11 @@ def without_tied(
 
     Args:
         layers: as `find_layers` gives them.
-        named: whether the user asked for these layers by name; then leaving one alone is a warning.
+        named: whether the user asked for these layers by name; then skipping one gives a warning.
         within: count ties among `layers` too; without it they may share a weight with each other.
 
     Returns:
-        The free layers, and for each tied one the full names of the other parameters that are its weight.
+        The free layers, and for each tied one the full names of the other parameters that share its weight.
 
     Raises:
         NoMatchingModuleError: no layer is free.
@@ -388,7 +388,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Where the model's first parameter (or buffer) lies; the CPU for a model without any."""
+    """The device of the model's first parameter (or buffer); the CPU for a model without any."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")

@@ -228,7 +228,7 @@ def test_all_linear_takes_convolutions_of_any_kind():
 
 
 def test_bad_input():
-    for bad, match in [((2,), "two at least"), ((2, 0), r"ranks\[1\]"), ((2, True), r"ranks\[1\]"), ("8", "ranks")]:
+    for bad, match in [((2,), "at least two"), ((2, 0), r"ranks\[1\]"), ((2, True), r"ranks\[1\]"), ("8", "ranks")]:
         with pytest.raises(ValueError, match=match):
             FLoRA(ranks=bad)
     for bad in (0.0, -1.0, float("nan")):

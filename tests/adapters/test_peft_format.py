@@ -324,7 +324,7 @@ def test_what_stands_against_it_is_listed_at_once_and_nothing_is_written(target,
 def test_tied_words(tmp_path):
     for target in (["lm_head"], ["embed_tokens"]):
         tied = trained(llama(tie_word_embeddings=True), LoRA(rank=1, target_modules=target))
-        with pytest.raises(ValueError, match=rf"llama\.cpp keeps once: \S*{target[0]}$"):
+        with pytest.raises(ValueError, match=rf"llama\.cpp stores once: \S*{target[0]}$"):
             to_peft(tied, tmp_path / "out", target="llamacpp")
         loose = trained(llama(), LoRA(rank=1, target_modules=target))
         assert to_peft(loose, tmp_path / "loose", target="llamacpp").exact

@@ -440,7 +440,7 @@ def test_a_threshold_alone_is_enough():
 
 def test_a_target_out_of_reach():
     model = net(1.0)
-    with pytest.raises(ValueError, match=r"target must be at most 0\.9375, what threshold 1 removes; got 0\.97"):
+    with pytest.raises(ValueError, match=r"target must be at most 0\.9375, which threshold 1 removes; got 0\.97"):
         welore(model, WeLoreConfig(target=0.97))
     assert type(model[0]) is nn.Linear
 

@@ -1,4 +1,4 @@
-"""ALLoRA: LoRA without dropout and scale, whose rows learn the slower the larger they have become."""
+"""ALLoRA: LoRA without dropout and scale; the larger a row has become, the slower it learns."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def row_coefficients(
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """`y + B h`, or `B h` alone; the gradient that goes on into the product is first multiplied by the rows' coefficients.
+    """`y + B h`, or `B h` alone; the gradient that flows into the product is first multiplied by the rows' coefficients.
 
-    They are taken again from `A` and `B` in the backward pass, so nothing is kept but what LoRA keeps.
+    They are recomputed from `A` and `B` in the backward pass, so nothing is kept beyond what LoRA keeps.
     """
 
     generate_vmap_rule = True
@@ -75,13 +75,13 @@ class ALLoRAUpdate(ThinUpdate):
         self.eta, self.apply_to = eta, apply_to
         self.A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
         self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=device))
-        # For "step", between the first forward after a step and the next step: the coefficients and B as they were there.
+        # For "step": the coefficients and B from the first forward after a step, kept until the next step.
         self._seen: tuple[Tensor, Tensor] | None = None
         # B after the last step, or as it was loaded: what `_seen` rounds where forward runs in a narrower dtype (FSDP2).
         self._exact: Tensor | None = None
 
     def coefficients(self) -> Tensor:
-        """The factor κ of each row's learning rate as it is now, `(out,)`, in float32 or better."""
+        """The current factor κ of each row's learning rate, `(out,)`, in float32 or better."""
         return row_coefficients(self.A, self.B, self.eta)
 
     def down(self) -> Tensor:
@@ -108,7 +108,7 @@ class ALLoRAUpdate(ThinUpdate):
 
     @torch.no_grad()
     def step(self) -> None:
-        """For "step": take back the share of the optimizer's change of `B` that the coefficients do not allow."""
+        """For "step": undo the share of the optimizer's change of `B` that the coefficients do not allow."""
         if self._seen is None:
             return
         coefficients, before = (local(match(tensor, self.B)) for tensor in self._seen)
@@ -137,14 +137,14 @@ class ALLoRAUpdate(ThinUpdate):
 class ALLoRA(Method):
     """LoRA without dropout and scale, with a learning rate for each row that falls as the row grows.
 
-    Formula: `y = W x + B A x`, `A (r, in) ~ U(±1/√in)`, `B (out, r) = 0`; row i learns at `κ_i = 1 / √(‖(B A)_i‖ + 1/η²)` times
-    the rate: `η` at the start, less and less as the row grows.
+    Formula: `y = W x + B A x`, `A (r, in) ~ U(±1/√in)`, `B (out, r) = 0`; the rate of row i is
+    multiplied by `κ_i = 1 / √(‖(B A)_i‖ + 1/η²)`: `η` at the start, less as the row grows.
 
     `apply_to="gradient"` (the paper) multiplies the gradient that reaches the update's output by κ. Adam divides each gradient
-    by its own running size and so cancels a coefficient that changes slowly: with Adam it trains like a LoRA of scale 1, with
-    SGD it acts in full. `apply_to="step"` multiplies the optimizer's change of `B` instead, which acts under every optimizer.
-    It needs `adapted.step()` after each optimizer step, and takes κ and B at the first forward pass after the step before, so
-    gradients may be accumulated.
+    by its running magnitude, which cancels a coefficient that changes slowly: with Adam it trains like a LoRA of scale 1,
+    with SGD it has its full effect. `apply_to="step"` multiplies the optimizer's change of `B` instead, which acts under every
+    optimizer. It needs `adapted.step()` after each optimizer step, and reads κ and B at the first forward pass after the
+    previous step, so gradients may be accumulated.
 
     Args:
         rank: inner size, in [1, min(out, in)].
@@ -163,7 +163,7 @@ class ALLoRA(Method):
         >>> adapted.layers["0"].update.coefficients()
         tensor([2., 2., 2., 2.])
 
-    It stands in for choosing LoRA's scale; where the scale and the rate of a LoRA are tuned anyway it gains nothing.
+    It replaces choosing LoRA's scale; where the scale and the rate of a LoRA are tuned anyway, it gains nothing.
 
     Source: Huang, Balestriero, "ALLoRA: Adaptive Learning Rate Mitigates LoRA Fatal Flaws", arXiv 2410.09692.
     """
@@ -179,7 +179,7 @@ class ALLoRA(Method):
         check_choice("apply_to", self.apply_to, _APPLY)
 
     def accepts(self, layer: nn.Module) -> bool:
-        """Not grouped convolutions, which are computed through the dense kernel, past which no gradient can be scaled."""
+        """Not grouped convolutions, which are computed through the dense kernel, where the gradient cannot be scaled."""
         plain = layer.plain if isinstance(layer, AdaptedLayer) else layer
         grouped = getattr(plain, "groups", 1) > 1
         return super().accepts(layer) and not (grouped and self.apply_to == "gradient")

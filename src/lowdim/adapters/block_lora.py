@@ -48,15 +48,15 @@ class BlockLoRA(Method):
 
     It is a LoRA of rank q: all blocks get the same gradient, so under SGD and Adam their differences never change and their sum
     moves as one matrix with `blocks` times the step. A `LoRA(rank=q)` of the same scale whose B learns `blocks` times as fast
-    makes the same run with fewer numbers; the blocks are kept because the paper counts them, and weight decay acts on each.
+    trains identically with fewer numbers; the blocks are kept because the paper counts them, and weight decay acts on each.
 
     Args:
         rank: of all blocks together; the update's own rank is `rank / blocks`, in [1, min(out, in)].
-        blocks: how many; must divide `rank`.
+        blocks: the number of blocks; must divide `rank`.
         alpha: numerator of the scale, whose denominator is `rank`.
         dropout: on the update's input, while training; one mask for all blocks.
         target_modules: which layers (see `lowdim.surgery.find_layers`). The paper: query, key and value of every layer. torch's
-            `nn.MultiheadAttention` packs these into one weight, which no pattern reaches: take transformers' CLIP.
+            `nn.MultiheadAttention` packs these into one weight, which no pattern reaches: use transformers' CLIP.
 
     Raises:
         ValueError: a hyperparameter out of range, `blocks` not a divisor of `rank` (here), or `rank / blocks` beyond the layer
@@ -69,7 +69,7 @@ class BlockLoRA(Method):
         >>> sum(p.numel() for p in adapted.trainable().values()), adapted.layers["0"].update.rank
         (160, 2)
 
-    Where an update of rank q is not enough take LoRA with the whole rank: more blocks train faster, they do not reach further.
+    Where an update of rank q is not enough, use LoRA with the whole rank: more blocks train faster but fit no better.
 
     Source: Zhou et al., "One Head Eight Arms: Block Matrix based Low Rank Adaptation for CLIP-based Few-Shot Learning",
     arXiv 2501.16720.

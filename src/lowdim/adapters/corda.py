@@ -1,4 +1,4 @@
-"""CorDA: LoRA that starts from the components of the weight which its inputs use most, or least."""
+"""CorDA: LoRA that starts from the components of the weight that its inputs use most, or least."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["CorDA", "CorDAUpdate", "discard"]
 
 
 class CorDAUpdate(LoRAUpdate):
-    """LoRA whose start `scaling · B0 A0` was taken out of the base; buffers `A0 (rank, in)`, `B0 (out, rank)` remember it."""
+    """LoRA whose start `scaling · B0 A0` was subtracted from the base; buffers `A0 (rank, in)`, `B0 (out, rank)` hold it."""
 
     no_decay = frozenset({"A", "B"})
 
@@ -71,13 +71,13 @@ class CorDA(Method):
         dropout: on the update's input, while training. Leave it at 0: it would drop parts of the pre-trained weight.
         target_modules: which layers (see `lowdim.surgery.find_layers`).
         mode: "instruction" trains the r largest components (samples of the new task); "knowledge" the r smallest and leaves
-            what the samples use untouched (samples of what must not be forgotten).
+            the components that the samples use unchanged (samples of what must not be forgotten).
         damp: λ, the damping of C.
-        max_inverse_error: above which C̃ counts as not invertible and λ is doubled.
+        max_inverse_error: error above which C̃ counts as not invertible and λ is doubled.
 
     Raises:
-        ValueError: a hyperparameter out of range (here); `stats["covariance"] (in, in)` missing, misshapen, not finite, all
-            zero or without an inverse, or a rank beyond the layer (at attach).
+        ValueError: a hyperparameter out of range (here); `stats["covariance"] (in, in)` missing, of the wrong shape, not
+            finite, all zero or without an inverse, or a rank beyond the layer (at attach).
 
     Example:
         >>> import torch, lowdim
@@ -87,8 +87,9 @@ class CorDA(Method):
         >>> bool(torch.allclose(model(x), before, atol=1e-5))
         True
 
-    Search for the rate (the paper's is 2e-5 for large models; 1e-3 to 3e-3 did best for a small one): the covariance's scale
-    moves size between `A` and `B`, and so the rate. Without samples, or where twice the factors are too much memory, take LoRA.
+    Search for the rate (the paper's is 2e-5 for large models; 1e-3 to 3e-3 was best for a small one): the covariance's scale
+    shifts magnitude between `A` and `B`, and so the best rate. Without samples, or where twice the factors need too much
+    memory, use LoRA.
 
     Source: Yang et al., "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware
     Parameter-Efficient Fine-tuning", NeurIPS 2024, arXiv 2406.05223.
@@ -130,7 +131,7 @@ class CorDA(Method):
         update.A.copy_(update.A0)
 
     def _check_stat(self, need: str, stats: Stats, out_features: int, in_features: int) -> None:
-        super()._check_stat("covariance", stats, out_features, in_features)  # the key under which it is collected
+        super()._check_stat("covariance", stats, out_features, in_features)  # the key that `calibrate.collect` uses
 
 
 def discard(
@@ -141,14 +142,14 @@ def discard(
     damp: float = 0.01,
     max_inverse_error: float = 0.05,
 ) -> Tensor:
-    """The weight without the `r` components that its inputs use least: compression that looks at data.
+    """The weight without the `r` components that its inputs use least: data-aware compression.
 
     Formula: `W' = U_{k−r} Σ_{k−r} V_{k−r}ᵀ` of `lowdim.linalg.context_svd(W, C)`, `k = min(out, in)`.
 
     Args:
         layer_or_weight: a layer, or its weight `(out, in)`.
         C: covariance of its inputs.
-        r: how many components go, in [0, k].
+        r: number of components to remove, in [0, k].
         damp: damping of C.
         max_inverse_error: see `lowdim.linalg.context_svd`.
 

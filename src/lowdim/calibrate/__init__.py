@@ -9,7 +9,7 @@
 * `"output_mean"`, `"output_covariance"`: mean `(out,)` and centred covariance `(out, out)` of the layer's outputs;
 * `"gradient"`: `Σ_batches ∂L/∂W / batch_size`, `(out, in)`.
 
-`capture(model, names, batches)` gives what named modules put out (or take in), pass by pass; `capturing(model, names)` does it
+`capture(model, names, batches)` gives the outputs (or inputs) of named modules, pass by pass; `capturing(model, names)` does it
 for a pass of your own, with gradients.
 """
 

@@ -1,4 +1,4 @@
-"""What named modules put out, or take in, pass by pass."""
+"""The outputs or inputs of named modules, pass by pass."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __all__ = ["capture", "capturing"]
 
 @contextmanager
 def capturing(model: nn.Module, names: Iterable[str], *, inputs: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Within the `with` block, every pass of the model fills the mapping that it gives out; the hooks go with the block.
+    """Within the `with` block, every pass of the model fills the returned mapping; the hooks are removed at the end.
 
-    Values stay attached to the graph, so that a loss can be made of them. Each pass replaces those of the pass before. A module
-    that runs several times in a pass gives all its uses, joined along the first dimension.
+    Values stay attached to the graph, so they can be used in a loss. Each pass replaces the values of the one before. For a
+    module that runs several times in a pass, all uses are joined along the first dimension.
 
     Args:
         names: module names, as `model.named_modules()` has them.
-        inputs: the first argument of each module in place of its output. Of a module that puts out a tuple or list, the first
-            entry is taken.
+        inputs: capture the first argument of each module instead of its output. If a module returns a tuple or list, the first
+            entry is captured.
 
     Raises:
         ValueError: no name, or one that is not a module of the model (the nearest are listed).
@@ -81,10 +81,10 @@ def capturing(model: nn.Module, names: Iterable[str], *, inputs: bool = False) -
 def capture(
     model: nn.Module, names: Iterable[str], batches: Iterable[Any], *, inputs: bool = False
 ) -> Iterator[dict[str, Tensor]]:
-    """What the named modules put out (or take in) on each batch, one batch at a time, without gradients.
+    """The outputs (or inputs) of the named modules on each batch, one batch at a time, without gradients.
 
     The model runs in evaluation mode and is left as it was after each batch: mode, gradients and hooks. Only one batch's values
-    are held here, so that a caller who sums or samples needs no more memory than that.
+    are held, so a caller that sums or samples needs no more memory than that.
 
     Args:
         names, inputs: as in `capturing`.

@@ -33,7 +33,7 @@ def collect(
 
     Padding positions are left out where a batch has an `attention_mask` (an entry, or a named tuple's field) of the shape of
     the layer's rows, or as many entries as the layer has rows in one dimension. Sums run in float64 on the CPU and CUDA, in
-    float32 on devices without float64. A module that is used several times in a pass sums over all its uses.
+    float32 on devices without float64. For a module that is used several times in a pass, sums run over all uses.
 
     A sample of `"context_covariance"` is one entry of the first dimension; rows `(rows, in)` are one sample, or as many as the
     mask has. Warns where a layer saw fewer rows than it has columns, which leaves this covariance singular.
@@ -164,7 +164,7 @@ class _Collector:
     def _take_outputs(self, name: str, y: Tensor) -> None:
         if not y.shape[0]:
             return
-        # Sums are taken about the first rows' mean: E[y yᵀ] − μ μᵀ cancels where the mean is large beside the spread.
+        # Sums are shifted by the first rows' mean: E[y yᵀ] − μ μᵀ cancels where the mean is large compared with the spread.
         y = y - self.sums[name].setdefault("output_shift", y.mean(0))
         self._add_gram(name, "output_square", y)
         self._add(name, "output_sum", y.sum(0))
@@ -177,7 +177,7 @@ class _Collector:
         return widest(x.reshape(-1, x.shape[-1]))
 
     def _mask_of(self, x: Tensor) -> Tensor | None:
-        """Which rows are there, in the shape of the batch's mask; None where it has none for these rows."""
+        """Which rows are not padding, in the shape of the batch's mask; None if there is no mask for these rows."""
         if self.mask is None or x.shape[:-1] not in (self.mask.shape, (self.mask.numel(),)):
             return None
         return self.mask.to(device=x.device, dtype=torch.bool)
@@ -253,7 +253,7 @@ class _Collector:
 
 
 def _outside() -> int:
-    """The `stacklevel` by which a warning of the calling function points to the code that called lowdim."""
+    """The `stacklevel` with which a warning points to the code that called lowdim."""
     frame, level = sys._getframe(1), 1
     while frame is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] == "lowdim":
         frame, level = frame.f_back, level + 1

@@ -1,4 +1,4 @@
-"""One pass of a model over sample data, which leaves the model as it was."""
+"""One pass of a model over sample data that leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 @contextmanager
 def as_it_was(model: nn.Module, layers: Mapping[str, nn.Module], *, want_gradient: bool) -> Iterator[None]:
-    """Evaluation mode, gradients off and cleared (on for the weights of `layers` where they are wanted); then all as before."""
+    """Evaluation mode, gradients off and cleared (on for the weights of `layers` if wanted); restores everything afterwards."""
     training = {module: module.training for module in model.modules()}
     flags = {p: p.requires_grad for p in model.parameters()}
     grads = {p: p.grad for p in model.parameters()}

@@ -1,4 +1,4 @@
-"""Group-wise affine storage of weights in few bits: a scale and a zero point for every so many consecutive entries."""
+"""Group-wise affine storage of weights in few bits: a scale and a zero point per group of consecutive entries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowdim.linalg.svd import compute_dtype
 
 __all__ = ["dequantize_affine", "pack_nibbles", "quantize_affine", "store_affine", "unpack_nibbles"]
 
-#: Entries that are worked on at a time: temporaries stay in a processor's cache, and small beside a large weight on a GPU.
+#: Entries processed at a time: temporaries fit a processor's cache, and are small compared with a large weight on a GPU.
 _CHUNK = {"cpu": 2**17}
 _OTHER_CHUNK = 2**24
 _SMALLEST_RANGE = 1e-5
@@ -35,11 +35,11 @@ def quantize_affine(
     Args:
         w: floating, any shape; groups run over the flattened tensor.
         bits: 1 to 8.
-        uniform: numbers in [0, 1), for stochastic rounding: the expected value of what is stored is then `w`.
+        uniform: numbers in [0, 1), for stochastic rounding: the expected stored value is then `w`.
 
     Returns:
         `codes` uint8 of w's shape, `scales (numel / group_size, 1)` and `zeros` of the same shape, in w's dtype. Half-precision
-        scales are rounded up, so that no entry falls out of the range.
+        scales are rounded up, so that no entry is out of range.
 
     Raises:
         ValueError: group_size does not divide the number of entries, bits outside 1 to 8, NaN or infinity in w, `uniform` of
@@ -52,9 +52,9 @@ def quantize_affine(
         >>> codes.tolist(), la.dequantize_affine(codes, scales, zeros, group_size=4).tolist()
         ([0, 1, 1, 3], [-1.0, 0.0, 0.0, 2.0])
 
-    Not for tensors whose entries span many orders of magnitude, such as optimizer moments: take `quantize_blockwise`.
+    Not for tensors whose entries span many orders of magnitude, such as optimizer moments: use `quantize_blockwise`.
 
-    Source: Zhang et al., "Q-GaLore", arXiv 2407.08296; the range always holds 0 (the authors' destroys groups that do not).
+    Source: Zhang et al., "Q-GaLore", arXiv 2407.08296; the range always holds 0 (the authors' code destroys the others).
     """
     if not w.is_floating_point():
         raise TypeError(f"w must be a floating tensor; got {w.dtype}")
@@ -82,13 +82,13 @@ def store_affine(
     uniform: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> None:
-    """`quantize_affine` into tensors that exist, a few groups at a time: nothing of w's size is allocated.
+    """`quantize_affine` into existing tensors, a few groups at a time: nothing of w's size is allocated.
 
-    NaN or infinity in a group makes its scale NaN or infinite, and with it all that is read back from the group; nothing is
-    raised, so that a GPU need not be waited for.
+    NaN or infinity in a group makes its scale NaN or infinite, and so every value read back from the group; no error is
+    raised, to avoid waiting for the GPU.
 
     Args:
-        generator: draw the numbers for stochastic rounding from it. A CPU generator seeds one on w's device if that is another.
+        generator: source of the numbers for stochastic rounding. A CPU generator seeds one on w's device if needed.
     """
     levels = float(2**bits - 1)
     work = compute_dtype(w.dtype)
@@ -129,7 +129,7 @@ def dequantize_affine(
         A tensor of the codes' shape.
 
     Raises:
-        ValueError: group_size does not divide the number of codes; scales or zeros have not one entry a group.
+        ValueError: group_size does not divide the number of codes; scales or zeros do not have one entry per group.
 
     Example:
         >>> import torch, lowdim.linalg as la
@@ -154,7 +154,7 @@ def dequantize_affine(
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Codes below 16 in row-major order, two a byte, the first in the lower half: `(⌈numel / 2⌉,)` uint8.
+    """Codes below 16 in row-major order, two per byte, the first in the lower half: `(⌈numel / 2⌉,)` uint8.
 
     Example:
         >>> import torch, lowdim.linalg as la
@@ -168,7 +168,7 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
 
 def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
-    """The first `count` codes of what `pack_nibbles` made, `(count,)` uint8.
+    """The first `count` codes that `pack_nibbles` packed, `(count,)` uint8.
 
     Raises:
         ValueError: `packed` is not the size of `count` codes.
@@ -191,7 +191,7 @@ def _groups(name: str, total: int, group_size: int) -> int:
 
 
 def _pieces(rows: Tensor, group_size: int, *, all_at_once: bool) -> Iterator[slice]:
-    """Runs of groups. In a forecast the first stands for all, or where work is in place one run takes the whole."""
+    """Runs of groups. In a forecast the first run stands for all, or one run covers everything where work is in place."""
     count = max(1, _CHUNK.get(rows.device.type, _OTHER_CHUNK) // group_size)
     if not has_numbers(rows):
         yield slice(None) if all_at_once else slice(0, count)

@@ -1,4 +1,4 @@
-"""Factors of one product made balanced and orthogonal, so that a step on either weighs the same."""
+"""Balanced, orthogonal factors of a product, so that a step on either factor has the same effect."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def balance_factors(
     Formula: QR of `B` and of `Aᵀ`, SVD of the `(rank, rank)` core `R_B R_Aᵀ`; the `(out, in)` product is never built. Then
     `B'ᵀ B' = A' A'ᵀ = S`. A direction without a singular value (below 1e-12 of the largest one, or below the rounding of the
     dtype) gets a zero column in `B'` and keeps its old row of `A`: with `√0` in both, neither factor would ever get a
-    gradient again. Factors whose product is zero come back as they are.
+    gradient again. Factors whose product is zero are returned unchanged.
 
     Args:
-        A, B: two matrices of one inner size; where it is above `min(in, out)` the directions beyond have no singular value.
+        A, B: two matrices with one inner size; where it is above `min(in, out)` the extra directions have no singular value.
 
     Returns:
         `A' (rank, in)` and `B' (out, rank)`.
@@ -65,10 +65,10 @@ def balance_factors(
 
 @torch.no_grad()
 def balance_factors_(A: Any, B: Any) -> None:
-    """`balance_factors` in place, in the factors' own dtypes; factors that are spread over processes stay so.
+    """`balance_factors` in place, in the factors' own dtypes; sharded factors stay sharded.
 
-    The factors of one layer are gathered, and all processes take the result of one: a decomposition may differ in its last
-    bits, or in its basis, between two kinds of hardware.
+    The factors of one layer are gathered, and all processes use the result of one: a decomposition may differ in its last
+    bits, or in its basis, between kinds of hardware.
     """
     a, b = balance_factors(gather(A), gather(B))
     for factor, value in ((A, a), (B, b)):

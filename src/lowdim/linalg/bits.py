@@ -22,7 +22,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
-    """The first `count` entries of what `pack_bits` made, `(count,)` bool.
+    """The first `count` entries that `pack_bits` packed, `(count,)` bool.
 
     Raises:
         ValueError: `packed` is not the size of `count` bits.

@@ -28,8 +28,8 @@ def context_svd(
     Args:
         W: the weight.
         C: covariance of the weight's inputs, uncentred: `Σ x xᵀ`. Its scale only moves between `S` and `Vh`.
-        damp: relative to the mean of C's diagonal; it alone keeps the inverse where there were fewer inputs than columns.
-        max_inverse_error: above which C̃ counts as not invertible.
+        damp: relative to the mean of C's diagonal; without it there is no inverse where there were fewer inputs than columns.
+        max_inverse_error: error above which C̃ counts as not invertible.
 
     Returns:
         `U (out, k)` orthonormal with canonical signs, `S (k,)` descending, `Vh (k, in)`, not orthogonal; `k = min(out, in)`;

@@ -1,4 +1,4 @@
-"""What one use of a layer costs, from shapes alone."""
+"""The cost of one use of a layer, from shapes alone."""
 
 from __future__ import annotations
 

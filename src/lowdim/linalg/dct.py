@@ -1,4 +1,4 @@
-"""The discrete cosine transform: its matrix, some of its columns, and the transform itself by product or by FFT."""
+"""The discrete cosine transform: its matrix, selected columns, and the transform by product or by FFT."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def dct_matrix(
     Args:
         n: side.
         kind: 2 or 3.
-        dtype: what the matrix is rounded to, once; cosines are taken in float64.
+        dtype: of the result; cosines are computed in float64 and rounded once.
 
     Returns:
         `(n, n)`.
@@ -70,7 +70,7 @@ def dct_columns(
         `(n, r)`.
 
     Raises:
-        ValueError: n < 1, kind neither 2 nor 3, or an index that is no vector. Indices out of range are the caller's mistake.
+        ValueError: n < 1, kind neither 2 nor 3, or an index that is not a vector. Indices out of range are not checked.
 
     Example:
         >>> import torch
@@ -99,13 +99,14 @@ def dct(
 ) -> Tensor:
     """The orthonormal discrete cosine transform along one dimension.
 
-    Formula: `y = C x` for kind 2, `y = Cᵀ x` for kind 3, with `C = dct_matrix(n)`; the two undo each other. By FFT: even places
+    Formula: `y = C x` for kind 2, `y = Cᵀ x` for kind 3, with `C = dct_matrix(n)`; each is the inverse of the other. By FFT:
+        even places
     ascending, then odd places descending, one real FFT of length n, one twiddle.
 
     Args:
         x: real; half precision is transformed in float32 and rounded once.
         dim: the dimension that is transformed.
-        method: `"product"` with the matrix (kept once a size, dtype and device), `"fft"`, or `"auto"`: by length and device.
+        method: `"product"` with the matrix (cached per size, dtype and device), `"fft"`, or `"auto"`: by length and device.
 
     Returns:
         Like x.
@@ -151,7 +152,7 @@ def _forward(x: Tensor) -> Tensor:
 
 
 def _backward(x: Tensor) -> Tensor:
-    """DCT-III, the way back."""
+    """DCT-III, the inverse."""
     n = x.shape[-1]
     half = n // 2 + 1
     mirrored = torch.cat([x.new_zeros((*x.shape[:-1], 1)), x[..., n - half + 1 :].flip(-1)], -1)
@@ -165,7 +166,7 @@ def _backward(x: Tensor) -> Tensor:
     return out
 
 
-# Tables, made in float64 on the CPU, kept once a size, dtype and device; under a forecast (fake tensors) made anew.
+# Tables, computed in float64 on the CPU, cached per size, dtype and device; in a forecast (fake tensors) not cached.
 
 
 def _kept(make: Make, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -181,7 +182,7 @@ def _keep(make: Make, n: int, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 def _make_cosines(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`√(2/n) cos(π k / (2 n))` for k < 4 n, and `√(1/n)` behind."""
+    """`√(2/n) cos(π k / (2 n))` for k < 4 n, then `√(1/n)`."""
     table = torch.arange(4 * n, dtype=torch.float64).mul_(math.pi / (2 * n)).cos_().mul_(math.sqrt(2 / n))
     return torch.cat([table, table.new_full((1,), math.sqrt(1 / n))]).to(dtype).to(device)
 

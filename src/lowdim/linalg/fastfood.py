@@ -13,7 +13,7 @@ from lowdim.errors import check_int
 
 __all__ = ["FastfoodDraws", "fastfood", "fastfood_draws", "fastfood_size", "fastfood_transpose", "hadamard_transform"]
 
-_RADIX = 6  # bits that one product with a dense Hadamard matrix transforms: 64 x 64 lies in a core's first cache
+_RADIX = 6  # bits that one product with a dense Hadamard matrix transforms: 64 x 64 fits a core's first cache
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class FastfoodDraws:
         gaussian: `G (L,)`.
 
     Raises:
-        ValueError: the three differ in length, or it is no power of two.
+        ValueError: the three differ in length, or it is not a power of two.
     """
 
     signs: Tensor
@@ -70,7 +70,7 @@ def fastfood_size(
 def fastfood_draws(out_dim: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32) -> FastfoodDraws:
     """Draw signs, then the permutation, then the Gaussian numbers of a projection to `out_dim` numbers.
 
-    They lie on the generator's device (the CPU without one). Signs are int8.
+    They are on the generator's device (the CPU without one). Signs are int8.
 
     Example:
         >>> import torch
@@ -96,7 +96,7 @@ def fastfood(
     of the untruncated matrix have norm exactly `√(L/D)`; after keeping `D` rows the expected norm is 1.
 
     Computed in float32 or better; autograd keeps nothing of length `L` or `D`. `θ` has few numbers, so the first transform
-    repeats itself with period `2^⌈log₂ d⌉` and only one transform of length `L` is taken.
+    repeats with period `2^⌈log₂ d⌉`, and only one transform of length `L` is computed.
 
     Raises:
         ValueError: `θ` is longer than `L`, or the draws are for another size.
@@ -144,8 +144,8 @@ def hadamard_transform(
 ) -> Tensor:
     """`H x` over the last axis, unnormalized: `H_ab = (−1)^popcount(a & b)`, so `H H = L`; differentiable.
 
-    Taken as products with small dense Hadamard matrices, which is several times faster than additions and subtractions
-    by halves. Computed in float32 or better.
+    Computed as products with small dense Hadamard matrices, which is several times faster than additions and
+    subtractions by halves. Computed in float32 or better.
 
     Raises:
         ValueError: the last axis is not a power of two long.
@@ -178,7 +178,7 @@ def _hadamard(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("lowdim::fastfood", mutates_args=())
 def fastfood_op(theta: Tensor, signs: Tensor, permutation: Tensor, gaussian: Tensor, out_dim: int, energy: float) -> Tensor:
-    """`fastfood` without its checks, for draws that are held in pieces."""
+    """`fastfood` without its checks, for draws that are held as separate tensors."""
     count = len(theta)
     small = fastfood_size(count)
     start = theta.new_zeros(small, dtype=_wide(theta))
@@ -211,19 +211,19 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def hadamard_flops(length: int) -> int:
-    """Floating-point operations of one transform of this length, as it is taken here."""
+    """Floating-point operations of one transform of this length, as implemented here."""
     return sum(2 * length << step for step in _steps(length))
 
 
 def _steps(length: int) -> list[int]:
-    """How many bits of the index each product transforms."""
+    """The number of index bits that each product transforms."""
     bits = length.bit_length() - 1
     passes = -(-bits // _RADIX)
     return [bits // passes + (i < bits % passes) for i in range(passes)]
 
 
 def _parts(gaussian: Tensor) -> list[slice]:
-    """Stretches of the long vectors that are worked on at once: what a core's cache holds; elsewhere few launches."""
+    """Slices of the long vectors that are processed at once: on a CPU what a core's cache holds; elsewhere few launches."""
     size = 1 << (16 if gaussian.device.type == "cpu" else 24)
     return [slice(start, start + size) for start in range(0, len(gaussian), size)]
 
@@ -231,7 +231,7 @@ def _parts(gaussian: Tensor) -> list[slice]:
 def _walsh(x: Tensor) -> Tensor:
     """The transform by products with dense Hadamard matrices over a few bits of the index at a time, the lowest first.
 
-    `x` is used up: passes go back and forth between it and one other tensor; fresh memory costs as much as the arithmetic.
+    `x` is overwritten: passes alternate between it and one other tensor, as new memory costs as much as the arithmetic.
     """
     steps, done = _steps(x.shape[-1]), 0
     spare = torch.empty_like(x) if steps else x

@@ -13,7 +13,7 @@ __all__ = ["ldu", "ldu_steps"]
 def ldu(
     matrix: Tensor,  # (m, n)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Lower triangle, diagonal and upper triangle of a matrix whose rows partial pivoting has put in order.
+    """Lower triangle, diagonal and upper triangle of a matrix with its rows ordered by partial pivoting.
 
     Formula: `A[perm] = L diag(d) U` with `k = min(m, n)`; `L (m, k)` unit lower, no entry above 1 in magnitude; `U (k, n)` unit
     upper. Where a pivot is zero to rounding, `|dᵢ| ≤ eps · max(m, n) · max |d|`, `dᵢ` is 1 and row i of `U` stays undivided,
@@ -34,12 +34,12 @@ def ldu(
         >>> perm.tolist(), L.tolist(), d.tolist(), U.tolist()
         ([1, 0], [[1.0, 0.0], [0.25, 1.0]], [4.0, 1.0], [[1.0, 1.0], [0.0, 1.0]])
 
-    It is not spectral: the first pivots depend on the order of the rows and say nothing about importance (take `svd`). Pivots
-    that tie may be chosen otherwise on another device: keep `perm`, and let `ldu_steps` repeat the elimination.
+    It is not spectral: the first pivots depend on the order of the rows and say nothing about importance (use `svd`). Tied
+    pivots may be chosen differently on another device: keep `perm`, and repeat the elimination with `ldu_steps`.
     """
     work = _finite(matrix)
     small = min(work.shape)
-    factors, pivots, _ = torch.linalg.lu_factor_ex(work)  # its info only says that a pivot is zero, which is taken care of
+    factors, pivots, _ = torch.linalg.lu_factor_ex(work)  # its info only reports a zero pivot, which is handled below
     lower = factors[:, :small].tril(-1)
     lower.diagonal().fill_(1)
     upper = factors[:small].triu()
@@ -56,7 +56,7 @@ def ldu_steps(
     matrix: Tensor,  # (m, n)
     rows: Tensor,  # (r,): the pivots' rows in order
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The first `r` steps of `ldu` with pivots that are known: the same numbers on every device, at the cost of `r` steps.
+    """The first `r` steps of `ldu` with known pivots: the same numbers on every device, at the cost of `r` steps.
 
     Formula: with `A₁ = A[rows]`, whose first r columns are `L₁ U₁` unpivoted: `diag(d) U = L₁⁻¹ A₁`, `L = A[:, :r] U₁⁻¹`.
 
@@ -65,7 +65,7 @@ def ldu_steps(
         rows: the first `r` entries of `perm` that `ldu` gave. Pivots that are zero to rounding cannot be repeated.
 
     Returns:
-        `L (m, r)` in the matrix's own order of rows, `d (r,)`, `U (r, n)`: `L diag(d) U` is what r steps take out of it.
+        `L (m, r)` in the matrix's own order of rows, `d (r,)`, `U (r, n)`: `L diag(d) U` is the part that r steps eliminate.
 
     Raises:
         ValueError: NaN or infinity in the matrix.
@@ -98,7 +98,7 @@ def _eliminate(a: Tensor) -> Tensor:
 
 
 def _finite(matrix: Tensor) -> Tensor:
-    low, high = torch.aminmax(matrix.detach())  # both are NaN where one entry is; one pass, where isfinite takes several
+    low, high = torch.aminmax(matrix.detach())  # both are NaN if any entry is; one pass, where isfinite needs several
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         raise ValueError("matrix has NaN or infinite entries; a decomposition of it would be meaningless")
     return matrix.detach().to(compute_dtype(matrix.dtype))

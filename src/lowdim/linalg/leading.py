@@ -1,4 +1,4 @@
-"""Leading singular vectors of one side only: what subspace methods need, for less than a full decomposition costs."""
+"""Leading singular vectors of one side only: enough for subspace methods, and cheaper than a full decomposition."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["has_numbers", "leading_vectors"]
 #: Up to this smaller side the exact decomposition is cheap (the rule of `truncated_svd`), and up to the next one it is still
 #: cheaper than a sketch of more than a quarter of the side.
 _SMALL, _MEDIUM = 512, 2048
-#: Above this rank a sketch is left as the orthonormal basis that it is: turning it into singular vectors takes a decomposition
-#: of a square matrix of the rank's size, which on a GPU costs ten times the sketch.
+#: Above this rank the sketch's orthonormal basis is returned: turning it into singular vectors needs a decomposition of a
+#: square matrix of the rank's size, which costs ten times the sketch on a GPU.
 _UNTURNED = 512
 
 
 def has_numbers(tensor: Tensor) -> bool:
-    """Whether entries can be looked at: not on the meta device, not a fake tensor of a forecast."""
+    """Whether entries can be read: not on the meta device, not a fake tensor of a forecast."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
@@ -41,11 +41,11 @@ def leading_vectors(
     of `A.mT`.
 
     Exact: a triangular factor of the long side first, so that no matrix of A's size besides A is built. Randomised: a sketch
-    `A Ω` with power iterations. With `start = Q`, `Ω = Aᵀ (Q + N)`, N Gaussian with columns of norm about one: what the old
-    basis found is found again in one pass, and a direction that it lacks can still enter through every column.
+    `A Ω` with power iterations. With `start = Q`, `Ω = Aᵀ (Q + N)`, N Gaussian with columns of norm about one: one pass
+    finds the old basis again, and a direction that it lacks can still enter through every column.
 
-    A sketch of more than 512 directions gives an orthonormal basis of the leading subspace, near the singular vectors and no
-    more: rotating it onto them would cost ten times as much.
+    A sketch of more than 512 directions gives an orthonormal basis of the leading subspace, close to the singular vectors
+    but not equal: rotating it onto them would cost ten times as much.
 
     Args:
         method: `"exact"`, `"randomized"`, or `"auto"`: exact when `min(m, n) <= 512`, or up to 2048 where `rank` is above a
@@ -55,10 +55,10 @@ def leading_vectors(
 
     Returns:
         `basis (m, rank)` orthonormal, in float32 or better, each column's entry of largest magnitude positive; `energy`, 0-dim,
-        in [0, 1] (1 for a zero matrix). Finite input is the caller's duty.
+        in [0, 1] (1 for a zero matrix). The input is not checked for NaN or infinity.
 
     Raises:
-        ValueError: rank outside [1, min(m, n)], unknown method, a matrix that is none.
+        ValueError: rank outside [1, min(m, n)], unknown method, not a matrix.
 
     Example:
         >>> import torch
@@ -67,7 +67,7 @@ def leading_vectors(
         >>> basis.flatten().tolist(), round(float(energy), 3)
         ([0.0, 1.0], 0.9)
 
-    Where both sides or the singular values are wanted take `truncated_svd`.
+    Where both sides or the singular values are needed, use `truncated_svd`.
 
     Source: Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 2011.
     """
@@ -97,7 +97,7 @@ def leading_vectors(
 
 
 def _left_vectors(work: Tensor) -> tuple[Tensor, Tensor]:
-    """All left singular vectors and squared singular values; the long right side is folded into a triangle first."""
+    """All left singular vectors and squared singular values; the long right side is reduced to a triangle first."""
     m, n = work.shape
     if n > m:
         work = torch.linalg.qr(work.mT, mode="r").R.mT

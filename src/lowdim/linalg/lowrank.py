@@ -53,7 +53,7 @@ def add_product(
     if y.ndim == 1:
         return y + scale * F.linear(hidden, B)
     flat, rows = y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
-    if not flat.dtype == rows.dtype == B.dtype:  # autocast: the base may answer in another dtype than the thin product
+    if not flat.dtype == rows.dtype == B.dtype:  # autocast: the base output may have another dtype than the thin product
         return y + (scale * F.linear(hidden, B)).to(y.dtype)
     if inplace:
         return flat.addmm_(rows, B.mT, alpha=scale).view(y.shape)

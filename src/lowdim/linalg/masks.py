@@ -1,4 +1,4 @@
-"""Masks that keep the largest entries: N of every M, a given number of a matrix, a given number of each row."""
+"""Masks that keep the largest entries: N of every M, a given number in a matrix, or a given number in each row."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def monarch_dense(
     """
     _check_chain(w1.shape, w2.shape)
     (k, _, p), (l, s, r) = w1.shape, w2.shape
-    hidden = torch.block_diag(*w1)  # (k q, k p): what the first factor makes of the unit vectors
+    hidden = torch.block_diag(*w1)  # (k q, k p): the first factor applied to the unit vectors
     classes = torch.bmm(w2, hidden.view(r, l, k * p).transpose(0, 1))  # (l, s, k p)
     return classes.transpose(0, 1).reshape(l * s, k * p)
 
@@ -117,8 +117,8 @@ def monarch_project(
 
 
 def _multiply(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    # The channels are kept outermost and the rows innermost, so that the permutation between the factors is a view which
-    # BLAS takes as it stands; only the interleaving of the output costs a copy.
+    # The channels are kept outermost and the rows innermost, so that the permutation between the factors is a view that
+    # BLAS accepts; only interleaving the output needs a copy.
     (l, _, r), rows = w2.shape, x.shape[0]
     hidden = _First.apply(x, w1)
     return _Second.apply(hidden.view(r, l, rows).transpose(0, 1), w2)
@@ -184,7 +184,7 @@ def _pieces(x: Tensor, w1: Tensor) -> Tensor:
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast would do to the arguments of a plain product; inside an autograd.Function it does nothing."""
+    """The casts that autocast applies to a plain product; inside an autograd.Function it does nothing."""
     first = tensors[0]
     kind = first.device.type
     wanted = first.is_floating_point() and first.dtype != torch.float64 and torch.amp.is_autocast_available(kind)

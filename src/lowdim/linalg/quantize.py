@@ -18,7 +18,7 @@ _HALF = 2**15
 
 
 def dynamic_codebook(signed: bool) -> Tensor:
-    """The 256 values, ascending, that a byte stands for: seven decades, each cut into twice as many cells as the one below.
+    """The 256 ascending values of a byte: seven decades, each divided into twice as many cells as the one below.
 
     Formula: `0`, `1`, and for `i = 0 … 6` the midpoints of `N` equal cells of `[0.1, 1]` times `10^(i-6)`; signed: `N = 2^i`,
     each with both signs (there is +1 but no -1); unsigned: `N = 2^(i+1)`.
@@ -62,7 +62,7 @@ def quantize_blockwise(
 
     Args:
         x: floating, any shape; blocks run over the flattened tensor, the last may be short.
-        code: what `dynamic_codebook` gives, or any ascending table of at most 256 values.
+        code: from `dynamic_codebook`, or any ascending table of at most 256 values.
 
     Returns:
         `q` uint8 of x's shape, and `absmax (ceil(numel / block),)` float32. An all-zero block has absmax 0.
@@ -78,7 +78,7 @@ def quantize_blockwise(
         >>> la.dequantize_blockwise(q, absmax, code).tolist()[:2], absmax.tolist()
         ([0.0, 2.0], [2.0])
 
-    Not for weights that must come back exactly in the forward pass: take an affine code with a group-wise zero point.
+    Not for weights that the forward pass needs exactly: use an affine code with a group-wise zero point.
 
     Source: Dettmers et al., ICLR 2022.
     """
@@ -112,7 +112,7 @@ def dequantize_blockwise(
     """The float32 tensor that `quantize_blockwise` stored: `code[q] * absmax` of its block.
 
     Raises:
-        ValueError: block < 1, or `absmax` has not one entry a block.
+        ValueError: block < 1, or `absmax` does not have one entry per block.
 
     Source: Dettmers et al., ICLR 2022.
     """
@@ -134,7 +134,7 @@ def _search(code: Tensor) -> Callable[[Tensor], Tensor]:
     """A function from numbers in [-1, 1] to the int32 index of the nearest code."""
     if code.device.type == "cpu" and type(code) is Tensor:
         return _cpu_search(code.detach().to(torch.float32).numpy().tobytes())
-    middles = _middles(code)  # a GPU's binary search is fast; a forecast has no numbers to make a table of
+    middles = _middles(code)  # a GPU's binary search is fast; a forecast has no numbers for a table
     return lambda unit: torch.bucketize(unit, middles, out_int32=True)
 
 
@@ -146,9 +146,9 @@ def _middles(code: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _cpu_search(code: bytes) -> Callable[[Tensor], Tensor]:
-    """One look-up by the upper 16 bits of the number and one comparison; a binary search is thirty times slower.
+    """One lookup by the upper 16 bits of the number and one comparison; a binary search is thirty times slower.
 
-    Right where no two middles share their upper 16 bits with the numbers between them; else the binary search is taken.
+    Correct if no two midpoints share their upper 16 bits with the numbers between them; else the binary search is used.
     """
     middles = _middles(torch.frombuffer(bytearray(code), dtype=torch.float32))
     upper = torch.arange(-_HALF, _HALF, dtype=torch.int32).bitwise_left_shift(16)

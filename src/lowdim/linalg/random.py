@@ -11,7 +11,7 @@ __all__ = ["derive_seed", "real_numbers", "stream", "stream_on"]
 
 
 def derive_seed(seed: int, *purpose: object) -> int:
-    """A 63-bit seed from `seed` and the words of `purpose`; other words give an independent stream."""
+    """A 63-bit seed from `seed` and `purpose`; another purpose gives an independent stream."""
     text = "\x1f".join([str(seed), *map(str, purpose)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
@@ -30,9 +30,9 @@ def stream(seed: int, *purpose: object) -> torch.Generator:
 
 
 def stream_on(device: torch.device | str, seed: int, *purpose: object) -> torch.Generator:
-    """A generator for one purpose where the numbers are needed: on a GPU there, where millions of them are drawn at a step.
+    """A generator for one purpose on the given device, for GPU code that draws millions of numbers per step.
 
-    Elsewhere it is `stream`. The numbers differ between kinds of devices, as sums do.
+    On other devices it is `stream`. The numbers differ between kinds of devices, as sums do.
 
     Example:
         >>> from lowdim.linalg import stream_on
@@ -45,7 +45,7 @@ def stream_on(device: torch.device | str, seed: int, *purpose: object) -> torch.
 
 
 def real_numbers() -> Any:
-    """A context in which tensors have numbers, also within a forecast: for draws that are looked at.
+    """A context in which tensors have numbers even in a forecast, for draws whose values are read.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""A random matrix that is never held: any of its rows can be drawn again, in any order, on any device, to the same bits."""
+"""A random matrix that is never stored: any row can be drawn again, in any order, on any device, with the same bits."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def combine_rows(
 
     The rows are those of `random_rows(seed, ...)` rounded to the dtype of the coefficients, drawn in chunks here and again in
     the backward pass; no more than one chunk is ever held, and autograd keeps nothing. With `rows` they are read from there,
-    to the same bits. Sums are taken in float32 or better.
+    with the same bits. Sums are taken in float32 or better.
 
     Example:
         >>> import torch
@@ -91,7 +91,7 @@ def _project(vector: Tensor, rows: Tensor | None, seed: int, count: int) -> Tens
 
 
 def _chunks(like: Tensor, rows: Tensor | None, seed: int, size: int, count: int) -> Iterator[tuple[slice, Tensor]]:
-    # On a CPU what a core's cache holds; elsewhere few launches.
+    # On a CPU as much as a core's cache holds; elsewhere few launches.
     step = max(1, (1 << 18 if like.device.type == "cpu" else 1 << 24) // size)
     wide = torch.promote_types(like.dtype, torch.float32)
     for start in range(0, count, step):

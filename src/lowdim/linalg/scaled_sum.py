@@ -1,4 +1,4 @@
-"""A sum of large tensors with trained coefficients, of which autograd keeps none and copies none."""
+"""A sum of large tensors with trained coefficients; autograd neither keeps nor copies the tensors."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def scaled_sum(
 ) -> Tensor:
     """`Σ_i c_i T_i`, or entry by entry `Σ_i c_{i, m[a]} T_i[a]` with classes `m`; differentiable in the coefficients.
 
-    The tensors may lie on another device than the coefficients (a CPU, a mapped file): one at a time is moved. The sum is taken
-    in float32 or better, or in float64 where the coefficients are, and comes in that dtype on the device of the coefficients.
+    The tensors may be on another device than the coefficients (a CPU, a mapped file): they are moved one at a time. The sum
+    is computed in float32, or float64 where the coefficients are, and returned in that dtype on the coefficients' device.
 
     Raises:
         ValueError: no tensor, other shapes, or a count that differs from that of the coefficients.

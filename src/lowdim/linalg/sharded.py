@@ -1,4 +1,4 @@
-"""Tensors that are spread over processes (DTensor), for code that works on either kind."""
+"""Sharded tensors (DTensor), for code that works on sharded and plain tensors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["broadcast", "gather", "is_sharded", "local", "many_processes", "matc
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor (told without importing torch.distributed.tensor)."""
+    """Whether it is a DTensor (checked without importing torch.distributed.tensor)."""
     return hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Any) -> Tensor:
-    """The piece of this process; a plain tensor as it is."""
+    """The shard of this process; a plain tensor unchanged."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
@@ -27,7 +27,7 @@ def gather(tensor: Any) -> Tensor:
 
 
 def replicate(tensor: Tensor, like: Any) -> Tensor:
-    """A tensor that every process holds, as a DTensor on the mesh of `like`; as it is where `like` is plain."""
+    """A tensor that every process holds, as a DTensor on the mesh of `like`; unchanged if `like` is plain."""
     if not is_sharded(like) or is_sharded(tensor):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
@@ -43,7 +43,7 @@ def match(tensor: Any, like: Any) -> Tensor:
 
 
 def owner(like: Any) -> bool:
-    """Whether this process decides for all that hold a part of `like`."""
+    """Whether this process decides for all processes that hold a part of `like`."""
     if not is_sharded(like):
         return True
     coordinate = like.device_mesh.get_coordinate()
@@ -51,7 +51,7 @@ def owner(like: Any) -> bool:
 
 
 def broadcast(tensor: Tensor, like: Any) -> None:
-    """Overwrite `tensor` on every process by the owner's: bases must agree to the last bit, whatever the hardware."""
+    """Overwrite `tensor` on every process with the owner's: bases must agree to the last bit on all hardware."""
     if is_sharded(like):
         mesh = like.device_mesh
         for axis in range(mesh.ndim):  # the owner's first line, then every line from its first member
@@ -64,7 +64,7 @@ def many_processes() -> bool:
 
 
 def mean_over_processes(tensor: Tensor) -> Tensor:
-    """The mean of what each process has, in the tensor's layout."""
+    """The mean over the processes' tensors, in the tensor's layout."""
     if not many_processes():
         return tensor
     total = local(tensor).clone()

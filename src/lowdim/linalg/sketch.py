@@ -1,4 +1,4 @@
-"""Random sketches: linear maps that shorten a tall matrix and nearly keep its geometry."""
+"""Random sketches: linear maps that shorten a tall matrix and approximately preserve its geometry."""
 
 from __future__ import annotations
 

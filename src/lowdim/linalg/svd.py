@@ -1,4 +1,4 @@
-"""Singular value decompositions whose signs repeat, and randomised range finders with a stated error."""
+"""Singular value decompositions with reproducible signs, and randomised range finders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["balanced_factors", "canonical_signs", "captured_energy", "compute_dt
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a subspace of a `dtype` matrix is decided: float32 or better."""
+    """The dtype in which a subspace of a `dtype` matrix is computed: float32 or better."""
     if dtype in (torch.float64, torch.complex128, torch.complex64):
         return dtype
     return torch.float32
@@ -22,7 +22,7 @@ def canonical_signs(
 ) -> tuple[Tensor, Tensor | None]:
     """Flip singular vectors so that the entry of largest magnitude of each column of `u` is positive.
 
-    `vh` is flipped along, so the product `u diag(s) vh` stays. Complex columns are rotated so that the
+    `vh` is flipped too, so the product `u diag(s) vh` does not change. Complex columns are rotated so that the
     entry is real and positive. Ties go to the first entry.
     """
     index = u.abs().argmax(dim=-2, keepdim=True)
@@ -111,8 +111,8 @@ def truncated_svd(
     """The `rank` largest singular triplets.
 
     Args:
-        method: `"exact"`; `"randomized"`; `"auto"` takes the exact one when `min(m, n) <= 512` or when `rank` is more than
-            a quarter of it (there the sketch saves nothing), else the randomised one.
+        method: `"exact"`; `"randomized"`; `"auto"` uses the exact method when `min(m, n) <= 512` or when `rank` is more than
+            a quarter of it (where the sketch saves nothing), else the randomised one.
         start: `(n, k)` right basis of an earlier call (randomised only).
 
     Returns:
@@ -183,7 +183,7 @@ def captured_energy(matrix: Tensor, singular_values: Tensor) -> float:
 
 def _finite(matrix: Tensor) -> None:
     if matrix.is_meta or isinstance(matrix, FakeTensor):
-        return  # a forecast: there are shapes, and no numbers to look at
+        return  # a forecast: there are shapes, but no numbers to check
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError("matrix has NaN or infinite entries; a decomposition of it would be meaningless")
 

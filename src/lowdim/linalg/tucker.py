@@ -29,7 +29,7 @@ def mode_products(
     transpose: bool = True,
     skip: int | None = None,
 ) -> Tensor:
-    """`tensor ×_i M_iᵀ` for every mode (`transpose=True`: project), or `×_i M_i` (build up again); `skip` leaves one mode out.
+    """`tensor ×_i M_iᵀ` for every mode (`transpose=True`: project), or `×_i M_i` (reconstruct); `skip` leaves one mode out.
 
     Example:
         >>> import torch
@@ -38,7 +38,7 @@ def mode_products(
         [24.0]
     """
     for mode, matrix in enumerate(matrices):
-        if mode != skip:  # contracting mode i and appending the result, once a mode, keeps the order of the modes
+        if mode != skip:  # contracting mode i and appending the result, once per mode, keeps the order of the modes
             tensor = torch.tensordot(tensor, matrix if transpose else matrix.mT, dims=([0], [0]))  # type: ignore[arg-type]
         else:
             tensor = tensor.movedim(0, -1)
@@ -70,17 +70,17 @@ def tucker(
     """Orthonormal factors and core of a low multilinear rank approximation, by HOSVD and then HOOI.
 
     Formula: `T ≈ C ×_0 F_0 … ×_k F_k`, `C = T ×_i F_iᵀ`. HOSVD takes the leading left singular vectors of each unfolding; a
-    sweep of HOOI takes them anew from the tensor projected on all other modes; it ends when the norm of the core, relative to
+    sweep of HOOI recomputes them from the tensor projected on all other modes; it ends when the norm of the core, relative to
     the tensor's, grows by less than `tolerance`.
 
     Args:
-        ranks: one a mode, each in [1, d_i].
+        ranks: one per mode, each in [1, d_i].
 
     Returns:
         `core (r_0, …, r_k)` and `[F_i (d_i, r_i)]`, in float32 or better, columns with canonical signs.
 
     Raises:
-        ValueError: another number of ranks than modes, or a rank out of range.
+        ValueError: the number of ranks differs from the number of modes, or a rank is out of range.
 
     Example:
         >>> import torch
@@ -98,7 +98,7 @@ def tucker(
     for mode, (rank, size) in enumerate(zip(ranks, tensor.shape)):
         check_int(f"ranks[{mode}]", rank, 1, size)
     work = tensor.detach().to(compute_dtype(tensor.dtype))
-    # An unfolding can have fewer columns than the rank asks for once the other modes are cut: then all its vectors, filled up.
+    # Once the other modes are truncated, an unfolding can have fewer columns than the rank: then all its vectors, padded.
     factors = [_leading(unfold(work, mode), rank) for mode, rank in enumerate(ranks)]
     core = mode_products(work, factors)
     norm, before = torch.linalg.vector_norm(work), torch.linalg.vector_norm(core)

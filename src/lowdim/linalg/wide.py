@@ -20,7 +20,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def widest(tensor: Tensor) -> Tensor:
-    """The tensor in float64, without gradient, for decompositions that must come out the same elsewhere.
+    """The tensor in float64, without gradient, for decompositions that must be the same on other machines.
 
     In float32 where its device has no float64 (Apple's GPUs).
 

@@ -35,8 +35,8 @@ class LowRankLinear(StructuredLinear, Rebuildable):
             `"zero"`: A as in `"kaiming"`, B zero.
             `"svd"`: a dense weight drawn normal with `std`, truncated to the rank, `√S` in each factor.
             `"random"`: each factor normal with `std`.
-        std: for `"svd"` and `"random"`: a number, or `"xavier"` for 1/√fan_in of what is drawn.
-        seed, generator: where random numbers come from; a generator wins, without either torch's default one is used.
+        std: for `"svd"` and `"random"`: a number, or `"xavier"` for 1/√fan_in of the drawn matrix.
+        seed, generator: source of random numbers; the generator has priority, and without either torch's default one is used.
 
     Raises:
         ValueError: sizes or rank out of range, unknown init or std.
@@ -48,7 +48,7 @@ class LowRankLinear(StructuredLinear, Rebuildable):
         >>> layer(torch.zeros(3, 6)).shape, layer.dense_weight().shape
         (torch.Size([3, 4]), torch.Size([4, 6]))
 
-    It pays off only where `rank < in · out / (in + out)`. Where the weight must keep full rank take a structured layer
+    It pays off only where `rank < in · out / (in + out)`. Where the weight must keep full rank, use a structured layer
     such as Monarch instead.
 
     Source: Wei et al., "Building on Efficient Foundations", NeurIPS 2024, arXiv 2406.16450 (init `"svd"`, `"random"`);
@@ -215,7 +215,7 @@ class LowRankLinear(StructuredLinear, Rebuildable):
 
     @classmethod
     def recognise(cls, layer: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Two matrices `A (rank, in)` and `B (out, rank)`; a scale cannot be seen in them and is taken to be 1."""
+        """Two matrices `A (rank, in)` and `B (out, rank)`; they do not show the scale, which is assumed to be 1."""
         A, B = tensors.get("A"), tensors.get("B")
         if A is None or B is None or A.ndim != 2 or B.ndim != 2 or not is_linear(layer):
             return None

@@ -19,10 +19,10 @@ __all__ = ["MaskedLinear"]
 
 
 class MaskedLinear(nn.Module, Rebuildable):
-    """A linear layer `y = (mask ⊙ W) x + bias` over the weight and bias of the layer whose place it takes.
+    """A linear layer `y = (mask ⊙ W) x + bias` over the weight and bias of the layer that it replaces.
 
-    `weight` and `bias` are that layer's own Parameter objects, in its own layout, so an optimizer that was built before goes on
-    working. A subclass writes `mask()`, and `description()` as the keyword arguments with which its constructor makes it again;
+    `weight` and `bias` are that layer's own Parameter objects, in its own layout, so an optimizer that was built before keeps
+    working. A subclass defines `mask()`, and `description()` as the keyword arguments with which its constructor rebuilds it;
     one whose weight is more than a product with the mask overrides `dense_weight`, one whose mask depends on `x` overrides
     `forward`.
 
@@ -92,7 +92,7 @@ class MaskedLinear(nn.Module, Rebuildable):
         return linear.train(self.training)
 
     def to_plain(self) -> nn.Module:
-        """`to_linear`, or the Conv1D that stood here."""
+        """`to_linear`, or a Conv1D where it replaced one."""
         linear = self.to_linear()
         return as_conv1d(linear) if self.transposed else linear
 
@@ -102,7 +102,7 @@ class MaskedLinear(nn.Module, Rebuildable):
         return cls(layer, **description)
 
     def cost(self, tokens: int, *, itemsize: int = 4) -> Cost:
-        """What one use on `tokens` rows costs with a dense product, which is what a mask alone takes."""
+        """The cost of one use on `tokens` rows with a dense product, which a mask alone does not avoid."""
         check_int("tokens", tokens, 0)
         parameters = sum(p.numel() for p in self.parameters())
         product = (self.in_features * self.out_features, self.in_features, self.out_features)

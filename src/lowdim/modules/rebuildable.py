@@ -1,4 +1,4 @@
-"""How a file says which module stands in a layer's place, and how the module is made again from that."""
+"""How files describe the module that replaces a layer, and how the module is rebuilt from the description."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lowdim.surgery import swap_layers
 
 __all__ = ["Rebuildable", "describe_layers", "known_classes", "layer_class", "place_blanks"]
 
-#: Class name, as files write it, -> the module it is imported from when a file names it.
+#: Class name in files -> the module that it is imported from.
 _HOMES = {
     "LowRankLinear": "lowdim.modules",
     "WeLoreLinear": "lowdim.compress",
@@ -24,10 +24,10 @@ _DEFINED: dict[str, type[Rebuildable]] = {}
 
 
 class Rebuildable(ABC):
-    """Mixin of a module that takes a layer's place and can be made again from a file.
+    """Mixin for a module that replaces a layer and can be rebuilt from a file.
 
-    A file holds the tensors of its state dict and, as JSON, its class name and `description()`. A reader makes the dense model,
-    puts `blank(layer, **description)` in the place of each such layer, fills in the tensors and calls `after_loading()`.
+    A file holds the tensors of its state dict and, as JSON, its class name and `description()`. A reader builds the dense
+    model, replaces each such layer by `blank(layer, **description)`, fills in the tensors and calls `after_loading()`.
     Subclasses outside lowdim are found by their name once their module has been imported.
 
     Example:
@@ -46,12 +46,12 @@ class Rebuildable(ABC):
 
     @abstractmethod
     def description(self) -> dict[str, Any]:
-        """What `blank` needs beside the layer: JSON values only."""
+        """What `blank` needs besides the layer: JSON values only."""
 
     @classmethod
     @abstractmethod
     def blank(cls, layer: nn.Module, **description: Any) -> Self:
-        """A module without numbers, on the meta device where `layer` is there, that stands for `layer`."""
+        """A module without numbers that replaces `layer`; on the meta device where `layer` is."""
 
     @classmethod
     def recognise(cls, layer: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
@@ -59,7 +59,7 @@ class Rebuildable(ABC):
         return None
 
     def after_loading(self) -> None:  # noqa: B027 (most classes have nothing to do)
-        """Runs once the tensors are there: unpack codes, refresh what follows from them."""
+        """Called once the tensors are loaded: unpack codes, recompute what depends on them."""
 
 
 def layer_class(name: str) -> type[Rebuildable]:
@@ -80,7 +80,7 @@ def layer_class(name: str) -> type[Rebuildable]:
 
 
 def known_classes() -> Iterator[type[Rebuildable]]:
-    """Lowdim's own classes, in the order in which they are asked to recognise tensors."""
+    """Lowdim's own classes, in the order in which they try to recognise tensors."""
     return (layer_class(name) for name in _HOMES)
 
 
@@ -101,11 +101,11 @@ def describe_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def place_blanks(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put the modules that `layers` describes in the place of the model's own, in place; their numbers are still to come.
+    """Replace the model's modules by those that `layers` describes, in place; their tensors are loaded later.
 
     Raises:
         CheckpointError: a name that is not a module of the model, an unknown class, a description that does not fit the layer.
-            The model is then as it was.
+            The model is then unchanged.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in layers:

@@ -1,4 +1,4 @@
-"""What every structured linear layer shares."""
+"""The base class of all structured linear layers."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["StructuredLinear", "as_conv1d"]
 
 
 class StructuredLinear(nn.Module, ABC):
-    """A linear layer `y = W x + bias` whose weight follows from fewer numbers than it has entries.
+    """A linear layer `y = W x + bias` whose weight is computed from fewer numbers than it has entries.
 
-    A subclass sets `in_features`, `out_features` and `bias` (a parameter or None) and writes `forward`, `dense_weight` and
-    `products`; the rest works from these.
+    A subclass sets `in_features`, `out_features` and `bias` (a parameter or None) and defines `forward`, `dense_weight` and
+    `products`; the rest is built on these.
     """
 
     in_features: int
     out_features: int
     bias: nn.Parameter | None
-    #: It stands in the place of transformers' Conv1D, which stores its weight as `(in, out)`: see `take_place_of`.
+    #: Whether it replaces transformers' Conv1D, which stores its weight as `(in, out)`: see `take_place_of`.
     transposed: bool = False
 
     @abstractmethod
@@ -35,7 +35,7 @@ class StructuredLinear(nn.Module, ABC):
 
     @abstractmethod
     def products(self) -> list[tuple[int, int, int]]:
-        """The chain of matrix products of one use: (weights, inputs, outputs) of each."""
+        """The chain of matrix products in one use: (weights, inputs, outputs) of each."""
 
     @property
     def weight(self) -> Tensor:
@@ -54,17 +54,17 @@ class StructuredLinear(nn.Module, ABC):
         return linear.train(self.training)
 
     def take_place_of(self, layer: nn.Module) -> Self:
-        """Take over the mode of the layer that stood here, and remember its class for `to_plain`."""
+        """Copy the mode of the replaced layer, and remember its class for `to_plain`."""
         self.transposed = is_conv1d(layer)
         return self.train(layer.training)
 
     def to_plain(self) -> nn.Module:
-        """`to_linear`, or the Conv1D that stood here before, so that a checkpoint keeps the layout its model expects."""
+        """`to_linear`, or a Conv1D where it replaced one, so that a checkpoint keeps the layout its model expects."""
         linear = self.to_linear()
         return as_conv1d(linear) if self.transposed else linear
 
     def cost(self, tokens: int, *, itemsize: int = 4) -> Cost:
-        """What one use on `tokens` rows costs, from shapes alone."""
+        """The cost of one use on `tokens` rows, from shapes alone."""
         check_int("tokens", tokens, 0)
         parameters = sum(p.numel() for p in self.parameters())
         return chain_cost(self.products(), tokens, parameters=parameters, itemsize=itemsize)

@@ -22,7 +22,7 @@ __all__ = ["ATLAS", "ATLASAdapted"]
 
 
 class Coefficients(Composition):
-    """`coef (T,)`, `(T, P)` or `(T, P, K)`; task vectors stay where they are and in no checkpoint of a trainer."""
+    """`coef (T,)`, `(T, P)` or `(T, P, K)`; task vectors stay where they are and are not in a trainer's checkpoints."""
 
     coef: nn.Parameter
 
@@ -39,7 +39,7 @@ class Coefficients(Composition):
         size += [len(self.names)] * method.blockwise + ([] if method.partition is None else [method.partition])
         self.coef = nn.Parameter(torch.zeros(size, dtype=dtype or first.dtype, device=first.device))
         self.blockwise, self.partition, self.wraps = method.blockwise, method.partition, method.linearized
-        # block -> the tasks that have it, and what they add
+        # block -> the tasks that have it, and their tensors
         self.tasks = [[t for t, vector in enumerate(vectors) if name in vector] for name in self.names]
         self.vectors = _Held([[vectors[t][name] for t in tasks] for name, tasks in zip(self.names, self.tasks)])
         for shape, classes in method.maps(self.shapes).items():
@@ -62,7 +62,7 @@ class Coefficients(Composition):
         return scaled_sum(coef, self.vectors.held[index], classes)
 
     def compose(self, index: int, base: Tensor) -> Tensor:
-        """The block, or where the model is linearized the pre-trained block with the offset as its tangent."""
+        """The block; if the model is linearized, the pre-trained block with the offset as its tangent."""
         if not self.wraps:
             return super().compose(index, base)
         offset = self.offset(index).to(base.device, base.dtype)
@@ -81,7 +81,7 @@ class Coefficients(Composition):
 
 
 class _Held:
-    """Tensors that are never written: a copy of the model shares them."""
+    """Tensors that are never modified: a copy of the model shares them."""
 
     def __init__(self, held: Any):
         self.held = held
@@ -91,7 +91,7 @@ class _Held:
 
 
 class ATLASAdapted(WholeAdapted):
-    """What `lowdim.adapt` gives for aTLAS."""
+    """Returned by `lowdim.adapt` for aTLAS."""
 
     composition: Coefficients
     method: ATLAS
@@ -113,8 +113,7 @@ class ATLASAdapted(WholeAdapted):
     def regularizer(self, p: float = 2, gamma: float = 0.5) -> Tensor:
         """`gamma · mean over blocks of ‖coef[:, j]‖_p`; with `blockwise=False` the only block is the model.
 
-        A penalty that is the user's choice, as in the paper: loops that add `regularizer()` of every adapter add it with these
-        defaults.
+        The penalty is optional, as in the paper: loops that add `regularizer()` of every adapter add it with these defaults.
         """
         check_float("p", p, 1.0)
         check_float("gamma", gamma, 0.0)
@@ -127,7 +126,7 @@ class ATLASAdapted(WholeAdapted):
         """Give the model plain parameters `θ⁰ + Δθ`, and return it.
 
         Raises:
-            ValueError: linearized: the model is no network with other parameters then; or merged already.
+            ValueError: the model is linearized, and so not a network with other parameters; or it is already merged.
         """
         if self.method.linearized:
             raise ValueError("a linearized model cannot be merged: f(x; θ⁰) + J Δθ is not f(x; θ) for any θ")
@@ -136,17 +135,17 @@ class ATLASAdapted(WholeAdapted):
 
 @dataclass(frozen=True)
 class ATLAS(WholeMethod):
-    """Task vectors composed with learned coefficients: knowledge of earlier fine-tunings, put together by a few numbers.
+    """Task vectors composed with learned coefficients: a few numbers combine the knowledge of earlier fine-tuning runs.
 
-    Formula: `θ_j = θ_j⁰ + Σ_t c_{t,j} τ_{t,j}` for each of the `P` parameter tensors, `τ_t` the difference that fine-tuning on
-    task `t` made. `coef` starts at 0, the pre-trained model, and is all that is trained. With a partition `c_{t,j,k}` is for
+    Formula: `θ_j = θ_j⁰ + Σ_t c_{t,j} τ_{t,j}` for each of the `P` parameter tensors, `τ_t` the change from fine-tuning
+    on task `t`. `coef` starts at 0, the pre-trained model, and nothing else is trained. With a partition `c_{t,j,k}` is for
     the entries of class `k`, drawn once for each shape; only matrices are composed then. Linearized, the output is
     `f(x; θ⁰) + J_{θ⁰}(x) Δθ`.
 
     Args:
         task_vectors: for each task a mapping `name -> tensor` (see `task_vector`) or the path of a safetensors file, which is
-            mapped and not read. Each stays on the device where it is; a block that it lacks counts as zero.
-        blockwise: a coefficient for each tensor; False one for each task.
+            memory-mapped. Each stays on its device; a missing block counts as zero.
+        blockwise: one coefficient for each tensor; False: one for each task.
         partition: `K`, coefficients for each tensor.
         partition_maps: shape -> int64 tensor of classes in [0, K), of that shape; others are drawn.
         linearized: compose the linear part of the model. The loss must be computed outside the model; its operations need
@@ -167,8 +166,9 @@ class ATLAS(WholeMethod):
         >>> bool(torch.allclose(base(torch.ones(1, 3)), tuned(torch.ones(1, 3))))
         True
 
-    It composes what is there: without fine-tuned models of the same architecture there is nothing to scale; for one new task
-    with enough data take LoRA. `T` copies of the model must be held, on the CPU or in files where they do not fit the device.
+    It only composes existing models: without fine-tuned models of the same architecture there is nothing to scale; for one
+    new task with enough data use LoRA. `T` copies of the model must be held, on the CPU or in files where they do not fit the
+    device.
 
     Source: Zhang et al., "Knowledge Composition using Task Vectors with Learned Anisotropic Scaling", arXiv 2407.02880.
     """
@@ -230,7 +230,7 @@ class ATLAS(WholeMethod):
                     )
                 if not initialise:
                     tensor = torch.empty_like(base)
-                elif given.path is None:  # what is in a file stays as it is, and is converted when it is read
+                elif given.path is None:  # tensors in a file are converted when they are read
                     tensor = tensor.to(base.dtype)
                 found.setdefault(name, tensor.detach())
             vectors.append(found)

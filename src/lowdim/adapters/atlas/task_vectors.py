@@ -1,4 +1,4 @@
-"""Task vectors: what a fine-tuning added to each parameter, as tensors or as a safetensors file that is read when needed."""
+"""Task vectors: the change of each parameter in fine-tuning, as tensors or as a safetensors file that is read when needed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def task_vector(
 ) -> dict[str, Tensor]:
     """`τ = θ_finetuned − θ_pretrained` by parameter name, floating point ones only.
 
-    Of a module its parameters are taken (tied ones once), of a state dict every floating point tensor. Differences are
-    taken in float32 or better and come in the pre-trained dtype.
+    For a module its parameters are used (tied ones once), for a state dict every floating point tensor. Differences are
+    computed in float32 or better and returned in the pre-trained dtype.
 
     Raises:
         ValueError: a name that only one of the two has, or shapes that differ.
@@ -54,10 +54,10 @@ def task_vector(
 
 
 class TaskVector(Mapping[str, Tensor]):
-    """One task vector: a mapping from parameter name to what is added; two are equal where names and numbers are.
+    """One task vector: a mapping from parameter name to its change; two are equal if names and numbers are.
 
     Args:
-        source: a mapping, or the path of a safetensors file, which is mapped and not read.
+        source: a mapping, or the path of a safetensors file, which is memory-mapped.
     """
 
     def __init__(self, source: Any):
@@ -96,7 +96,7 @@ class TaskVector(Mapping[str, Tensor]):
         return digest.hexdigest()
 
     def reference(self) -> dict[str, Any]:
-        """What a checkpoint says of it (JSON)."""
+        """Its entry in a checkpoint (JSON)."""
         return {"path": None} if self.path is None else {"path": str(self.path), "digest": self.digest}
 
     @classmethod
@@ -104,7 +104,7 @@ class TaskVector(Mapping[str, Tensor]):
         """The inverse: from the file that it came from, or from the tensors in the checkpoint.
 
         Raises:
-            CheckpointError: the file is gone, or is another one by now.
+            CheckpointError: the file is missing, or has changed.
         """
         if reference["path"] is None:
             return cls(tensors)
@@ -126,7 +126,7 @@ class TaskVector(Mapping[str, Tensor]):
         return hash(self.digest)
 
     def __deepcopy__(self, memo: Any) -> TaskVector:
-        return self  # never written
+        return self  # never modified
 
     def __repr__(self) -> str:
         where = "" if self.path is None else f"{str(self.path)!r}, "

@@ -1,1 +1,1 @@
-"""What adapters share: the layer around a frozen weight, updates, attaching, merging, files."""
+"""Shared by all adapters: the layer around a frozen weight, updates, attaching, merging, files."""

@@ -1,4 +1,4 @@
-"""What `lowdim.adapt` returns: a model with adapted layers in it, and all that is done with them."""
+"""The result of `lowdim.adapt`: a model with adapted layers, and the operations on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lowdim.surgery import replace_layer
 
 __all__ = ["EXPORTERS", "Adapted"]
 
-#: Format -> `write(adapted, folder, **options)`. A module that writes a format adds itself here.
+#: Format -> `write(adapted, folder, **options)`. A module that writes a format registers itself here.
 EXPORTERS: dict[str, Callable[..., Any]] = {}
 
 
@@ -42,17 +42,17 @@ class _Merged:
 
 
 class Adapted(Companion):
-    """A model with adapted layers in it. Made by `lowdim.adapt` and `lowdim.load_adapter`.
+    """A model with adapted layers. Made by `lowdim.adapt` and `lowdim.load_adapter`.
 
     Attributes:
         model: the model that was given, layers swapped in place; train it with any loop.
         layers: name -> AdaptedLayer.
         method: the hyperparameters.
-        modules_to_save: names of further modules that are trained and saved whole (a new head).
+        modules_to_save: names of other modules that are trained and saved whole (a new head).
         fingerprints: name -> digest of the weight before attaching.
-        tied: names of adapted layers whose weight was another module's too before attaching.
-        shared: the module that all layers have in common, if the method has one; it stands in the model as `lowdim_shared`.
-        merge_report: what the last `merge()` changed.
+        tied: names of adapted layers whose weight was shared with another module before attaching.
+        shared: the module that all layers share, if the method has one; in the model it is called `lowdim_shared`.
+        merge_report: the changes of the last `merge()`.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Adapted(Companion):
         self.merge_report: MergeReport | None = None
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Once after each optimizer step: advances schedules, allocates ranks, applies proximal steps.
+        """Call once after each optimizer step: advances schedules, allocates ranks, applies proximal steps.
 
         Raises:
             NoGradientError: in the first step with gradients, some adapted layers got none (see `check_gradients`).
@@ -96,10 +96,10 @@ class Adapted(Companion):
         return self.regularizer()
 
     def check_gradients(self) -> None:
-        """After the first backward pass: every adapted layer must have got a gradient, or it would never learn anything.
+        """After the first backward pass: every adapted layer must have a gradient, or it would never learn.
 
         Raises:
-            NoGradientError: names the layers without one. `allow_unused = True` on this object says that it is meant
+            NoGradientError: names the layers without one. Set `allow_unused = True` on this object if this is intended
                 (experts that some batches do not reach).
         """
         self._awaits_gradient = False
@@ -123,18 +123,18 @@ class Adapted(Companion):
         """Called by `lowdim run` and `lowdim compare` before a training of `steps` steps; for methods that search first.
 
         Returns:
-            How many of the steps the search has used; the training has that many fewer.
+            The number of steps that the search has used; the training has that many fewer.
         """
         return 0
 
     def follow(self, scheduler: Any, *, warmup: int, total: int) -> None:
-        """Called by `AdaptedCallback` after each step: a method that adds optimizer groups tells the rate scheduler of them."""
+        """Called by `AdaptedCallback` after each step: a method that adds optimizer groups adds them to the scheduler too."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by its name in the model.
 
-        A parameter that a schedule has frozen by now stays among them, so an optimizer made after a resume has the groups of
-        the run that it continues; without a gradient it is not touched.
+        Parameters that a schedule has frozen meanwhile are included, so an optimizer made after a resume has the same groups as
+        the run that it continues; without a gradient they are not changed.
         """
         own, mine = self._own(), set(self.layers.values())
         foreign = {
@@ -164,8 +164,8 @@ class Adapted(Companion):
     def param_groups(self, lr: float, weight_decay: float | None = None) -> list[dict[str, Any]]:
         """Optimizer groups for all trained parameters, with the rates the method asks for.
 
-        Parameters on which decay would pull the pre-trained weight towards zero get `weight_decay=0`, and a warning if one
-        was asked for.
+        Parameters on which decay would pull the pre-trained weight towards zero get `weight_decay=0`, with a warning if a
+        decay was requested.
         """
         protected = {
             id(parameter)
@@ -199,7 +199,7 @@ class Adapted(Companion):
         return any(is_sharded(p) for layer in self.layers.values() for p in layer.update.parameters())
 
     def check(self) -> dict[str, float]:
-        """`‖ΔW‖_F` of each layer; warns of layers whose ΔW is zero, which have learnt nothing."""
+        """`‖ΔW‖_F` of each layer; warns of layers whose ΔW is zero: they have learnt nothing."""
         norms = {name: layer.delta_norm() for name, layer in self.layers.items()}
         zero = [name for name, norm in norms.items() if norm == 0.0]
         if zero:
@@ -210,7 +210,7 @@ class Adapted(Companion):
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint: each update's, and the modules that are saved whole.
 
-        Tensors that FSDP2 has spread over processes are gathered, so every process must call it.
+        Tensors that FSDP2 has sharded are gathered, so every process must call it.
         """
         state = {
             f"{name}.update.{key}": gather(value)
@@ -225,10 +225,11 @@ class Adapted(Companion):
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state_dict` gave, in one process and on the same base model; schedules go on from there.
+        """Restore the state that `state_dict` returned, in one process and on the same base model; schedules continue from
+        there.
 
         Raises:
-            CheckpointError: tensors that are missing, superfluous or misshapen.
+            CheckpointError: tensors that are missing, unexpected or of the wrong shape.
         """
         for name, layer in self.layers.items():
             layer.update.restore(_below(state, f"{name}.update."), layer.pristine_weight())
@@ -238,7 +239,7 @@ class Adapted(Companion):
             self.model.get_submodule(module).load_state_dict(_below(state, f"{module}."))
 
     def description(self) -> dict[str, Any]:
-        """What a checkpoint says of this adapter: the method and its hyperparameters, the base model, each layer."""
+        """The description in a checkpoint: the method and its hyperparameters, the base model, each layer."""
         config = getattr(self.model, "config", None)
         return {
             "method": type(self.method).__name__,
@@ -273,20 +274,20 @@ class Adapted(Companion):
         return bool(self.layers)
 
     def export(self, folder: str | Path, format: str = "peft", **options: Any) -> Any:
-        """Write the adapter for another tool; returns what was lost. See `lowdim.adapters.to_peft` for the options."""
+        """Write the adapter for another tool; returns a report of the loss. See `lowdim.adapters.to_peft` for the options."""
         check_choice("format", format, tuple(EXPORTERS))
         return EXPORTERS[format](self, folder, **options)
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """Put plain layers with `W_eff` back into the model, and return it. `merge_report` says what changed.
+        """Put plain layers with `W_eff` back into the model, and return it. `merge_report` lists the changes.
 
         Merging runs in float32 or better and rounds once. A weight that is tied to another (an output head to the
         embedding) can no longer be shared: it is separated, `config.tie_word_embeddings` is set to False, and the report
-        says so. The adapted layers are kept for `unmerge()` as long as this object lives.
+        lists it. The adapted layers are kept for `unmerge()` as long as this object lives.
 
         Raises:
-            ValueError: another adapter sits on one of the layers; `AdapterSet.merge` merges several.
+            ValueError: one of the layers has another adapter; `AdapterSet.merge` merges several.
         """
         for name, layer in self.layers.items():
             if self.model.get_submodule(name) is not layer or isinstance(layer.base, AdaptedLayer):
@@ -311,7 +312,7 @@ class Adapted(Companion):
         return self.model
 
     def unmerge(self) -> nn.Module:
-        """Put the adapted layers back that the last `merge()` took out: base weights bit for bit, training can go on.
+        """Restore the adapted layers that the last `merge()` replaced: base weights bit for bit, and training can continue.
 
         Raises:
             ValueError: nothing has been merged.
@@ -333,7 +334,7 @@ class Adapted(Companion):
         return self.model
 
     def drop_shared(self) -> None:
-        """Take the method's shared module out of the model."""
+        """Remove the method's shared module from the model."""
         if self.shared is not None:
             names = [name for name, module in self.model.named_children() if module is self.shared]
             for name in names:

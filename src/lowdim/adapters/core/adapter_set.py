@@ -29,11 +29,11 @@ __all__ = ["AdapterSet", "Combination"]
 
 @dataclass(frozen=True)
 class Combination(Result):
-    """What combining adapters kept and lost.
+    """Ranks and errors of a combination of adapters.
 
     Attributes:
         ranks: layer -> rank of the combined factors.
-        errors: layer -> `‖Σ wᵢ ΔWᵢ − B A‖_F / ‖Σ wᵢ ΔWᵢ‖_F`; 0 where nothing was cut off.
+        errors: layer -> `‖Σ wᵢ ΔWᵢ − B A‖_F / ‖Σ wᵢ ΔWᵢ‖_F`; 0 where nothing was truncated.
     """
 
     ranks: dict[str, int]
@@ -45,7 +45,7 @@ class Combination(Result):
         return not any(self.errors.values())
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each layer: its rank and what was lost."""
+        """A row for each layer: its rank and its error."""
         return [{"layer": name, "rank": rank, "error": self.errors[name]} for name, rank in self.ranks.items()]
 
     @property
@@ -56,12 +56,12 @@ class Combination(Result):
 
 
 class AdapterSet:
-    """Adapters with names on one model, of which any can be active.
+    """Named adapters on one model; any of them can be active.
 
     Formula: `y = W₀ x + Σ_a s_a · ΔW_a x` over the active adapters `a` with strengths `s_a`.
 
     Args:
-        model: any nn.Module without adapters; for one that has some, `AdapterSet.of(first=adapted)`.
+        model: any nn.Module without adapters; for one with adapters, use `AdapterSet.of(first=adapted)`.
 
     Example:
         >>> import torch, lowdim
@@ -75,8 +75,8 @@ class AdapterSet:
         >>> with adapters.disabled():
         ...     y = adapters.model(torch.ones(1, 4))
 
-    Methods that act on the model as a whole (SAID, aTLAS) cannot share it. A base weight is kept once, whatever the number of
-    adapters; an adapter that stands for a part of it (LaMDA, SVFit) costs two thin products more when it is not the first.
+    Methods that act on the whole model (SAID, aTLAS) cannot share it. A base weight is kept once, whatever the number of
+    adapters; an adapter that replaces a part of it (LaMDA, SVFit) costs two more thin products when it is not the first.
 
     Source: common practice; the naming follows PEFT's.
     """
@@ -93,7 +93,7 @@ class AdapterSet:
 
     @classmethod
     def of(cls, **adapters: Adapted) -> AdapterSet:
-        """A set over adapters that one model has already; all of them, with their names. The last is the active one."""
+        """A set of the adapters that a model already has; pass all of them by name. The last one is active."""
         models = {id(adapted.model): adapted.model for adapted in adapters.values()}
         if len(models) != 1:
             raise ValueError(f"the adapters must belong to one model; got {len(models)} models")
@@ -109,7 +109,7 @@ class AdapterSet:
 
     @property
     def names(self) -> list[str]:
-        """All adapters, in the order in which they came."""
+        """All adapters, in the order in which they were added."""
         return list(self.adapters)
 
     @property
@@ -127,11 +127,11 @@ class AdapterSet:
         """Attach a method, or load an adapter from its folder, under `name`; it becomes the only active one.
 
         Args:
-            source: hyperparameters, or what `Adapted.save` wrote.
+            source: hyperparameters, or a folder that `Adapted.save` wrote.
             options: of `lowdim.adapt` or `lowdim.load_adapter`.
 
         Raises:
-            ValueError: the name is taken or empty, the set is merged, or a method that acts on the whole model.
+            ValueError: the name is in use or empty, the set is merged, or the method acts on the whole model.
         """
         self._free(name)
         kind = type(source) if isinstance(source, Method) else _saved_kind(Path(source))
@@ -144,7 +144,7 @@ class AdapterSet:
         return self._take(name, adapted)
 
     def activate(self, *names: str, train: bool = True, **strengths: float) -> None:
-        """Make these adapters the active ones, and all others idle.
+        """Activate these adapters, and deactivate all others.
 
         Args:
             names: with strength 1.
@@ -170,7 +170,7 @@ class AdapterSet:
 
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:
-        """The pre-trained model, for as long as the block lasts."""
+        """The pre-trained model, inside the `with` block."""
         with self._as_it_was():
             for layer in self._layers():
                 layer.strength = 0.0
@@ -178,9 +178,9 @@ class AdapterSet:
 
     @contextmanager
     def rows(self, choice: Sequence[str | None]) -> Iterator[nn.Module]:
-        """Another adapter for each row of the batch: `choice[i]` names the one of row `i`, None gives it none.
+        """Choose an adapter for each row of the batch: `choice[i]` names the adapter of row `i`; None means no adapter.
 
-        Only layers whose input has the batch in front see the choice; the batch must have `len(choice)` rows.
+        Only layers whose input has the batch dimension first apply the choice; the batch must have `len(choice)` rows.
         """
         for name in {name for name in choice if name is not None}:
             self._known(name)
@@ -192,7 +192,7 @@ class AdapterSet:
             yield self.model
 
     def delete(self, name: str) -> None:
-        """Take an adapter off the model; the others stay. A copy of a base weight that it had made goes with it."""
+        """Remove an adapter from the model; the others stay. Its own copy of a base weight is removed too."""
         self._unmerged("delete")
         gone = self[name]
         for place, layer in gone.layers.items():
@@ -201,10 +201,10 @@ class AdapterSet:
         del self.adapters[name], self._strengths[name]
 
     def swap(self, name: str, source: str | Path | Adapted) -> Adapted:
-        """Write another adapter's numbers into the tensors of `name`: an optimizer over them goes on as it is.
+        """Write another adapter's numbers into the tensors of `name`: an optimizer over them stays valid.
 
         Raises:
-            ValueError: another method, other layers or other ranks; nothing is changed then. Use `delete` and `add`.
+            ValueError: another method, other layers or other ranks; nothing is changed. Use `delete` and `add`.
         """
         mine = self[name]
         other = source if isinstance(source, Adapted) else self._read_beside(mine, source)
@@ -228,19 +228,20 @@ class AdapterSet:
     ) -> Combination:
         """Add a LoRA that is the weighted sum of other adapters' ΔW.
 
-        Formula: `ΔW = Σ wᵢ ΔWᵢ`, as thin factors where every part has them (then exact up to rounding), else from the dense
-        sum; cut off to `rank` by its best approximation.
+        Formula: `ΔW = Σ wᵢ ΔWᵢ`, from thin factors where every adapter has them (then exact up to rounding), else from the
+            dense
+        sum; truncated to `rank` by its best approximation.
 
         Args:
             weights: adapter -> factor.
-            rank: of the result, at most; None keeps all that the sum has where it is low-rank, and a quarter of the smaller
-                side where it is not.
+            rank: maximum rank of the result; None keeps the full rank of a low-rank sum, and a quarter of the smaller side
+                otherwise.
 
         Returns:
-            A `Combination` that states rank and error of each layer.
+            A `Combination` with the rank and error of each layer.
 
         Raises:
-            UnknownNameError, ValueError: unknown adapters, none, a factor that is not finite, rank below 1.
+            UnknownNameError, ValueError: an unknown adapter, no adapter, a factor that is not finite, rank below 1.
         """
         self._free(name)
         if not weights:
@@ -256,14 +257,14 @@ class AdapterSet:
                 parts.setdefault(place, []).append((float(factor), layer))
         factors = {place: _weighted_sum(found, rank) for place, found in parts.items()}
         largest = max(A.shape[0] for A, _, _ in factors.values())
-        # One LoRA method serves all layers: shorter factors are filled up with zeros, which changes nothing.
+        # One LoRA method serves all layers: shorter factors are padded with zeros, which changes nothing.
         method = method_class("LoRA")(rank=largest, alpha=largest, target_modules=list(factors))
         self._take(name, _blank_lora(self.model, method, factors, dtype))
         return Combination({p: len(A) for p, (A, _, _) in factors.items()}, {p: e for p, (_, _, e) in factors.items()})
 
     @torch.no_grad()
     def merge(self) -> MergeReport:
-        """Put plain layers with the active adapters' `W_eff` into the model; `unmerge()` brings everything back bit for bit."""
+        """Put plain layers with the active adapters' `W_eff` into the model; `unmerge()` restores everything bit for bit."""
         self._unmerged("merge")
         outer = {place: self.model.get_submodule(place) for adapted in self.adapters.values() for place in adapted.layers}
         changes: list[LayerChange] = []
@@ -322,9 +323,9 @@ class AdapterSet:
                 layer.strength, layer.rows = strength, rows
 
     def _unwrap(self, place: str, gone: AdaptedLayer) -> None:
-        """Take one wrapper out of the chain at `place`."""
+        """Remove one wrapper from the chain at `place`."""
         outer = self.model.get_submodule(place)
-        if gone.rebased:  # its base is a copy with a part taken out: the weight as it was goes back
+        if gone.rebased:  # its base is a copy with a part subtracted: restore the original weight
             gone.base = with_matrix(gone.base, gone.original_weight())
         if outer is gone:
             replace_layer(self.model, place, gone.base)
@@ -336,7 +337,7 @@ class AdapterSet:
         layer.base = gone.base
 
     def _read_beside(self, mine: Adapted, folder: str | Path) -> Adapted:
-        """The adapter in `folder`, attached to stand-ins of the layers that `mine` adapts."""
+        """The adapter in `folder`, attached to placeholders for the layers that `mine` adapts."""
         bare = nn.Module()
         for place, layer in mine.layers.items():
             parent = bare
@@ -350,7 +351,7 @@ class AdapterSet:
 
 
 def _saved_kind(folder: Path) -> type[Method] | None:
-    """The method of a saved adapter, from its description; None where there is none to read, which loading will say."""
+    """The method of a saved adapter, from its description; None if that cannot be read, which loading will report."""
     if not (folder / "adapter.json").is_file():
         return None
     about = read_json(folder / "adapter.json")
@@ -358,7 +359,7 @@ def _saved_kind(folder: Path) -> type[Method] | None:
 
 
 def _weighted_sum(parts: list[tuple[float, AdaptedLayer]], rank: int | None) -> tuple[Tensor, Tensor, float]:
-    """`A (r, in)`, `B (out, r)` of `Σ w ΔW`, and the relative error of what was cut off."""
+    """`A (r, in)`, `B (out, r)` of `Σ w ΔW`, and the relative truncation error."""
     thin = [layer.update.low_rank_delta() for _, layer in parts]
     small = min(parts[0][1].out_features, parts[0][1].in_features)
     if all(pair is not None for pair in thin):

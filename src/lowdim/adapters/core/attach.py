@@ -43,11 +43,11 @@ def adapt(
     Args:
         model: any nn.Module.
         method: hyperparameters, e.g. `lowdim.adapters.LoRA(rank=8, target_modules=["q_proj", "v_proj"])`.
-        batches: sample batches, for methods that look at data first (consumed once).
+        batches: sample batches, for methods that need data first (consumed once).
         loss_fn: `loss_fn(model, batch) -> scalar`, a mean over the batch, for methods that need a gradient.
         modules_to_save: modules that are trained and saved whole, e.g. a new classification head.
         seed: every random start is drawn from (seed, layer name), so it does not depend on the order of layers.
-        dtype: of the trained tensors; None takes each weight's. float32 over a bfloat16 model trains more exactly.
+        dtype: of the trained tensors; None uses each weight's. float32 over a bfloat16 model trains more accurately.
         initialise: False allocates only (forecasts).
 
     Returns:
@@ -92,7 +92,7 @@ def adapt(
             with error_context(type(method).__name__, name, layer):
                 attached[name] = method.attach(
                     layer,
-                    # popped: a gradient or covariance is as large as the weight, so none is held longer than needed
+                    # popped: a gradient or covariance is as large as the weight, so it is freed as soon as possible
                     stats={**stats.pop(name), **prepared.pop(name)},
                     generator=stream(seed, type(method).__name__, name),
                     dtype=dtype,
@@ -116,14 +116,14 @@ def put_in_place(
     seed: int,
     shared: nn.Module | None,
 ) -> Adapted:
-    """Freeze the model, wrap `layers` by `wrap()`, put the wrapped ones in their places, unfreeze what is trained whole.
+    """Freeze the model, wrap its layers with `wrap()`, swap the wrapped ones in, unfreeze the modules that are trained whole.
 
     The model is untouched if `wrap` fails.
     """
     tied = tied_layers(model, layers)
     first = not any(isinstance(module, AdaptedLayer) for module in model.modules())
     with unchanged_on_error(model):
-        if first:  # else everything that is not trained is frozen already
+        if first:  # otherwise everything that is not trained is already frozen
             freeze(model)
         wrapped = wrap()
     for name, layer in wrapped.items():
@@ -135,7 +135,7 @@ def put_in_place(
 
 
 def target_layers(model: nn.Module, method: Method) -> dict[str, nn.Module]:
-    """The layers that the method's `target_modules` name in this model; one that is adapted already counts as one layer."""
+    """The layers that the method's `target_modules` name in this model; an already adapted layer counts as one layer."""
     patterns: Patterns = method.target_modules
     everything = patterns is None or patterns == "all-linear"
     inside = {

@@ -1,4 +1,4 @@
-"""Small things that several adapters need."""
+"""Small helpers that several adapters need."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def top_triplets(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The `rank` largest singular triplets `u (out, rank)`, `s`, `vh (rank, in)`: exact for small matrices, else by a sketch.
 
-    Whatever the sketch missed, `u diag(s) = W vhᵀ` holds to rounding: the right vectors are taken from it and the weight is
-    read once more, so a residual `W − u diag(s) vh` is exactly what the vectors leave over.
+    `u diag(s) = W vhᵀ` holds to rounding even for a sketch: it gives the right vectors, and the weight is multiplied once
+    more, so the residual `W − u diag(s) vh` is exact.
     """
     _, _, vh = truncated_svd(weight, rank, power_iterations=power_iterations, generator=generator)
     u, s, turn = svd(weight.detach().to(compute_dtype(weight.dtype)) @ vh.mT)

@@ -1,8 +1,8 @@
-"""A model whose parameters are computed when they are read: `θ_i = θ_i⁰ + offset_i`, with few trained numbers behind them.
+"""A model whose parameters are computed when they are read: `θ_i = θ_i⁰ + offset_i`, from few trained numbers.
 
-A module that holds such a parameter gets a class of its own, in which the parameter's name is a property that adds the offset.
-Everything else about the module stays: `state_dict()` has the pre-trained parameters under their old names, tied parameters
-stay one tensor, and a forward pass that gradient checkpointing runs again computes the parameters again.
+A module that holds such a parameter gets its own class, in which the parameter's name is a property that adds the offset.
+Nothing else about the module changes: `state_dict()` has the pre-trained parameters under their old names, tied parameters
+stay one tensor, and a forward pass that gradient checkpointing repeats computes the parameters again.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lowdim.linalg import is_sharded, wide
 
 __all__ = ["Composition", "Places", "compose", "is_composed", "places_of", "refuse_spread", "release"]
 
-#: The modules that hold a parameter, each with the attribute under which it does; several where it is tied.
+#: The modules that hold a parameter, each with its attribute name; several if it is tied.
 Places = list[tuple[nn.Module, str]]
 
 
 class Composition(nn.Module):
-    """The trained numbers of which a model's parameters are functions, put into the model once.
+    """The trained numbers that determine a model's parameters, stored in the model once.
 
-    Subclasses hold their parameters under the names of their paper and write `offset`.
+    Subclasses name their parameters as in their paper and define `offset`.
 
     Attributes:
         names: of the composed parameters, in the order of `model.named_parameters()`.
@@ -42,15 +42,15 @@ class Composition(nn.Module):
         self.shapes = [tuple(p.shape) for p in parameters.values()]
 
     def offset(self, index: int) -> Tensor:
-        """What is added to parameter `names[index]`: its shape, float32 or better, differentiable in the trained numbers."""
+        """The offset of parameter `names[index]`, in its shape, float32 or better, differentiable in the trained numbers."""
         raise NotImplementedError(f"{type(self).__name__} must define offset(index)")
 
     def touches(self, index: int) -> bool:
-        """Whether `offset(index)` can ever differ from zero."""
+        """Whether `offset(index)` can differ from zero."""
         return True
 
     def compose(self, index: int, base: Tensor) -> Tensor:
-        """The parameter that the model computes with; the sum is taken in float32 or better and rounded once."""
+        """The parameter that the model computes with; the sum is computed in float32 or better and rounded once."""
         return (wide(base) + self.offset(index).to(base.device)).to(base.dtype)
 
     def around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -58,14 +58,14 @@ class Composition(nn.Module):
         return forward(*args, **kwargs)
 
     def about(self) -> dict[str, Any]:
-        """What a checkpoint says beside the tensors (JSON)."""
+        """The JSON entry of a checkpoint, next to the tensors."""
         return {}
 
     def check(self, about: Mapping[str, Any]) -> None:
-        """Compare with what a checkpoint says; raises `CheckpointError` where what is in no file has come out otherwise."""
+        """Compare with a checkpoint's entry; raises `CheckpointError` if recomputed tensors that no file holds differ."""
 
     def spread(self) -> bool:
-        """Whether the trained numbers are spread over processes, as FSDP2 leaves them between forward passes."""
+        """Whether the trained numbers are sharded, as FSDP2 leaves them between forward passes."""
         return any(is_sharded(p) for p in self.parameters())
 
     def unsaved(self) -> list[str]:
@@ -78,7 +78,7 @@ class Composition(nn.Module):
 
 
 def places_of(model: nn.Module, names: Iterable[str]) -> dict[str, Places]:
-    """Where each of the named parameters stands."""
+    """The places of each named parameter."""
     parameters = dict(model.named_parameters())
     owners: dict[int, Places] = {}
     for module in model.modules():
@@ -89,10 +89,10 @@ def places_of(model: nn.Module, names: Iterable[str]) -> dict[str, Places]:
 
 
 def compose(model: nn.Module, shared: Composition, places: Mapping[str, Places]) -> None:
-    """From here on `model` computes with composed parameters.
+    """Make `model` compute with composed parameters.
 
     Raises:
-        TypeError: a module's class cannot be extended (TorchScript); nothing is changed then.
+        TypeError: a module's class cannot be extended (TorchScript); nothing is changed.
     """
     done: list[nn.Module] = []
     try:
@@ -111,7 +111,7 @@ def compose(model: nn.Module, shared: Composition, places: Mapping[str, Places])
 
 
 def release(model: nn.Module) -> None:
-    """Undo `compose`: modules have their own classes and compute with the parameters that they hold."""
+    """Undo `compose`: modules get their own classes back and compute with the parameters that they hold."""
     for module in model.modules():
         if "_composed" in module.__dict__:
             _unlink(module)
@@ -123,7 +123,7 @@ def is_composed(model: nn.Module) -> bool:
 
 
 def refuse_spread(tensors: Iterable[Tensor]) -> None:
-    """Raise ValueError where a parameter is spread over processes."""
+    """Raise ValueError if a parameter is sharded over processes."""
     if any(is_sharded(tensor) for tensor in tensors):
         raise ValueError(
             "the parameters are sharded over processes: save() the adapter, load it into an unsharded model with load_adapter, "
@@ -138,7 +138,7 @@ def _link(module: nn.Module, attribute: str, link: tuple[Composition, int]) -> N
     base = type(module)._composed_base if links else type(module)  # type: ignore[attr-defined]
     links = {**links, attribute: link}
     module.__class__ = _class_for(base, tuple(sorted(links)))
-    module.__dict__["_composed"] = links  # not registered: the shared module stands in the model once
+    module.__dict__["_composed"] = links  # not registered: the shared module is in the model once
 
 
 def _unlink(module: nn.Module) -> None:
@@ -146,7 +146,7 @@ def _unlink(module: nn.Module) -> None:
     if base is not None:
         module.__class__ = base
         module.__dict__.pop("_composed", None)
-    else:  # another library has put a class of its own over ours: without links it reads the plain parameters
+    else:  # another library has subclassed our class: without links it reads the plain parameters
         module.__dict__["_composed"] = {}
 
 
@@ -170,7 +170,7 @@ def _reader(name: str) -> property:
             return base
         try:
             return link[0].compose(link[1], base)
-        except AttributeError as error:  # nn.Module would take it for a missing attribute and answer with the plain parameter
+        except AttributeError as error:  # nn.Module would treat it as a missing attribute and return the plain parameter
             raise RuntimeError(f"parameter {name} of {type(self).__name__} could not be composed: {error}") from error
 
     return property(read)
@@ -189,7 +189,7 @@ def _around(base: type) -> Any:
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    """Pickle by the class that the module had, since nobody could find ours by its name."""
+    """Pickle with the module's original class, since ours cannot be imported by name."""
     found = self._composed_base.__reduce_ex__(self, protocol)
     own = type(self)
     if "_composed_base" not in own.__dict__ or not isinstance(found, tuple) or found[1] != (own,):

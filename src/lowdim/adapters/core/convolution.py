@@ -1,4 +1,4 @@
-"""How an update of the matrix `(out_channels, in_channels / groups · kernel)` acts on signals, pictures and volumes."""
+"""Applies an update of the matrix `(out_channels, in_channels / groups · kernel)` to signals, images and volumes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def convolve(
     conv: Convolution,
     x: Tensor,  # (batch, in_channels, *size) or without the batch
 ) -> Tensor:
-    """What `update` adds to `conv(x)`, without the bias."""
+    """The term that `update` adds to `conv(x)`, without the bias."""
     if conv.groups == 1:
         out = update.convolve(x, cast(nn.Conv2d, conv))
         if out is not None:
@@ -39,7 +39,7 @@ def convolve_thin(
     down: Tensor,  # (k, in_channels · kernel)
     conv: Convolution,
 ) -> Tensor:
-    """The first factor as a convolution with `k` channels, channels last: patches, many times the input, are never made."""
+    """The first factor as a convolution with `k` channels, channels last; patches, many times the input, are never built."""
     kernel = down.view(-1, *conv.weight.shape[1:])
     return conv._conv_forward(x, kernel, None).movedim(-1 - len(conv.kernel_size), -1)
 

@@ -1,4 +1,4 @@
-"""Frozen factors of the pre-trained weight around a trained diagonal, which remembers where it started."""
+"""Frozen factors of the pre-trained weight around a trained diagonal, which keeps its start."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ __all__ = ["DiagonalUpdate"]
 
 
 class DiagonalUpdate(ThinUpdate):
-    """`up diag(d) down`: `up (out, r)` and `down (r, in)` frozen, `d (r,)` trained from a start that was taken out of the base.
+    """`up diag(d) down`: `up (out, r)` and `down (r, in)` frozen, `d (r,)` trained from a start that was subtracted from the
+    base.
 
-    A subclass gives the tensors their paper's letters and says how the weight determines the frozen ones; a checkpoint then
-    holds the trained diagonal alone. Products, residual, exact factors of ΔW and restoring follow.
+    A subclass names the tensors as in its paper and computes the frozen ones from the weight; a checkpoint then holds only
+    the trained diagonal. Products, residual, exact factors of ΔW and restoring are implemented here.
     """
 
     #: Attribute names of the left factor, the trained diagonal, its start and the right factor.
@@ -39,11 +40,11 @@ class DiagonalUpdate(ThinUpdate):
         raise NotImplementedError(f"{type(self).__name__} must define recompute(weight)")
 
     def kept(self) -> tuple[str, ...]:
-        """What a checkpoint holds where the weight determines the rest."""
+        """Names of the tensors that a checkpoint holds if the weight determines the rest."""
         return (self.names[1],)
 
     def diagonal(self) -> Tensor:
-        """What stands between the factors, `(r,)`."""
+        """The diagonal between the factors, `(r,)`."""
         return getattr(self, self.names[1])
 
     def exact_diagonal(self) -> Tensor:
@@ -51,7 +52,7 @@ class DiagonalUpdate(ThinUpdate):
         return wide(getattr(self, self.names[1]))
 
     def start_diagonal(self) -> Tensor:
-        """What stood there when the base was taken, in float32 or better."""
+        """The diagonal that was subtracted from the base, in float32 or better."""
         return wide(getattr(self, self.names[2]))
 
     def down(self) -> Tensor:
@@ -72,7 +73,7 @@ class DiagonalUpdate(ThinUpdate):
 
     @torch.no_grad()
     def low_rank_delta(self) -> tuple[Tensor, Tensor]:
-        """`down` and `up diag(d − d at the start)`: the difference is taken before the product, so nothing cancels."""
+        """`down` and `up diag(d − d at the start)`: the difference is computed before the product, so nothing cancels."""
         return wide(self.down()), wide(self.up()) * (self.exact_diagonal() - self.start_diagonal())
 
     @torch.no_grad()
@@ -82,13 +83,13 @@ class DiagonalUpdate(ThinUpdate):
         return up @ down
 
     def saved(self) -> dict[str, Tensor]:
-        """The trained numbers; with the frozen factors only where the weight does not determine them."""
+        """The trained numbers; the frozen factors only if the weight does not determine them."""
         state = self.state_dict()
         return {name: state[name] for name in self.kept()} if self.unique else state
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Take the trained numbers, and the frozen factors from the file or from the weight."""
+        """Load the trained numbers; the frozen factors come from the file or from the weight."""
         if set(tensors) != set(self.kept()):
             self.unique = False
             return super().restore(tensors, weight)

@@ -1,4 +1,4 @@
-"""LoRA with a gate on its ranks: what SoRA and DiffoRA have in common."""
+"""LoRA with a gate on its ranks, shared by SoRA and DiffoRA."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ __all__ = ["GatedLoRAUpdate"]
 
 
 class GatedLoRAUpdate(LoRAUpdate):
-    """`ΔW = scaling · B diag(g) A`: `A (rank, in)`, `B (out, rank)`, and a gate `g` that a subclass gives.
+    """`ΔW = scaling · B diag(g) A`: `A (rank, in)`, `B (out, rank)`, and a gate `g` that a subclass defines.
 
-    The gate scales the columns of `B`, not the thin product, so that autograd keeps as much for each row of the input as
-    for LoRA: `x` and `A x`.
+    The gate scales the columns of `B`, not the thin product, so autograd keeps the same per input row as for LoRA: `x` and
+    `A x`.
     """
 
     def gates(self) -> Tensor:
-        """The gate, `(rank,)`, or 0-dim where all ranks have one in common."""
+        """The gate, `(rank,)`, or 0-dim where all ranks share one."""
         raise NotImplementedError(f"{type(self).__name__} must define gates()")
 
     def up(self) -> Tensor:

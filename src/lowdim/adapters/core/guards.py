@@ -1,4 +1,4 @@
-"""What attaching and loading take care of around a model: names in errors, ties, digests, other code paths."""
+"""Checks and context managers for attaching and loading: names in errors, ties, digests, fused code paths."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 @contextmanager
 def error_context(who: str, name: str, layer: nn.Module):
-    """Adds method, layer name and shape to an error from inside, keeping its type."""
+    """Adds method, layer name and shape to an error raised inside, keeping its type."""
     try:
         yield
     except CheckpointError as error:
@@ -40,7 +40,7 @@ def error_context(who: str, name: str, layer: nn.Module):
 
 @contextmanager
 def unchanged_on_error(model: nn.Module):
-    """Gives every parameter its `requires_grad` back if what is inside fails."""
+    """Restores the `requires_grad` of every parameter if the block fails."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
@@ -51,15 +51,15 @@ def unchanged_on_error(model: nn.Module):
 
 
 def tied_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """Those of `layers` whose weight stands under another name too."""
+    """Those of `layers` whose weight also has another name."""
     tied = {name for group in tied_parameters(model) for name in group}
     return tuple(name for name in layers if f"{name}.weight" in tied)
 
 
 def fingerprint(weight: Tensor) -> str:
-    """A digest of a weight that survives a change between float32 and bfloat16: shape, and up to 65,536 rounded entries."""
+    """A digest of a weight that is the same in float32 and bfloat16: shape, and up to 65,536 rounded entries."""
     flat = weight.detach().reshape(-1)
-    step = (flat.numel() // 65536) | 1  # odd: a power of two would see a few columns only
+    step = (flat.numel() // 65536) | 1  # odd: a power of two would sample only a few columns
     sample = flat[::step].to(torch.bfloat16).cpu().view(torch.int16)
     return hashlib.blake2b(repr(tuple(weight.shape)).encode() + sample.numpy().tobytes(), digest_size=12).hexdigest()
 
@@ -72,7 +72,7 @@ def pristine_matrix(layer: nn.Module) -> Tensor:
 
 @contextmanager
 def whole_parameters(module: nn.Module):
-    """Inside, parameters that are spread over processes are whole, and still differentiable."""
+    """Inside the block, sharded parameters are whole, and still differentiable."""
     spread = [(m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None and is_sharded(p)]
     for owner, name, parameter in spread:
         owner._parameters[name] = gather(parameter)  # type: ignore[assignment]

@@ -29,15 +29,15 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
 
     Args:
         model: the model that the adapter was trained on, without adapters.
-        folder: what `Adapted.save` wrote.
-        check_base: refuse a base model with other weights; False attaches anyway.
+        folder: a folder that `Adapted.save` wrote.
+        check_base: reject a base model with other weights; False attaches anyway.
 
     Returns:
         An `Adapted` in the state in which it was saved, schedules included.
 
     Raises:
-        CheckpointError: a file is missing, truncated, foreign, of a newer version, or for another base model. The model is
-            untouched then.
+        CheckpointError: a file is missing, truncated, not written by lowdim, of a newer version, or for another base model.
+            The model is then unchanged.
         ValueError: the model has an adapter, and the one in the file acts on the model as a whole (SAID, aTLAS).
 
     Example:

@@ -21,7 +21,7 @@ TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 
 
 def write_adapter(folder: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Write both files beside, then rename both. The tensors file is complete in itself and is renamed last."""
+    """Write both files under temporary names, then rename both. The tensors file is complete by itself and is renamed last."""
     head = {"format": FORMAT, "version": VERSION, "lowdim": __version__}
     whole = {**head, **description, "digest": digest_of(tensors)}
     with whole_folder(folder) as draft:

@@ -28,15 +28,15 @@ __all__ = ["PeftExport", "to_peft"]
 
 @dataclass(frozen=True)
 class PeftExport(Result):
-    """What an export wrote and lost.
+    """The result of an export: ranks, errors and notes.
 
     Attributes:
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
         errors: layer -> `‖ΔW − B A‖_F / ‖ΔW‖_F`; 0 where exact.
         ranks: layer -> rank written.
         suggested_rank: the smallest common rank with an error of at most 1 % in every layer, where something was truncated;
-            None where nothing was, or where a layer is too large to look.
-        notes: what the users of `target` must know: the command, limits to raise.
+            None if nothing was truncated, or if a layer is too large to check.
+        notes: what users of `target` need to know: the command, limits to raise.
     """
 
     folder: Path
@@ -51,7 +51,7 @@ class PeftExport(Result):
         return not any(self.errors.values())
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each layer: its rank and what was lost."""
+        """A row for each layer: its rank and its error."""
         return [{"layer": name, "rank": self.ranks.get(name), "error": error} for name, error in self.errors.items()]
 
     @property
@@ -75,18 +75,18 @@ def to_peft(
     """Write a folder that `peft.PeftModel.from_pretrained(base_model, folder)` loads.
 
     Args:
-        rank: at which to truncate updates of full rank; None keeps a quarter of the smaller side. Updates that are low-rank are
-            written exactly.
+        rank: to which updates of full rank are truncated; None keeps a quarter of the smaller side. Updates that are low-rank
+            are written exactly.
         max_error: instead of `rank`, the smallest rank of each layer with at most this relative error.
         target: `"vllm"` or `"llamacpp"`: write LoRA that this program loads, every layer padded with zeros to one common rank;
-            what stands against it is an error before anything is written.
-        root: name of the submodule that the adapter is for by itself (an encoder inside a classifier); names are written
-            relative to it, and modules outside it are left to the caller.
-        native: write PEFT's own method where it has it (RandLoRA), exact; False always writes LoRA.
-        name: of the folder, in `notes`; None takes its own.
+            obstacles raise an error before anything is written.
+        root: name of the submodule that the adapter is for (an encoder inside a classifier); names are written relative to
+            it, and modules outside it are left to the caller.
+        native: write PEFT's own method where it exists (RandLoRA), exactly; False always writes LoRA.
+        name: of the folder, in `notes`; None uses the folder's own.
 
     Returns:
-        A `PeftExport` that states the error of each layer.
+        A `PeftExport` with the error of each layer.
 
     Raises:
         ValueError: the model has been merged, rank is below 1, rank and max_error together, a convolution is of a kind that
@@ -94,7 +94,7 @@ def to_peft(
         UnknownNameError: no such target.
     """
     if isinstance(adapted.method, ModelMethod):
-        adapted.export(folder)  # which says why PEFT cannot have it
+        adapted.export(folder)  # raises an error that explains why PEFT cannot load it
     if not adapted.layers:
         raise ValueError("there is no adapter to export: the model has been merged")
     if rank is not None:
@@ -174,7 +174,7 @@ def _as_lora(
     if pad:
         top = max(len(one.A) for one in found.values())
         for name, one in found.items():
-            if one.error and len(one.A) < top:  # what is stored anyway may as well be used
+            if one.error and len(one.A) < top:  # the padding is stored anyway, so use it
                 found[name] = cut(adapted.layers[name], max_error=0.0, limit=top)
         found = {name: pad_rank(one, top) for name, one in found.items()}
     tensors: dict[str, Tensor] = {}
@@ -231,7 +231,7 @@ def _grouped(
 
 
 def _targets(adapted: Adapted) -> list[str] | str:
-    """The adapted layers' names; as a regular expression where PEFT would take a name for the end of others, too."""
+    """The adapted layers' names; as a regular expression where PEFT would also match other names with the same ending."""
     names = list(adapted.layers)
     ends = tuple("." + name for name in names)
     others = (name for name, _ in adapted.model.named_modules() if name not in adapted.layers)

@@ -1,4 +1,4 @@
-"""An update as two factors: exact where it is low-rank, else cut off with its error stated."""
+"""An update as two factors: exact if it is low-rank, else truncated, with its error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Cut", "cut", "pad_rank"]
 
 #: The error up to which a rank is suggested.
 GOOD = 0.01
-#: Above this smaller side a whole spectrum takes too long to be worth a suggestion alone.
+#: Above this smaller side a full spectrum takes too long just for a suggestion.
 LARGE = 1024
 
 
@@ -25,7 +25,7 @@ class Cut:
     Attributes:
         A, B: `(r, in)` and `(out, r)`.
         error: `‖ΔW − B A‖_F / ‖ΔW‖_F`; 0 where exact.
-        enough: the smallest rank with an error of at most 1 %; None where it was not looked for.
+        enough: the smallest rank with an error of at most 1 %; None if it was not computed.
     """
 
     A: Tensor
@@ -39,9 +39,9 @@ def cut(layer: AdaptedLayer, rank: int | None = None, max_error: float | None = 
     """The update of a layer as factors.
 
     Args:
-        rank: where an update of full rank is cut off; None keeps a quarter of the smaller side.
+        rank: to which an update of full rank is truncated; None keeps a quarter of the smaller side.
         max_error: instead, the smallest rank with at most this relative error, also of updates that are low-rank.
-        limit: no rank above this, whatever the error.
+        limit: maximum rank, whatever the error.
     """
     small = min(layer.out_features, layer.in_features)
     most = small if limit is None else min(small, limit)
@@ -52,7 +52,7 @@ def cut(layer: AdaptedLayer, rank: int | None = None, max_error: float | None = 
     count = A.shape[0]
     if max_error is None and count <= most:
         return Cut(A, B, 0.0, count)
-    # More columns than the matrix has rank, or than are wanted: QR of both factors, then the SVD of a small square.
+    # More columns than the matrix has rank, or than requested: QR of both factors, then the SVD of a small square.
     whole_A, whole_B, _ = compress_factors(A.double(), B.double(), small)
     s = whole_A.square().sum(1)  # balanced factors: each row has the square root of its singular value
     keep = most if max_error is None else min(most, _needed(s, max_error))
@@ -76,7 +76,7 @@ def _cut_dense(layer: AdaptedLayer, small: int, most: int, rank: int | None, max
 
 
 def _sketched(delta: Tensor, most: int, rank: int, max_error: float | None) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Leading triplets, and how many to keep; for an error, the rank is doubled until it is met."""
+    """Leading triplets and the number to keep; for an error bound, the rank is doubled until the bound is met."""
     if max_error is None:
         keep = min(most, rank)
         return (*truncated_svd(delta, keep), keep)

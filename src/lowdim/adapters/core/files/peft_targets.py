@@ -1,4 +1,4 @@
-"""What other programs ask of a PEFT LoRA folder, checked before one is written.
+"""Requirements of other programs on a PEFT LoRA folder, checked before one is written.
 
 vLLM (`vllm/lora/peft_helper.py`, `lora_model.py`, `config/lora.py`): one rank and one alpha for all layers (`rank_pattern` is
 not read), a rank up to its `max_lora_rank`, no DoRA, no biases, no `modules_to_save`, LoRA tensors of linear layers, and of
@@ -22,9 +22,9 @@ from lowdim.surgery import is_conv1d
 
 __all__ = ["TARGETS", "VLLM_RANKS", "problems", "rank_limit", "usage"]
 
-#: Program -> what its users call it.
+#: Program -> its usual name.
 TARGETS = {"vllm": "vLLM", "llamacpp": "llama.cpp"}
-#: What `--max-lora-rank` may be; the default is 16.
+#: Allowed values of `--max-lora-rank`; the default is 16.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT = 16
 
@@ -35,7 +35,7 @@ def rank_limit(target: str | None) -> int | None:
 
 
 def problems(adapted: Any, target: str) -> list[str]:
-    """What keeps the program from loading the adapter (an `Adapted`) as LoRA; empty where nothing does."""
+    """The reasons why the program cannot load the adapter (an `Adapted`) as LoRA; empty if it can."""
     found = []
     name = TARGETS[target]
     if adapted.modules_to_save:
@@ -53,16 +53,16 @@ def problems(adapted: Any, target: str) -> list[str]:
 def _unfit(adapted: Any, name: str, layer: AdaptedLayer, target: str) -> str:
     program = TARGETS[target]
     if layer.kind.startswith("conv"):
-        return f"convolutions, which {program} takes no LoRA for"
+        return f"convolutions, for which {program} does not support LoRA"
     if is_conv1d(layer.plain):
-        why = "its models with them take no LoRA" if target == "vllm" else "its converter would transpose the factors"
+        why = "its models with Conv1D do not support LoRA" if target == "vllm" else "its converter would transpose the factors"
         return f"Conv1D layers, whose weight is stored transposed ({why})"
     inputs, outputs = (_end(adapted.model, side) for side in ("input", "output"))
     if layer.kind == "embedding" and inputs is not layer:
-        return f"embeddings other than the tokens', which {program} takes no LoRA for"
+        return f"embeddings other than the tokens', for which {program} does not support LoRA"
     ends = layer is inputs or layer is outputs
     if target == "llamacpp" and ends and (name in adapted.tied or _ties_words(adapted.model)):
-        return "an embedding and a head that share their weight, which llama.cpp keeps once"
+        return "an embedding and a head that share their weight, which llama.cpp stores once"
     return ""
 
 
@@ -79,9 +79,9 @@ def _ties_words(model: Any) -> bool:
 
 
 def usage(adapted: Any, target: str, folder: str, base: str | None, rank: int) -> list[str]:
-    """What its user must know: the command, and what cannot be checked without the program."""
+    """What the user needs to know: the command, and what cannot be checked without the program."""
     if target == "llamacpp":
-        # The converter asks the hub for the name in the configuration; a folder must be given to it.
+        # The converter looks up the name in the configuration on the hub; a folder must be passed explicitly.
         here = base is not None and Path(base).is_dir()
         known = base is not None and (not here or (Path(base) / "config.json").is_file())
         where = "" if known and not here else f" --base {shlex.quote(str(base)) if known else 'BASE_MODEL'}"
@@ -98,7 +98,7 @@ def usage(adapted: Any, target: str, folder: str, base: str | None, rank: int) -
     ends = [name for name, layer in adapted.layers.items() if layer in (_end(adapted.model, s) for s in ("input", "output"))]
     if ends:
         notes.append(
-            f"{_some(ends)}: only model classes of vLLM that register embeddings for LoRA take these (Llama, Qwen3, ...)"
+            f"{_some(ends)}: only model classes of vLLM that register embeddings for LoRA load these (Llama, Qwen3, ...)"
         )
     return [*notes, "the base model's class must support LoRA in vLLM (its list of supported models says so)"]
 

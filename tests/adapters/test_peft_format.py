@@ -314,8 +314,8 @@ def test_what_stands_against_it_is_listed_at_once_and_nothing_is_written(target,
         to_peft(adapted, tmp_path / "out", target=target)
     message = str(caught.value)
     assert "modules that are trained and saved whole (score)" in message
-    assert "LoRA for: conv" in message
-    assert "LoRA for: places" in message
+    assert "does not support LoRA: conv" in message
+    assert "does not support LoRA: places" in message
     assert "stored transposed" in message
     assert "words" not in message
     assert not (tmp_path / "out").exists()

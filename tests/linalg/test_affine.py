@@ -182,7 +182,7 @@ def test_packing(count):
     packed = pack_nibbles(codes)
     assert packed.numel() == -(-count // 2)
     assert torch.equal(unpack_nibbles(packed, count), codes)
-    with pytest.raises(ValueError, match="uint8 for .* codes"):
+    with pytest.raises(ValueError, match=r"must hold \d+ uint8 for \d+ codes"):
         unpack_nibbles(packed, count + 2)
 
 

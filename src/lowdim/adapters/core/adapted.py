@@ -225,8 +225,7 @@ class Adapted(Companion):
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the state that `state_dict` returned, in one process and on the same base model; schedules continue from
-        there.
+        """Restore the state of `state_dict`, in one process and on the same base model; schedules continue from there.
 
         Raises:
             CheckpointError: tensors that are missing, unexpected or of the wrong shape.

@@ -16,8 +16,7 @@ __all__ = ["DiagonalUpdate"]
 
 
 class DiagonalUpdate(ThinUpdate):
-    """`up diag(d) down`: `up (out, r)` and `down (r, in)` frozen, `d (r,)` trained from a start that was subtracted from the
-    base.
+    """`up diag(d) down`: `up (out, r)` and `down (r, in)` frozen, `d (r,)` trained from a start subtracted from the base.
 
     A subclass names the tensors as in its paper and computes the frozen ones from the weight; a checkpoint then holds only
     the trained diagonal. Products, residual, exact factors of ΔW and restoring are implemented here.

@@ -51,6 +51,23 @@ def test_sorting():
     GaLore(groups, lr=0.1)
 
 
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("sides", [(5, 9), (9, 5)])
+def test_sorting_projects_above_the_rank(sides, rank):
+    groups = param_groups(nn.Sequential(nn.Linear(*sides, bias=False)), rank=rank)
+    assert [g["rank"] for g in groups] == [rank]
+
+
+@pytest.mark.parametrize("rank", [5, 6])
+@pytest.mark.parametrize("sides", [(5, 9), (9, 5)])
+def test_sorting_leaves_what_would_save_nothing(sides, rank):
+    """At the rank the subspace is the whole space."""
+    with pytest.warns(UserWarning, match="no parameter"):
+        groups = param_groups(nn.Sequential(nn.Linear(*sides, bias=False)), rank=rank)
+    assert [g["rank"] for g in groups] == [None]
+    assert groups.rows == [("0.weight", (sides[1], sides[0]), f"smaller side not above rank {rank}")]
+
+
 def test_order_of_tied_names_does_not_matter():
     """The head first, the layer second: still not projected."""
     net = nn.Sequential()

@@ -22,7 +22,7 @@ from lowdim import catalogue, models
 from lowdim.compare import CompareSettings, compare, runner, runs
 from lowdim.compare.live import LiveTable
 from lowdim.compare.result import mark, sampling_error
-from lowdim.compare.runner import _bench, _task
+from lowdim.compare.runner import _contest, _task
 from lowdim.compare.winner import export_winner, restore
 from lowdim.errors import BudgetError, LowdimError
 from lowdim.train.metrics import METRICS
@@ -132,14 +132,14 @@ def test_every_method_gets_the_same(whole):
 
 def test_the_test_part_is_looked_at_once_a_seed(make, tmp_path, monkeypatch):
     looks = {"validation": 0, "test": 0, "train": 0}
-    original = Task.evaluate
+    original = Task.score
 
-    def evaluate(self, model, part, metric, hits=None):
+    def score(self, model, part, metric):
         name = next(n for n in looks if getattr(self, n) is part)
         looks[name] += 1
-        return original(self, model, part, metric, hits)
+        return original(self, model, part, metric)
 
-    monkeypatch.setattr(Task, "evaluate", evaluate)
+    monkeypatch.setattr(Task, "score", score)
     run(make(methods=("linear-probe", "lora", "full"), trials=3, seeds=2), tmp_path / "out")
     assert looks["test"] == 3 * 2
     assert looks["validation"] == 3 * (3 + 2)
@@ -174,7 +174,7 @@ def rebuilt(settings, folder):
     tokenizer = models.load_tokenizer(settings.model)
     task = _task(settings, tokenizer)
     metric = METRICS[settings.metric or ("accuracy" if settings.task == "classify" else "perplexity")]
-    return _bench(settings, task, metric, folder, tokenizer, Console(file=io.StringIO())), tokenizer
+    return _contest(settings, task, metric, folder, tokenizer, Console(file=io.StringIO())), tokenizer
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -409,7 +409,7 @@ def test_a_budget_leaves_out_what_does_not_fit_and_says_why(whole, make, tmp_pat
     assert result["budget_bytes"] == budget
     assert by_name(result)["lora"]["status"] == "ok"
     assert not (tmp_path / "out" / "runs" / "full").exists(), "it was never run"
-    with pytest.raises(BudgetError, match="no method fits; lora needs the least"):
+    with pytest.raises(BudgetError, match=r"nothing fits .*: the smallest need is .* \(LoRA\)"):
         run(make(methods=("full", "lora"), budget=1000), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
@@ -596,7 +596,7 @@ def test_pretraining_from_random_weights(tmp_path):
     again, _ = run(settings, tmp_path / "out", resume=True)
     assert [row["mean"] for row in again["methods"]] == [row["mean"] for row in result["methods"]]
     for name in chosen[1:]:  # whatever wins must come back from its files
-        bench = _bench(
+        bench = _contest(
             settings,
             _task(settings, byte_tokenizer()),
             PERPLEXITY,

@@ -52,6 +52,10 @@ class Companion:
     def finish(self) -> None:
         """Runs once, after the last step and before the model is evaluated, merged or saved."""
 
+    def found_ranks(self) -> dict[str, int]:
+        """Layer -> rank now, for methods that choose ranks while they train; it goes into the record of a run."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """The state that a checkpoint needs, so that a resumed run gives the same bits."""
         return {}

@@ -37,7 +37,7 @@ def compare(refused, bert_folder, two_classes, tmp_path):
         ({"label": "lable"}, ["no column 'lable'; nearest: label", "columns: text, label"]),
         ({"text": "txt"}, ["no column 'txt'; nearest: text"]),
         ({"budget": "8 parsecs"}, ["a size must be a number and a unit, such as 8GiB", "'8 parsecs'"]),
-        ({"budget": "1KiB"}, ["--budget 1.00 KiB: no method fits; lora needs the least", "try a smaller --batch-size"]),
+        ({"budget": "1KiB"}, ["nothing fits 1.00 KiB: the smallest need is ", " (LoRA)", "try a smaller batch"]),
         ({"time_limit": "soon"}, ["--time-limit must be a positive number with unit s, m or h", "'soon'"]),
         ({"time_limit": "0m"}, ["--time-limit must be a positive number"]),
         ({"seeds": 0}, ["--seeds must be an int >= 1; got 0"]),
@@ -115,5 +115,5 @@ def test_brackets_in_a_path_are_no_markup(refused, bert_folder, tmp_path):
     folder.mkdir(parents=True)
     file = tiny.write_jsonl(folder / "b.jsonl", [*tiny.sentences(30), ("", "positive")])
     common = ["compare", "--model", bert_folder, "--methods", "lora", "--out", folder / "out", "--budget", "1KiB", "--data"]
-    assert "no method fits" in refused(*common, file)
+    assert "nothing fits" in refused(*common, file)
     assert str(folder / "nowhere.csv") in refused(*common, folder / "nowhere.csv")

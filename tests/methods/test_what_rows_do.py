@@ -84,6 +84,7 @@ def test_sora_closes_gates(task, tmp_path):
     assert begun == 8 * len(applied.adapted.layers)
     # The gates are normal with deviation 1; 40 steps of the threshold 1e-3 close those that began below about 0.04.
     assert 0.01 * begun < begun - seen[-1] < 0.2 * begun
+    assert sum(applied.ranks().values()) == seen[-1], "the record has them"
 
 
 @pytest.mark.parametrize("lr", [1e-4, 1e-3])
@@ -93,6 +94,7 @@ def test_maestro_takes_ranks_away(task, tmp_path, lr):
     begun = sum(layer.rank for layer in layers)
     _, seen = run(applied, task, tmp_path, 60, lambda: sum(layer.rank for layer in layers), lr=lr)
     assert seen[-1] <= 0.9 * begun
+    assert sum(applied.ranks().values()) == seen[-1], "the record has them"
     assert {i + 1 for i in range(59) if seen[i] != seen[i - 1]} <= {1, *range(6, 61, 6)}, "every tenth of the training"
 
 

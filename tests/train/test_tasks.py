@@ -108,15 +108,14 @@ def test_sample_batches_are_the_first_rows_and_never_more_than_there_are(task):
 def test_evaluate_scores_each_row_once_in_evaluation_mode(task, tokenizer):
     good = {tokenizer.convert_tokens_to_ids(w) for w in ("good", "great", "fine", "lovely", "warm")}
     model = Says(lambda ids: torch.tensor([[0.0, 1.0] if good & set(row.tolist()) else [1.0, 0.0] for row in ids])).train()
-    hits = []
-    assert task.evaluate(model, task.test, ACCURACY, hits) == 1.0
-    assert hits == [1] * 28
+    assert task.score(model, task.test, ACCURACY) == (1.0, (1,) * 28)
     assert model.training
     assert not any(training for *_, training in model.seen)
     assert sum(len(ids) for ids, *_ in model.seen) == 28
     always = Says(lambda ids: torch.tensor([[0.0, 1.0]]).expand(len(ids), 2))
-    assert task.evaluate(always, task.test, ACCURACY, hits) == 0.5
-    assert hits == list(task.test["labels"]), "in the order of the part, not that of the batches"
+    score = task.score(always, task.test, ACCURACY)
+    assert score.value == task.evaluate(always, task.test, ACCURACY) == 0.5
+    assert score.hits == tuple(task.test["labels"]), "in the order of the part, not that of the batches"
 
 
 def test_an_output_that_is_not_finite_scores_nan(task):

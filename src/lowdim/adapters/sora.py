@@ -98,6 +98,10 @@ class SoRAAdapted(Adapted):
         groups = super().param_groups(lr, weight_decay)
         return [{**group, "weight_decay": 0.0} if id(group["params"][0]) in gates else group for group in groups]
 
+    def found_ranks(self) -> dict[str, int]:
+        """`effective_rank()`."""
+        return self.effective_rank()
+
     def effective_rank(self) -> dict[str, int]:
         """How many gates of each layer are not 0."""
         return {name: int(gather(gate.detach()).count_nonzero()) for name, gate in self._gates().items()}

@@ -19,12 +19,13 @@ from lowdim import models
 from lowdim.catalogue import Variant, methods
 from lowdim.compare.live import LiveTable
 from lowdim.compare.result import mark, summarise
-from lowdim.compare.runs import Bench, Run, load_run, perform
+from lowdim.compare.runs import Contest, Run, load_run, perform
 from lowdim.compare.settings import DEFAULT_METHODS, TRAINING_METHODS, CompareSettings
 from lowdim.compare.winner import export_winner
-from lowdim.errors import BudgetError, DataError, LowdimError
+from lowdim.errors import DataError, LowdimError
 from lowdim.files import read_json, write_json
 from lowdim.linalg import derive_seed
+from lowdim.records import claim
 from lowdim.train.data import locate
 from lowdim.train.environment import environment
 from lowdim.train.garbage import isolated_gc
@@ -81,7 +82,7 @@ def compare(
     for note in task.notes:
         console.print(f"  [yellow]note[/] {escape(note)}", highlight=False)
     forecasts, skipped = _forecast(settings, task, chosen, tokenizer, console)
-    bench = _bench(settings, task, metric, folder, tokenizer, console)
+    bench = _contest(settings, task, metric, folder, tokenizer, console)
     write_json(folder / "settings.json", {**settings.to_dict(), "command": command})
     able = [v for v in chosen if v.name not in skipped]
     rates = {v.name: v.rates_for(bench.scratch)[: settings.trials] for v in able}
@@ -130,15 +131,9 @@ def compare(
 
 
 def _claim(folder: Path, settings: CompareSettings, resume: bool) -> None:
-    earlier = folder / "settings.json"
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"--out {folder} is a file; name a folder")
-    if not earlier.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise FileExistsError(f"--out {folder} is not empty and holds no comparison; name another folder")
+    earlier = claim(folder, "settings.json", "comparison", resume)
+    if earlier is None:
         return
-    if not resume:
-        raise FileExistsError(f"--out {folder} already holds a comparison; continue it with --resume, or name another folder")
     differs = settings.differs_from(read_json(earlier))
     if differs:
         old = read_json(earlier)
@@ -173,7 +168,7 @@ def _forecast(
     settings: CompareSettings, task: Task, chosen: list[Variant], tokenizer: Any, console: Console
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Peak bytes by method, and why some are left out. Batches are taken at the longest length that the data has."""
-    from lowdim.plan import forecast
+    from lowdim.plan import affordable, forecast
 
     longest = task.max_length
     if settings.task != "pretrain":
@@ -181,7 +176,7 @@ def _forecast(
     config = models.load_config(settings.model)
     if settings.tokenizer is not None:
         models.fit_vocabulary(config, tokenizer)
-    found, skipped = {}, {}
+    found, skipped, outlooks = {}, {}, []
     for variant in chosen:
         try:
             outlook = forecast(
@@ -199,8 +194,8 @@ def _forecast(
             skipped[variant.name] = str(error)
         else:
             found[variant.name] = outlook.total
-            if outlook.fits is False:
-                assert settings.budget is not None
+            outlooks.append(outlook)
+            if settings.budget is not None and outlook.total > settings.budget:
                 skipped[variant.name] = (
                     f"needs {format_bytes(outlook.total)} at the peak by forecast; "
                     f"the budget is {format_bytes(settings.budget)}"
@@ -208,17 +203,13 @@ def _forecast(
         if variant.name in skipped:
             console.print(f"  [yellow]left out[/] {variant.label}: {escape(skipped[variant.name])}", highlight=False)
     if len(skipped) == len(chosen):
-        if found:
-            least = min(found, key=lambda name: found[name])
-            raise BudgetError(
-                f"--budget {format_bytes(settings.budget or 0)}: no method fits; {least} needs the least, "
-                f"{format_bytes(found[least])} (try a smaller --batch-size or --max-length)"
-            )
+        if settings.budget is not None and outlooks:
+            affordable(outlooks, settings.budget)  # raises: nothing fits
         raise LowdimError(f"no method can be run: {'; '.join(f'{k}: {v}' for k, v in skipped.items())}")
     return found, skipped
 
 
-def _bench(settings: CompareSettings, task: Task, metric: Metric, folder: Path, tokenizer: Any, console: Console) -> Bench:
+def _contest(settings: CompareSettings, task: Task, metric: Metric, folder: Path, tokenizer: Any, console: Console) -> Contest:
     from lowdim.train.head import fit_head
 
     scratch = settings.task == "pretrain"
@@ -247,11 +238,11 @@ def _bench(settings: CompareSettings, task: Task, metric: Metric, folder: Path, 
         digest.update(locate(name).read_bytes())  # a file that has changed since makes other runs
     fingerprint = digest.hexdigest()
     sizes = settings.steps, settings.batch_size, settings.max_length
-    return Bench(model, task, head, metric, *sizes, folder, fingerprint, scratch=scratch)
+    return Contest(model, task, head, metric, *sizes, folder, fingerprint, scratch=scratch)
 
 
 def _run_all(
-    settings: CompareSettings, bench: Bench, able: list[Variant], trials: list[Run], begun: float, console: Console
+    settings: CompareSettings, bench: Contest, able: list[Variant], trials: list[Run], begun: float, console: Console
 ) -> tuple[dict[str, dict[str, list[dict[str, Any]]]], int, list[str]]:
     """All trials, then round after round of seeds, so that a time limit leaves every method with as many."""
     records: dict[str, dict[str, list[dict[str, Any]]]] = {"trial": {}, "seed": {}}
@@ -278,7 +269,7 @@ def _run_all(
     return records, rounds, notes
 
 
-def _one(bench: Bench, run: Run, live: LiveTable, records: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
+def _one(bench: Contest, run: Run, live: LiveTable, records: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
     live.start(run)
     record = load_run(bench, run)
     cached = record is not None

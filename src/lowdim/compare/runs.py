@@ -21,7 +21,7 @@ from lowdim.train.loop import FitSettings, fit
 from lowdim.train.metrics import Metric
 from lowdim.train.tasks import Task
 
-__all__ = ["Bench", "Run", "load_run", "perform"]
+__all__ = ["Contest", "Run", "load_run", "perform"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Run:
 
 
 @dataclass
-class Bench:
+class Contest:
     """What all runs share: the model to copy, the data, and how long to train."""
 
     model: nn.Module
@@ -56,7 +56,7 @@ class Bench:
     scratch: bool = False
 
 
-def perform(bench: Bench, run: Run, *, on_step: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def perform(bench: Contest, run: Run, *, on_step: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Train, score and write `run.json`; returns its record. A run that diverges is recorded with its reason, not raised."""
     from lowdim.train.trainer import Tick
 
@@ -119,9 +119,9 @@ def perform(bench: Bench, run: Run, *, on_step: Callable[[], None] = lambda: Non
         if result.failure is None:
             record["validation"] = bench.task.evaluate(model, bench.task.validation, bench.metric)
             if run.phase == "seed":
-                hits: list[int] = []
-                record["test"] = bench.task.evaluate(model, bench.task.test, bench.metric, hits)
-                record["hits"] = "".join(map(str, hits))  # right or wrong, text by text: paired comparisons need it
+                score = bench.task.score(model, bench.task.test, bench.metric)
+                record["test"] = score.value
+                record["hits"] = "".join(map(str, score.hits))  # right or wrong, text by text: paired comparisons need it
             if not math.isfinite(record.get("test", record["validation"])):
                 record["failure"] = "the trained model's outputs are not finite"
         if run.phase == "seed" and record["failure"] is None:
@@ -132,7 +132,7 @@ def perform(bench: Bench, run: Run, *, on_step: Callable[[], None] = lambda: Non
     return read_json(write_json(bench.folder / "runs" / run.name / "run.json", record))
 
 
-def load_run(bench: Bench, run: Run) -> dict[str, Any] | None:
+def load_run(bench: Contest, run: Run) -> dict[str, Any] | None:
     """The record of a run that was finished before, or None; one from other settings is not taken."""
     path = bench.folder / "runs" / run.name / "run.json"
     if not path.is_file():
@@ -142,7 +142,7 @@ def load_run(bench: Bench, run: Run) -> dict[str, Any] | None:
     return record if same else None
 
 
-def _save(applied: Applied, run: Run, bench: Bench) -> int:
+def _save(applied: Applied, run: Run, bench: Contest) -> int:
     """Keep what was trained. Whole models are kept once, from the first seed that worked; the size is that of the file."""
     folder = bench.folder / "runs" / run.name
     if applied.adapted is not None:

@@ -13,7 +13,7 @@ from torch import nn
 from lowdim import models
 from lowdim.adapters import Adapted, load_adapter
 from lowdim.catalogue import variant
-from lowdim.compare.runs import Bench
+from lowdim.compare.runs import Contest
 from lowdim.compare.settings import CompareSettings
 from lowdim.export import ExportResult, export
 from lowdim.files import read_json, read_tensors
@@ -23,7 +23,7 @@ __all__ = ["export_winner", "restore"]
 
 
 def export_winner(
-    bench: Bench, settings: CompareSettings, tokenizer: Any, best: dict[str, Any], folder: Path
+    bench: Contest, settings: CompareSettings, tokenizer: Any, best: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
     """Export the best method's model (of its first seed) to `winner/`; returns what the report says of it.
 
@@ -50,7 +50,7 @@ def export_winner(
     }
 
 
-def restore(bench: Bench, run: Path) -> Any:
+def restore(bench: Contest, run: Path) -> Any:
     """The trained model of a run: an `Adapted`, or a plain module."""
     base = copy.deepcopy(bench.model)
     if (run / "adapter").is_dir():
@@ -85,7 +85,7 @@ def _exact_in_peft(model: Any) -> bool:
 
 
 @torch.no_grad()
-def _check(model: Any, bench: Bench, settings: CompareSettings, result: ExportResult, folder: Path) -> float | None:
+def _check(model: Any, bench: Contest, settings: CompareSettings, result: ExportResult, folder: Path) -> float | None:
     """Largest difference of logits between what was trained and what other tools load from the folder."""
     rows = [bench.task.test[i] for i in range(min(8, len(bench.task.test)))]
     batch = bench.task.collate(rows)

@@ -114,6 +114,10 @@ class Applied:
         for each in self.companions:
             each.step(optimizer)
 
+    def ranks(self) -> dict[str, int]:
+        """Layer -> rank now, where the method chooses them while it trains."""
+        return {name: rank for each in self.companions for name, rank in each.found_ranks().items()}
+
     def finish(self) -> None:
         """Once, after the last step and before the model is evaluated, merged or saved."""
         for each in self.companions:

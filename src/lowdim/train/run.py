@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,23 @@ import lowdim
 from lowdim import models
 from lowdim.catalogue import Variant, variant
 from lowdim.errors import CheckpointError, LowdimError
-from lowdim.files import read_json, whole_folder, write_json, write_text
+from lowdim.files import whole_folder, write_text
 from lowdim.linalg import is_sharded
-from lowdim.methods import Setup, strategy_for, with_options
+from lowdim.methods import Applied, Setup, Strategy, strategy_for, with_options
+from lowdim.records import RUN, RunRecord, claim
 from lowdim.train.environment import environment
-from lowdim.train.loop import FitSettings, check_tracker, fit
-from lowdim.train.metrics import metric_for
+from lowdim.train.loop import FitResult, FitSettings, check_tracker, fit
+from lowdim.train.metrics import Metric, metric_for
 from lowdim.train.recipes import Recipe, load_recipe
 from lowdim.train.tasks import Task, classification, language_modelling
 
 __all__ = ["load_run", "run_recipe"]
 
-RECORD = "run.json"
-
 
 def run_recipe(
     recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] = lambda line: None, callbacks: tuple[Any, ...] = ()
 ) -> dict[str, Any]:
-    """Train as the recipe says; returns the record that `run.json` holds.
+    """Train as the recipe says; returns the record that `run.json` holds (`lowdim.records.RunRecord`).
 
     Writes `recipe.yaml`, `run.json`, `adapter/` (or `model/` for methods without an adapter) and, with `save_steps`,
     `checkpoints/`. Resuming from a checkpoint gives the same bits as a run that was never interrupted.
@@ -45,22 +45,56 @@ def run_recipe(
         CheckpointError: it holds another recipe's run.
         LowdimError: the loss became NaN or infinite.
     """
-    folder = Path(recipe.out)
-    chosen = with_options(variant(recipe.method), recipe.options)
-    strategy = strategy_for(chosen)
+    run = _prepare(recipe, resume, say)
+    start = _load(run)
+    result = _train(run, start, resume, callbacks)
+    return _write(run, start, result)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A recipe that has been checked, and whose folder is claimed."""
+
+    recipe: Recipe
+    strategy: Strategy
+    metric: Metric
+    folder: Path
+    accumulation: int
+    first: bool  # of several processes that torchrun or accelerate has started: the one that writes
+    say: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A model made ready, and what it is trained on."""
+
+    task: Task
+    tokenizer: Any
+    applied: Applied
+    lr: float
+    before: float
+    trained: int  # counted now: some methods train less and less
+
+
+def _prepare(recipe: Recipe, resume: bool, say: Callable[[str], None]) -> _Run:
+    """Check everything that can be checked without a model, and claim the folder."""
+    strategy = strategy_for(with_options(variant(recipe.method), recipe.options))
     strategy.check_layerwise(recipe.layerwise)
     metric = metric_for(recipe.task, recipe.metric)
     check_tracker(recipe.report_to)
-    first = int(os.environ.get("RANK", "0")) == 0  # of several processes that torchrun or accelerate has started
+    first = int(os.environ.get("RANK", "0")) == 0
     if first:
-        _claim(folder, recipe, resume)
-    else:
-        say = lambda line: None  # noqa: E731
-    accumulation = accumulate(recipe)
+        _claim(Path(recipe.out), recipe, resume)
+    return _Run(recipe, strategy, metric, Path(recipe.out), accumulate(recipe), first, say if first else lambda line: None)
+
+
+def _load(run: _Run) -> _Start:
+    """Read data and model, score the model as it is, and make it ready for the method."""
+    recipe, strategy = run.recipe, run.strategy
     tokenizer = recipe_tokenizer(recipe.model, recipe.tokenizer, recipe.data, recipe.text)
     task = load_task(recipe, tokenizer)
     for note in task.notes:
-        say(f"note: {note}")
+        run.say(f"note: {note}")
     torch.manual_seed(recipe.seed)
     model = load_base(recipe, task.num_labels, tokenizer)
     head = models.head_modules(model, recipe.task)
@@ -68,14 +102,14 @@ def run_recipe(
         from lowdim.train.head import fit_head
 
         fit_head(model, head, task)
-    lr = recipe.lr if recipe.lr is not None else chosen.rates_for(recipe.from_scratch)[0]
+    lr = recipe.lr if recipe.lr is not None else strategy.variant.rates_for(recipe.from_scratch)[0]
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     model.to(device)
-    before = task.evaluate(model, task.validation, metric)
-    say(f"before: validation {metric.name} {before:.4f}")
+    before = task.evaluate(model, task.validation, run.metric)
+    run.say(f"before: validation {run.metric.name} {before:.4f}")
     setup = Setup(
         lr=lr,
         steps=recipe.steps,
@@ -86,67 +120,75 @@ def run_recipe(
         seed=recipe.seed,
         scratch=recipe.from_scratch,
         layerwise=recipe.layerwise,
-        accumulate=accumulation,
+        accumulate=run.accumulation,
         max_norm=recipe.max_grad_norm,
     )
     applied = strategy.apply(model, setup)
     for note in applied.notes:
-        say(f"note: {note}")
-    trained = applied.trained()  # now: some methods train less and less
-    say(f"{chosen.label}: {trained:,} trained parameters, learning rate {lr:g}")
-    if first:
-        write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))
-    settings = dataclasses.replace(
-        _settings(recipe, lr), gradient_accumulation=accumulation, clips_itself=strategy.clips_itself(recipe.layerwise)
-    )
-    result = fit(
-        applied,
-        task,
-        settings,
-        folder / "checkpoints",
-        resume=resume,
-        measure_memory=True,
-        callbacks=callbacks,
-        say=say,
-    )
-    validation = math.nan if result.failure else task.evaluate(model, task.validation, metric)
+        run.say(f"note: {note}")
+    trained = applied.trained()
+    run.say(f"{strategy.variant.label}: {trained:,} trained parameters, learning rate {lr:g}")
+    return _Start(task, tokenizer, applied, lr, before, trained)
+
+
+def _train(run: _Run, start: _Start, resume: bool, callbacks: tuple[Any, ...]) -> FitResult:
+    """Write the recipe, and train."""
+    recipe = run.recipe
+    if run.first:
+        text = yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+        write_text(run.folder / "recipe.yaml", text)
+    clips = run.strategy.clips_itself(recipe.layerwise)
+    settings = dataclasses.replace(_settings(recipe, start.lr), gradient_accumulation=run.accumulation, clips_itself=clips)
+    place = run.folder / "checkpoints"
+    return fit(start.applied, start.task, settings, place, resume=resume, measure_memory=True, callbacks=callbacks, say=run.say)
+
+
+def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
+    """Score the trained model, and write it with its record.
+
+    Raises:
+        LowdimError: the loss, or an output, is not finite.
+    """
+    task, applied, variant = start.task, start.applied, run.strategy.variant
+    validation = math.nan if result.failure else task.evaluate(applied.model, task.validation, run.metric)
     if not math.isfinite(validation):
         reason = result.failure or "the trained model's outputs are not finite"
-        raise LowdimError(f"{reason}; try a smaller learning rate than {lr:g}. No trained model was written to {folder}")
-    record = {
-        "schema": 1,
-        "method": chosen.name,
-        "label": chosen.label,
-        "recipe": recipe.model_dump(),
-        "config": json.loads(json.dumps(applied.options, default=list)),
-        "lr": lr,
-        "seed": recipe.seed,
-        "trained_parameters": trained,
-        "metric": metric.name,
-        "before": before,
-        "validation": validation,
-        "test": task.evaluate(model, task.test, metric),
-        "data": {"name": task.name, **task.sizes(), "notes": list(task.notes), "labels": list(task.classes)},
-        "losses": result.losses,
-        "loss_steps": result.steps,
-        **({"penalties": result.penalties} if result.penalties else {}),
-        "evaluations": [list(row) for row in result.evaluations],
-        "subspaces": result.subspaces,
-        "spikes": result.spikes,
-        "seconds_per_step": result.seconds_per_step,
-        "measured_peak_bytes": result.peak_bytes,
-        "environment": environment(),
-        "lowdim": lowdim.__version__,
-    }
-    whole = whole_state(model)
-    if not first:
-        return record
-    if applied.adapted is not None:
-        applied.adapted.save(folder / "adapter")
-    else:
-        save_plain(model, folder / "model", tokenizer, whole)
-    write_json(folder / RECORD, record)
-    return record
+        raise LowdimError(
+            f"{reason}; try a smaller learning rate than {start.lr:g}. No trained model was written to {run.folder}"
+        )
+    record = RunRecord(
+        method=variant.name,
+        label=variant.label,
+        recipe=run.recipe.model_dump(),
+        config=json.loads(json.dumps(applied.options, default=list)),
+        lr=start.lr,
+        seed=run.recipe.seed,
+        trained_parameters=start.trained,
+        metric=run.metric.name,
+        before=start.before,
+        validation=validation,
+        test=task.evaluate(applied.model, task.test, run.metric),
+        data={"name": task.name, **task.sizes(), "notes": list(task.notes), "labels": list(task.classes)},
+        losses=result.losses,
+        loss_steps=result.steps,
+        evaluations=[list(row) for row in result.evaluations],
+        subspaces=result.subspaces,
+        spikes=result.spikes,
+        seconds_per_step=result.seconds_per_step,
+        measured_peak_bytes=result.peak_bytes,
+        environment=environment(),
+        lowdim=lowdim.__version__,
+        penalties=result.penalties,
+        ranks=applied.ranks(),
+    )
+    whole = whole_state(applied.model)
+    if run.first:
+        if applied.adapted is not None:
+            applied.adapted.save(run.folder / "adapter")
+        else:
+            save_plain(applied.model, run.folder / "model", start.tokenizer, whole)
+        record.write(run.folder)
+    return record.to_dict()
 
 
 def load_task(recipe: Recipe, tokenizer: Any) -> Task:
@@ -234,12 +276,12 @@ def load_run(folder: str | Path) -> tuple[Any, Recipe, Variant]:
     from lowdim.adapters import load_adapter
 
     folder = Path(folder)
-    record = read_json(folder / RECORD)
+    record = RunRecord.read(folder)
     try:
-        recipe = Recipe(**record["recipe"])
-        labels = max(2, len(record["data"]["labels"]))
+        recipe = Recipe(**record.recipe)
+        labels = max(2, len(record.data["labels"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / RECORD} is not the record of a recipe run") from error
+        raise CheckpointError(f"{folder / RUN} is not the record of a recipe run") from error
     chosen = with_options(variant(recipe.method), recipe.options)
     if not (folder / "adapter").is_dir():
         raise CheckpointError(f"{folder} holds no adapter; its model is in {folder / 'model'}, ready to use")
@@ -301,15 +343,9 @@ def _settings(recipe: Recipe, lr: float) -> FitSettings:
 
 
 def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
-    earlier = folder / "recipe.yaml"
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; name a folder with --out")
-    if not earlier.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise FileExistsError(f"{folder} is not empty and holds no run; name another folder with --out")
+    earlier = claim(folder, "recipe.yaml", "run", resume)
+    if earlier is None:
         return
-    if not resume:
-        raise FileExistsError(f"{folder} already holds a run; continue it with --resume, or name another folder with --out")
     now, old = recipe.model_dump(), load_recipe(earlier).model_dump()
     differs = [key for key in now if old[key] != now[key] and key not in ("out", "save_steps", "report_to")]
     if differs:

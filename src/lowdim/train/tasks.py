@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,19 @@ from lowdim.surgery import model_device
 from lowdim.train.data import Examples, read_examples, read_texts, split
 from lowdim.train.metrics import Metric, classification_score
 
-__all__ = ["Task", "classification", "language_modelling", "stack_blocks"]
+__all__ = ["Score", "Task", "classification", "language_modelling", "stack_blocks"]
+
+
+class Score(NamedTuple):
+    """A model's score on one part.
+
+    Attributes:
+        value: of the metric.
+        hits: 1 or 0 for each row, right or wrong, in the order of the part; empty for language models.
+    """
+
+    value: float
+    hits: tuple[int, ...] = ()
 
 
 @dataclass
@@ -66,12 +78,13 @@ class Task:
         """The model's own loss on a batch with labels."""
         return model(**batch).loss
 
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, part: Any, metric: Metric, hits: list[int] | None = None) -> float:
-        """The score of a model on one part, in evaluation mode; NaN where an output is not finite.
+    def evaluate(self, model: nn.Module, part: Any, metric: Metric) -> float:
+        """The value of `score`."""
+        return self.score(model, part, metric).value
 
-        `hits`, if given, is filled with 1 or 0 for each row, right or wrong, in the order of the part (classification only).
-        """
+    @torch.no_grad()
+    def score(self, model: nn.Module, part: Any, metric: Metric) -> Score:
+        """The score of a model on one part, in evaluation mode; NaN where an output is not finite."""
         device, was_training = model_device(model), model.training
         model.eval()
         order = sorted(range(len(part)), key=lambda i: len(part[i]["input_ids"]))
@@ -82,7 +95,7 @@ class Task:
                 batch = {key: value.to(device) for key, value in self.collate(rows).items()}
                 output = model(**batch)
                 if not bool(torch.isfinite(output.logits).all()):
-                    return math.nan
+                    return Score(math.nan)
                 if self.kind == "classify":
                     labels += batch["labels"].tolist()
                     predictions += output.logits.argmax(-1).tolist()
@@ -92,12 +105,11 @@ class Task:
         finally:
             model.train(was_training)
         if self.kind == "classify":
-            if hits is not None:
-                right = dict(zip(order, (int(a == b) for a, b in zip(labels, predictions))))
-                hits[:] = [right[i] for i in range(len(part))]
-            return classification_score(metric.name, labels, predictions)
+            right = dict(zip(order, (int(a == b) for a, b in zip(labels, predictions))))
+            hits = tuple(right[i] for i in range(len(part)))
+            return Score(classification_score(metric.name, labels, predictions), hits)
         mean = loss / max(1, tokens)
-        return mean if metric.name == "loss" else math.exp(min(mean, 50.0))
+        return Score(mean if metric.name == "loss" else math.exp(min(mean, 50.0)))
 
 
 def classification(

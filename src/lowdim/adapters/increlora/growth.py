@@ -85,6 +85,10 @@ class IncreLoRAAdapted(Adapted):
         values = (shared.I * shared.U).tolist() if isinstance(shared, Allocator) else []
         return dict(zip(self.layers, values))
 
+    def found_ranks(self) -> dict[str, int]:
+        """`ranks()`."""
+        return self.ranks()
+
     def ranks(self) -> dict[str, int]:
         """The active rank of each layer."""
         return {name: update.active for name, update in self._updates().items()}

@@ -287,6 +287,10 @@ class MaestroTraining(Companion):
         self.sampler.reset()
         return found
 
+    def found_ranks(self) -> dict[str, int]:
+        """The current rank of every layer."""
+        return self.sampler.ranks()
+
     def finish(self) -> None:
         """`close()`."""
         self.close()

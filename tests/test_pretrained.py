@@ -14,7 +14,18 @@ from torch import nn
 import lowdim
 import tiny
 from lowdim.after_import import after_import
-from lowdim.compress import LoRDConfig, LowRankLinear, WeLoreConfig, WeLoreLinear, last_report, lord, welore
+from lowdim.compress import (
+    LoRDConfig,
+    LowRankLinear,
+    Scheduled,
+    WeLoreConfig,
+    WeLoreLinear,
+    finalize,
+    last_report,
+    lord,
+    step,
+    welore,
+)
 from lowdim.errors import CheckpointError, LowdimError
 from lowdim.layers import Monarch, swap_linear
 from lowdim.modules import MaskedLinear
@@ -195,7 +206,7 @@ def test_registering_twice_changes_nothing():
 def test_without_lowdim_it_is_an_error_and_never_random_weights(kind, tmp_path, forget_lowdim):
     save_compressed(compressed(), tmp_path / "small")
     forget_lowdim()
-    with pytest.raises(RuntimeError, match="weight"):
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         kind.from_pretrained(tmp_path / "small")
 
 
@@ -330,6 +341,11 @@ def test_a_truncated_file_is_refused(tmp_path):
     ("change", "match"),
     [
         (lambda q: q.update(version=2), "in version 2; this lowdim reads version 1; update it"),
+        (
+            lambda q: q["layers"].popitem(),
+            "config.json is damaged: its layers are not those that model",
+        ),
+        (lambda q: q["layers"]["model.layers.0.mlp.up_proj"].update(alpha=2.0), "config.json is damaged"),
         (lambda q: q.update(depth=2), "version 1 with 'depth'"),
         (lambda q: q["layers"]["model.layers.0.mlp.up_proj"].update({"class": "LowRankLinera"}), "layer class 'LowRankLinera'"),
         (
@@ -398,3 +414,37 @@ def test_what_cannot_be_saved(tmp_path):
     save_compressed(model, tmp_path / "dense", dense=True)
     torch.testing.assert_close(logits(load(tmp_path / "dense")), logits(model), rtol=1e-4, atol=1e-5)
     assert not (tmp_path / "x").exists()
+
+
+class Fading(MaskedLinear, Scheduled):
+    """Half of the weight goes at every step."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.start_counting()
+
+    def mask(self):
+        return self.weight.new_full(self.matrix.shape, 0.5**self.finished)
+
+    def description(self):
+        return {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_schedule_goes_on_after_loading(dtype, tmp_path):
+    tiny.llama().save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype)
+    name = "model.layers.0.mlp.up_proj"
+    lowdim.surgery.replace_layer(model, name, Fading(model.get_submodule(name)))
+    step(model)
+    step(model)
+    save_compressed(model, tmp_path / "partway")
+    again = load(tmp_path / "partway", dtype=dtype)
+    for net in (model, again):
+        step(net)
+    assert again.get_submodule(name).finished == 3
+    assert torch.equal(logits(again), logits(model))
+    finalize(model)
+    save_compressed(model, tmp_path / "plain")  # without a layer that needs lowdim: saved as ever
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert torch.equal(logits(load(tmp_path / "plain", dtype=dtype)), logits(again))

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lowdim.compress import LowRankLinear, load_low_rank
+from lowdim.compress import LowRankLinear, load_compressed, load_low_rank
 from lowdim.errors import CheckpointError
+from lowdim.modules import describe_layers
 
 
 class Tied(nn.Module):
@@ -54,9 +55,9 @@ def test_the_bias_is_the_files(bias):
         (lambda t: t.update({"embed.weight": torch.zeros(7, 5)}), "embed.weight missing, unexpected or of the wrong shape"),
         (
             lambda t: t.update({"mid.A": torch.zeros(2, 5)}),
-            r"layer mid has shape \(4, 4\), and its tensors in the file do not fit: A \(2, 5\), B \(4, 2\)",
+            r"layer mid is a Linear with weight \(4, 4\), and its tensors in the file do not fit: A \(2, 5\), B \(4, 2\)",
         ),
-        (lambda t: t.update({"mid.B": torch.zeros(4, 3)}), r"layer mid has shape .* B \(4, 3\)"),
+        (lambda t: t.update({"mid.B": torch.zeros(4, 3)}), r"layer mid is a Linear .* B \(4, 3\)"),
     ],
 )
 def test_another_models_file_changes_nothing(change, match):
@@ -67,3 +68,30 @@ def test_another_models_file_changes_nothing(change, match):
         load_low_rank(model, tensors)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_descriptions_say_what_tensors_cannot():
+    small = nn.Sequential(LowRankLinear(6, 4, rank=2, alpha=5.0), nn.ReLU())
+    tensors, layers = small.state_dict(), describe_layers(small)
+    x = torch.randn(3, 6)
+    assert torch.equal(load_compressed(nn.Sequential(nn.Linear(6, 4), nn.ReLU()), tensors, layers)(x), small(x))
+    assert not torch.equal(load_compressed(nn.Sequential(nn.Linear(6, 4), nn.ReLU()), tensors)(x), small(x))
+
+
+@pytest.mark.parametrize(
+    ("layers", "match"),
+    [
+        ({"9": {"class": "LowRankLinear", "rank": 2, "bias": True}}, "layers describes '9', which Sequential does not have"),
+        ({"0": {"class": "LowRankLinear", "rank": 3, "bias": True}}, r"layer 0 is a Linear with weight \(4, 6\).*A \(2, 6\)"),
+        ({"1": {"class": "LowRankLinear", "rank": 3, "bias": True}}, "layer 1 is a ReLU, .*do not fit: none"),
+        ({"0": {"rank": 2, "bias": True}}, "layer 0 is a Linear.*'class'"),
+        ({}, r"do not fit Sequential: 0\.A, 0\.B, 0\.weight missing, unexpected or of the wrong shape"),
+    ],
+)
+def test_wrong_descriptions_change_nothing(layers, match):
+    tensors = nn.Sequential(LowRankLinear(6, 4, rank=2), nn.ReLU()).state_dict()
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU())
+    linear = model[0]
+    with pytest.raises(CheckpointError, match=match):
+        load_compressed(model, tensors, layers)
+    assert model[0] is linear

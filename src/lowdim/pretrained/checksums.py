@@ -24,27 +24,32 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: _checksum(tensor) for name, tensor in tensors.items() if _is_whole(tensor)}
 
 
-def header(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def header(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str, str]:
     """What the safetensors header of a compressed model holds."""
-    return {_KEY: json.dumps({"version": 1, "checksums": checksums(tensors)})}
+    return {_KEY: json.dumps({"version": 1, "layers": _of_json(layers), "checksums": checksums(tensors)})}
 
 
-def verify(files: Iterable[str | Path], layers: Iterable[str]) -> None:
-    """Read the files and compare every tensor with its checksum. Files that carry none are let through.
+def verify(files: Iterable[str | Path], layers: Mapping[str, Any]) -> None:
+    """Read the files and compare every tensor with its checksum, and the descriptions too. Files without any are let through.
 
     Args:
         files: the safetensors files of one checkpoint.
-        layers: names of compressed layers, of which no tensor may be missing.
+        layers: the descriptions of the compressed layers, of which no tensor may be missing.
 
     Raises:
-        CheckpointError: a file that is incomplete, a tensor that has changed since it was written, or one that is missing.
+        CheckpointError: a file that is incomplete, a tensor or description that has changed since it was written, or a tensor
+            that is missing.
     """
     expected: dict[str, str] = {}
     found: dict[str, str] = {}
     for path in (Path(file) for file in files):
         if path.suffix != ".safetensors":
             continue
-        named, actual = _read(path)
+        described, named, actual = _read(path)
+        if described not in (None, _of_json(layers)):
+            raise CheckpointError(
+                f"{path.parent / 'config.json'} is damaged: its layers are not those that {path.name} was written with"
+            )
         for name, value in actual.items():
             if name in named and named[name] != value:
                 raise CheckpointError(
@@ -63,24 +68,24 @@ def verify(files: Iterable[str | Path], layers: Iterable[str]) -> None:
         )
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """The checksums that a file's header names, and those of the tensors in it."""
+def _read(path: Path) -> tuple[str | None, dict[str, str], dict[str, str]]:
+    """The checksum of the descriptions and those of the tensors that a file's header names, and those of the tensors in it."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             record = (file.metadata() or {}).get(_KEY)
             if record is None:
-                return {}, {}
-            named = _named(record)
-            return named, {name: _checksum(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                return None, {}, {}
+            content: Any = json.loads(record)
+            named = {str(name): str(value) for name, value in content["checksums"].items()}
+            return str(content["layers"]), named, {name: _checksum(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file ({error})") from error
 
 
-def _named(record: str) -> dict[str, str]:
-    content: Any = json.loads(record)
-    return {str(name): str(value) for name, value in content["checksums"].items()}
+def _of_json(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _checksum(tensor: Tensor) -> str:

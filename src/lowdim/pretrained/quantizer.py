@@ -65,9 +65,9 @@ class LowdimQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Iterable[str] | None = None, **_: Any
     ) -> nn.Module:
-        verify(checkpoint_files or (), self.quantization_config.layers)
         layers = _as_named_in(model, self.quantization_config.layers)
         place_blanks(model, layers)
+        verify(checkpoint_files or (), self.quantization_config.layers)
         guards = {rf"(^|\.){re.escape(name)}\.weight$" for name in (*layers, *self.quantization_config.layers)}
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, *guards}  # type: ignore[assignment]
@@ -93,7 +93,7 @@ class LowdimQuantizer(HfQuantizer):
         if guarded is not None:
             like = next(value for key, value in state.items() if key.startswith(f"{guarded}."))
             state[f"{guarded}.weight"] = torch.empty(0, dtype=like.dtype)
-        return state, header(state)
+        return state, header(state, layers)
 
     def _dequantize(self, model: Any, dtype: Any = None) -> nn.Module:
         from lowdim.pretrained.dense import make_room_for_biases

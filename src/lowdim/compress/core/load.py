@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lowdim.errors import CheckpointError
 from lowdim.modules import Rebuildable, layer_class
 from lowdim.modules.rebuildable import known_classes
-from lowdim.surgery import is_matrix_layer, matrix_shape, shallow_copy, swap_layers, tied_parameters
+from lowdim.surgery import describe, is_matrix_layer, shallow_copy, swap_layers, tied_parameters
 
 __all__ = ["load_compressed", "load_low_rank"]
 
@@ -93,11 +93,11 @@ def _filled(name: str, layer: nn.Module, description: Mapping[str, Any], tensors
         new.load_state_dict({key: value.detach().clone() for key, value in own.items()}, strict=True, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         sizes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in own.items())
+        reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"layer {name} has shape {matrix_shape(layer)}, and its tensors in the file do not fit: {sizes or 'none'} ({error})"
+            f"layer {name} is a {describe(layer)}, and its tensors in the file do not fit: {sizes or 'none'} ({reason})"
         ) from error
-    assert isinstance(new, Rebuildable)
-    new.after_loading()
+    cast(Rebuildable, new).after_loading()
     device = cast(Tensor, layer.weight).device
     return (new if device.type == "meta" else new.to(device)).train(layer.training)
 

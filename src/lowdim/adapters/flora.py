@@ -49,7 +49,7 @@ class FLoRAUpdate(ThinUpdate):
     def convolve(self, x: Tensor, conv: Convolution) -> Tensor:
         """`r_0` channels at each place, the small kernel `(r_1, r_0, ...)`, and `out` channels at each place."""
         kernel = self.G
-        for factor in list(self.U)[2:]:  # contracting axis 2 and appending the result, once an axis, keeps their order
+        for factor in list(self.U)[2:]:  # contracting axis 2 and appending the result, once per axis, keeps their order
             kernel = torch.tensordot(kernel, factor, dims=([2], [1]))  # type: ignore[arg-type]
         point = (1,) * len(conv.kernel_size)
         mix = (F.conv1d, F.conv2d, F.conv3d)[len(point) - 1]
@@ -68,7 +68,7 @@ class FLoRAUpdate(ThinUpdate):
         return super(FLoRAUpdate, copy.deepcopy(self).float() if narrow else self).low_rank_delta()
 
     def meta(self) -> dict[str, Any]:
-        """The kernel's sizes, which the matrix does not show."""
+        """The kernel's sizes, which cannot be seen from the matrix."""
         return {"kernel": [factor.shape[0] for factor in list(self.U)[2:]]}
 
 
@@ -83,13 +83,13 @@ class FLoRA(Method):
     Args:
         ranks: `(r_in, r_out, r_kernel, ...)`, one for each axis of the weight; one number `r` means `(r, r)` and 2 for each
             kernel axis, or the kernel's size where that is smaller.
-        scale: factor of the product. The gradient of `G` sees it, so a large one wants a smaller rate than LoRA's.
+        scale: factor of the product. It scales the gradient of `G`, so a large one needs a smaller rate than LoRA's.
         dropout: on the update's input, while training.
         target_modules: which layers (see `lowdim.surgery.find_layers`): nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d.
 
     Raises:
-        ValueError: a hyperparameter out of range (here); another number of ranks than axes, or a rank beyond its axis (at
-            attach).
+        ValueError: a hyperparameter out of range (here); the number of ranks differs from that of axes, or a rank beyond its
+            axis (at attach).
         TypeError: an embedding or another layer without such a weight (at attach).
 
     Example:
@@ -100,7 +100,7 @@ class FLoRA(Method):
         268
 
     `layer.delta()` is the matrix `(out, in · kernel)`, as everywhere in lowdim; `.view(weight.shape)` gives the kernel's
-    axes. On linear layers it is LoRA with a square core between the factors: take it for convolutions.
+    axes. On linear layers it is LoRA with a square core between the factors: use it for convolutions.
 
     Source: Si et al., "FLoRA: Low-Rank Core Space for N-dimension", arXiv 2405.14739.
     """
@@ -130,7 +130,7 @@ class FLoRA(Method):
         check_float("dropout", self.dropout, 0.0, 1.0, high_open=True)
 
     def attach(self, layer: nn.Module, *, stats: Stats | None = None, **kwargs: Any) -> AdaptedLayer:
-        """Wrap one layer; what is beyond the weight's matrix, the kernel's sizes, goes to `blank`."""
+        """Wrap one layer; the kernel's sizes, which the weight matrix does not have, are passed to `blank`."""
         if self.accepts(layer):
             kernel = cast(Tensor, layer.weight).shape[2:]
             stats = {**(stats or {}), "kernel": list(kernel)}

@@ -31,7 +31,7 @@ class LaMDAUpdate(ThinUpdate):
 
     Columns `0 .. frozen_columns() - 1` of `B` are held: their gradient is zero, and `step()` puts their values back, so no
     momentum or decay of any optimizer moves them. `start` is `W₀ Aᵀ (out, rank)`, the part of the weight that the update
-    took over; it and the step counter `steps` are in the state dict, so a trainer's checkpoint continues the schedule.
+    replaces; it and the step counter `steps` are in the state dict, so a trainer's checkpoint continues the schedule.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class LaMDAUpdate(ThinUpdate):
         self.register_buffer("A", torch.empty(rank, in_features, dtype=dtype, device=device))
         self.register_buffer("C0", torch.empty(out_features, rank, dtype=dtype, device=device) if spectral else None)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
-        self._done = 0  # what `steps` holds, readable without a device synchronisation
+        self._done = 0  # the value of `steps`, readable without a device synchronisation
         self._held: Tensor | None = None  # the frozen columns as they were before the optimizer's step
 
     A: Tensor
@@ -64,7 +64,7 @@ class LaMDAUpdate(ThinUpdate):
     steps: Tensor
 
     def frozen_columns(self) -> int:
-        """How many columns of `B` are frozen during the optimizer step that comes next."""
+        """The number of columns of `B` that are frozen during the next optimizer step."""
         return min(self.rank, math.floor(self.rate * max(0, self._done + 1 - self.delay) + 1e-9))
 
     def down(self) -> Tensor:
@@ -76,7 +76,7 @@ class LaMDAUpdate(ThinUpdate):
         return F.linear(hidden, self.S)
 
     def up(self) -> Tensor:
-        """`B`, cut off from autograd in its frozen columns."""
+        """`B`, detached in its frozen columns."""
         frozen = self.frozen_columns()
         if frozen == 0 or not torch.is_grad_enabled():
             return self.B
@@ -100,7 +100,7 @@ class LaMDAUpdate(ThinUpdate):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Undo what the optimizer did to frozen columns, and go on in the schedule."""
+        """Undo what the optimizer did to frozen columns, and advance the schedule."""
         if self._held is not None:
             local(self.B)[:, : self._held.shape[1]] = local(match(self._held, self.B))
         self._count(self._done + 1)
@@ -116,7 +116,7 @@ class LaMDAUpdate(ThinUpdate):
         return {key: value for key, value in self.state_dict().items() if key != "C0"}
 
     def restore(self, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Take a checkpoint and continue its schedule."""
+        """Load a checkpoint and continue its schedule."""
         super().restore(tensors, weight)
         if self.frozen_columns() == self.rank:
             self._retire()
@@ -131,8 +131,8 @@ class LaMDAUpdate(ThinUpdate):
             self.B.grad = None
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # Whether B still needs a gradient is settled at the next forward, not here: a trainer loads the model before it
-        # builds the optimizer, whose groups must be those of the run that it resumes.
+        # Whether B still needs a gradient is decided at the next forward, not here: a trainer loads the model before it
+        # builds the optimizer, whose groups must be the same as in the interrupted run.
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "steps" in state_dict:
             self._count(int(state_dict[prefix + "steps"]))
@@ -159,8 +159,8 @@ class LaMDA(Method):
             and call `adapted.step()` after each optimizer step.
         freeze_schedule: `"paper"`, or `"code"` (`⌊i / (freeze_fraction·T)⌋` columns: the released rule, which hardly freezes).
         warmup_steps: steps of the rate's warm-up, in which no column freezes yet; None means 0. `lowdim.train` fills it in.
-        rank_choices: LaMDA++: ranks handed out so that layers with flat spectra get the larger ones (`lowdim.ranks.by_energy`,
-            an equivalent in spirit: the paper's exact formula was not at hand).
+        rank_choices: LaMDA++: ranks to assign; layers with flat spectra get the larger ones (`lowdim.ranks.by_energy`, similar
+            in spirit: the paper's exact formula was not available).
 
     Raises:
         ValueError: a hyperparameter out of range (here), or a rank beyond the layer (at attach).
@@ -173,9 +173,9 @@ class LaMDA(Method):
         >>> [update.frozen_columns() for _ in range(4) if adapted.step() is None]
         [1, 2, 2, 2]
 
-    For the backward pass it keeps `A x` (rank numbers per token) where LoRA keeps `x`. Take LoRA instead where the task is
-    far from what the model was trained on: `A` never leaves the old weight's top directions. Under DistributedDataParallel
-    set `find_unused_parameters=True`, since `B` stops getting a gradient on the way.
+    For the backward pass it keeps `A x` (rank numbers per token) where LoRA keeps `x`. Use LoRA instead if the task is
+    far from the model's training data: `A` never leaves the old weight's top directions. Under DistributedDataParallel set
+    `find_unused_parameters=True`, because `B` stops receiving gradients partway through training.
 
     Source: Azizi, Kundu, Pedram, "LaMDA: Large Model Fine-Tuning via Spectrally Decomposed Low-Dimensional Adaptation",
     EMNLP Findings 2024, arXiv 2406.12832.
@@ -194,7 +194,7 @@ class LaMDA(Method):
 
     @classmethod
     def at_rank(cls, options: Mapping[str, Any], rank: int) -> dict[str, Any]:
-        """LaMDA++'s choices become as many times larger or smaller as the mean rank does."""
+        """LaMDA++'s choices scale with the mean rank."""
         mean, choices = options.get("rank", cls.rank), options.get("rank_choices")
         scaled = {} if choices is None else {"rank_choices": tuple(max(1, round(c * rank / mean)) for c in choices)}
         return {**options, "rank": rank, **scaled}
@@ -268,6 +268,6 @@ class LaMDA(Method):
 
 
 def _spectrum(top: Tensor, weight: Tensor) -> Tensor:
-    """The top singular values and one more that holds the rest of `‖W‖_F²`: all that the energy rule reads."""
+    """The top singular values and one more for the rest of `‖W‖_F²`, as the energy rule needs."""
     rest = (weight.double().square().sum() - top.double().square().sum()).clamp_min(0.0)
     return torch.cat([top.double(), rest.sqrt()[None]])

@@ -80,13 +80,13 @@ class LoLDUUpdate(DiagonalUpdate):
     def initialise_from(self, weight: Tensor, generator: torch.Generator | None) -> None:
         """Choose the pivots, take the factors and set the start."""
         weight = widest(weight)
-        perm, _, d, upper = ldu(weight[:, : self.rank])  # these columns alone decide the pivots
-        pivot = (d * upper.diagonal()).abs()  # where d was set to 1 the pivot still stands in U
+        perm, _, d, upper = ldu(weight[:, : self.rank])  # only these columns decide the pivots
+        pivot = (d * upper.diagonal()).abs()  # where d was set to 1 the pivot is still in U
         self.unique = bool(pivot.min() > 1e7 * torch.finfo(weight.dtype).eps * pivot.max())
         if self.unique:
             self.pivots.copy_(perm[: self.rank])
             d = self._factors(weight)
-        else:  # what follows a pivot that is rounding cannot be found again
+        else:  # the elimination after a pivot that is only rounding cannot be repeated
             perm, lower, d, upper = ldu(weight)
             self.pivots.copy_(perm[: self.rank])
             self.L[perm] = lower[:, : self.rank].to(self.L.dtype)
@@ -95,7 +95,7 @@ class LoLDUUpdate(DiagonalUpdate):
         self.z.copy_(self.z0)
 
     def recompute(self, weight: Tensor) -> None:
-        """The factors by the known pivots; the start where it was not drawn."""
+        """The factors from the known pivots; the start if it was not drawn."""
         d = self._factors(widest(weight))
         if self.init not in RANDOM:
             self._begin(d, None)
@@ -130,12 +130,12 @@ class LoLDU(Method):
     `σ = alpha / rank`, `W_e = W − σ L_r diag(z₀) U_r`. The output does not change at the start, whatever `init`.
 
     Args:
-        rank: how many numbers are trained, in [1, min(out, in)].
+        rank: number of trained numbers per layer, in [1, min(out, in)].
         alpha: numerator of the scale.
         target_modules: which layers (see `lowdim.surgery.find_layers`).
         init: of `z`, with m and s the mean and deviation of `d₁..d_r`: "ldu" (`d` itself), "constant" (m), "uniform"
             (U(±|m|/2)), "normal" (N(m, s²)), "ones", "zeros", "s_uniform" (U(±1)), "s_normal" (N(0, 1)).
-        train_scale: train σ too, one number a layer.
+        train_scale: also train σ, one number per layer.
         dropout: on the update's input, while training. Leave it at 0: it would drop parts of the pre-trained weight.
 
     Raises:
@@ -149,7 +149,7 @@ class LoLDU(Method):
         3
 
     The first r pivots depend on the order of rows and columns and are not the most important directions: below full rank
-    `SVFit` reaches more with as many numbers. The frozen factors take `r·(out + in)` numbers; where memory counts take LoRA-XS
+    `SVFit` achieves more with as many numbers. The frozen factors have `r·(out + in)` numbers; if memory is tight use LoRA-XS
     or LaMDA. With `alpha` far below `rank` the gradient of `z` is small: raise the rate, or alpha.
 
     Source: Shi et al., "LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning",

@@ -29,7 +29,7 @@ class LoRA(Method):
         rank: inner size, in [1, min(out, in)].
         alpha: numerator of the scale.
         dropout: on the update's input, while training.
-        target_modules: which layers (see `lowdim.surgery.find_layers`); None takes every linear layer but the head.
+        target_modules: which layers (see `lowdim.surgery.find_layers`); None selects every linear layer but the head.
         rank_stabilized: divide alpha by √rank, which keeps the update's size at high ranks.
 
     Raises:

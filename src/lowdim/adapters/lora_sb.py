@@ -45,7 +45,7 @@ class SquareUpdate(ThinUpdate):
 
 @dataclass(frozen=True)
 class LoRASB(Method):
-    """The square core between two frozen factors that approximate best what the first step of full fine-tuning would do.
+    """A square core between two frozen factors that best approximate the first step of full fine-tuning.
 
     Formula: `y = W x + B R A x`. `G = Σ_batches ∂L/∂W`, `ΔW = −η·sign(G)` with `η = lr / warmup_steps`, the rate of the very
     first optimizer step; `ΔW = U Σ Vᵀ`, `B = U_r`, `A = V_rᵀ`, `R = diag(σ₁..σ_r)`. The model starts at `W + B R A`.
@@ -59,8 +59,8 @@ class LoRASB(Method):
         sign: the first step of AdamW (`sign(G)`), or False for one of SGD (`G`).
 
     Raises:
-        ValueError: a hyperparameter out of range (here); `stats["gradient"]` missing, misshapen, not finite or all zero, or a
-            rank beyond the layer (at attach).
+        ValueError: a hyperparameter out of range (here); `stats["gradient"]` missing, of the wrong shape, not finite or all
+            zero, or a rank beyond the layer (at attach).
 
     Example:
         >>> import torch, lowdim
@@ -72,8 +72,8 @@ class LoRASB(Method):
         >>> [name for name in adapted.trainable()]
         ['0.update.R']
 
-    The output changes at attach, by design. Without sample batches and a loss take LoRA-XS; where thousands of numbers
-    per layer are affordable LoRA is more accurate.
+    The output changes at attach, by design. Without sample batches and a loss use LoRA-XS; where thousands of numbers
+    per layer are affordable, LoRA is more accurate.
 
     Source: Ponkshe et al., "Initialization using Update Approximation is a Silver Bullet for Extremely Efficient Low-Rank
     Fine-Tuning", arXiv 2411.19557.
@@ -114,7 +114,7 @@ class LoRASB(Method):
 
 @dataclass(frozen=True)
 class LoRAXS(Method):
-    """The square core between the weight's own top singular vectors.
+    """A square core between the weight's own top singular vectors.
 
     Formula: `y = W x + c · B R A x`, `c = alpha / rank`; `W = U Σ Vᵀ`, `B = U_r`, `A = Σ_r V_rᵀ`, `R ~ N(0, init_std²)`.
 
@@ -134,7 +134,7 @@ class LoRAXS(Method):
         >>> sum(p.numel() for p in adapted.trainable().values())
         4
 
-    `LoRASB` is the better start where a loss and some samples are at hand.
+    `LoRASB` is the better start if a loss and some samples are available.
 
     Source: Bałazy et al., "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters", arXiv 2405.17604.
     """

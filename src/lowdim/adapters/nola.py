@@ -24,8 +24,8 @@ _BASES = ("A0", "bases_A", "bases_B")
 class NOLAUpdate(ThinUpdate):
     """`ΔW = scaling · B A` with `A = A0 + Σ a_i bases_A[i] / √k`, `B = Σ b_i bases_B[i] / √k`; `a (k,)` and `b (k,)` trained.
 
-    With `held` the random `A0 (rank, in)`, `bases_A (k, rank, in)` and `bases_B (k, out, rank)` are buffers that no state dict
-    holds; otherwise they are drawn from `seed` wherever they are needed, a few at a time.
+    With `held` the random `A0 (rank, in)`, `bases_A (k, rank, in)` and `bases_B (k, out, rank)` are buffers that are not in
+    the state dict; otherwise they are drawn from `seed` when they are needed, a few at a time.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class NOLA(Method):
 
     Formula: `A = A0 + Σ_i a_i bases_A[i] / √k`, `B = Σ_i b_i bases_B[i] / √k`, `y = W x + c · B (A x)`, `c = alpha / rank`,
     `k = num_bases`; `bases_A (k, rank, in)` and `bases_B (k, out, rank)` are U(−1, 1), `A0 (rank, in)` is U(±1/√in), all
-    frozen. `a` and `b` start at zero, so the output does not change. `2·k` trained numbers a layer, whatever its size and the
+    frozen. `a` and `b` start at zero, so the output does not change. `2·k` trained numbers per layer, for every size and
     rank.
 
     Args:
@@ -123,7 +123,7 @@ class NOLA(Method):
         target_modules: which layers (see `lowdim.surgery.find_layers`).
         seed: of all random matrices, which no checkpoint holds; each layer of a model gets its own from this and its name.
         materialize: `"recompute"` draws the random matrices in chunks, in the forward and again in the backward pass, and never
-            holds more than one chunk; `"cache"` holds them, `k·rank·(in + out)` numbers a layer. Both give the same bits.
+            holds more than one chunk; `"cache"` holds them, `k·rank·(in + out)` numbers per layer. Both give the same bits.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -135,8 +135,9 @@ class NOLA(Method):
         >>> sum(p.numel() for p in adapted.trainable().values())
         128
 
-    For checkpoints of a few kilobytes. Each step draws or reads every random number again, `2·k·rank·(in + out)` a layer, which
-    on small batches costs more than the layer itself: where LoRA's numbers are affordable it is faster. Merge before serving.
+    For checkpoints of a few kilobytes. Each step draws or reads all random numbers again, `2·k·rank·(in + out)` per layer,
+    which costs more than the layer itself on small batches: if LoRA's numbers are affordable, LoRA is faster. Merge before
+        serving.
 
     Source: Koohpayegani et al., "NOLA: Compressing LoRA using Linear Combination of Random Basis", ICLR 2024, arXiv 2310.02556.
     """
@@ -176,4 +177,4 @@ class NOLA(Method):
         )
 
     def initialise(self, update: NOLAUpdate, weight: Tensor, stats: Stats, generator: torch.Generator | None) -> None:
-        """Nothing to draw: the coefficients are zero, and the bases follow from the seed."""
+        """Nothing to draw: the coefficients are zero, and the bases are drawn from the seed."""

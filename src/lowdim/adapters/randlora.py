@@ -53,7 +53,7 @@ class Bases:
             tail = 1 / 6 if self.kind == "sparse" else 1 / (2 * math.sqrt(self.sizes[1]))
             basis = (basis > 1 - tail).float() - (basis < tail).float()
         deviation = basis.double().std(correction=min(1, basis.numel() - 1)).float()
-        basis = basis / torch.where(deviation > 0, deviation, 1.0)  # a few equal entries have none
+        basis = basis / torch.where(deviation > 0, deviation, 1.0)  # a few equal entries have deviation 0
         return basis.to(dtype=dtype, device=device)
 
 
@@ -183,7 +183,7 @@ class RandLoRAUpdate(WeightUpdate):
         self.B = self.bases.B[: max(self.out_features, self.in_features), :terms]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # The views must not become copies of their own: move the bases, which is done once, and slice them again.
+        # The views must not become separate copies: move the bases, which is done once, and slice them again.
         self._buffers["A"] = self._buffers["B"] = None
         super()._apply(fn, recurse)
         self.bases.move(fn)
@@ -226,8 +226,8 @@ class RandLoRA(Method):
         >>> sum(p.numel() for p in adapted.trainable().values())
         24
 
-    It costs two products with square factors for each token, about as much as the frozen layer twice over. Where the
-    wanted update has a decaying spectrum, LoRA reaches it with fewer numbers and far less time.
+    It costs two products with square factors for each token, about twice the frozen layer. If the required update has a
+    decaying spectrum, LoRA reaches it with fewer numbers and in far less time.
 
     Source: Albert et al., "RandLoRA: Full-rank parameter-efficient fine-tuning of large models", ICLR 2025,
     arXiv 2502.00987.
@@ -275,7 +275,7 @@ class RandLoRA(Method):
         update.gamma.fill_(1 / max(update.gamma.shape))
 
     def peft(self, adapted: Any) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """PEFT's RandLoRA with saved projections; None where a convolution is adapted, which PEFT's cannot."""
+        """PEFT's RandLoRA with saved projections; None if a convolution is adapted, which PEFT does not support."""
         layers: dict[str, AdaptedLayer] = adapted.layers
         if any(layer.kind != "linear" for layer in layers.values()):
             return None

@@ -40,7 +40,7 @@ class S2FTUpdate(WeightUpdate):
         s2 = torch.zeros(shape, dtype=dtype, device=device)
         if count:
             self.s2 = nn.Parameter(s2)
-        else:  # FSDP2 cannot spread an empty parameter
+        else:  # FSDP2 cannot shard an empty parameter
             self.register_buffer("s2", s2)
         self.register_buffer("indices", torch.arange(count, dtype=torch.int64, device=device))
 
@@ -92,8 +92,9 @@ class S2FT(Method):
     """A few whole channels of a weight are trained: a dense slice of it, and nothing else.
 
     Formula: `ΔW[:, indices] = s2` for axis `"in"` (channels that enter: down_proj, o_proj), `ΔW[indices, :] = s2` for axis
-    `"out"` (channels that leave: up_proj, v_proj); `s2` starts at 0. A channel block is `block` neighbours. `"random"`: of the
-    N blocks of all adapted layers together `⌊N · ratio⌋`, uniformly, so some layers may get none. Else `⌊blocks · ratio⌋` of
+    `"out"` (channels that leave: up_proj, v_proj); `s2` starts at 0. A channel block is `block` neighbours. `"random"`: `⌊N ·
+        ratio⌋`
+    of the N blocks of all adapted layers together, drawn uniformly, so some layers may get none. Else `⌊blocks · ratio⌋` of
     each layer by a score: the norm of the block of the weight (`"weight"`), of its inputs or outputs over sample batches
     (`"activation"`), or of the gradient on them (`"gradient"`); of equal ones the lower index.
 
@@ -102,11 +103,11 @@ class S2FT(Method):
         axis: `"in"` or `"out"`.
         block: channels that are chosen together; the head size for o_proj and v_proj.
         selection: `"random"`, `"weight"`, `"activation"` or `"gradient"`; the last two need `batches` (and a `loss_fn`).
-        largest: take the largest scores; False takes the smallest.
+        largest: select the largest scores; False selects the smallest.
         indices: instead of a selection, the channels of each layer: full module name -> sequence of ints; a sequence alone is
             for every layer. A mapping without `target_modules` adapts the layers that it names.
         target_modules: which layers (see `lowdim.surgery.find_layers`).
-        seed: of the random selection, beside that of `lowdim.adapt`.
+        seed: of the random selection, in addition to that of `lowdim.adapt`.
         dropout: on the update's input, while training.
 
     Raises:
@@ -120,8 +121,8 @@ class S2FT(Method):
         >>> adapted.layers["0"].update.indices.tolist(), tuple(adapted.layers["0"].update.s2.shape)
         ([2, 5], (4, 2))
 
-    It wants rates between those of LoRA and of full fine-tuning. Where the number of trained numbers must be small, LoRA has
-    fewer: one channel of axis `"in"` takes `out` numbers and gives rank 1 only.
+    It needs learning rates between those of LoRA and of full fine-tuning. If few numbers should be trained, LoRA has fewer:
+    one channel of axis `"in"` has `out` numbers and gives only rank 1.
 
     Source: Yang et al., "S2FT: Efficient, Scalable and Generalizable LLM Fine-tuning by Structured Sparsity", NeurIPS 2024,
     arXiv 2412.06289.
@@ -183,7 +184,7 @@ class S2FT(Method):
         count = int(total * self.ratio)
         if count == 0:
             warnings.warn(f"ratio={self.ratio} selects none of the {total} channel blocks: nothing is trained", stacklevel=3)
-        # Not torch's generator: forecasts, whose tensors have no numbers, draw too.
+        # Not torch's generator: forecasts, whose tensors have no numbers, also draw.
         chosen = sorted(random.Random(derive_seed(seed, "S2FT", self.axis, self.seed)).sample(range(total), count))
         found, start = {}, 0
         for name, stop in zip(layers, stops):
@@ -244,7 +245,7 @@ class S2FT(Method):
             return s2ft_scores(weight if self.selection == "weight" else stats["gradient"], self.axis, self.block)
         if self.axis == "in":
             sizes = stats["norms"]
-        else:  # over the same tokens for every channel: the mean square orders them as the norm does
+        else:  # all channels see the same tokens: the mean square gives the same order as the norm
             sizes = (stats["output_covariance"].diagonal() + stats["output_mean"].square()).clamp_min(0).sqrt()
         return wide(sizes).view(-1, self.block).norm(dim=1)
 

@@ -25,7 +25,7 @@ __all__ = ["SAID", "SubspaceAdapted", "SubspaceModel", "said"]
 class Subspace(Composition):
     """`offset_i = λ_i · F_i θ`: `theta (d − m,)` and `scales (m,)` trained, `F_i` a Fastfood projection with its own draws.
 
-    Without structure `scales` is None and `theta` is `(d,)`. The draws are buffers that no checkpoint holds.
+    Without structure `scales` is None and `theta` is `(d,)`. The draws are buffers that are not in checkpoints.
     """
 
     projection = "fastfood"
@@ -106,7 +106,7 @@ class Subspace(Composition):
         return {"draws": [_digest(self, index) for index in range(len(self.names))]}
 
     def check(self, about: Mapping[str, Any]) -> None:
-        """The draws must be those that the numbers were trained with."""
+        """The draws must be the ones used in training."""
         mine = self.about()["draws"]
         for name, one, other in zip(self.names, mine, about.get("draws", mine)):
             if one != other:
@@ -124,7 +124,7 @@ class Subspace(Composition):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if not self.drawn and not self.theta.is_meta:  # allocated without numbers, which are now there
+        if not self.drawn and not self.theta.is_meta:  # allocated without numbers, which are now loaded
             self.draw()
 
 
@@ -152,10 +152,10 @@ class SubspaceModel(Subspace):
 
     Attributes:
         model: the given model, frozen; it computes with `θ_i⁰ + offset_i` from now on, and its own tensors are never written.
-        theta: `(d,)`, or `(d − m,)` beside scales.
+        theta: `(d,)`, or `(d − m,)` with scales.
         scales: `(m,)`, or None.
         names: the composed parameters.
-        dimension, total, seed, projection: `d`, `D`, what the draws come from, and their kind.
+        dimension, total, seed, projection: `d`, `D`, the seed of the draws, and their kind.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], dimension: int, **options: Any):
@@ -168,7 +168,7 @@ class SubspaceModel(Subspace):
 
     @property
     def draws(self) -> DrawList:
-        """`draws[i]` belongs to `names[i]`; assignable. Not in `state_dict()`, made again from the seed."""
+        """`draws[i]` belongs to `names[i]`; assignable. Not in `state_dict()`: drawn again from the seed."""
         return DrawList(self)
 
     def offsets(self) -> dict[str, Tensor]:
@@ -189,7 +189,7 @@ class SubspaceModel(Subspace):
 
 
 class SubspaceAdapted(WholeAdapted):
-    """What `lowdim.adapt` gives for SAID: an `Adapted` with the names of `SubspaceModel`."""
+    """Returned by `lowdim.adapt` for SAID: an `Adapted` with the names of `SubspaceModel`."""
 
     composition: Subspace
 
@@ -210,12 +210,12 @@ class SubspaceAdapted(WholeAdapted):
 
     @property
     def dimension(self) -> int:
-        """How many numbers are trained, scales included."""
+        """The number of trained numbers, including the scales."""
         return self.composition.dimension
 
     @property
     def total(self) -> int:
-        """How many numbers the composed parameters have."""
+        """The number of entries of the composed parameters."""
         return self.composition.total
 
     @property
@@ -245,7 +245,7 @@ class SAID(WholeMethod):
     Raises:
         ValueError: dimension below 1 (here); above the number of parameters, or not above the number of tensors with scales, or
             nothing selected (at attach).
-        NoMatchingModuleError: a substring that is in no name.
+        NoMatchingModuleError: a substring that matches no name.
 
     Example:
         >>> import torch, lowdim
@@ -254,10 +254,10 @@ class SAID(WholeMethod):
         >>> {name: tuple(p.shape) for name, p in adapted.trainable().items()}
         {'lowdim_shared.theta': (8,), 'lowdim_shared.scales': (4,)}
 
-    Slow and not lean: each forward pass computes all weights (`L log L` operations for a tensor of `L` numbers), the draws take
-    9 bytes for each number, and activations are kept as in full fine-tuning. Take it to measure how few dimensions a task
-    needs or to have a checkpoint of a few kilobytes; to train fast take LoRA. Rates are tens of times those of full
-    fine-tuning (3e-2 with Adam).
+    It saves neither time nor memory: each forward pass computes all weights (`L log L` operations for a tensor of `L`
+    numbers), the draws need 9 bytes per number, and activations are kept as in full fine-tuning. Use it to measure how few
+    dimensions a task needs, or for checkpoints of a few kilobytes; to train fast use LoRA. Rates are tens of times those of
+    full fine-tuning (3e-2 with Adam).
 
     Source: Aghajanyan, Gupta, Zettlemoyer, "Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning",
     arXiv 2012.13255.
@@ -327,7 +327,7 @@ def said(
         A `SubspaceModel` around `model`.
 
     Raises:
-        ValueError: as `SAID`; the model is adapted already.
+        ValueError: as `SAID`; the model is already adapted.
 
     Example:
         >>> import torch, lowdim

@@ -50,7 +50,7 @@ class SoRAUpdate(GatedLoRAUpdate):
         moved = gate.sign() * (size - t)
         if self.proximal == "soft":
             gate.copy_(moved.masked_fill(size <= t, 0.0))
-        else:  # the official one also closes what the subtraction left below t; exactly t is left alone
+        else:  # the official one also closes gates that the subtraction left below t; exactly t is kept
             moved = moved.where(size > t, gate)
             gate.copy_(moved.masked_fill(moved.abs() < t, 0.0))
 
@@ -69,7 +69,7 @@ class SoRAUpdate(GatedLoRAUpdate):
 
 
 class SoRAAdapted(Adapted):
-    """What `lowdim.adapt(model, SoRA(...))` returns: its `step()` applies the threshold to every gate."""
+    """Returned by `lowdim.adapt(model, SoRA(...))`: its `step()` applies the threshold to every gate."""
 
     method: SoRA
 
@@ -93,7 +93,7 @@ class SoRAAdapted(Adapted):
         return self.method.sparse_lambda / sum(gate.numel() for gate in gates) * sums.sum()
 
     def param_groups(self, lr: float, weight_decay: float | None = None) -> list[dict[str, Any]]:
-        """Optimizer groups: the gates apart, and never decayed."""
+        """Optimizer groups: the gates in a separate group without weight decay."""
         gates = {id(gate) for gate in self._gates().values()}
         groups = super().param_groups(lr, weight_decay)
         return [{**group, "weight_decay": 0.0} if id(group["params"][0]) in gates else group for group in groups]
@@ -103,7 +103,7 @@ class SoRAAdapted(Adapted):
         return self.effective_rank()
 
     def effective_rank(self) -> dict[str, int]:
-        """How many gates of each layer are not 0."""
+        """The number of nonzero gates of each layer."""
         return {name: int(gather(gate.detach()).count_nonzero()) for name, gate in self._gates().items()}
 
     def _gates(self) -> dict[str, nn.Parameter]:
@@ -122,13 +122,13 @@ class SoRA(Method):
 
     Args:
         rank: the largest rank, in [1, min(out, in)].
-        alpha: numerator of the scale, which stays at `alpha / rank` whatever gates close.
+        alpha: numerator of the scale, which stays at `alpha / rank` when gates close.
         dropout: on the update's input, while training.
         sparse_lambda: weight of the gates' mean size in `adapted.regularizer()`.
-        threshold: `t`, not multiplied by the learning rate; 0 closes nothing.
+        threshold: `t`, not multiplied by the learning rate; 0 closes no gate.
         proximal: `"official"`, the released operator, or `"soft"`, the paper's.
         schedule, max_threshold, num_thresholds, schedule_interval: None, or how the threshold grows from `threshold` to
-            `max_threshold` in `num_thresholds` values, of which each is used for `schedule_interval` calls of `adapted.step()`:
+            `max_threshold` in `num_thresholds` values, each used for `schedule_interval` calls of `adapted.step()`:
             `"linear"`, `"log_linear"` (evenly spaced in `exp t`) or `"exp_linear"` (in `log t`).
         target_modules: which layers (see `lowdim.surgery.find_layers`).
 
@@ -145,8 +145,8 @@ class SoRA(Method):
         >>> adapted.effective_rank()
         {'0': 0}
 
-    Export and merge drop closed ranks, training does not: it costs as much as LoRA at the full `rank`. Where the rank that is
-    needed is known, take LoRA; where ranks should move between layers, IncreLoRA.
+    Export and merge drop closed ranks, training does not: it costs as much as LoRA at the full `rank`. If the required rank
+    is known, use LoRA; if ranks should move between layers, IncreLoRA.
 
     Source: Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models", EMNLP 2023, arXiv 2311.11696.
     """

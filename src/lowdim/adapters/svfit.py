@@ -35,7 +35,7 @@ class SVFitUpdate(DiagonalUpdate):
 
     @torch.no_grad()
     def initialise_from(self, triplets: Triplets, *, exact: bool) -> None:
-        """Take the triplets of a weight; those of a sketch are not determined by the weight alone."""
+        """Use the triplets of a weight; those of a sketch are not determined by the weight alone."""
         u, s, vh = triplets
         self.U.copy_(u[:, : self.rank])
         self.s0.copy_(s[: self.rank])
@@ -59,8 +59,8 @@ class SVFit(Method):
     output does not change. `s` is not constrained.
 
     Args:
-        rank: how many singular values are trained, in [1, min(out, in)]; None takes the fewest that hold `energy`.
-        energy: share of `Σ σ²` that the trained values must hold, in (0, 1], where rank is None.
+        rank: number of trained singular values, in [1, min(out, in)]; None: the fewest that hold `energy`.
+        energy: share of `Σ σ²` that the trained values must hold, in (0, 1], if rank is None.
         dropout: on the update's input, while training. Leave it at 0: it would drop parts of the pre-trained weight.
         target_modules: which layers (see `lowdim.surgery.find_layers`).
 
@@ -74,9 +74,9 @@ class SVFit(Method):
         >>> sum(p.numel() for p in adapted.trainable().values())
         3
 
-    Singular values want a rate ten to a hundred times that of LoRA (1e-2 to 3e-1) and no weight decay, which would pull the
-    pre-trained weight towards zero. The frozen factors take `r·(out + in)` numbers, twice the weight at full rank; where
-    memory counts take LoRA-XS or LaMDA. In bfloat16 small steps on a large `s` round away: adapt with `dtype=torch.float32`.
+    Singular values need a rate ten to a hundred times that of LoRA (1e-2 to 3e-1) and no weight decay, which would pull the
+    pre-trained weight towards zero. The frozen factors have `r·(out + in)` numbers, twice the weight at full rank; if
+    memory is tight use LoRA-XS or LaMDA. In bfloat16 small steps on a large `s` round away: adapt with `dtype=torch.float32`.
 
     Source: Sun et al., "SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values",
     arXiv 2409.05926.
@@ -94,7 +94,7 @@ class SVFit(Method):
         check_float("dropout", self.dropout, 0.0, 1.0, high_open=True)
 
     def attach(self, layer: nn.Module, *, stats: Stats | None = None, initialise: bool = True, **kwargs: Any) -> AdaptedLayer:
-        """Wrap one layer; where the energy decides the rank, the decomposition comes first."""
+        """Wrap one layer; if the energy decides the rank, the decomposition comes first."""
         if initialise and self.rank is None and self.accepts(layer):
             triplets = _exact_triplets(dense_matrix(layer).detach())
             stats = {**(stats or {}), "triplets": triplets, "rank": energy_rank(triplets[1], self.energy)}
@@ -110,7 +110,7 @@ class SVFit(Method):
         small = min(weight.shape)
         if "triplets" in stats:
             update.initialise_from(stats["triplets"], exact=True)
-        elif small > 512 and 4 * update.rank <= small:  # a few of many: a sketch takes seconds where the whole takes minutes
+        elif small > 512 and 4 * update.rank <= small:  # few of many: a sketch takes seconds, the full decomposition minutes
             update.initialise_from(top_triplets(weight, update.rank, generator), exact=False)
         else:
             update.recompute(weight)
@@ -119,12 +119,12 @@ class SVFit(Method):
 
 def _exact_triplets(weight: Tensor) -> Triplets:
     # float64: a checkpoint holds only s, so another machine must find the same vectors; in float32 those of close singular
-    # values turn into each other by far more than rounding.
+    # values mix by far more than rounding.
     return svd(widest(weight))
 
 
 def _unique(s: Tensor, rank: int) -> bool:
-    """Whether the first `rank` triplets are determined: no two neighbours agree to 1e-6, and none is lost in rounding."""
+    """Whether the first `rank` triplets are determined: no two neighbours agree to 1e-6, and all are above rounding."""
     known = s[: rank + 1]
     gaps = known[:-1] - known[1:]
     apart = bool((gaps > 1e-6 * known[:-1]).all())

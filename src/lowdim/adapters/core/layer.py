@@ -1,4 +1,4 @@
-"""A layer with one trained update beside it; where several adapters share a layer, one such wrapper around the other."""
+"""A layer with one trained update; adapters that share a layer are nested wrappers."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ __all__ = ["AdaptedLayer", "kind_of"]
 
 
 class AdaptedLayer(nn.Module):
-    """A frozen layer with a trained update beside it: `y = base(x) + update(dropout(x))`.
+    """A frozen layer with a trained update: `y = base(x) + update(dropout(x))`.
 
     Works over nn.Linear, transformers' Conv1D, nn.Conv2d (the update acts on patches; with groups, through the small dense
     kernel) and, where the update can look up columns, nn.Embedding; also over quantized linear layers and over another
     AdaptedLayer.
 
-    An update may stand for a part of the pre-trained weight, `start()`. Where the base is a plain layer that part is taken out
-    of a copy of its weight once (`rebased`); a quantized base, or one that other adapters share, stays as it is and the part
-    is subtracted from the output. In either case the layer computes `y = W₀ x + strength · (update(x) − start x)`.
+    An update may replace a part of the pre-trained weight, `start()`. If the base is a plain layer, that part is subtracted
+    once from a copy of its weight (`rebased`); a quantized base, or one that other adapters share, is unchanged and the part
+    is subtracted from the output. In both cases the layer computes `y = W₀ x + strength · (update(x) − start x)`.
 
     Attributes:
         base: the frozen layer; an AdaptedLayer where several adapters share one.
-        update: what is trained.
+        update: the trained part.
         strength: factor of ΔW; 1 while training, 0 switches the adapter off.
         rows: which rows of the batch the adapter acts on, `(n,)` int64; None for all.
     """
@@ -96,7 +96,7 @@ class AdaptedLayer(nn.Module):
         return self.update.start_forward(x)
 
     def delta(self) -> Tensor:
-        """`W_eff − W₀` as a matrix `(out, in)`, in float32 or better; of this adapter alone."""
+        """`W_eff − W₀` as a matrix `(out, in)`, in float32 or better; of this adapter only."""
         delta = self.update.delta()
         return delta if self.strength == 1.0 else self.strength * delta
 
@@ -141,7 +141,7 @@ class AdaptedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen base weight in the layer's own layout; code that asks a layer for its dtype or device finds it here."""
+        """The frozen base weight in the layer's own layout; for code that reads a layer's dtype or device."""
         return cast(Tensor, self.base.weight)
 
     @property
@@ -174,8 +174,8 @@ class AdaptedLayer(nn.Module):
         return x.to(parameter.dtype)
 
     def _may_overwrite(self) -> bool:
-        # Nothing but a hook or another class needs a linear layer's output; under autograd the copy is cheaper than the
-        # bookkeeping of a change in place.
+        # Only a hook or another class needs a linear layer's output; under autograd a copy is cheaper than an in-place
+        # change.
         return not torch.is_grad_enabled() and type(self.base) is nn.Linear and not self.base._forward_hooks
 
 

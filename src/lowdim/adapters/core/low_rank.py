@@ -1,4 +1,4 @@
-"""The product of two thin trained matrices: the update of LoRA and of methods that change its start."""
+"""The product of two thin trained matrices: the update of LoRA and of methods with another initialisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What merging changed, and the plain layer that it puts in an adapted one's place."""
+"""The report of a merge, and the plain layer that replaces an adapted one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["LayerChange", "MergeReport", "merged_layer"]
 
 @dataclass(frozen=True)
 class LayerChange:
-    """What merging changed in one layer: `‖ΔW‖_F / ‖W₀‖_F`, and the largest error of rounding once to the weight's dtype."""
+    """The change of one layer: `‖ΔW‖_F / ‖W₀‖_F`, and the largest error of rounding once to the weight's dtype."""
 
     layer: str
     relative_change: float
@@ -45,7 +45,7 @@ class MergeReport(Result):
 
 
 def merged_layer(name: str, layer: AdaptedLayer) -> tuple[nn.Module, LayerChange]:
-    """The plain layer with `W_eff`, and what differs from the weight before."""
+    """The plain layer with `W_eff`, and its change from the weight before."""
     before, after = layer.pristine_weight(), layer.effective_weight()
     plain = layer.merged()
     before = before.to(after.dtype)

@@ -1,7 +1,7 @@
-"""The interface of an adapter: a Method attaches a WeightUpdate to a layer and gives an AdaptedLayer.
+"""The interface of an adapter: a Method attaches a WeightUpdate to a layer and returns an AdaptedLayer.
 
 A new method is a frozen dataclass with `blank` (allocate from shapes) and `initialise` (fill from the weight), and a
-WeightUpdate with `forward` and `dense`. Everything else (convolutions, merging, saving, export) works from these.
+WeightUpdate with `forward` and `dense`. Everything else (convolutions, merging, saving, export) is built on these.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ class Method:
 
     #: What `lowdim.calibrate` must collect before attaching (see `calibrate.KINDS`).
     needs: ClassVar[frozenset[str]] = frozenset()
-    #: Layer kinds that the method takes, of "linear" (nn.Linear, Conv1D), "conv2d", "embedding".
+    #: Layer kinds that the method adapts, out of "linear" (nn.Linear, Conv1D), "conv2d", "embedding".
     takes: ClassVar[frozenset[str]] = frozenset({"linear", "conv2d"})
 
-    #: The class of what `lowdim.adapt` returns, where the method acts over all layers at once: a subclass of `Adapted`.
+    #: The class that `lowdim.adapt` returns, if the method acts on all layers together: a subclass of `Adapted`.
     adapted_type: ClassVar[type[Any] | None] = None
-    #: The class of the layers that it puts in place.
+    #: The class of the adapted layers.
     layer_type: ClassVar[type[AdaptedLayer]] = AdaptedLayer
 
     #: Whether `target_modules` must be given, because its entries mean something (one column of a grid each).
     names_targets: ClassVar[bool] = False
 
-    # Every method has these two fields; they are declared by each dataclass so that its own come in its paper's order.
+    # Every method has these two fields; each dataclass declares them itself, so that its fields are in its paper's order.
     target_modules: Any
     dropout: float = 0.0
 
     def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        if abstract:  # a base of methods, not one that a checkpoint could name
+        if abstract:  # a base class that no checkpoint can name
             return
         other = _REGISTRY.get(cls.__name__)
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -68,16 +68,16 @@ class Method:
         raise NotImplementedError(f"{type(self).__name__} must define initialise(...)")
 
     def prepare(self, layers: Mapping[str, nn.Module], *, seed: int, initialise: bool = True) -> dict[str, dict[str, Any]]:
-        """What the method decides over all layers at once (shared bases, ranks), added to each layer's stats.
+        """Decide what concerns all layers together (shared bases, ranks); added to each layer's stats.
 
         `initialise=False` asks for shapes only: no decomposition, nothing read from the weights.
         """
         return {name: {} for name in layers}
 
     def shared(self, layers: Mapping[str, nn.Module], *, seed: int, initialise: bool = True) -> nn.Module | None:
-        """What all layers of a model have in common and train or count together (architecture logits, a step counter), or None.
+        """A module that all layers of a model share and train or count together (architecture logits, a step counter), or None.
 
-        It is put into the model once, so that trainers, checkpoints and wrappers see it; every update is told of it by
+        It is put into the model once, so that trainers, checkpoints and wrappers see it; every update receives it through
         `WeightUpdate.connect`.
         """
         return None
@@ -95,19 +95,19 @@ class Method:
         dtype: torch.dtype | None = None,
         initialise: bool = True,
     ) -> AdaptedLayer:
-        """Wrap one layer. The given layer is frozen and otherwise left as it is.
+        """Wrap one layer. The given layer is frozen and otherwise unchanged.
 
-        A layer that is adapted already gets a further adapter beside the ones it has, started from the pre-trained weight. A
-        quantized weight is dequantized for the start, and stays quantized.
+        A layer that is already adapted gets another adapter, initialised from the pre-trained weight. A quantized weight is
+        dequantized for the initialisation, and stays quantized.
 
         Args:
             stats: statistics of this layer, for methods that declare `needs`.
             generator: source of random numbers; None draws from torch's default one.
-            dtype: of the update's tensors; None takes the weight's.
-            initialise: False leaves the numbers unset (planning, loading).
+            dtype: of the update's tensors; None uses the weight's.
+            initialise: False leaves the numbers uninitialised (planning, loading).
 
         Raises:
-            TypeError: not a layer that the method takes.
+            TypeError: the method does not adapt this kind of layer.
             ValueError: the shape does not allow the hyperparameters, or statistics are missing.
         """
         if not self.accepts(layer):
@@ -134,17 +134,17 @@ class Method:
         return [{"params": list(parameters.values()), "lr": lr}]
 
     def peft(self, adapted: Any) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """PEFT's config and tensors where PEFT has this very method, else None (then it goes as LoRA)."""
+        """PEFT's config and tensors if PEFT has the same method, else None (it is then exported as LoRA)."""
         return None
 
     @classmethod
     def sample_batches(cls, steps: int) -> int:
-        """How many sample batches it looks at before a training of `steps` steps, where it looks at any."""
+        """The number of sample batches it uses before a training of `steps` steps, if it uses any."""
         return 4
 
     @classmethod
     def at_rank(cls, options: Mapping[str, Any], rank: int) -> dict[str, Any] | None:
-        """The options for another rank; None where the method has nothing like one. Override where it goes by another name."""
+        """The options for another rank; None if the method has no rank. Override if it has another name."""
         has = any(field.name == "rank" for field in dataclasses.fields(cast(Any, cls)))
         return {**options, "rank": rank} if has else None
 
@@ -183,22 +183,22 @@ class Method:
 
 
 class ModelMethod(Method, abstract=True):
-    """A method that acts on the model as a whole and not layer by layer; reached by the same `lowdim.adapt`."""
+    """A method that acts on the whole model instead of layer by layer; also attached by `lowdim.adapt`."""
 
     takes: ClassVar[frozenset[str]] = frozenset()
 
     def attach_model(self, model: nn.Module, *, seed: int = 0, dtype: torch.dtype | None = None, **options: Any) -> Any:
-        """Freeze `model`, make its parameters functions of few numbers, in place; gives an `Adapted`."""
+        """Freeze `model` and make its parameters functions of few numbers, in place; returns an `Adapted`."""
         raise NotImplementedError(f"{type(self).__name__} must define attach_model(...)")
 
 
 def open_field() -> Any:
-    """A dataclass field that a training fills in. Files leave it out while it is None, so that older versions read them."""
+    """A dataclass field that the training loop fills in. Files omit it while it is None, so that older versions read them."""
     return dataclasses.field(default=None, metadata={"open": True})
 
 
 def method_class(name: str) -> type[Any]:
-    """The method that registered under this name, the one that checkpoints refer to.
+    """The method registered under this name, which checkpoints refer to.
 
     Raises:
         KeyError: no such method has been imported.

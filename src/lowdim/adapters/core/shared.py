@@ -1,4 +1,4 @@
-"""What all layers of a model have in common: one module in the model, which trainers save and wrappers see."""
+"""The module that all adapted layers share: stored in the model, so that trainers save it and wrappers see it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 __all__ = ["SHARED", "Shared", "StepCounter", "free_name"]
 
-#: Under which name it stands in the model.
+#: Its name in the model.
 SHARED = "lowdim_shared"
 
 
 def free_name(model: nn.Module) -> str:
-    """`SHARED`, or with a number where another adapter has taken that."""
+    """`SHARED`, with a number if another adapter already uses that name."""
     taken = sum(name.startswith(SHARED) for name, _ in model.named_children())
     return SHARED if not taken else f"{SHARED}_{taken}"
 
@@ -38,7 +38,7 @@ class StepCounter(Shared):
         self.done = 0
 
     def count(self) -> None:
-        """One step more."""
+        """Count one step."""
         self.done += 1
         self.steps.fill_(self.done)
 

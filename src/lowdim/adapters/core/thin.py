@@ -16,8 +16,8 @@ __all__ = ["ThinUpdate"]
 class ThinUpdate(WeightUpdate):
     """`ΔW + start = scaling · up · inner · down` with `down (k, in)`, `up (out, k)` and a small linear map between them.
 
-    A subclass names its two factors and its inner map; products, dense equivalent, base residual and exact low-rank factors
-    follow. Where `down` is frozen autograd keeps `down x (..., k)`, not `x`.
+    A subclass defines its two factors and its inner map; products, dense equivalent, base residual and exact low-rank factors
+    are implemented here. If `down` is frozen, autograd keeps `down x (..., k)`, not `x`.
     """
 
     def __init__(self, out_features: int, in_features: int, rank: int, scaling: float = 1.0):
@@ -40,7 +40,7 @@ class ThinUpdate(WeightUpdate):
         return hidden
 
     def start_up(self) -> Tensor | None:
-        """The factor on the output's side of `start()`, `(out, k)`; None where the base is the weight itself."""
+        """The factor on the output's side of `start()`, `(out, k)`; None if the base is the weight itself."""
         return None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ __all__ = ["WeightUpdate"]
 class WeightUpdate(nn.Module):
     """The trained part of an adapted layer: a matrix `(out, in)` that is never built to be applied.
 
-    Subclasses hold their parameters and buffers under the names of their paper and write `forward` and `dense`; they
-    override the rest where the structure allows better than the default.
+    Subclasses name their parameters and buffers as in their paper and define `forward` and `dense`; they override the rest
+    where the structure allows something better than the default.
     """
 
     #: Names of parameters on which weight decay would pull the pre-trained weight itself towards zero.
@@ -34,7 +34,7 @@ class WeightUpdate(nn.Module):
         self,
         x: Tensor,  # (..., in_features)
     ) -> Tensor:
-        """What the update adds to the layer's output, `(..., out_features)`."""
+        """The term that the update adds to the layer's output, `(..., out_features)`."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(x)")
 
     def dense(self) -> Tensor:
@@ -48,17 +48,17 @@ class WeightUpdate(nn.Module):
     def rebase(self, weight: Tensor) -> Tensor | None:
         """The frozen base matrix for this update when `weight (out, in)` is the layer's own, or None to keep it.
 
-        Called once after initialising and once after loading, so both give the same bits.
+        Called once after initialising or loading, so both give the same bits.
         """
         return None
 
     def start(self) -> Tensor | None:
-        """What `rebase` took away from the weight, `(out, in)`; None where the base is the weight itself."""
+        """The part that `rebase` subtracted from the weight, `(out, in)`; None if the base is the weight itself."""
         return None
 
     @torch.no_grad()
     def exact(self) -> Tensor:
-        """`dense()` with its products taken in float32 or better, without gradient; for merging, where rounding comes last."""
+        """`dense()` with its products computed in float32 or better, without gradient; for merging, which rounds last."""
         narrow = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.parameters())
         return wide((copy.deepcopy(self).float() if narrow else self).dense())
 
@@ -73,15 +73,15 @@ class WeightUpdate(nn.Module):
         return None
 
     def convolve(self, x: Tensor, conv: nn.Conv2d) -> Tensor | None:
-        """What the update adds to a convolution's output, or None where `forward` on patches is the way."""
+        """The term that the update adds to a convolution's output, or None to use `forward` on patches."""
         return None
 
     def columns(self, index: Tensor) -> Tensor:
-        """Rows `dense()[:, index].T`, `(*index, out)`, for embeddings; only some methods can."""
+        """Rows `dense()[:, index].T`, `(*index, out)`, for embeddings; not all methods support it."""
         raise NotImplementedError(f"{type(self).__name__} cannot adapt an embedding")
 
     def meta(self) -> dict[str, Any]:
-        """What `Method.blank` needs beside the shapes to allocate this very update again (JSON)."""
+        """What `Method.blank` needs besides the shapes to allocate this update again (JSON)."""
         return {}
 
     def saved(self) -> dict[str, Tensor]:
@@ -89,7 +89,7 @@ class WeightUpdate(nn.Module):
         return self.state_dict()
 
     def restore(self, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Take the tensors of a checkpoint; `weight` is the layer's own, for what is recomputed from it."""
+        """Load the tensors of a checkpoint; `weight` is the layer's own, for tensors recomputed from it."""
         own = self.saved()
         wrong = sorted(set(own) ^ set(tensors)) or [k for k, v in own.items() if v.shape != tensors[k].shape]
         if wrong:
@@ -99,13 +99,13 @@ class WeightUpdate(nn.Module):
         self.load_state_dict(dict(tensors), strict=False)
 
     def start_forward(self, x: Tensor) -> Tensor:
-        """What `start()` adds to the layer's output, `(..., out_features)`; only asked for where `start()` is not None."""
+        """The output of `start()`, `(..., out_features)`; only called if `start()` is not None."""
         start = self.start()
         assert start is not None
         return F.linear(x, start.to(x.dtype))
 
     def connect(self, shared: nn.Module, name: str) -> None:
-        """Take what the method's `shared` module holds for layer `name`; called once, before the first forward."""
+        """Connect to the method's `shared` module for layer `name`; called once, before the first forward."""
 
     def step(self) -> None:
         """After each optimizer step: schedules, proximal steps."""

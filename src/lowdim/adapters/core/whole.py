@@ -1,4 +1,4 @@
-"""Methods that act on the model as a whole: what they share of attaching, training, merging and saving."""
+"""Methods that act on the whole model: shared code for attaching, training, merging and saving."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ __all__ = ["WholeAdapted", "WholeMethod", "merge_parameters", "refuse_adapted"]
 
 
 class WholeMethod(ModelMethod, abstract=True):
-    """A method whose trained numbers stand behind many parameters of the model: `θ_i = θ_i⁰ + offset_i(numbers)`.
+    """A method whose trained numbers determine many parameters of the model: `θ_i = θ_i⁰ + offset_i(numbers)`.
 
-    Subclass as a frozen dataclass and write `select` and `composition`; see `SAID` for a whole one.
+    Subclass as a frozen dataclass and define `select` and `composition`; see `SAID` for an example.
     """
 
     target_modules: Any = None
@@ -67,7 +67,7 @@ class WholeMethod(ModelMethod, abstract=True):
         return self.put(model, shared, prints, kept, seed)
 
     def put(self, model: nn.Module, shared: Composition, prints: Mapping[str, str], kept: Iterable[str], seed: int) -> Any:
-        """Make the `Adapted` around a composition that is ready."""
+        """Make the `Adapted` for a finished composition."""
         with unchanged_on_error(model):
             freeze(model)
             for name in kept:
@@ -83,7 +83,7 @@ class WholeMethod(ModelMethod, abstract=True):
 class WholeAdapted(Adapted):
     """A model whose parameters are composed. Made by `lowdim.adapt` and `lowdim.load_adapter`.
 
-    What it has beside `Adapted`'s: `names`, `offsets()`, and it can be called. `layers` is empty.
+    It adds `names` and `offsets()` to `Adapted`, and can be called. `layers` is empty.
     """
 
     method: WholeMethod
@@ -120,7 +120,7 @@ class WholeAdapted(Adapted):
             return {name: self.composition.offset(i) for i, name in enumerate(self.names)}
 
     def check_gradients(self) -> None:
-        """After the first backward pass: the trained numbers must have got a gradient.
+        """After the first backward pass: the trained numbers must have a gradient.
 
         Raises:
             NoGradientError: none of them has one.
@@ -137,7 +137,7 @@ class WholeAdapted(Adapted):
 
     @torch.no_grad()
     def check(self) -> dict[str, float]:
-        """`‖θ_i − θ_i⁰‖` of each composed parameter; warns of those that are zero, which have learnt nothing."""
+        """`‖θ_i − θ_i⁰‖` of each composed parameter; warns of those that are zero: they have learnt nothing."""
         norms = {name: float(torch.linalg.vector_norm(offset)) for name, offset in self._each()}
         zero = [name for name, norm in norms.items() if norm == 0.0]
         if zero:
@@ -146,7 +146,7 @@ class WholeAdapted(Adapted):
         return norms
 
     def description(self) -> dict[str, Any]:
-        """What a checkpoint says of this adapter; here of each composed parameter."""
+        """The description in a checkpoint; here of each composed parameter."""
         shapes = zip(self.names, self.composition.shapes)
         return {
             **super().description(),
@@ -166,13 +166,13 @@ class WholeAdapted(Adapted):
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """Give the model plain parameters `θ_i`, and return it. `merge_report` says what changed.
+        """Give the model plain parameters `θ_i`, and return it. `merge_report` lists the changes.
 
-        The sum is taken in float32 or better and rounded once; tied parameters stay tied. The pre-trained ones are kept for
+        The sum is computed in float32 or better and rounded once; tied parameters stay tied. The pre-trained ones are kept for
         `unmerge()` as long as this object lives.
 
         Raises:
-            ValueError: it is merged already, or the parameters are spread over processes.
+            ValueError: it is already merged, or the parameters are sharded.
         """
         if self.shared is None:
             raise ValueError("the model has been merged already")
@@ -184,7 +184,7 @@ class WholeAdapted(Adapted):
         return self.model
 
     def unmerge(self) -> nn.Module:
-        """Undo the last `merge()`: the pre-trained parameters bit for bit, training can go on.
+        """Undo the last `merge()`: the pre-trained parameters bit for bit, and training can continue.
 
         Raises:
             ValueError: nothing has been merged.
@@ -223,7 +223,7 @@ class WholeAdapted(Adapted):
 
 @torch.no_grad()
 def merge_parameters(model: nn.Module, shared: Composition, places: Mapping[str, Places]) -> MergeReport:
-    """Put a new plain parameter in each composed one's places; every parameter of the model can be trained afterwards."""
+    """Replace each composed parameter by a new plain one; every parameter of the model can be trained afterwards."""
     changes = []
     for index, name in enumerate(shared.names):
         if not shared.touches(index):
@@ -247,12 +247,12 @@ def merge_parameters(model: nn.Module, shared: Composition, places: Mapping[str,
 
 
 def refuse_adapted(model: nn.Module) -> None:
-    """Raise ValueError where the model has an adapter already, or is composed."""
+    """Raise ValueError if the model already has an adapter, or is composed."""
     if is_composed(model) or any(isinstance(module, AdaptedLayer) for module in model.modules()):
         raise ValueError("model is already adapted, and a method that acts on the whole model cannot share it: merge() first")
 
 
 def make_for_itself(model: nn.Module, names: Iterable[str]) -> None:
-    """Keep DDP from sending these buffers around before every step: each process has made the same ones."""
+    """Keep DDP from broadcasting these buffers before every step: all processes have computed the same ones."""
     known = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     model._ddp_params_and_buffers_to_ignore = sorted(known | set(names))  # type: ignore[assignment]

@@ -22,7 +22,7 @@ __all__ = ["DiffoRA", "DiffoRAUpdate"]
 
 
 class DiffoRAUpdate(GatedLoRAUpdate):
-    """`scaling · gate · B A`: `A (rank, in)`, `B (out, rank)`; `gate` is 1 once the choice is made, and on a layer by itself.
+    """`scaling · gate · B A`: `A (rank, in)`, `B (out, rank)`; `gate` is 1 once the choice is made, and on a single layer.
 
     After the choice `A` and `B` may be another layer's parameters, or None; only the layer that owns them saves them.
     """
@@ -30,7 +30,7 @@ class DiffoRAUpdate(GatedLoRAUpdate):
     def __init__(self, out_features: int, in_features: int, rank: int, scaling: float, *, own: bool, dtype: Any, device: Any):
         super().__init__(out_features, in_features, rank, scaling, dtype=dtype, device=device)
         self.register_buffer("origin", torch.empty(0, dtype=dtype, device=device), persistent=False)  # dtype and device
-        self.matrix: tuple[DifferentialMatrix, int, int] | None = None  # in a tuple, it is not a child of this module
+        self.matrix: tuple[DifferentialMatrix, int, int] | None = None  # in a tuple, so that it is not a child of this module
         self.own = True
         self.lost: str | None = None  # the prefix under which a state dict lacked A and B
         if not own:
@@ -79,13 +79,13 @@ class DiffoRAUpdate(GatedLoRAUpdate):
         return wide(self.down().detach()), wide(self.up() if self.B is None else self.B) * (self.scaling * wide(self.gates()))
 
     def connect(self, shared: nn.Module, name: str) -> None:
-        """Stand in the matrix at the layer's cell."""
+        """Connect to the layer's cell of the matrix."""
         assert isinstance(shared, DifferentialMatrix)
         self.matrix = (shared, *shared.cells[name])
         shared.updates[name] = self
 
     def borrow(self, other: DiffoRAUpdate | None) -> None:
-        """Take another update's parameters for one's own, or have none."""
+        """Use another update's parameters, or none."""
         self.A: Any = None if other is None else other.A
         self.B: Any = None if other is None else other.B
         self.own = False
@@ -100,7 +100,7 @@ class DiffoRAUpdate(GatedLoRAUpdate):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if prefix + "A" not in state_dict and prefix + "B" not in state_dict and (self.matrix is not None or not self.own):
-            self.lost = prefix if self.own else None  # whether it is missing, the matrix knows, which is loaded next
+            self.lost = prefix if self.own else None  # the matrix, which is loaded next, knows whether it is missing
             return
         if not self.own:
             self.A = nn.Parameter(self.origin.new_empty(self.rank, self.in_features))
@@ -111,7 +111,7 @@ class DiffoRAUpdate(GatedLoRAUpdate):
 
 @dataclass(frozen=True)
 class DiffoRA(Method):
-    """A search finds out which modules deserve a LoRA of their own; the others share one for each kind, or get none.
+    """A search decides which modules get their own LoRA; the others share one for each kind, or get none.
 
     Formula: `y = W x + Γ_ij · alpha/rank · B A x`, `Γ = sigmoid(dam)`, `dam (rows, columns)` with one row for each block and
     one column for each entry of `target_modules`. Search: `min_dam L_valid(ω*, dam)`, `ω* = argmin_ω L_train(ω, dam)`, by
@@ -126,7 +126,7 @@ class DiffoRA(Method):
             gradient at the weights as they are.
         share: modules that were not selected use one common pair for each column; False leaves them without an update.
         target_modules: required: names or dotted suffixes, one for each column. `"all-linear"`, a regular expression, and
-            an entry that names several modules of one block, or reaches out of it, get a column for each path inside a block.
+            an entry that matches several modules of a block, or goes beyond it, get a column for each path inside a block.
 
     Raises:
         ValueError: a hyperparameter out of range (here); target_modules missing (at adapt).
@@ -144,7 +144,7 @@ class DiffoRA(Method):
         True
 
     Search with `adapted.search_step(...)`, then `adapted.discretize()`, then train as any adapter. The search costs two to four
-    times a plain step. Where every module matters alike, or time is short, LoRA on all of them is simpler and as good.
+    times a plain step. Where all modules matter equally, or time is short, LoRA on all of them is simpler and as good.
 
     Source: "DiffoRA: Enabling Parameter-Efficient LLM Fine-Tuning via Differential Low-Rank Matrix Adaptation",
     arXiv 2502.08905.
@@ -170,7 +170,7 @@ class DiffoRA(Method):
 
     @classmethod
     def sample_batches(cls, steps: int) -> int:
-        """Two for each step of the search, to train and to validate on; 256 at most, which are then used repeatedly."""
+        """Two for each step of the search, to train and to validate on; at most 256, which are then reused."""
         return min(256, max(4, 2 * search_steps(steps)))
 
     def shared(self, layers: Mapping[str, nn.Module], *, seed: int, initialise: bool = True) -> DifferentialMatrix:
@@ -197,12 +197,12 @@ def _grid(names: Iterable[str], target_modules: str | Sequence[str]) -> Grid:
     entries = [] if isinstance(target_modules, str) else list(target_modules)
     blocks: dict[str, dict[str, str]] = {}
     order: dict[str, int] = {}  # column -> the first entry that it stands for
-    named = {name: max((e for e in entries if _ends(name, e)), key=len, default="") for name in names}  # the longest says most
+    named = {name: max((e for e in entries if _ends(name, e)), key=len, default="") for name in names}  # the most specific
     counts = Counter((_block(name)[0], entry) for name, entry in named.items())
     several = {entry for (_, entry), count in counts.items() if count > 1}
     for name, entry in named.items():
         block, inside = _block(name)
-        # An entry that reaches out of the block, or names several of its modules, stands for paths inside the block.
+        # An entry that goes beyond the block, or matches several of its modules, stands for paths inside the block.
         column = entry if entry and entry not in several and (not inside or _ends(inside, entry)) else inside
         order.setdefault(column, entries.index(entry) if entry else len(order))
         blocks.setdefault(block, {})[column] = name

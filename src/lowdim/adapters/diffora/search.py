@@ -1,4 +1,4 @@
-"""The search of DiffoRA: the matrix of logits that layers have in common, and how it is trained and ended."""
+"""The search of DiffoRA: the matrix of logits that the layers share, its training, and the final choice."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Grid = list[list[str | None]]
 
 
 class DifferentialMatrix(Shared):
-    """What the layers have in common: the logits `dam (rows, columns)` while they are searched, and then the choice.
+    """The module that the layers share: the logits `dam (rows, columns)` during the search, and then the choice.
 
-    `selected (rows, columns)` says which cells were chosen, `pair (rows, columns)` from which row of its column a cell takes
-    its `A` and `B` (-1: it has none). Both count once `dam` is gone.
+    `selected (rows, columns)` marks the chosen cells; `pair (rows, columns)` is the row of its column whose `A` and `B` a
+    cell uses (-1: none). Both apply once the search has ended.
     """
 
     def __init__(self, grid: Grid, dtype: torch.dtype, device: Any):
@@ -34,7 +34,7 @@ class DifferentialMatrix(Shared):
         self.dam: nn.Parameter | None = nn.Parameter(self._blank(dtype, device))
         self.register_buffer("selected", torch.zeros(len(grid), len(grid[0]), dtype=torch.bool, device=device))
         self.register_buffer("pair", torch.full((len(grid), len(grid[0])), -1, device=device))
-        self.updates: dict[str, Any] = {}  # DiffoRAUpdates; in a dict, they are not children of this module
+        self.updates: dict[str, Any] = {}  # DiffoRAUpdates; inside a dict, so that they are not children of this module
 
     selected: Tensor
     pair: Tensor
@@ -52,7 +52,7 @@ class DifferentialMatrix(Shared):
         self.settle()
 
     def settle(self) -> None:
-        """Give every update the parameters that `pair` says."""
+        """Give every update the parameters selected by `pair`."""
         if self.dam is not None:
             return
         for name, update in self.updates.items():
@@ -70,7 +70,7 @@ class DifferentialMatrix(Shared):
         return torch.tensor([[-math.inf if n is None else 0.0 for n in row] for row in self.grid], dtype=dtype, device=device)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # The updates stand before this module in the model and have been loaded.
+        # The updates come before this module in the model and have been loaded.
         if prefix + "dam" in state_dict:
             dtype = state_dict[prefix + "dam"].dtype
             self.dam = self.dam if self.dam is not None else nn.Parameter(self._blank(dtype, self.selected.device))
@@ -86,7 +86,7 @@ class DifferentialMatrix(Shared):
 
 
 class DiffoRAAdapted(Adapted):
-    """What `lowdim.adapt(model, DiffoRA(...))` gives: the search, its end, and all that an `Adapted` does.
+    """Returned by `lowdim.adapt(model, DiffoRA(...))`: an `Adapted` with the search and its end.
 
     Attributes:
         grid: module names, one row for each block and one column for each entry of `target_modules`; None where a block
@@ -115,7 +115,7 @@ class DiffoRAAdapted(Adapted):
         return list(dict.fromkeys(p for update in updates for p in (update.A, update.B) if p is not None))  # type: ignore[misc]
 
     def dam_gradient(self, loss_fn: LossFn, train_batch: Any, valid_batch: Any, xi: float) -> Tensor:
-        """The gradient by which the logits are moved, `(rows, columns)`; changes nothing.
+        """The gradient of the logits, `(rows, columns)`; changes nothing.
 
         Formula: `∇_dam L_valid(ω, dam)`; with `unrolled` the total derivative of
         `dam ↦ L_valid(ω − ξ ∇_ω L_train(ω, dam), dam)` by double backward. `ω` is everything trained but `dam`.
@@ -134,7 +134,7 @@ class DiffoRAAdapted(Adapted):
         dam_optimizer: torch.optim.Optimizer,
         weight_optimizer: torch.optim.Optimizer,
     ) -> tuple[float, float]:
-        """Move the logits by a validation batch, then the weights by a training batch.
+        """Update the logits on a validation batch, then the weights on a training batch.
 
         Args:
             dam_optimizer: over `[adapted.dam]`.
@@ -142,11 +142,11 @@ class DiffoRAAdapted(Adapted):
                 first group is the virtual step's `ξ`.
 
         Returns:
-            The training loss at the new logits and the validation loss, both before the step that they cause.
+            The training loss at the new logits and the validation loss, each before its own step.
 
         Raises:
             RuntimeError: the search has ended.
-            ValueError: a loss that is not finite, or an optimizer that does not hold what it should move.
+            ValueError: a loss that is not finite, or an optimizer that does not hold the parameters that it should update.
         """
         dam = self._searched()
         if not any(p is dam for group in dam_optimizer.param_groups for p in group["params"]):
@@ -158,7 +158,7 @@ class DiffoRAAdapted(Adapted):
         gradient, valid_loss = self._gradient(loss_fn, train_batch, valid_batch, xi)
         absent = self._matrix.absent()
         with torch.no_grad():
-            dam.masked_fill_(absent, 0.0)  # an optimizer with decay would make NaN of -inf
+            dam.masked_fill_(absent, 0.0)  # an optimizer with decay would turn -inf into NaN
             dam.grad = gradient
             dam_optimizer.step()
             dam.masked_fill_(absent, -math.inf)
@@ -177,14 +177,14 @@ class DiffoRAAdapted(Adapted):
     def discretize(self) -> Tensor:
         """End the search: in each row the modules with the largest logits keep their own pair, with gate 1.
 
-        With `share` the others of a column that have the same shape use one pair together, that of the largest logit among
-        them; without it they get no update. Optimizers made before hold parameters that are no longer used: make new ones.
+        With `share` the other modules of a column with the same shape share one pair, that of the largest logit among them;
+        without it they get no update. Existing optimizers hold parameters that are no longer used: make new ones.
 
         Returns:
             Which cells were selected, bool `(rows, columns)`.
 
         Raises:
-            RuntimeError: the search has ended already.
+            RuntimeError: the search has already ended.
             ValueError: logits that are not finite.
         """
         dam = self._searched().detach()
@@ -199,13 +199,13 @@ class DiffoRAAdapted(Adapted):
         return selected
 
     def before_training(self, batches: list[Any], loss_fn: LossFn | None, lr: float, steps: int) -> int:
-        """The whole search, for training loops that know no search: a fifth of `steps`, half of the batches as validation.
+        """The whole search, for training loops without one: a fifth of `steps`, with half of the batches for validation.
 
-        The logits are moved by Adam (rate 2e-2, betas 0.5 and 0.999), the weights by AdamW at `lr`; then `discretize()`. Does
-        nothing where the search has ended. A single batch serves as both halves.
+        Adam updates the logits (rate 2e-2, betas 0.5 and 0.999), AdamW the weights at `lr`; then `discretize()`. Does nothing
+        if the search has ended. A single batch is used as both halves.
 
         Returns:
-            The steps of the search.
+            The number of steps of the search.
 
         Raises:
             ValueError: no batches, or no loss_fn.
@@ -251,7 +251,7 @@ class DiffoRAAdapted(Adapted):
                 return torch.autograd.grad(loss, [dam])[0], float(loss.detach())
 
     def _kind(self, name: str) -> tuple[Any, ...]:
-        """What two layers must have in common to share a pair."""
+        """The key that two layers must have in common to share a pair."""
         layer = self.layers[name]
         shape = tuple(layer.weight.shape) if layer.kind.startswith("conv") else (layer.out_features, layer.in_features)
         A: Any = layer.update.A
@@ -259,7 +259,7 @@ class DiffoRAAdapted(Adapted):
 
 
 class _Objective(nn.Module):
-    """A loss as a module, so that the model in it can be called with other parameters."""
+    """A loss as a module, so that its model can be called with other parameters."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFn):
         super().__init__()
@@ -270,7 +270,7 @@ class _Objective(nn.Module):
 
 
 def search_steps(steps: int) -> int:
-    """How many of a training's steps are the search's."""
+    """The number of training steps that the search uses."""
     return max(1, round(0.2 * steps))
 
 

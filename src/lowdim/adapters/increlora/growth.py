@@ -1,4 +1,4 @@
-"""The allocator of IncreLoRA: which layers grow, and what an optimizer and a scheduler must be told of it."""
+"""The allocator of IncreLoRA: decides which layers grow, and updates the optimizer and the scheduler."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lowdim.linalg import mean_over_processes, stream
 
 __all__ = ["Allocator", "IncreLoRAAdapted"]
 
-#: The key of an optimizer group that says at which call of `step` it was added.
+#: The key of an optimizer group for the call of `step` that added it.
 ADDED = "added_at"
 
 
 class Allocator(StepCounter):
-    """What decides the growth and is the model's, not a layer's: the call counter, and the smoothed scores `I` and `U`."""
+    """The state of the growth for the whole model: the call counter, and the smoothed scores `I` and `U`."""
 
     I: Tensor
     U: Tensor
@@ -40,7 +40,7 @@ class Allocator(StepCounter):
 
 
 class IncreLoRAAdapted(Adapted):
-    """What `lowdim.adapt(model, IncreLoRA(...))` returns: `step(optimizer)` is the allocator."""
+    """Returned by `lowdim.adapt(model, IncreLoRA(...))`: `step(optimizer)` is the allocator."""
 
     method: Any  # an IncreLoRA, whose module imports this one
 
@@ -99,7 +99,7 @@ class IncreLoRAAdapted(Adapted):
         return sum(self.ranks().values())
 
     def param_groups(self, lr: float, weight_decay: float | None = None) -> list[dict[str, Any]]:
-        """Optimizer groups: what is trained from the start, then one group for each growth so far, in their order."""
+        """Optimizer groups: the parameters trained from the start, then one group for each growth so far, in order."""
         calls = sorted({call for update in self._updates().values() for call in update.times})
         later = [{**group, "lr": lr} for call in calls if (group := self._group(call))["params"]]
         grown = {id(p) for group in later for p in group["params"]}
@@ -110,14 +110,14 @@ class IncreLoRAAdapted(Adapted):
         return groups + later
 
     def follow(self, scheduler: Any, *, warmup: int, total: int) -> None:
-        """Make a learning rate scheduler's lists as long as the optimizer's; call it after `step`, and after a resume.
+        """Extend a learning rate scheduler's lists to the optimizer's groups; call it after `step`, and after a resume.
 
-        Each later group gets the schedule `increlora_lr_lambda(warmup, total, start)` where the scheduler is a `LambdaLR`, and
-        the scheduler's own otherwise.
+        Each later group gets the schedule `increlora_lr_lambda(warmup, total, start)` if the scheduler is a `LambdaLR`, else
+        the scheduler's own.
 
         Args:
-            scheduler: of torch, or accelerate's wrapper of one.
-            warmup, total: steps of the training's warm-up, and of all of it.
+            scheduler: a torch scheduler, or accelerate's wrapper of one.
+            warmup, total: steps of the warm-up, and of the whole training.
         """
         inner = getattr(scheduler, "scheduler", scheduler)
         factors = getattr(inner, "lr_lambdas", None)
@@ -156,7 +156,7 @@ class IncreLoRAAdapted(Adapted):
         return mean_over_processes(torch.stack(scores))
 
     def _chosen(self, later: int) -> list[str]:
-        """The most important layers, `top_h` of them, or so many that the target is reached in this growth and `later` more."""
+        """The most important layers: `top_h`, or as many as are needed to reach the target in this growth and `later` more."""
         importance = self.importance()
         wanted, most = self._target() - self.total_rank, self.method.top_h
         if most is None:
@@ -180,7 +180,7 @@ class IncreLoRAAdapted(Adapted):
 
 
 def _distance_from_orthonormal(rows: list[Tensor]) -> Tensor:
-    """`Σ ‖R Rᵀ − 1‖_F`, all of one shape at once."""
+    """`Σ ‖R Rᵀ − 1‖_F`, batched by shape."""
     shapes: dict[Any, list[Tensor]] = {}
     for part in rows:
         shapes.setdefault((part.shape, part.device), []).append(part)

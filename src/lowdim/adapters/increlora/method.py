@@ -1,4 +1,4 @@
-"""IncreLoRA: ranks grow during the training, in the layers where they matter most."""
+"""IncreLoRA: ranks grow during training, in the layers where they matter most."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ __all__ = ["IncreLoRA"]
 
 @dataclass(frozen=True)
 class IncreLoRA(Method):
-    """LoRA that starts at a small rank everywhere and gets further ranks, one by one, in the layers that need them.
+    """LoRA that starts at a small rank everywhere and gets more ranks, step by step, in the layers that need them.
 
     Formula: `y = W x + s · B diag(E) A x`, `s = alpha / (ranknum + 1e-5)`; `A, B ~ N(0, 0.02²)`, `E = 0`. A layer's score in a
     step is `S = Σ |ΔW ∘ ∂L/∂ΔW| / √(out·in)`, smoothed to `I` (`beta1`) and its spread `U` (`beta2`); its importance `I · U`.
     Every `update_interval` steps after `init_warmup` the `top_h` most important layers grow by `rank_step`, until the ranks
-    add up to `target_total`. Each layer holds a reserve of `rank_step` ranks, whose `A` and `B` learn in advance at `E = 1e-5`.
+    add up to `target_total`. Each layer holds a reserve of `rank_step` ranks, whose `A` and `B` are trained in advance at `E =
+    1e-5`.
 
     Args:
         rank: of every layer at the start, in [1, min(out, in)].
         target_rank: mean rank at the end.
-        alpha: numerator of the scale; 0 or less takes `rank`.
+        alpha: numerator of the scale; 0 or less means `rank`.
         dropout: on the update's input, while training.
-        rank_step: ranks that a layer gets at a time; None takes `max(1, target_rank // 2)`.
-        top_h: layers that grow at a time (more where they tie); None takes as many as the target needs by the middle of
+        rank_step: ranks that a layer gets at a time; None means `max(1, target_rank // 2)`.
+        top_h: layers that grow at a time (more in a tie); None: as many as needed to reach the target by the middle of
             `total_steps`.
-        init_warmup, update_interval: when they grow, in calls of `adapted.step(optimizer)`; None takes a tenth and a twentieth
-            of `total_steps`.
+        init_warmup, update_interval: when they grow, in calls of `adapted.step(optimizer)`; None: a tenth and a twentieth of
+            `total_steps`.
         beta1, beta2: memory of the importance, in (0, 1).
         advance_learn: whether the reserve's `A` and `B` are trained before it is active.
-        orth_weight: weight of `adapted.regularizer()`, which holds the rows of `A` and the columns of `B` orthonormal.
-        target_total: sum of all ranks at the end; None takes `target_rank` times the number of layers.
-        weight_decay: of the parameters that come during the training.
+        orth_weight: weight of `adapted.regularizer()`, which keeps the rows of `A` and the columns of `B` close to orthonormal.
+        target_total: sum of all ranks at the end; None means `target_rank` times the number of layers.
+        weight_decay: of the parameters that are added during training.
         target_modules: which layers (see `lowdim.surgery.find_layers`).
         total_steps: optimizer steps of the training, for what is None above; `lowdim.train` fills it in.
 
@@ -64,9 +65,9 @@ class IncreLoRA(Method):
         >>> adapted.total_rank, len(optimizer.param_groups)
         (3, 3)
 
-    Until the target is reached a step costs a third product of each layer's size, for the gradient of `ΔW`; then it costs
-    what LoRA does. A growth also rescales what was learnt (from rank 1 to 2 it halves ΔW), by design. The learning rate of
-    later groups: `increlora_lr_lambda`, `adapted.follow`. Where the ranks may be the same everywhere take LoRA.
+    Until the target is reached a step needs a third product of each layer's size, for the gradient of `ΔW`; then it costs as
+    much as LoRA. A growth also rescales ΔW (from rank 1 to 2 it halves it), by design. The learning rate of
+    later groups: `increlora_lr_lambda`, `adapted.follow`. If all layers can have the same rank, use LoRA.
 
     Source: Zhang et al., "IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning",
     arXiv 2308.12043.
@@ -95,7 +96,7 @@ class IncreLoRA(Method):
 
     @classmethod
     def at_rank(cls, options: Mapping[str, Any], rank: int) -> dict[str, Any]:
-        """The rank at the start, with a target as many times larger as before."""
+        """The rank at the start, with the target scaled by the same factor."""
         start, target = options.get("rank", cls.rank), options.get("target_rank", cls.target_rank)
         return {**options, "rank": rank, "target_rank": max(rank, round(rank * target / start))}
 
@@ -121,7 +122,7 @@ class IncreLoRA(Method):
 
     @property
     def growth(self) -> tuple[int, int, int]:
-        """The call after which layers grow, every how many calls they do, and the call by which the target is to be reached."""
+        """The call after which layers grow, the number of calls between growths, and the call that reaches the target."""
         total = self.total_steps or 0
         first = total // 10 if self.init_warmup is None else self.init_warmup
         every = max(1, total // 20) if self.update_interval is None else self.update_interval

@@ -1,4 +1,4 @@
-"""The learning rate of parameters that join a training later."""
+"""The learning rate of parameters that are added during training."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ class IncreLoRAUpdate(ThinUpdate):
     """`ΔW = alpha / (ranknum + 1e-5) · B diag(E) A` over lists that grow.
 
     `A[0] (rank, in)`, `E[0] (rank, 1)`, `B[0] (out, rank)`; later entries have one row each. The newest `rank_step` entries
-    are the reserve, which `ranknum` does not count. `grown` holds the calls of the allocator at which a reserve was added
-    here, so it says how long the lists are and which optimizer group each parameter belongs to.
+    are the reserve, which `ranknum` does not count. `grown` holds the calls of the allocator that added a reserve here, so it
+    determines the length of the lists and the optimizer group of each parameter.
     """
 
     ranknum: Tensor
@@ -51,7 +51,7 @@ class IncreLoRAUpdate(ThinUpdate):
         self.B = nn.ParameterList([torch.empty(out_features, rank, **new)])
         self.register_buffer("ranknum", torch.tensor(float(rank), device=device))
         self.register_buffer("grown", None)
-        self.times: list[int] = []  # what `grown` holds, readable without a device synchronisation
+        self.times: list[int] = []  # the values of `grown`, readable without a device synchronisation
         self.scoring = True
         self.score: Tensor | None = None
         self._settle([])
@@ -75,7 +75,7 @@ class IncreLoRAUpdate(ThinUpdate):
         return self.add_to(x.new_zeros(*x.shape[:-1], self.out_features), x)
 
     def add_to(self, y: Tensor, x: Tensor, *, inplace: bool = False) -> Tensor:
-        """Fused onto `y`; while scores are collected, the backward pass leaves the layer's in `score`."""
+        """Fused onto `y`; while scores are collected, the backward pass stores the layer's score in `score`."""
         down, up = self.down(), self.up()
         hidden = F.linear(x, down)
         if self.scoring and torch.is_grad_enabled():
@@ -84,18 +84,18 @@ class IncreLoRAUpdate(ThinUpdate):
         return add_product(y, hidden, up, self.scaling, inplace=inplace)
 
     def frames(self) -> tuple[Tensor, Tensor]:
-        """All of `A (r, in)` and all of `Bᵀ (r, out)`, whose rows the regularizer holds orthonormal."""
+        """All of `A (r, in)` and all of `Bᵀ (r, out)`, whose rows the regularizer keeps close to orthonormal."""
         return self.down(), _joined(self.B, 1).mT
 
     @torch.no_grad()
     def low_rank_delta(self) -> tuple[Tensor, Tensor]:
-        """The factors without the ranks whose `E` is 0 (a silent reserve), but at least one."""
+        """The factors without the ranks whose `E` is 0 (an inactive reserve), but at least one rank."""
         kept = _joined(self.E, 0).squeeze(1).nonzero().squeeze(1)
         kept = kept if len(kept) else torch.zeros(1, dtype=torch.int64, device=kept.device)
         return wide(self.down()[kept]), self.scaling * (wide(_joined(self.B, 1)) * wide(_joined(self.E, 0).mT))[:, kept]
 
     def grow(self, call: int, generator: torch.Generator | None) -> None:
-        """Make the reserve active, and add a new one, drawn from `generator` or, for loading, not drawn.
+        """Activate the reserve, and add a new one, drawn from `generator` or, for loading, uninitialised.
 
         Args:
             call: of the allocator; growths come in the order of their calls.
@@ -107,7 +107,7 @@ class IncreLoRAUpdate(ThinUpdate):
             self._append(self.B, (self.out_features, 1), generator)
             self._append(self.E, (1, 1), None)
         self._settle([*self.times, call])
-        if many_processes():  # DDP and FSDP2 know nothing of parameters that come after them
+        if many_processes():  # DDP and FSDP2 do not know parameters that are added later
             for parameter in self.joined(call):
                 parameter.register_hook(mean_over_processes)
 
@@ -143,7 +143,7 @@ class IncreLoRAUpdate(ThinUpdate):
         super().restore(tensors, weight)
 
     def resize(self, times: list[int]) -> None:
-        """Bring the lists to the length that they have after growths at these calls; the numbers are loaded after that."""
+        """Resize the lists to their length after growths at these calls; the numbers are loaded afterwards."""
         if len(times) < len(self.times):
             keep = 1 + self.rank_step * len(times)
             self.A, self.E, self.B = (nn.ParameterList(list(each)[:keep]) for each in (self.A, self.E, self.B))
@@ -169,8 +169,8 @@ class IncreLoRAUpdate(ThinUpdate):
         self.ranknum.fill_(self.active)
 
     def _listen(self) -> None:
-        # The score leaves the backward pass as the gradient of this number: unlike an assignment there, that can be compiled.
-        # It is no parameter, so neither optimizers nor gradient clipping see it.
+        # The backward pass returns the score as the gradient of this tensor: unlike an assignment, that can be compiled.
+        # It is not a parameter, so neither optimizers nor gradient clipping see it.
         self._probe = torch.zeros((), dtype=wide(self.A[0]).dtype, device=self.ranknum.device, requires_grad=True)
         self._probe.register_post_accumulate_grad_hook(self._hear)
 
@@ -202,7 +202,7 @@ class _AddScored(torch.autograd.Function):
 
     @staticmethod
     def forward(y: Tensor, hidden: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: float, probe: Tensor) -> Tensor:
-        # No view: what a custom function returns as a view cannot be changed in place by what follows.
+        # Not a view: a view that a custom function returns cannot be changed in place afterwards.
         if y.dtype == hidden.dtype == up.dtype:
             return torch.addmm(y, hidden, up.mT, alpha=scale)
         return y + scale * F.linear(hidden, up).to(y.dtype)
@@ -229,7 +229,7 @@ def _score(
     up: Tensor,  # (out, r)
     down: Tensor,  # (r, in)
 ) -> Tensor:
-    """`Σ |up down ∘ gradᵀ x| / √(out·in)`, some rows of the matrices at a time."""
+    """`Σ |up down ∘ gradᵀ x| / √(out·in)`, a few rows of the matrices at a time."""
     out, n = len(up), x.shape[1]
     step = max(1, _CHUNK // n)
     total = torch.zeros((), dtype=wide(up).dtype, device=up.device)

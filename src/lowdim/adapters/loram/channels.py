@@ -1,4 +1,4 @@
-"""Channels that stay when a model is pruned, and low-rank factors on their way back to full width."""
+"""Channels that stay when a model is pruned, and the recovery of low-rank factors to full width."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CRITERIA = ("magnitude", "taylor", "random")
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """Channels that stay, of layers that write them (output rows) and layers that read them (input columns).
+    """Channels that stay, for layers that write them (output rows) and layers that read them (input columns).
 
     Args:
         producers: full names of the layers whose rows, bias included, are kept.
@@ -98,7 +98,7 @@ def recover_lora(
     """Low-rank factors of a pruned layer at the full layer's size, with zeros at the channels that had been pruned.
 
     Formula: `A_R (r, in)` is zero but for `A_R[:, kept_in] = A`, `B_R (out, r)` is zero but for `B_R[kept_out] = B`. So
-    `B_R A_R` does on the kept channels what `B A` did, and nothing elsewhere.
+    `B_R A_R` acts on the kept channels as `B A` did, and is zero elsewhere.
 
     Args:
         kept_in, kept_out: ascending indices of the channels that the pruned layer has; None where none were pruned.
@@ -145,7 +145,7 @@ def gqa_channels(kept_kv_heads: Any, num_heads: int, num_kv_heads: int, head_dim
         `kv`: rows of the key and value projections; `qo`: rows of the query and columns of the output projection.
 
     Raises:
-        ValueError: num_heads is not a multiple of num_kv_heads, or a head is out of range, unsorted or there twice.
+        ValueError: num_heads is not a multiple of num_kv_heads, or a head is out of range, unsorted or duplicate.
 
     Example:
         >>> from lowdim.adapters import gqa_channels
@@ -265,7 +265,7 @@ def _gradients(model: nn.Module, layers: Mapping[str, nn.Module], batches: Itera
 
 @dataclass(frozen=True)
 class _Whole:
-    """A batch in a wrapper: `collect` divides a batch's gradient by its size, and takes this for one row."""
+    """A wrapped batch: `collect` divides a batch's gradient by its size, and counts this as one row."""
 
     batch: Any
 
@@ -274,7 +274,7 @@ def linear_layer(model: nn.Module, name: str) -> nn.Linear:
     """The nn.Linear of this full name.
 
     Raises:
-        NoMatchingModuleError: there is none of this name.
+        NoMatchingModuleError: there is no module of this name.
         TypeError: another kind of layer.
     """
     modules = dict(model.named_modules(remove_duplicate=False))

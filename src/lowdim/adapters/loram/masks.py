@@ -1,4 +1,4 @@
-"""Weights with parts taken out: masks without structure, and layers cut to the channels that stay."""
+"""Pruned weights: unstructured masks, and layers reduced to the channels that stay."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def magnitude_mask(
 
 @torch.no_grad()
 def pruned_layer(name: str, layer: nn.Module, mask: Tensor | None, rows: Tensor | None, columns: Tensor | None) -> nn.Module:
-    """A layer that shares no tensor with the given one: masked, then cut to the rows and columns that stay.
+    """A masked copy of a layer, reduced to the rows and columns that stay; it shares no tensor with the original.
 
     Raises:
         ValueError: a mask or channels that do not fit the layer's size.

@@ -1,4 +1,4 @@
-"""LoRAM: train LoRA on a pruned model, use it in the whole one."""
+"""LoRAM: train LoRA on a pruned model, use it in the full one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["AdaptedLoRAM", "LoRAM", "LoRAMUpdate"]
 
 
 class LoRAMUpdate(LoRAUpdate):
-    """`scaling · B A`, and with `pruned (out, in)`: those entries of the weight that are left out while training.
+    """`scaling · B A`, and with `pruned (out, in)`: those entries of the weight that are left out during training.
 
     In training mode the layer computes `((W₀ − pruned) + scaling · B A) x`, in evaluation mode `(W₀ + scaling · B A) x`.
     """
@@ -60,7 +60,7 @@ class LoRAMUpdate(LoRAUpdate):
         return y if self._left_out() else y + self.start_forward(x).to(y.dtype)
 
     def dense(self) -> Tensor:
-        """What `forward` applies, in the mode that the layer is in."""
+        """The matrix that `forward` applies in the layer's current mode."""
         dense = super().dense()
         return dense if self._left_out() else dense + self.start().to(dense.dtype)
 
@@ -68,7 +68,7 @@ class LoRAMUpdate(LoRAUpdate):
         return self.pruned is None or self.training
 
     def rebase(self, weight: Tensor) -> Tensor | None:
-        """The weight without its pruned part: exact, as each entry is either."""
+        """The weight without its pruned part: exact, as each entry is either kept or pruned."""
         return None if self.pruned is None else weight - self.pruned.to(weight)
 
     def start(self) -> Any:
@@ -82,7 +82,7 @@ class LoRAMUpdate(LoRAUpdate):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """`scaling · B A`, whatever the mode: it goes onto the whole weight."""
+        """`scaling · B A` in both modes: the change of the full weight."""
         A, B = self.low_rank_delta()
         return B @ A
 
@@ -92,17 +92,17 @@ class LoRAMUpdate(LoRAUpdate):
         return self.delta() if self.pruned is None else self.delta() + wide(self.pruned)
 
     def saved(self) -> dict[str, Tensor]:
-        """`A` and `B`; the pruned part follows from the weight."""
+        """`A` and `B`; the pruned part is computed from the weight."""
         return {key: value for key, value in self.state_dict().items() if key != "pruned"}
 
     def restore(self, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Take `A` and `B`, and prune the weight again."""
+        """Load `A` and `B`, and prune the weight again."""
         super().restore(tensors, weight)
         self.prune(weight)
 
 
 class AdaptedLoRAM(Adapted):
-    """LoRA on a pruned model, with the way back to the whole one."""
+    """LoRA on a pruned model, which can be recovered for the full one."""
 
     method: LoRAM
 
@@ -129,9 +129,9 @@ class AdaptedLoRAM(Adapted):
         return found
 
     def attach_to(self, model: nn.Module) -> Adapted:
-        """Put the recovered factors beside the whole `model`'s own weights, in place: a plain LoRA, to export, save or merge.
+        """Attach the recovered factors to the full `model`, in place, as a plain LoRA that can be exported, saved or merged.
 
-        Modules that were trained and saved whole (a head) are copied over.
+        Modules that were trained and saved whole (a head) are copied too.
 
         Raises:
             ValueError: as `recovered`; a saved module has another shape in the whole model; the model has an adapter already.
@@ -187,7 +187,7 @@ class AdaptedLoRAM(Adapted):
 
 @dataclass(frozen=True)
 class LoRAM(Method):
-    """LoRA trained on a pruned model and used in the whole one: the memory of the small, the quality of the large.
+    """LoRA trained on a pruned model and used in the full one: the memory of the small, the quality of the large.
 
     Formula: pruned layers compute `W[kept_out][:, kept_in] x + s·B A x` with `s = alpha / rank`, `A (r, in_kept)` as in LoRA
     and `B (out_kept, r) = 0` at the start. Then `A_R[:, kept_in] = A`, `B_R[kept_out] = B`, zeros elsewhere, and the whole
@@ -205,7 +205,7 @@ class LoRAM(Method):
         masks: layer name -> bool matrix `(out, in)`, True where a weight stays.
         target_modules: which layers get an adapter, pruned or not (see `lowdim.surgery.find_layers`).
         ratio: prune this share of each target layer's weights by magnitude; instead of `groups` and `masks`. It saves no
-            memory; it is for trying whether an update survives the way back.
+            memory; it is for testing whether an update survives the recovery.
 
     Raises:
         ValueError: a hyperparameter out of range, or a layer that two groups prune on the same side (here); a rank beyond the
@@ -269,7 +269,7 @@ class LoRAM(Method):
     def shrink(self, model: nn.Module) -> nn.Module:
         """A deep copy of `model` with the pruned channels gone (or, by masks or `ratio`, the pruned weights zero).
 
-        Only the layers' own sizes change: what else depends on a width (a count of attention heads) is the caller's to adjust.
+        Only the layers' own sizes change: the caller must adjust what depends on a width (the number of attention heads).
 
         Raises:
             NoMatchingModuleError: a layer that the model lacks.
@@ -281,14 +281,14 @@ class LoRAM(Method):
         if self.ratio:
             targets = find_layers(model, self.target_modules, accept=is_linear)
             masks = {name: magnitude_mask(weight_matrix(layer), self.ratio) for name, layer in targets.items()}
-        memo: dict[int, Any] = {}  # deepcopy takes these for done, so that no whole weight of a pruned layer is copied
+        memo: dict[int, Any] = {}  # deepcopy skips these, so that no full weight of a pruned layer is copied
         for name in dict.fromkeys([*masks, *rows, *columns]):
             layer = linear_layer(model, name) if name in rows or name in columns else _find(model, name)
             memo[id(layer)] = pruned_layer(name, layer, masks.get(name), rows.get(name), columns.get(name))
         return copy.deepcopy(model, memo)
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> LoRAMUpdate:
-        """Allocate `A`, `B` and the place of what is pruned."""
+        """Allocate `A`, `B` and the pruned part."""
         rank = check_rank(self.rank, out_features, in_features)
         scaling = self.alpha / rank
         return LoRAMUpdate(out_features, in_features, rank, scaling, self.ratio, dtype=dtype, device=device)

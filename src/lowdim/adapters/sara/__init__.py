@@ -1,4 +1,4 @@
-"""SaRA: training the entries of smallest magnitude, and no others."""
+"""SaRA: only the entries of smallest magnitude are trained."""
 
 from lowdim.adapters.sara.method import SaRA
 

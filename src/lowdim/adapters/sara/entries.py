@@ -1,4 +1,4 @@
-"""Layers of whose weight single entries are trained: one product for base and update together."""
+"""Layers with single trained entries in their weight: one product for base and update together."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def apply_entries(
 ) -> Tensor:
     """The layer with the weight `put_entries(...)`, differentiable in `x` and `values`.
 
-    For the backward pass it keeps `x` alone: the weight is put together again, and of its dense gradient only the places
-    `index` are kept.
+    For the backward pass it keeps `x` alone: the weight is assembled again, and only the positions `index` of its dense
+    gradient are kept.
     """
     geometry = None if conv is None else (conv.weight.shape[1:], conv.stride, conv.padding, conv.dilation, conv.groups)
     kind = x.device.type
@@ -106,10 +106,11 @@ class _Entries(torch.autograd.Function):
 
 
 class EntriesLayer(AdaptedLayer):
-    """An `AdaptedLayer` that puts its update's entries into the weight, where nothing stands against it.
+    """An `AdaptedLayer` that puts its update's entries into the weight, where that is possible.
 
     Then a pass costs one product instead of two, and the output is exactly that of the merged layer. Over quantized weights,
-    other adapters or a wrapped base layer, with dropout or another strength, it adds up as every adapted layer does.
+    other adapters or a wrapped base layer, with dropout or another strength, it adds the update's output as other adapted
+    layers do.
 
     The update must have `current() (nnz,)`, the values of its entries, and `index (nnz,)`, their places in the matrix.
     """
@@ -138,7 +139,7 @@ class EntriesLayer(AdaptedLayer):
         base = self.base
         weight = base._parameters.get("weight")
         usual = type(base) is nn.Linear or type(base) in CONVOLUTIONS or is_conv1d(base)
-        # Another class of the weight: quantized, or spread over processes.
+        # Another class of the weight: quantized, or sharded.
         if not usual or type(weight) is not nn.Parameter or weight.requires_grad or "forward" in base.__dict__:
             return False
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:

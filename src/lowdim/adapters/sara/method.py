@@ -25,15 +25,15 @@ from lowdim.surgery import CONVOLUTIONS, describe, model_device
 
 __all__ = ["SaRA", "SaRAAdapted", "SaRAUpdate"]
 
-#: The share of a weight that a forecast takes to be trained, the most that the paper trains.
+#: The trained share of a weight that a forecast assumes: the largest in the paper.
 NOMINAL = 0.2
 
 
 class SaRAUpdate(WeightUpdate):
     """The entries of the weight where `mask` is True: `values (nnz,)` in row-major order, trained; nothing else moves.
 
-    `active (nnz,)` says which of them are trained still. The others are held at the value that they had when they left;
-    `restore()` brings them back to it after each optimizer step. Without an entry, `values` is an empty buffer.
+    `active (nnz,)` marks those that are still trained. The others are held at the value that they had when they became
+    inactive; `restore()` resets them to it after each optimizer step. Without an entry, `values` is an empty buffer.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class SaRAUpdate(WeightUpdate):
         values = torch.empty(count, dtype=dtype, device=device)
         if count:
             self.values = nn.Parameter(values)
-        else:  # FSDP2 cannot spread an empty parameter
+        else:  # FSDP2 cannot shard an empty parameter
             self.register_buffer("values", values)
         self.register_buffer("mask", torch.zeros(shape, dtype=torch.bool, device=device))
         self.register_buffer("active", torch.ones(count, dtype=torch.bool, device=device))
         self.register_buffer("initial", torch.empty(count, dtype=dtype, device=device))  # W₀ at the mask
         self.register_buffer("index", torch.zeros(count, dtype=torch.int64, device=device), persistent=False)
-        self.register_buffer("held", None, persistent=False)  # what inactive entries are held at; None while all are active
+        self.register_buffer("held", None, persistent=False)  # values of inactive entries; None while all are active
 
     values: Tensor
     mask: Tensor
@@ -81,7 +81,7 @@ class SaRAUpdate(WeightUpdate):
         return apply_entries(x, self.current() - self.initial, self.index, self.shape)
 
     def convolve(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        """A convolution with the kernel `ΔW`: patches, many times the input, are never made."""
+        """A convolution with the kernel `ΔW`: patches, many times the input, are never built."""
         return cast(Convolution, conv)._conv_forward(x, self.dense().to(x.dtype).view(conv.weight.shape), None)
 
     def dense(self) -> Tensor:
@@ -91,7 +91,7 @@ class SaRAUpdate(WeightUpdate):
 
     @torch.no_grad()
     def exact(self) -> Tensor:
-        """`dense()` with the difference taken in float32 or better."""
+        """`dense()` with the difference computed in float32 or better."""
         change = wide(self.current()) - wide(self.initial)
         return put_entries(None, change, self.index, self.shape, change.dtype)
 
@@ -109,14 +109,14 @@ class SaRAUpdate(WeightUpdate):
 
     @torch.no_grad()
     def select(self, threshold: float | None = None) -> None:
-        """Keep training the active entries with `|value| < threshold` only; the others are held at what they are now."""
+        """Keep training the active entries with `|value| < threshold` only; the others are held at their current value."""
         self.restore()
         now = gather(self.values.detach())
         self.active &= wide(now).abs() < (self.threshold if threshold is None else threshold)
         self.held = now.clone()
 
     def restore(self, tensors: Mapping[str, Tensor] | None = None, weight: Tensor | None = None) -> None:
-        """Without arguments: put the inactive entries back to what they are held at. With them: take a checkpoint."""
+        """Without arguments: reset the inactive entries to their held values. With arguments: load a checkpoint."""
         if tensors is None or weight is None:
             if self.held is not None:
                 with torch.no_grad():
@@ -142,7 +142,7 @@ class SaRAUpdate(WeightUpdate):
         return {"mask": pack_bits(self.mask), "values": state["values"], "active": state["active"]}
 
     def _settle(self) -> None:
-        """What follows from the mask and the active entries."""
+        """Compute what depends on the mask and the active entries."""
         index = self.mask.reshape(-1).nonzero().squeeze(1)
         if len(index) != len(self.index):
             raise CheckpointError(f"the mask has {len(index)} entries; values has {len(self.index)}")
@@ -165,7 +165,7 @@ class _Nuclear(torch.autograd.Function):
     def forward(ctx: Any, entries: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:
         u, s, vh = svd(put_entries(None, entries, index, shape, wide(entries).dtype))
         if ctx.needs_input_grad[0]:
-            kept = s > torch.finfo(s.dtype).eps * max(shape) * s[:1]  # the directions that P has
+            kept = s > torch.finfo(s.dtype).eps * max(shape) * s[:1]  # the nonzero directions of P
             ctx.save_for_backward(((u * kept) @ vh).reshape(-1)[index].to(entries.dtype))
         return s.sum()
 
@@ -176,7 +176,7 @@ class _Nuclear(torch.autograd.Function):
 
 
 class SaRAAdapted(Adapted):
-    """What `lowdim.adapt(model, SaRA(...))` returns: it knows when to select again and which layer to penalise."""
+    """Returned by `lowdim.adapt(model, SaRA(...))`: decides when to select again and which layer to penalise."""
 
     method: SaRA
 
@@ -191,7 +191,7 @@ class SaRAAdapted(Adapted):
                 update.select()
 
     def regularizer(self) -> Tensor:
-        """`lambda_rank` times the nuclear norm of one layer, drawn anew for each step and alike on every process; else 0."""
+        """`lambda_rank` times the nuclear norm of one layer, drawn again in each step, the same on all processes; else 0."""
         drawn = self._drawn()
         if drawn is None:
             return torch.zeros((), device=model_device(self.model))
@@ -218,18 +218,18 @@ class SaRA(Method):
     """The entries of a weight that are smallest in absolute value are trained, in place; all others stay.
 
     Formula: `M = |W₀| < threshold`, `W_eff = W₀` with the trained `values (nnz,)` at `M`, `y = W_eff x + b`. After step number
-    `progressive_iter` of `adapted.step()` only entries with `|value| < threshold` go on; the others keep their value. The loss
-    gets `lambda_rank · ‖W_eff ∘ M_active‖_*` of one layer, drawn uniformly for each step, by `adapted.regularizer()`.
+    `progressive_iter` of `adapted.step()` only entries with `|value| < threshold` are trained; the others keep their value. The
+    loss gets `lambda_rank · ‖W_eff ∘ M_active‖_*` of one layer, drawn uniformly for each step, by `adapted.regularizer()`.
 
     Args:
-        threshold: in units of the weight; choose it so that 5 to 20 % of the weights fall under it.
-        progressive_iter: step after which entries are selected again; None takes the middle of `total_steps`, and without that
-            entries are never selected again.
+        threshold: in units of the weight; choose it so that 5 to 20 % of the weights are below it.
+        progressive_iter: step after which entries are selected again; None means the middle of `total_steps`; without
+            `total_steps` entries are never selected again.
         lambda_rank: weight of the nuclear norm; its decomposition takes time, so it is off by default.
         nuclear_min_dim, nuclear_min_count: only linear layers with `min(out, in)` above the first can be drawn, and one with
             no more active entries than the second gives 0.
         target_modules: which layers (see `lowdim.surgery.find_layers`).
-        seed: of the draw, beside that of `lowdim.adapt`.
+        seed: of the draw, in addition to that of `lowdim.adapt`.
         dropout: on the update's input, while training; it costs a second product.
         total_steps: optimizer steps of the training; `lowdim.train` fills it in.
 
@@ -244,8 +244,8 @@ class SaRA(Method):
         >>> lowdim.adapters.SaRA(threshold=2e-3).attach(layer).update.values.detach()
         tensor([-0.0010,  0.0000])
 
-    Weight decay acts on the values themselves. A step costs as much as one of full fine-tuning, memory for the optimizer aside:
-    where time counts, take LoRA.
+    Weight decay acts on the values themselves. A step costs as much time as in full fine-tuning; only the optimizer's memory is
+    smaller. If time matters, use LoRA.
 
     Source: Hu et al., "SaRA: High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank Adaptation",
     arXiv 2409.06633.
@@ -295,7 +295,7 @@ class SaRA(Method):
         return 1e-3 * math.exp(-350 * threshold)
 
     def attach(self, layer: nn.Module, *, stats: Stats | None = None, initialise: bool = True, **kwargs: Any) -> AdaptedLayer:
-        """Wrap one layer; how many entries are trained follows from its weight."""
+        """Wrap one layer; the number of trained entries depends on its weight."""
         given = dict(stats or {})
         if self.accepts(layer):
             plain = layer.plain if isinstance(layer, AdaptedLayer) else layer

@@ -58,7 +58,7 @@ class Fault:
         """Where it is planted, from 1.
 
         Raises:
-            ValueError: the text occurs not exactly once.
+            ValueError: the text does not occur exactly once.
         """
         path = ROOT / "src" / "lowdim" / self.file
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -85,7 +85,7 @@ class Outcome:
 class Copy:
     """A copy of the package's sources, one fault at a time in it. The tests are those of the repository.
 
-    Use it as a context manager, or close it: a process waits beside it that each run of tests is forked from.
+    Use it as a context manager, or close it: each copy has a process from which its test runs are forked.
     """
 
     def __init__(self, folder: Path):
@@ -105,7 +105,7 @@ class Copy:
         self.close()
 
     def close(self) -> None:
-        """End the process that waits."""
+        """End the process from which test runs are forked."""
         assert self.forks.stdin is not None
         self.forks.stdin.close()
         self.forks.wait()
@@ -148,5 +148,5 @@ class Copy:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-    # Compiled files are told apart by size and whole seconds, which two faults may share.
+    # Python recognises a stale compiled file by size and whole seconds, which two faults may share.
     Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)

@@ -43,7 +43,7 @@ class Runner:
         return self.local.copy
 
     def close(self) -> None:
-        """End what waits beside the copies."""
+        """Close the copies."""
         for copy in self.copies:
             copy.close()
 

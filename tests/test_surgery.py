@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lowdim.errors import NoMatchingModuleError
+from lowdim.modules import LowRankLinear
 from lowdim.surgery import (
     describe,
     find_layers,
@@ -229,3 +230,11 @@ def test_small_helpers():
     assert model_device(nn.ReLU()).type == "cpu"
     with torch.device("meta"):
         assert model_device(nn.BatchNorm1d(2, affine=False)).type == "meta"
+
+
+def test_compressed_layers_are_named_where_no_other_is_left():
+    model = nn.Sequential(LowRankLinear(4, 4, rank=1), nn.ReLU())
+    with pytest.raises(
+        NoMatchingModuleError, match=r"no layer is left.*; 0 is a LowRankLinear already: lowdim\.layers\.densify"
+    ):
+        find_layers(model)

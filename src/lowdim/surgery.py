@@ -247,6 +247,7 @@ def find_layers(
     if not found:
         raise NoMatchingModuleError(
             f"no layer is left: target_modules={target_modules!r} with exclude={list(skip)!r} on {type(model).__name__}"
+            f"{_structured_already(modules)}"
         )
     first: dict[nn.Module, str] = {}
     for name, module in modules.items():
@@ -362,6 +363,14 @@ def _matches(pattern: str, name: str, expression: bool) -> bool:
         return expression and re.fullmatch(pattern, name) is not None
     except re.error as error:
         raise NoMatchingModuleError(f"target_modules: {pattern!r} is not a valid regular expression ({error})") from None
+
+
+def _structured_already(modules: Mapping[str, nn.Module]) -> str:
+    """A hint for a model whose layers were replaced before."""
+    for name, module in modules.items():
+        if callable(getattr(module, "to_linear", None)):
+            return f"; {name} is a {type(module).__name__} already: lowdim.layers.densify makes compressed layers plain again"
+    return ""
 
 
 def _no_match(

@@ -427,11 +427,11 @@ def test_a_record_is_what_is_on_the_disk(make, tmp_path):
     for chosen, lr in (("lora", 1e-3), ("full", 1e38)):
         one = runs.Run(catalogue.variant(chosen), "trial", 0, lr, 0)
         record = runs.perform(bench, one)
-        assert runs.load_run(bench, one) == record
+        assert runs.finished_record(bench, one) == record
         assert not any(isinstance(v, float) and math.isnan(v) for v in record.values())
     other = dataclasses.replace(bench, fingerprint="other")
-    assert runs.load_run(other, one) is None
-    assert runs.load_run(bench, dataclasses.replace(one, lr=1.0)) is None
+    assert runs.finished_record(other, one) is None
+    assert runs.finished_record(bench, dataclasses.replace(one, lr=1.0)) is None
 
 
 def test_the_shared_model_is_never_trained(make, tmp_path):
@@ -551,7 +551,7 @@ def test_the_live_table_shows_brackets_as_they_are():
     said = io.StringIO()
     console = Console(file=said, force_terminal=True, width=120)
     one = runs.Run(catalogue.variant("lora"), "trial", 0, 1e-3, 0)
-    with LiveTable(console, ACCURACY, [one], 3) as live:
+    with LiveTable(console, ACCURACY, [one.variant], 3) as live:
         live.start(one)
         live.finish(one, {"failure": "rank must be in [/1, 2] of [red]q_proj[/]"})
         console.print(live._view())

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from lowdim.catalogue import Variant
 from lowdim.compare.runs import Run
 from lowdim.train.metrics import Metric
 
@@ -21,25 +22,26 @@ __all__ = ["LiveTable"]
 class LiveTable:
     """A live table on a terminal; one line per finished run elsewhere (logs, CI).
 
-    The time left is what the remaining runs of each method should take at the speed its finished runs had.
+    `planned` has the method of each run that is to come. The time left is what the remaining runs of each method should take at
+    the speed its finished runs had.
     """
 
-    def __init__(self, console: Console, metric: Metric, runs: list[Run], steps: int):
+    def __init__(self, console: Console, metric: Metric, planned: list[Variant], steps: int):
         self.console, self.metric, self.steps = console, metric, steps
         self.todo: dict[str, int] = {}
         self.labels: dict[str, str] = {}
-        for run in runs:
-            self.todo[run.variant.name] = self.todo.get(run.variant.name, 0) + 1
-            self.labels[run.variant.name] = run.variant.label
+        for variant in planned:
+            self.todo[variant.name] = self.todo.get(variant.name, 0) + 1
+            self.labels[variant.name] = variant.label
         self.spent: dict[str, list[float]] = {name: [] for name in self.todo}
         self.validation: dict[str, list[float]] = {name: [] for name in self.todo}
         self.test: dict[str, list[float]] = {name: [] for name in self.todo}
         self.state: dict[str, str] = dict.fromkeys(self.todo, "waiting")
-        self.total, self.done, self.begun = len(runs), 0, 0.0
+        self.total, self.done, self.begun = len(planned), 0, 0.0
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=32), TextColumn("{task.fields[left]}"), console=console
         )
-        self.task = self.bar.add_task("", total=len(runs) * steps, left="")
+        self.task = self.bar.add_task("", total=len(planned) * steps, left="")
         self.live = Live(self._view(), console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> LiveTable:

@@ -19,7 +19,7 @@ from lowdim import models
 from lowdim.catalogue import Variant, methods
 from lowdim.compare.live import LiveTable
 from lowdim.compare.result import mark, summarise
-from lowdim.compare.runs import Contest, Run, load_run, perform
+from lowdim.compare.runs import Contest, Run, finished_record, perform
 from lowdim.compare.settings import DEFAULT_METHODS, TRAINING_METHODS, CompareSettings
 from lowdim.compare.winner import export_winner
 from lowdim.errors import DataError, LowdimError
@@ -30,9 +30,10 @@ from lowdim.train.data import locate
 from lowdim.train.environment import environment
 from lowdim.train.garbage import isolated_gc
 from lowdim.train.metrics import Metric, metric_for
-from lowdim.train.packing import is_source, pretraining
-from lowdim.train.run import random_model, recipe_tokenizer
-from lowdim.train.tasks import Task, classification, language_modelling
+from lowdim.train.packing import is_source
+from lowdim.train.recipes import Recipe
+from lowdim.train.run import load_task, random_model, recipe_tokenizer
+from lowdim.train.tasks import Task
 from lowdim.units import format_bytes
 
 __all__ = ["compare"]
@@ -148,20 +149,20 @@ def _suits(variant: Variant, task: str) -> bool:
 
 
 def _task(settings: CompareSettings, tokenizer: Any) -> Task:
-    usual: dict[str, Any] = {
-        "evaluation": settings.evaluation,
-        "text": settings.text,
-        "most": models.longest_text(settings.model),
-        "seed": settings.seed,
-        "limit": settings.limit,
-    }
-    if settings.task == "classify":
-        return classification(tokenizer, settings.data, label=settings.label, max_length=settings.max_length, **usual)
-    if settings.label is not None:
+    if settings.label is not None and settings.task != "classify":
         raise DataError("--label is for --task classify; a language model has no labels")
-    if settings.task == "pretrain":
-        return pretraining(tokenizer, settings.data, length=settings.max_length, **usual)
-    return language_modelling(tokenizer, settings.data, max_length=settings.max_length, **usual)
+    recipe = Recipe(
+        model=settings.model,
+        task=settings.task,  # type: ignore[arg-type]
+        data=list(map(str, settings.data)),
+        eval=None if settings.evaluation is None else str(settings.evaluation),
+        text=settings.text,
+        label=settings.label,
+        max_length=settings.max_length,
+        limit=settings.limit,
+        seed=settings.seed,
+    )
+    return load_task(recipe, tokenizer)
 
 
 def _forecast(
@@ -247,8 +248,8 @@ def _run_all(
     """All trials, then round after round of seeds, so that a time limit leaves every method with as many."""
     records: dict[str, dict[str, list[dict[str, Any]]]] = {"trial": {}, "seed": {}}
     notes: list[str] = []
-    later = [Run(v, "seed", i, 0.0, 0) for v in able for i in range(settings.seeds)]
-    with LiveTable(console, bench.metric, trials + later, bench.steps) as live:
+    planned = [*(run.variant for run in trials), *able * settings.seeds]
+    with LiveTable(console, bench.metric, planned, bench.steps) as live:
         for run in trials:
             _one(bench, run, live, records)
         rates = {v.name: _best_rate(records["trial"][v.name], bench.metric) for v in able}
@@ -271,7 +272,7 @@ def _run_all(
 
 def _one(bench: Contest, run: Run, live: LiveTable, records: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
     live.start(run)
-    record = load_run(bench, run)
+    record = finished_record(bench, run)
     cached = record is not None
     if record is None:
         with isolated_gc():

@@ -21,7 +21,7 @@ from lowdim.train.loop import FitSettings, fit
 from lowdim.train.metrics import Metric
 from lowdim.train.tasks import Task
 
-__all__ = ["Contest", "Run", "load_run", "perform"]
+__all__ = ["Contest", "Run", "finished_record", "perform"]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def perform(bench: Contest, run: Run, *, on_step: Callable[[], None] = lambda: N
     return read_json(write_json(bench.folder / "runs" / run.name / "run.json", record))
 
 
-def load_run(bench: Contest, run: Run) -> dict[str, Any] | None:
+def finished_record(bench: Contest, run: Run) -> dict[str, Any] | None:
     """The record of a run that was finished before, or None; one from other settings is not taken."""
     path = bench.folder / "runs" / run.name / "run.json"
     if not path.is_file():

@@ -22,15 +22,11 @@ from lowdim.catalogue import variants
 from lowdim.layers import densify
 from lowdim.methods import Applied, apply
 from lowdim.optim import GaLore
+from methods import busy
 from second_device import LAZY, FakeTensorDeviceMismatchError, LazyTensor, numbers, second_device, to_lazy
 
 METHODS = variants()
 STEPS = 3
-#: Sizes for small models, and schedules that do something within three steps.
-SMALL = {
-    "rank": 4, "ranks": 4, "rank_choices": (2, 4, 6), "alpha": 4, "update_interval": 2,
-    "target_rank": 5, "init_warmup": 1, "dimension": 50, "num_bases": 8,
-}  # fmt: skip
 #: Methods whose random numbers on other devices are not the CPU's: INT8 weights are rounded at random there.
 OTHER_NUMBERS = {"q-galore"}
 
@@ -68,9 +64,9 @@ def loss_of(model, batch):
 
 def small(chosen, model, head):
     """The method with small sizes, on every layer of the model that it takes."""
-    options = dict(chosen.options) | {name: SMALL[name] for name in SMALL if name in chosen.options}
-    if chosen.kind == "optimizer":
-        options["update_interval"] = SMALL["update_interval"]
+    options = {**chosen.options, **busy(chosen.name)}
+    if "update_interval" in options:
+        options["update_interval"] = 2  # within three steps
     takes = getattr(chosen.build(), "takes", None) if chosen.target else None
     if takes:
         names = [name for name, layer in model.named_modules() if kind_of(layer) in takes and name not in (*head, "lm_head")]

@@ -76,10 +76,10 @@ class Outcome:
     output: str
 
     @property
-    def failed(self) -> str:
-        """The first test that failed."""
-        lines = (line for line in self.output.splitlines() if line.startswith(("FAILED ", "ERROR ")))
-        return next(lines, "").split(" - ")[0].removeprefix("FAILED ").removeprefix("ERROR ")
+    def failed(self) -> list[str]:
+        """The tests that failed."""
+        lines = [line for line in self.output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+        return [line.split(" - ")[0].removeprefix("FAILED ").removeprefix("ERROR ") for line in lines]
 
 
 class Copy:
@@ -122,10 +122,19 @@ class Copy:
         finally:
             _write(path, text)
 
-    def run(self, tests: Tests, timeout: float = 60.0) -> Outcome:
-        """Run the selection on the copy as it is now, up to the first failure."""
+    def run(self, tests: Tests, timeout: float = 60.0, *, to_the_end: bool = False) -> Outcome:
+        """Run the selection on the copy as it is now, up to the first failure or to the end."""
         nodes = [f"tests/{node}" for node in tests.nodes]
-        options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "slow or not slow", "--tb=short", "--hypothesis-seed=0"]
+        options = [
+            *([] if to_the_end else ["-x"]),
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "slow or not slow",
+            "--tb=short",
+            "--hypothesis-seed=0",
+        ]
         options += ["-k", tests.keyword] if tests.keyword else []
         options += ["-p", "mutants.shared_only"] if tests.shared else []
         output = self.folder / "output.txt"

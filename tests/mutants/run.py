@@ -61,15 +61,20 @@ class Runner:
             print("\n".join(f"          {text}" for text in outcome.output.splitlines()[-6:]), flush=True)
         return fault, outcome
 
-    def pass_without(self, failed: list[str]) -> bool:
-        """Whether the tests that caught the faults pass on the sources as they are."""
-        nodes = tuple(dict.fromkeys(node.removeprefix("tests/") for node in failed))
+    def checked(self, found: list[tuple[Fault, Outcome]]) -> list[tuple[Fault, Outcome]]:
+        """The same, where a test that also fails without a fault has caught nothing."""
+        nodes = [node.removeprefix("tests/") for _, outcome in found if outcome.status == CAUGHT for node in outcome.failed]
         if not nodes:
-            return True
-        plain = self.copy().run(Tests(nodes), timeout=30 * self.timeout)
-        if plain.status != SURVIVED:
-            print(f"the tests do not pass without a fault:\n{plain.output[-3000:]}", flush=True)
-        return plain.status == SURVIVED
+            return found
+        plain = self.copy().run(Tests(tuple(dict.fromkeys(nodes))), 30 * self.timeout, to_the_end=True)
+        if plain.status == SURVIVED:
+            return found
+        print(f"tests that fail without a fault, too:\n{plain.output[-3000:]}", flush=True)
+        broken = set(plain.failed) if plain.status == CAUGHT else {f"tests/{node}" for node in nodes}
+        return [
+            (fault, Outcome(BROKEN, outcome.seconds, outcome.output) if broken & set(outcome.failed) else outcome)
+            for fault, outcome in found
+        ]
 
 
 def record(fault: Fault, outcome: Outcome) -> dict[str, object]:
@@ -77,14 +82,14 @@ def record(fault: Fault, outcome: Outcome) -> dict[str, object]:
     return {
         "what": fault.what,
         "file": f"src/lowdim/{fault.file}",
-        "line": None if outcome.status == BROKEN else fault.line(),
+        "line": fault.line() if outcome.failed or outcome.status != BROKEN else None,
         "old": fault.old,
         "new": fault.new,
         "tests": [f"tests/{node}" for node in fault.tests.nodes],
         "keyword": fault.tests.keyword,
         "shared_case_alone": fault.tests.shared,
         "status": outcome.status,
-        "caught_by": outcome.failed if outcome.status == CAUGHT else None,
+        "caught_by": outcome.failed[0] if outcome.status == CAUGHT else None,
         "seconds": round(outcome.seconds, 1),
     }
 
@@ -106,10 +111,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
         runner = Runner(Path(folder), given.timeout)
         found = list(pool.map(runner.one, chosen))
-        sound = runner.pass_without([outcome.failed for _, outcome in found if outcome.status == CAUGHT])
+        found = runner.checked(found)
         runner.close()
-    if not sound:
-        return 1
     rows = {row["what"]: row for row in read_json(given.out)["faults"]} if given.out.is_file() and given.only != [""] else {}
     rows.update({fault.what: record(fault, outcome) for fault, outcome in found})
     rows = {fault.what: rows[fault.what] for fault in FAULTS if fault.what in rows}

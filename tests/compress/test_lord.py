@@ -310,7 +310,7 @@ def test_bad_config(kwargs, match):
 
 
 def test_one_batch_instead_of_many():
-    with pytest.raises(TypeError, match="batches must be an iterable of batches; got one Tensor"):
+    with pytest.raises(TypeError, match="batches must be an iterable of batches; got a single Tensor"):
         lord(small_net(), LoRDConfig(rank=2), torch.randn(100, 12))
 
 

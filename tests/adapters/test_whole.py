@@ -224,7 +224,7 @@ def work(rank, world):
                 adapted = make(name)
                 found[name, how] = {k: v.numpy() for k, v in train(adapted, wrap(adapted.model), rank, world).items()}
                 if how == "fsdp":
-                    with pytest.raises(ValueError, match="spread over processes"):
+                    with pytest.raises(ValueError, match="sharded over processes"):
                         adapted.merge()
             except Exception as error:  # noqa: BLE001 (told to the test, which fails with it)
                 found[name, how] = f"{type(error).__name__}: {error}"

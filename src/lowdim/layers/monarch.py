@@ -26,7 +26,7 @@ class Monarch(StructuredLinear):
 
     Args:
         nblocks: blocks per factor; more blocks, fewer weights.
-        generator: where random numbers come from; None uses torch's default one.
+        generator: source of random numbers; None uses torch's default one.
 
     Raises:
         ValueError: `nblocks`, `in_features` or `out_features` not an int >= 1.
@@ -38,9 +38,9 @@ class Monarch(StructuredLinear):
         >>> layer(torch.zeros(2, 64)).shape, layer.dense_weight().shape, layer.blkdiag1.numel() + layer.blkdiag2.numel()
         (torch.Size([2, 96]), torch.Size([96, 64]), 2560)
 
-    Fresh factors are each scaled as if they were a whole layer, so the product starts smaller than a dense weight: train
-    with a higher learning rate, about twice the dense one. Not for layers narrower than a few blocks, nor for a
-    weight that is known to be of low rank (take LowRankLinear).
+    Each new factor is scaled like a whole layer, so the product starts smaller than a dense weight: train with a higher
+    learning rate, about twice the dense one. Not for layers narrower than a few blocks, nor for a weight that is known to
+    be of low rank (use LowRankLinear).
 
     Source: Dao et al., "Monarch: Expressive Structured Matrices for Efficient and Accurate Training", ICML 2022,
     arXiv 2204.00595.

@@ -16,7 +16,7 @@ from lowdim.modules import StructuredLinear
 __all__ = ["SLTrainLinear"]
 
 _SEEDS = 2**63 - 1
-_GIVEN = -1  # in the place of a seed: the support is saved as it is
+_GIVEN = -1  # instead of a seed: the support itself is saved
 
 
 class SLTrainLinear(StructuredLinear):
@@ -30,11 +30,11 @@ class SLTrainLinear(StructuredLinear):
     Args:
         rank: inner size of the product, in [1, min(in, out)].
         density: share of the weight's entries that S holds, in (0, 1).
-        alpha: numerator of the scale; it acts on the product alone.
-        seed: decides the support and the fresh numbers, and is what a checkpoint holds in place of the support. Layers of one
+        alpha: numerator of the scale; it acts only on the product.
+        seed: determines the support and the initial numbers; a checkpoint stores it instead of the support. Layers of one
             model should not share it (`swap_linear` gives each its own); None draws one from torch's default generator.
-        indices: a support of one's own, flat positions in ascending order; saved as it is.
-        generator: where the seed is drawn from; wins over `seed`.
+        indices: a given support, flat positions in ascending order; saved in checkpoints.
+        generator: source of the seed; has priority over `seed`.
         index_dtype: torch.int64, or torch.int32 (half the memory of the support) where `out · in < 2³¹`.
 
     Raises:
@@ -49,8 +49,8 @@ class SLTrainLinear(StructuredLinear):
         (torch.Size([3, 30]), torch.Size([180]), 20)
 
     It saves memory of weights, gradients and optimizer state, not arithmetic: a pass multiplies by a dense matrix. For few
-    tokens at a time, as in generation, turn it into a plain layer (`to_linear`). The product starts at zero, so that only S
-    moves in the first step; where a weight is known to be of low rank take LowRankLinear.
+    tokens at a time, as in generation, turn it into a plain layer (`to_linear`). The product starts at zero, so only S
+    changes in the first step; if a weight is known to be of low rank, use LowRankLinear.
 
     Source: Han et al., "SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining",
     NeurIPS 2024, arXiv 2406.02214.
@@ -99,17 +99,17 @@ class SLTrainLinear(StructuredLinear):
         self.register_buffer("indices", self._draw_support() if indices is None else indices, persistent=indices is not None)
         self._draw_numbers()
 
-    # Fresh numbers, and the support in checkpoints.
+    # Initial numbers, and the support in checkpoints.
 
     def reset_parameters(self) -> None:
-        """What the seed gives: the support, `B = 0`, all else uniform in ±1/√in. A support that was given is kept."""
+        """Draw from the seed: the support, `B = 0`, all else uniform in ±1/√in. A given support is kept."""
         if not self._given:
             self.indices = self._draw_support()
         self._draw_numbers()
 
     @property
     def _given(self) -> bool:
-        """Whether the support is the caller's and not the seed's."""
+        """Whether the caller gave the support, instead of the seed."""
         return "indices" not in self._non_persistent_buffers_set
 
     def _draw_numbers(self) -> None:
@@ -131,7 +131,7 @@ class SLTrainLinear(StructuredLinear):
         return torch.tensor(_GIVEN if self._given else self.seed)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Make the support of this seed again."""
+        """Draw the support of this seed again."""
         if int(state) != _GIVEN:
             self.seed = int(state)
             self.register_buffer("indices", self._draw_support(), persistent=False)
@@ -149,7 +149,7 @@ class SLTrainLinear(StructuredLinear):
                 return
             self.register_buffer("indices", self.indices, persistent=True)  # filled below
         elif seed is not None:
-            self.register_buffer("indices", self.indices, persistent=False)  # made anew by set_extra_state
+            self.register_buffer("indices", self.indices, persistent=False)  # drawn again by set_extra_state
         lacking: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, lacking, unexpected, errors)
         known = self._given or seed is not None
@@ -189,7 +189,7 @@ class SLTrainLinear(StructuredLinear):
         generator: torch.Generator | None = None,
         index_dtype: torch.dtype = torch.int64,
     ) -> SLTrainLinear:
-        """A start for tuning a trained layer: the best product of this rank, balanced, and what it leaves on the support.
+        """A start for tuning a trained layer: the best product of this rank, balanced, and the remainder on the support.
 
         Raises:
             TypeError: not an nn.Linear.
@@ -211,7 +211,7 @@ class SLTrainLinear(StructuredLinear):
             layer.bias = nn.Parameter(linear.bias.detach().clone())
         return layer.train(linear.training)
 
-    # What it costs.
+    # Cost.
 
     def products(self) -> list[tuple[int, int, int]]:
         """The two thin factors, and the sparse matrix, which is multiplied as a dense one."""
@@ -220,7 +220,7 @@ class SLTrainLinear(StructuredLinear):
         return [*thin, (total, self.in_features, self.out_features)]
 
     def cost(self, tokens: int, *, itemsize: int = 4) -> Cost:
-        """What one use on `tokens` rows costs, from shapes alone; see `_thin` for the two ways to compute it."""
+        """The cost of one use on `tokens` rows, from shapes alone; see `_thin` for the two ways to compute it."""
         check_int("tokens", tokens, 0)
         total, thin, nnz = self.in_features * self.out_features, self.A.numel() + self.B.numel(), self.values.numel()
         rows, few = tokens * (self.in_features + self.out_features), _thin(tokens, self.in_features, self.out_features)
@@ -242,7 +242,7 @@ class SLTrainLinear(StructuredLinear):
 def _thin(tokens: int, in_features: int, out_features: int) -> bool:
     """Whether `B (A x)` takes fewer operations than `B A`: `tokens · rank (in + out)` against `rank · in · out`.
 
-    The same inequality decides for the gradients of A and B, by thin products of the rows or from the gradient of W.
+    The same inequality decides whether the gradients of A and B use thin products of the rows or the gradient of W.
     """
     return tokens * (in_features + out_features) < in_features * out_features
 
@@ -321,7 +321,7 @@ def _no_autocast(kind: str) -> Any:
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    """What autocast would do to the arguments of a plain product; inside of an autograd.Function it does nothing."""
+    """The casts that autocast applies to a plain product; inside an autograd.Function it does nothing."""
     kind = tensors[0].device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
@@ -341,8 +341,8 @@ def _seed(seed: int | None, generator: torch.Generator | None) -> int:
 def _sample(total: int, count: int, generator: torch.Generator) -> Tensor:
     """`count` of the numbers below `total`, ascending: each set is as likely as any other.
 
-    By draws with replacement until enough differ; chance then decides which of them are too many. A permutation of all costs
-    `8 · total` bytes and ten times as long where few are taken.
+    Draws with replacement until enough differ; surplus ones are then removed at random. A full permutation costs `8 · total`
+    bytes and takes ten times as long if few are drawn.
     """
     if 4 * count > total:
         return torch.randperm(total, generator=generator)[:count].sort().values
@@ -356,7 +356,7 @@ def _sample(total: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _checked(indices: Any, total: int) -> Tensor:
-    """The support if it is one."""
+    """The support, checked."""
     if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.dtype not in (torch.int64, torch.int32):
         what = f"{indices.dtype}, shape {tuple(indices.shape)}" if isinstance(indices, Tensor) else type(indices).__name__
         raise TypeError(f"indices must be a tensor (nnz,) of int64 or int32; got {what}")

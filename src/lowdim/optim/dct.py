@@ -24,18 +24,18 @@ __all__ = ["DCTAdamW", "DCTProjector"]
 
 @dataclass(frozen=True)
 class DCTProjector(Projector):
-    """The columns of a cosine basis with the largest scores; only their indices are kept.
+    """The columns of a cosine basis with the largest scores; only their indices are stored.
 
     Formula: Q orthogonal, `Cᵀ` (`"dct2"`: `A Q` is the DCT-II of A's rows) or `C` (`"dct3"`) with `C = dct_matrix(s)`,
     `s = min(m, n)`. `S = A Q` (m >= n; else `Qᵀ A`), score of column (row) j `‖S_j‖`; the `rank` largest, ties to the lower
     index, in ascending order; `down = A Q[:, idx]`, `up = D Q[:, idx]ᵀ`, or the same from the left.
 
-    The transform is a product for short sides and an FFT for long ones, a few rows at a time; columns of Q are computed as they
-    are needed. State: `indices (rank,)` int32. Matrices with a side of `max_dim` or more are not projected.
+    The transform is a product for short sides and an FFT for long ones, a few rows at a time; columns of Q are computed when
+    they are needed. State: `indices (rank,)` int32. Matrices with a side of `max_dim` or more are not projected.
 
     Args:
         norm: of the scores: 1, or 2, which gives the best columns for the squared error.
-        rotates: keep what `rotation` needs.
+        rotates: keep the tensors that `rotation` needs.
     """
 
     rank: int
@@ -52,7 +52,7 @@ class DCTProjector(Projector):
         return self.update_interval
 
     def sides(self, shape: tuple[int, ...]) -> tuple[Side, ...]:
-        """The side of a matrix of this shape that is projected: the shorter; none of a huge one."""
+        """The projected side of a matrix of this shape: the shorter one; none for a huge matrix."""
         if self.max_dim is not None and max(shape) >= self.max_dim:
             return ()
         return ("right",) if shape[0] >= shape[1] else ("left",)
@@ -62,14 +62,14 @@ class DCTProjector(Projector):
         return (step + 1 + state.get("phase", 0)) % self.update_interval == 0 or "indices" not in state
 
     def prepare(self, a: Tensor, state: State, step: int) -> bool:
-        """Choose columns if due. Scores that are not finite leave the old ones; without old ones: ValueError."""
+        """Choose columns if due. If scores are not finite, the old columns are kept; without old ones: ValueError."""
         sides = self.sides(tuple(a.shape))
         if not sides or not self.due(state, step):
             return False
         scores = self._scores(a, sides[0])
         new, old = _largest(scores, self.rank), state.get("indices")
         if old is not None:
-            new = torch.where(scores.isfinite().all(), new, old)  # decided on the device: nobody waits for it
+            new = torch.where(scores.isfinite().all(), new, old)  # decided on the device, without synchronisation
         elif has_numbers(scores) and not bool(scores.isfinite().all()):
             raise ValueError("the gradient has NaN or infinite entries, and there are no columns from an earlier step to keep")
         sharded.broadcast(new, a)
@@ -82,7 +82,7 @@ class DCTProjector(Projector):
     def _scores(self, a: Any, side: Side) -> Tensor:
         """`‖S_j‖₁` or `‖S_j‖₂²`, in float32 or better, whole on every process."""
         placements: list[Any] = []
-        if sharded.is_sharded(a):  # each process transforms whole rows (or columns) of its own; only scores travel
+        if sharded.is_sharded(a):  # each process transforms its own whole rows (or columns); only scores are communicated
             from torch.distributed.tensor import Partial, Replicate, Shard
 
             axis = 0 if side == "right" else 1
@@ -128,11 +128,11 @@ class DCTProjector(Projector):
         sharded.add_product(weight, left, right, alpha=alpha, beta=beta)
 
     def rotation(self, state: State) -> tuple[Tensor, Side] | None:
-        """`Q[:, old]ᵀ Q[:, new]`: a one where a column stayed, else zeros. Asked for once a change."""
+        """`Q[:, old]ᵀ Q[:, new]`: a one where a column stayed, else zeros. Called once per change."""
         return state.pop("rotation", None)
 
     def low_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """`(m, rank)` or `(rank, n)`; the shape itself where nothing is projected."""
+        """`(m, rank)` or `(rank, n)`; the shape itself if nothing is projected."""
         sides = self.sides(shape)
         if not sides:
             return shape
@@ -144,7 +144,7 @@ class DCTProjector(Projector):
 
 
 def _from_left(low: Tensor, state: State) -> bool:
-    """Whether it is `(rank, n)`: a matrix that is projected from the left is wider than the rank."""
+    """Whether it is `(rank, n)`: projected from the left, a matrix is wider than the rank."""
     return low.shape[1] > len(state["indices"])
 
 
@@ -156,7 +156,7 @@ def _largest(scores: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PickingAdamW(AdamWRule):
-    """AdamW whose moments are carried over by picking columns instead of multiplying, where the change of basis allows."""
+    """AdamW that moves its moments to new columns by indexing instead of multiplying, where the change of basis allows."""
 
     def rotate(self, state: State, R: Tensor, side: Side) -> None:
         """`m R`, `|v R|` for an R with one 1 or none in each column."""
@@ -170,31 +170,31 @@ class PickingAdamW(AdamWRule):
 
 
 class DCTAdamW(ProjectedOptimizer):
-    """Adam in a subspace that is picked anew at every step from a fixed cosine basis: no SVD, no basis in the state.
+    """Adam in a subspace that is selected at every step from a fixed cosine basis: no SVD, no basis in the state.
 
     Formula: `S = A Q` with a fixed orthogonal Q (m >= n; else `Qᵀ A`), A the gradient, or gradient plus carried error; the
-    `rank` columns (rows) of S with the largest norm are the low gradient a; where other columns were picked than before, the
+    `rank` columns (rows) of S with the largest norm are the low gradient a; when the selected columns change, the
     moments of those that stay are kept and the new ones start at zero; `W ← (1 − lr · weight_decay) W`,
     `m ← β₁ m + (1−β₁) a`, `v ← β₂ v + (1−β₂) a²`, `W ← W − lr √(1−β₂ᵏ)/(1−β₁ᵏ) · up(m / (√v + eps √(1−β₂ᵏ)))`.
     Composition: DCTProjector × AdamWRule("inside") × (NoResidual | ErrorFeedback | NormScaledResidual) × DenseStore.
 
     Args:
-        params: groups as `lowdim.optim.param_groups(model, rank=…)` makes them, or anything torch takes. Every keyword up to
-            `limiter` can be set per group. Vectors, groups with `rank=None` and matrices with a side of `max_dim` or more get
-            AdamW as torch has it.
+        params: groups as `lowdim.optim.param_groups(model, rank=…)` makes them, or anything torch accepts. Every keyword up to
+            `limiter` can be set per group. Vectors, groups with `rank=None` and matrices with a side of `max_dim` or more use
+            torch's AdamW.
         lr: as for AdamW: there is no scale.
-        rank: columns kept.
+        rank: number of columns kept.
         update_interval: steps between choices, T; a choice costs about as much as a few passes over the gradient.
         basis: `"dct3"` or `"dct2"`: Q is the cosine matrix or its transpose.
         norm: of the scores, 1 or 2.
         max_dim: matrices with a side of this many or more are not projected; None projects all.
-        rotate: carry moments over with their columns. Without it they stay where they are, and meet other columns.
-        error_feedback: False; True: what a step does not use is added to the next gradient (a tensor of the parameter's size
-            and dtype); 8: the same in one byte an entry.
+        rotate: move moments with their columns. Otherwise they keep their positions, and are used for other columns.
+        error_feedback: False; True: the unused part of a step is added to the next gradient (a tensor of the parameter's size
+            and dtype); 8: the same in one byte per entry.
         residual: `"none"`, or `"norm_scaled"`: the rest of the gradient is scaled and added, as in `Fira`.
         limiter: Fira's.
         layerwise: update inside the backward pass and free each gradient at once.
-        accumulate: micro-batches a step where `layerwise`; only without error feedback and residual.
+        accumulate: micro-batches per step with `layerwise`; only without error feedback and residual.
         max_norm, replicas, stagger, foreach: as in `GaLore`.
 
     State of a parameter: `step`, `length` (of a column; ints), `indices (rank,)` int32, `exp_avg`, `exp_avg_sq` of the low
@@ -223,8 +223,8 @@ class DCTAdamW(ProjectedOptimizer):
         >>> losses[-1] < 0.7 * losses[0]
         True
 
-    Not where the gradient's energy must be captured well at a small rank: half of what singular vectors hold is typical. GaLore
-    pays for these with an SVD now and then.
+    Not where the gradient's energy must be captured well at a small rank: half of the energy of singular vectors is typical.
+    GaLore computes these, at the cost of an occasional SVD.
 
     Source: "SVD-Free Low-Rank Adaptive Gradient Optimization for Large Language Models" (later versions: "FFT-based Dynamic
     Subspace Selection …"), arXiv 2505.17967.

@@ -27,19 +27,19 @@ class Fira(ProjectedOptimizer):
     then `W ← W − lr · weight_decay · W`. Composition: SVDProjector × AdamWRule("outside") × NormScaledResidual × DenseStore.
 
     Args:
-        params: groups as `lowdim.optim.param_groups(model, rank=…)` makes them, or anything torch takes. Every keyword up to
-            `seed` can be set per group; `rank=None` leaves a group to plain AdamW of the same form.
+        params: groups as `lowdim.optim.param_groups(model, rank=…)` makes them, or anything torch accepts. Every keyword up to
+            `seed` can be set per group; `rank=None` trains a group with plain AdamW of the same form.
         lr: as for AdamW, or a few times that.
         rank: directions in which Adam's moments are kept.
         update_interval: steps between subspaces, T.
-        scale: on the low-rank part, also inside of S; the authors' C4 scripts take 0.25.
+        scale: of the low-rank part, also inside S; the authors' C4 scripts use 0.25.
         proj_type: `"std"` projects the shorter side, `"reverse_std"` the longer, `"right"`/`"left"` a fixed one.
-        limiter: by how much ‖S‖ may grow from one step to the next; None for any amount.
+        limiter: maximum growth factor of ‖S‖ from one step to the next; None for no limit.
         eps: added to the uncorrected √v.
         correct_bias: Adam's bias correction (False: η = lr).
         svd, seed: as in `GaLore`.
         layerwise: update inside the backward pass and free each gradient at once.
-        accumulate, max_norm: must be 1 and None: projected gradients lack what S is made of.
+        accumulate, max_norm: must be 1 and None: projected gradients do not contain the part that S is computed from.
         replicas, stagger, foreach: as in `GaLore`.
 
     State of a parameter: as GaLore's, and `residual_norm` (0-dim). A step adds one product and one pass over the gradient to

@@ -16,7 +16,7 @@ from lowdim.optim.core.projectors import PROJ_TYPES, Identity, Projector, SVDPro
 
 __all__ = ["GaLore"]
 
-#: What `inner_options` may hold, and where each default comes from.
+#: Allowed keys of `inner_options`, and the source of each default.
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "adamw": (),
     "adamw16bit": (),
@@ -29,15 +29,15 @@ class GaLore(ProjectedOptimizer):
     """Train all weights with the optimizer state of a low-rank adapter, by projecting gradients onto their leading subspace.
 
     Formula: every `update_interval` steps `G = U S Vᵀ`, `R = V[:, :rank]` (`m >= n`, else `L = U[:, :rank]`); every step
-    `g = G R`, `(D, η) = inner(g)`, `W ← W − η · scale · D Rᵀ`, then `W ← W − lr · weight_decay · W`. The moments inside of
-    `inner` are carried over a change of subspace unchanged. Composition: SVDProjector (TuckerProjector for more than two
+    `g = G R`, `(D, η) = inner(g)`, `W ← W − η · scale · D Rᵀ`, then `W ← W − lr · weight_decay · W`. The moments of `inner`
+    are kept unchanged when the subspace changes. Composition: SVDProjector (TuckerProjector for more than two
     dimensions) × AdamWRule | AdamW8bitRule | AdafactorRule × NoResidual × DenseStore.
 
     Args:
-        params: groups as `lowdim.optim.param_groups(model, rank=…)` makes them, or anything torch takes. Every keyword up to
+        params: groups as `lowdim.optim.param_groups(model, rank=…)` makes them, or anything torch accepts. Every keyword up to
             `seed` can be set per group; `rank=None` leaves a group unprojected (scale 1, the same inner rule).
         lr: with `scale` 0.25 about four to ten times that of AdamW; the paper trains with 0.005 to 0.01.
-        rank: directions kept; for tensors of more than two dimensions cut to each dimension, or a tuple with one rank each.
+        rank: number of directions; for tensors of more than two dimensions limited to each dimension, or a tuple of ranks.
         update_interval: steps between subspaces, T.
         scale: factor on the projected update.
         proj_type: `"std"` projects the shorter side, `"reverse_std"` the longer, `"right"`/`"left"` a fixed one, `"full"` both.
@@ -50,15 +50,15 @@ class GaLore(ProjectedOptimizer):
             `"randomized"`.
         seed: of the sketches.
         layerwise: update inside the backward pass and free each gradient at once; not with a GradScaler or torch's own gradient
-            clipping, which need all gradients at a time (`max_norm` does not).
-        accumulate: micro-batches a step where `layerwise` (save checkpoints between steps).
+            clipping, which need all gradients at once (`max_norm` does not).
+        accumulate: micro-batches per step with `layerwise` (save checkpoints between steps).
         max_norm: clip by the global norm of the projected gradients (and of those of unprojected parameters).
         replicas: with `layerwise` where several processes hold the same parameters and no DDP averages their gradients.
-        stagger: spread the choices of subspaces over the interval, so that no step but the first makes them all.
+        stagger: spread the choices of subspaces over the interval, so that only the first step makes all of them.
         foreach: update unprojected parameters in one fused call.
 
     State of a parameter: `step` (int), `right_basis (n, rank)` or `left_basis (m, rank)` (`factor0`, … for tensors), `energy`
-    (share of ‖G‖² in the subspace at its choice), `overlap` (share of it in the one before), `phase` where staggered,
+    (share of ‖G‖² in the subspace at its choice), `overlap` (share of it in the previous one), `phase` if staggered,
     `exp_avg`, `exp_avg_sq` of the low gradient's shape (uint8 with `absmax1`, `absmax2` in 8 bits), or `row`, `col`.
     Moments are float32 where parameters have half precision.
 
@@ -84,8 +84,8 @@ class GaLore(ProjectedOptimizer):
         >>> losses[-1] < 0.7 * losses[0]
         True
 
-    Not for models whose optimizer state is small beside the activations (long sequences, small models): plain AdamW is faster;
-    nor where few steps are trained (less than one or two subspaces).
+    Not for models whose optimizer state is small compared with the activations (long sequences, small models), where plain
+    AdamW is faster; nor for short training (fewer steps than one or two intervals).
 
     Source: Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", ICML 2024, arXiv 2403.03507.
     """

@@ -1,4 +1,4 @@
-"""Q-GaLore: GaLore with 8-bit weights, a 4-bit projection, and subspaces that are chosen less often once they stand still."""
+"""Q-GaLore: GaLore with 8-bit weights, a 4-bit projection, and subspaces that are chosen less often once they are stable."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from lowdim.surgery import as_linear, is_linear, matrix_shape, swap_layers
 __all__ = ["QGaLore", "QuantizedSVDProjector"]
 
 _LOG = logging.getLogger("lowdim.optim")
-#: A layer that only smaller groups fit is left in floating point: the scales would cost more than the bytes save.
+#: A layer that only smaller groups fit stays in floating point: the scales would cost more than the bytes save.
 _SMALLEST_GROUP = 16
 
 
 @dataclass(frozen=True)
 class QuantizedSVDProjector(SVDProjector):
-    """Leading singular vectors kept in few bits, and chosen at longer intervals once they repeat.
+    """Leading singular vectors stored in few bits, and chosen at longer intervals once they are stable.
 
-    Formula: the basis, `Rᵀ (rank, n)` for `m >= n`, else `L (m, rank)`, is quantized group-wise; `down` and `up` both use what
-    is read back. With the k-th choice (k >= 2) `|cos(first vector before, first vector now)|` enters a queue; where the last
-    `queue_size` numbers have a mean `>= cos_threshold`, `interval ← int(interval · gamma)`. A choice is due where the step
+    Formula: the basis, `Rᵀ (rank, n)` for `m >= n`, else `L (m, rank)`, is quantized group-wise; `down` and `up` both use the
+    dequantized basis. With the k-th choice (k >= 2) `|cos(first vector before, first vector now)|` enters a queue; where the
+    last `queue_size` numbers have a mean `>= cos_threshold`, `interval ← int(interval · gamma)`. A choice is due where the step
     (plus `phase`, if any) is a multiple of the interval of that moment.
 
     State: `right_codes` or `left_codes` (uint8, two codes a byte up to 4 bits) with `…_scales`, `…_zeros`, and
@@ -54,12 +54,12 @@ class QuantizedSVDProjector(SVDProjector):
         return not state.get("svd_count") or (step + state.get("phase", 0)) % state["interval"] == 0
 
     def prepare(self, a: Tensor, state: State, step: int) -> bool:
-        """Decompose the gradient if due, quantize the basis, and judge whether the interval may grow."""
+        """Decompose the gradient if due, quantize the basis, and decide whether the interval grows."""
         if not self.due(state, step):
             return False
         side = self.sides(tuple(a.shape))[0]
         held = self._opened(state)
-        made: State = dict(held)  # has no count of choices, so that one is due
+        made: State = dict(held)  # without a count of choices, so that one is due
         if not super().prepare(a, made, step):  # not finite: the old basis stays
             return False
         basis = made[f"{side}_basis"]
@@ -79,7 +79,7 @@ class QuantizedSVDProjector(SVDProjector):
         return True
 
     def kept(self, basis: Tensor, like: Tensor) -> Tensor:
-        """As it was computed: it is rounded once, to codes."""
+        """The basis unchanged: it is rounded once, to codes."""
         return basis
 
     def _judge(self, state: State, before: Tensor, now: Tensor, count: int) -> None:
@@ -99,7 +99,7 @@ class QuantizedSVDProjector(SVDProjector):
         state[f"{side}_scales"], state[f"{side}_zeros"] = scales, zeros
 
     def _opened(self, state: State) -> State:
-        """The basis in floating point, in a state as `SVDProjector` knows it; empty where there is none."""
+        """The basis in floating point, in a state for `SVDProjector`; empty if there is none."""
         side = "right" if "right_codes" in state or "right_basis" in state else "left"
         if f"{side}_codes" not in state:
             return {key: state[key] for key in (f"{side}_basis",) if key in state}
@@ -116,7 +116,7 @@ class QuantizedSVDProjector(SVDProjector):
         return {f"{side}_basis": flat.view(self.rank, short).mT if side == "right" else flat.view(short, self.rank)}
 
     def _runs(self, total: int) -> list[slice]:
-        """The entries that fill groups, and the rest, where there are any."""
+        """The entries that fill groups, and the rest, if any."""
         whole = total // self.group_size * self.group_size
         return [rows for rows in (slice(0, whole), slice(whole, total)) if rows.start < rows.stop]
 
@@ -146,33 +146,33 @@ class QuantizedSVDProjector(SVDProjector):
 
 
 class QGaLore(ProjectedOptimizer):
-    """GaLore on weights that are kept in 8 bits and rounded stochastically, through a projection kept in 4 bits.
+    """GaLore on weights stored in 8 bits and rounded stochastically, with a projection stored in 4 bits.
 
     Formula: `P` the quantized basis of GaLore's subspace; `g = G P` (or `Pᵀ G`), `D = adam8bit(g)`,
     `W ← (1 − lr · weight_decay)(dequantize(W) − η · scale · D Pᵀ)`, `W ← quantize(W)` with new scales. A subspace is chosen
-    every `interval` steps; where the first vectors of the last `queue_size` choices hardly turned, the interval grows by
+    every `interval` steps; if the first vectors of the last `queue_size` choices hardly changed, the interval grows by
     `gamma`.
     Composition: QuantizedSVDProjector × AdamW8bitRule × NoResidual × Int8Store.
 
     Args:
         params: groups as `lowdim.optim.param_groups(model, rank=…)` makes them after `quantize_linears` or `prepare_model`, or
-            anything torch takes; `Int8Parameter`s and floating parameters alike. Keywords up to `seed` can be set per group;
+            anything torch accepts; `Int8Parameter`s and floating parameters alike. Keywords up to `seed` can be set per group;
             `rank=None` leaves a group unprojected (scale 1, the same inner rule).
-        lr: as for GaLore; the paper's runs take 0.004 (7B) to 0.015 (130M).
-        rank, update_interval, scale: as for GaLore; `update_interval` is the interval to begin with.
+        lr: as for GaLore; the paper's runs use 0.004 (7B) to 0.015 (130M).
+        rank, update_interval, scale: as for GaLore; `update_interval` is the initial interval.
         projector_bits: of the basis, 1 to 8 (up to 4: two codes a byte); None keeps it in floating point.
         projector_group_size: consecutive entries of the basis that share a scale.
         cos_threshold: mean `|cos|` of successive first vectors from which the interval grows; above 1 it never does.
-        gamma: what it grows by, >= 1.
-        queue_size: choices that the mean is taken over.
+        gamma: factor by which it grows, >= 1.
+        queue_size: number of choices in the mean.
         inner: `"adamw8bit"` (moments as bytes), or `"adamw"` (float32 moments, the same formula).
         min_8bit_size: low gradients smaller than this keep float32 moments.
-        svd, seed: as for GaLore; the seed also gives the rounding noise, alike in all processes.
+        svd, seed: as for GaLore; it also seeds the rounding noise, the same in all processes.
         layerwise, accumulate, max_norm, replicas, stagger, foreach: as for GaLore. Torch's own gradient clipping and a
-            GradScaler see no gradient of an 8-bit weight; `max_norm` does.
+            GradScaler do not see the gradient of an 8-bit weight; `max_norm` does.
 
     In several processes without `layerwise`, wrap the model in DDP as usual: it averages the gradients of floating
-    parameters, and `QGaLore` those of 8-bit weights (projected ones while the subspace stands). Under FSDP2 pass 8-bit
+    parameters, and `QGaLore` those of 8-bit weights (projected ones while the subspace is fixed). Under FSDP2 pass 8-bit
     weights in `ignored_params`.
 
     State of a parameter: `step`, `interval`, `svd_count` (numbers), that of QuantizedSVDProjector, and `exp_avg`,
@@ -180,8 +180,8 @@ class QGaLore(ProjectedOptimizer):
 
     Raises:
         ValueError: a hyperparameter out of range; rank above the smaller side of a matrix; a rank on a group with tensors that
-            are no matrices; the first gradient is not finite.
-        TypeError: a parameter of bytes that is no `Int8Parameter` (FSDP makes such; the message says what to do).
+            are not matrices; the first gradient is not finite.
+        TypeError: a uint8 parameter that is not an `Int8Parameter` (FSDP makes these; the message says what to do).
 
     Example:
         >>> import torch
@@ -201,8 +201,8 @@ class QGaLore(ProjectedOptimizer):
         >>> losses[-1] < 0.7 * losses[0]
         True
 
-    Not where weights fit anyway: GaLore is faster and rounds nothing. With `stochastic_round=False` not for updates below
-    half a code (1/500 of a group's range): nearest rounding swallows them.
+    Not where the weights fit in memory anyway: GaLore is faster and does not round. Do not use `stochastic_round=False` with
+    updates below half a code (1/500 of a group's range): rounding to nearest discards them.
 
     Source: Zhang et al., "Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive Low-Rank Gradients",
     arXiv 2407.08296.
@@ -264,7 +264,7 @@ class QGaLore(ProjectedOptimizer):
         stochastic_round: bool = True,
         **_: Any,
     ) -> nn.Module:
-        """Put an `Int8Linear` in the place of each layer that `param_groups(model, rank)` would project, in place.
+        """Replace each layer that `param_groups(model, rank)` would project by an `Int8Linear`, in place.
 
         Where `group_size` does not divide the number of a layer's weights, its groups are as large as the largest divisor of
         `in_features` up to it; a layer with no divisor of at least 16 stays in floating point (and is projected all the same).
@@ -332,7 +332,7 @@ class QGaLore(ProjectedOptimizer):
                 )
 
     def _project(self, p: Tensor, a: Tensor, group: dict[str, Any], state: State, step: int, parts: Parts) -> Tensor:
-        """DDP does not see the gradients of 8-bit weights: their mean over the processes is taken here."""
+        """DDP does not see the gradients of 8-bit weights: they are averaged over the processes here."""
         alone = self.layerwise or not isinstance(p, Int8Parameter)
         whole = not alone and self._keeps_full(parts, state)
         if whole:
@@ -352,7 +352,7 @@ class QGaLore(ProjectedOptimizer):
 
 
 def _group_size(layer: nn.Module, largest: int) -> int:
-    """Entries that share a scale; 0 where no sensible number fits."""
+    """The number of entries that share a scale; 0 if no sensible number fits."""
     out_features, in_features = matrix_shape(layer)
     if out_features * in_features % largest == 0:
         return largest

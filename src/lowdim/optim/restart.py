@@ -19,21 +19,21 @@ class Restart(Companion):
 
     Formula: for each layer with `W = c B A (+ S)` and the thin SVD `B A = U S Vᵀ`, `B ← U √S`, `A ← √S Vᵀ`: the weight stays,
     `Bᵀ B = A Aᵀ = S`. Then the moments and step counters of all trained parameters are dropped, so that they are estimated
-    anew for the new factors, with bias correction from its start.
+    again for the new factors, with bias correction from the start.
 
-    Works with any model (layers that have a method `refactorize()` are asked to, such as LowRankLinear and SLTrainLinear)
-    and any optimizer that makes its state when it first needs it; projected ones choose new subspaces then.
+    Works with any model (it calls `refactorize()` of layers that have it, such as LowRankLinear and SLTrainLinear) and any
+    optimizer that creates its state at the first step; projected ones then choose new subspaces.
 
     Args:
-        optimizer: what trains the model.
-        model: whose layers are refactorized.
+        optimizer: the optimizer that trains the model.
+        model: the model whose layers are refactorized.
         interval: optimizer steps between restarts.
-        refactorize, reset: which of the two is done.
-        recovery_steps: None leaves the learning rate alone (with `quick_recovery_cosine` the schedule bends it). R multiplies
-            it by `0.001 + 0.999 min(1, k / (R − 1))` in step `k < R` after a restart, whatever scheduler sets it.
+        refactorize, reset: whether to do each of the two.
+        recovery_steps: None does not change the learning rate (with `quick_recovery_cosine` the schedule does). R multiplies
+            it by `0.001 + 0.999 min(1, k / (R − 1))` in step `k < R` after a restart, under any scheduler.
 
     Raises:
-        TypeError: no optimizer or no module; Adagrad, whose state cannot be made again.
+        TypeError: not an optimizer or not a module; Adagrad, whose state cannot be recreated.
         ValueError: interval below 1; recovery_steps outside [1, interval], or given for an optimizer that updates in the
             backward pass.
 
@@ -52,8 +52,8 @@ class Restart(Companion):
         >>> acted, len(optimizer.state)
         ([False, True, False, True], 0)
 
-    Not for the last steps of training: let the last restart be followed by a good part of an interval. Without low-rank layers
-    it only forgets moments, which costs more than it gives. Steps replayed from a captured CUDA graph do not see it.
+    Not for the last steps of training: leave a good part of an interval after the last restart. Without low-rank layers it
+    only drops moments, which costs more than it gains. Steps replayed from a captured CUDA graph ignore it.
 
     Source: Glentis et al., "Scalable Parameter and Memory Efficient Pretraining for LLM: Recent Algorithmic Advances and
     Benchmarking", arXiv 2505.22922.
@@ -109,22 +109,22 @@ class Restart(Companion):
         return True
 
     def finish(self) -> None:
-        """Leave the optimizer as it was."""
+        """Remove the hooks from the optimizer."""
         self.remove()
 
     def remove(self) -> None:
-        """Leave the optimizer as it was: no more bent rates."""
+        """Remove the hooks from the optimizer: learning rates are no longer changed."""
         if self._rate is not None:
             self._rate.remove()
         if self._handle is not None:
             self._handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """How many steps were done; the rest follows from it."""
+        """The number of completed steps; the rest follows from it."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there.
+        """Continue from this state.
 
         Raises:
             ValueError: not a count of steps.
@@ -132,7 +132,7 @@ class Restart(Companion):
         check_int("steps", state.get("steps"), 0)
         self.steps = state["steps"]
         if self.reset and self.steps and self.steps % self.interval == 0:
-            self._clear()  # what was saved right after a restart had no state
+            self._clear()  # saved right after a restart: there was no state
 
     def _clear(self) -> None:
         self.optimizer.state.clear()
@@ -141,7 +141,7 @@ class Restart(Companion):
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """A checkpoint may come between a restart and the next step.
 
-        `torch.distributed.checkpoint` then fills the empty state by a step with rate 0, whose counters are one too high.
+        `torch.distributed.checkpoint` then fills the empty state with a step of rate 0, whose counters are one too high.
         """
         if self._forget and any(float(group["lr"]) for group in optimizer.param_groups):
             optimizer.state.clear()
@@ -163,11 +163,11 @@ def quick_recovery_cosine(
     recovery_steps: int = 10,
     min_ratio: float = 0.1,
 ) -> float:
-    """Factor of the learning rate at `step` (from 0): warmup, then a cosine, each cycle entered by a short ramp.
+    """Factor of the learning rate at `step` (from 0): warmup, then a cosine, with a short ramp at the start of each cycle.
 
     Formula: `f(s) = s / warmup` below `warmup`, then `m + (1 − m)/2 · (1 + cos(π (s − warmup) / (total − warmup)))`. With
     `k = s mod interval` and `s₀ = s − k`: for `k < R` the factor is `f(s₀ + R) · (0.001 + 0.999 min(1, k / (R − 1)))`, else
-    `f(s)`. The first `R` steps of all are such a ramp too.
+    `f(s)`. The first `R` steps of training are such a ramp too.
 
     Args:
         total_steps, warmup_steps: of the whole training; warmup below total.
@@ -185,7 +185,7 @@ def quick_recovery_cosine(
         >>> [round(factor(s), 3) for s in (20, 40, 99, 100, 104, 109, 110)]
         [0.5, 1.0, 0.942, 0.001, 0.409, 0.919, 0.919]
 
-    For `torch.optim.lr_scheduler.LambdaLR`. Not together with `Restart(recovery_steps=…)`: that would bend the rate twice.
+    For `torch.optim.lr_scheduler.LambdaLR`. Not together with `Restart(recovery_steps=…)`: that would reduce the rate twice.
 
     Source: Glentis et al., "Scalable Parameter and Memory Efficient Pretraining for LLM: Recent Algorithmic Advances and
     Benchmarking", arXiv 2505.22922.

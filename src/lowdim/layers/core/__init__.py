@@ -1,1 +1,1 @@
-"""What layers share: swapping them into a model, and making a model dense again."""
+"""Shared by all layers: swapping them into a model, and making a model dense again."""

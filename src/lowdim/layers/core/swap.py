@@ -28,21 +28,21 @@ def swap_linear(
 
     Args:
         layer_class: a class with `from_linear(linear, **how)`, such as Monarch or LowRankLinear.
-        target_modules: see `lowdim.surgery.find_layers`; None takes every nn.Linear and Conv1D but the prediction head. A
-            layer whose weight is tied to another module is left alone (with a warning if it was asked for by name).
+        target_modules: see `lowdim.surgery.find_layers`; None selects every nn.Linear and Conv1D but the prediction head. A
+            layer whose weight is tied to another module is left unchanged (with a warning if it was requested by name).
         exclude: skip layers whose name contains one of these.
         fresh: draw new weights, `layer_class(in, out, bias, **how)`, instead of approximating the trained ones; for training
             from scratch, and for forecasts on the meta device.
-        how: hyperparameters of the layer; a `seed` among them is the seed of all of them: each layer gets its own from it and
-            its name.
+        how: hyperparameters of the layer; a `seed` among them seeds all layers: each derives its own seed from it and its
+            name.
 
     Returns:
         The model. Build the optimizer afterwards: the old parameters are gone.
 
     Raises:
         TypeError: `layer_class` has no `from_linear`.
-        ValueError: a pattern matches nothing, or a layer does not allow the hyperparameters (named; the model is left as it
-            was).
+        ValueError: a pattern matches nothing, or a layer does not allow the hyperparameters (named; the model is
+            unchanged).
 
     Example:
         >>> from torch import nn
@@ -76,7 +76,7 @@ def swap_linear(
 def densify(model: nn.Module) -> nn.Module:
     """Replace every submodule that has `to_plain`, `to_linear` or `to_conv` by its plain equivalent, in place.
 
-    Modules and weights that are tied stay tied. A module inside another one that has such a method goes with it.
+    Modules and weights that are tied stay tied. A module inside another one with such a method is replaced with it.
 
     Returns:
         The model, or the new layer if the model itself has one. Build a new optimizer afterwards: the old one holds
@@ -100,7 +100,7 @@ def densify(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def plain_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """`{module name: plain layer}` for each submodule that `densify` would replace; the model stays as it is."""
+    """`{module name: plain layer}` for each submodule that `densify` would replace; the model is unchanged."""
     return {name: _plain(layer)() for name, layer in structured_layers(model).items()}
 
 
@@ -115,5 +115,5 @@ def structured_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _plain(module: nn.Module) -> Any:
-    """The method that gives a plain layer (of the class that stood there, linear, or a convolution), or None."""
+    """The method that returns a plain layer (of the original class, linear, or a convolution), or None."""
     return next((m for name in ("to_plain", "to_linear", "to_conv") if callable(m := getattr(module, name, None))), None)

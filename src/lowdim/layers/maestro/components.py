@@ -1,4 +1,4 @@
-"""Two factors whose components are ordered by importance: what the Maestro layers share."""
+"""Two factors whose components are ordered by importance: the base of the Maestro layers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["OrderedComponents"]
 
 
 class OrderedComponents(nn.Module):
-    """What both layers share: two factors with ordered components, a current rank and, for one pass, a smaller one.
+    """The base of both layers: two factors with ordered components, a current rank and, for one pass, a smaller one.
 
-    A subclass gives `dense_shape`, the matrix `(out, in)` that the layer stands for.
+    A subclass defines `dense_shape`, the shape `(out, in)` of the equivalent matrix.
     """
 
     U: nn.Parameter
@@ -36,7 +36,7 @@ class OrderedComponents(nn.Module):
 
     @property
     def rank(self) -> int:
-        """How many components are used; it stays in the state dict."""
+        """The number of components in use; saved in the state dict."""
         return self._rank
 
     @rank.setter
@@ -75,7 +75,7 @@ class OrderedComponents(nn.Module):
             draw_uniform(self.bias, in_features**-0.5, generator)
 
     def initialise_from(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Decompose this weight `(out, ...)`; dtype and device are taken over."""
+        """Decompose this weight `(out, ...)`; dtype and device are kept."""
         u, v = _factors(weight.detach().flatten(1))
         self.U = nn.Parameter(u.to(weight.dtype))
         self.V = nn.Parameter(v.view(self.V.shape).to(weight.dtype))
@@ -83,7 +83,7 @@ class OrderedComponents(nn.Module):
             self.bias = nn.Parameter(bias.detach().clone())
 
     def active(self, rank: int | None) -> int:
-        """The rank of a pass: what is asked for, else the sampled one, else the current one."""
+        """The rank of a pass: the requested one, else the sampled one, else the current one."""
         if rank is None:
             rank = self.sampled
         if rank is None:
@@ -92,7 +92,7 @@ class OrderedComponents(nn.Module):
         return rank
 
     def prefix(self, rank: int) -> tuple[Tensor, Tensor]:
-        """The first components; those left out get a zero gradient, and not none."""
+        """The first components; the others get a zero gradient instead of None."""
         if rank == self.U.shape[1]:
             return self.U, self.V
         return self.U[:, :rank], self.V[:rank]
@@ -100,18 +100,18 @@ class OrderedComponents(nn.Module):
     def group_lasso(self, hierarchical: bool = True) -> Tensor:
         """The penalty that empties the last components: `Σ_i ‖U[:, i:]‖ + ‖V[i:]‖`, a scalar in float32 or better.
 
-        It runs over all stored components, also those that are cut off, in one pass over the factors: the tails are a
-        cumulative sum, from the end, of the columns' square norms. At an all-zero tail its gradient is 0. Works on sharded
+        It covers all stored components, also unused ones, in one pass over the factors: the tails are a cumulative sum, from
+        the end, of the columns' square norms. At an all-zero tail its gradient is 0. Works on sharded
         parameters; every process gets the same number.
 
         Args:
-            hierarchical: False takes single columns and rows in the place of tails.
+            hierarchical: False uses single columns and rows instead of tails.
         """
         return _norms(_columns(self.U), hierarchical).sum() + _norms(_rows(self.V), hierarchical).sum()
 
     @torch.no_grad()
     def importance(self, hierarchical: bool = True) -> Tensor:
-        """`‖U[:, i:]‖ ‖V[i:]‖` of every stored component, `(d,)`, non-increasing; not hierarchical: of column and row `i`."""
+        """`‖U[:, i:]‖ ‖V[i:]‖` of every stored component, `(d,)`, non-increasing; else of column and row `i`."""
         return _norms(_columns(self.U), hierarchical) * _norms(_rows(self.V), hierarchical)
 
     @torch.no_grad()
@@ -119,7 +119,8 @@ class OrderedComponents(nn.Module):
         """Use only components whose hierarchical importance is at least `threshold`; the new rank, never above the old one.
 
         Args:
-            prune: also cut the parameters down to them. The optimizer then holds dead tensors: at the end of training only.
+            prune: also remove the other components from the parameters. Only at the end of training: the optimizer still holds
+                the old tensors.
 
         Raises:
             ValueError: threshold negative or not finite; `prune` while the parameters are sharded.
@@ -127,7 +128,7 @@ class OrderedComponents(nn.Module):
         check_float("threshold", threshold, 0.0)
         if prune and is_sharded(self.U):
             raise ValueError("prune must be False while the parameters are sharded (DTensor); got True. Gather the model first")
-        if has_numbers(self.U):  # a forecast cannot know what will be cut
+        if has_numbers(self.U):  # a forecast cannot know which components are removed
             self._rank = min(self._rank, int((self.importance() >= threshold).sum()))
         if prune:
             self.prune()
@@ -135,7 +136,7 @@ class OrderedComponents(nn.Module):
 
     @torch.no_grad()
     def prune(self) -> None:
-        """Cut the parameters down to the current rank; build a new optimizer afterwards."""
+        """Reduce the parameters to the current rank; build a new optimizer afterwards."""
         if self._rank < self.U.shape[1]:
             self._replace(self.U[:, : self._rank].clone(), self.V[: self._rank].clone())
 
@@ -143,17 +144,17 @@ class OrderedComponents(nn.Module):
         for name, value in (("U", u), ("V", v)):
             setattr(self, name, nn.Parameter(value.contiguous(), requires_grad=getattr(self, name).requires_grad))
 
-    # The rank goes into the state dict, and a state dict with other components than the layer's can be loaded.
+    # The rank is saved in the state dict; a state dict with another number of components can be loaded.
 
     def get_extra_state(self) -> Tensor:
         """The current rank."""
         return torch.tensor(self._rank)
 
     def set_extra_state(self, state: Any) -> None:
-        """Take the rank of a state dict.
+        """Set the rank from a state dict.
 
         Raises:
-            CheckpointError: it is no rank of this layer.
+            CheckpointError: it is not a valid rank of this layer.
         """
         whole = isinstance(state, int) or (isinstance(state, Tensor) and state.numel() == 1 and not state.is_floating_point())
         rank = int(state) if whole else -1
@@ -180,7 +181,7 @@ class OrderedComponents(nn.Module):
         try:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         except CheckpointError:
-            if len(error_msgs) == wrong:  # else tensors of another shape are the reason, and reported
+            if len(error_msgs) == wrong:  # otherwise tensors of another shape are the reason, and reported
                 raise
         if saved is not None and key not in state_dict:  # written by other code: everything is in use
             self._rank = self.U.shape[1]
@@ -205,7 +206,7 @@ def _rows(v: Tensor) -> Tensor:
 
 
 def _norms(single: Tensor, hierarchical: bool) -> Tensor:
-    """Norms of the tails, from those of the single columns; where nothing is left the gradient is 0, not NaN."""
+    """Norms of the tails, from those of the single columns; for an empty tail the gradient is 0, not NaN."""
     if not hierarchical:
         return single
     squares = single.square().flip(0).cumsum(0).flip(0)

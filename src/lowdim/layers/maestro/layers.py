@@ -16,17 +16,17 @@ __all__ = ["MaestroConv2d", "MaestroLinear"]
 
 
 class MaestroLinear(OrderedComponents, StructuredLinear):
-    """A linear layer from ordered components, of which training shows how many it needs.
+    """A linear layer from ordered components; training determines how many it needs.
 
     Formula: `y = U[:, :r] (V[:r] x) + bias` with `U (out, d)`, `V (d, in)`, `d = min(out, in)` and `r` the current `rank`
     (at first `d`), or a smaller one for one pass. Both start from the SVD of a weight: `U √S` and `√S Vᵀ`.
 
     Args:
-        seed, generator: where random numbers come from; a generator wins, without either torch's default one is used.
+        seed, generator: source of random numbers; the generator has priority, and without either torch's default one is used.
 
     Attributes:
         rank: components in use.
-        sampled: None, or the rank of the passes that come (`MaestroSampler.sampled` sets it and puts it back).
+        sampled: None, or the rank of the next passes (`MaestroSampler.sampled` sets and resets it).
 
     Raises:
         ValueError: a size below 1; in `forward`, a rank outside [0, current rank].
@@ -42,8 +42,8 @@ class MaestroLinear(OrderedComponents, StructuredLinear):
         >>> layer.shrink(1e-3)
         1
 
-    Not to save memory in training: before anything is cut it holds up to twice the weights of a dense layer (and as much
-    optimizer state), and the sampled pass costs a second forward. Where the rank is known beforehand take LowRankLinear.
+    Not to save memory in training: before it shrinks it holds up to twice the weights of a dense layer (and as much optimizer
+    state), and the sampled pass costs a second forward. If the rank is known in advance, use LowRankLinear.
 
     Source: Horváth et al., "Maestro: Uncovering Low-Rank Structures via Trainable Decomposition", ICML 2024, arXiv
     2308.14929.
@@ -113,7 +113,7 @@ class MaestroConv2d(OrderedComponents):
 
     Args:
         kernel_size, stride, padding, dilation: as in nn.Conv2d, an int or a pair (padding also `"same"` or `"valid"`).
-        seed, generator: where random numbers come from; a generator wins, without either torch's default one is used.
+        seed, generator: source of random numbers; the generator has priority, and without either torch's default one is used.
 
     Raises:
         ValueError: a size below 1; in `forward`, a rank outside [0, current rank].
@@ -167,7 +167,7 @@ class MaestroConv2d(OrderedComponents):
         """`(batch, out_channels, height', width')` at the given rank, else at `sampled`, else at the current rank."""
         r = self.active(rank)
         u, v = self.prefix(r)
-        if r == 0:  # a convolution must have a channel; this one is zero
+        if r == 0:  # a convolution must have at least one channel; this one is zero
             u, v = torch.cat([u, u.new_zeros(self.out_channels, 1)], 1), torch.cat([v, v.new_zeros(1, *v.shape[1:])])
         return F.conv2d(F.conv2d(x, v, None, self.stride, self.padding, self.dilation), u[..., None, None], self.bias)
 

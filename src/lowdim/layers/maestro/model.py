@@ -1,4 +1,4 @@
-"""A whole model of Maestro layers: made, made small, and its BatchNorms made right."""
+"""A whole model of Maestro layers: creating it, reducing it, and recalibrating its BatchNorms."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def maestro_decompose(model: nn.Module, *, target_modules: Patterns = None) -> n
     """Replace linear layers and convolutions by Maestro layers of the same function, in place.
 
     Args:
-        target_modules: see `lowdim.surgery.find_layers`; None takes every nn.Linear, Conv1D and nn.Conv2d but the prediction
-            head and grouped convolutions. A layer whose weight is tied to another module is left alone.
+        target_modules: see `lowdim.surgery.find_layers`; None selects every nn.Linear, Conv1D and nn.Conv2d but the
+            prediction head and grouped convolutions. A layer whose weight is tied to another module is left unchanged.
 
     Returns:
         The model. Build the optimizer afterwards.
@@ -35,7 +35,7 @@ def maestro_decompose(model: nn.Module, *, target_modules: Patterns = None) -> n
         >>> [type(m).__name__ for m in maestro_decompose(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)))]
         ['MaestroConv2d', 'Flatten', 'MaestroLinear']
 
-    Not for a model that only needs to be made small once: truncating its SVD does that without the training.
+    Not for a model that only needs to be compressed once: truncating its SVD does that without training.
 
     Source: Horváth et al., "Maestro", ICML 2024, arXiv 2308.14929.
     """
@@ -53,7 +53,7 @@ def maestro_decompose(model: nn.Module, *, target_modules: Patterns = None) -> n
 
 
 def maestro_merge(model: nn.Module) -> nn.Module:
-    """Make a model small for use, in place: cut what is unused, and make plain layers where those are smaller.
+    """Reduce a trained model, in place: remove unused components, and use plain layers where they are smaller.
 
     Formula: a layer with `rank · (in + out) > in · out` becomes dense (`in` counts a kernel's entries); the others keep their
     first `rank` components only.
@@ -70,7 +70,7 @@ def maestro_merge(model: nn.Module) -> nn.Module:
         >>> type(maestro_merge(nn.Sequential(MaestroLinear(8, 8)))[0]).__name__  # rank 8: twice as many numbers as dense
         'Linear'
 
-    Not before training has ended: it takes the freedom to choose other ranks. `lowdim.layers.densify` makes all of them dense.
+    Not before training has ended: afterwards the ranks are fixed. `lowdim.layers.densify` makes all layers dense.
 
     Source: Horváth et al., "Maestro", ICML 2024, arXiv 2308.14929.
     """
@@ -103,17 +103,17 @@ def maestro_layers(model: nn.Module) -> dict[str, OrderedComponents]:
 def maestro_recalibrate(
     model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> nn.Module:
-    """Take the statistics of every BatchNorm anew, at the current ranks: sampled passes have mixed theirs in.
+    """Recompute the statistics of every BatchNorm at the current ranks: sampled passes have changed them.
 
     The running statistics are reset and become the plain average over the batches; everything but the BatchNorms is in
-    evaluation mode meanwhile, and no gradient is kept. A model without BatchNorm is left as it is.
+    evaluation mode meanwhile, without gradients. A model without BatchNorm is unchanged.
 
     Args:
         batches: training data, one pass.
-        forward: how the model is called on a batch; by default `model(batch)`.
+        forward: calls the model on a batch; by default `model(batch)`.
 
     Returns:
-        The model, in the mode in which it came.
+        The model, in its original mode.
 
     Raises:
         ValueError: no batch was given.
@@ -125,7 +125,7 @@ def maestro_recalibrate(
         >>> maestro_recalibrate(model, [torch.tensor([[1.0, 2.0], [3.0, 6.0]])])[0].running_mean
         tensor([2., 4.])
 
-    Not needed without BatchNorm, nor after every step: once, before the model is evaluated or cut to other ranks.
+    Not needed without BatchNorm, nor after every step: once, before the model is evaluated or its ranks change.
 
     Source: Horváth et al., "Maestro", ICML 2024, arXiv 2308.14929.
     """

@@ -1,4 +1,4 @@
-"""What Maestro does in training: sampled passes, the group lasso, shrinking."""
+"""Training with Maestro: sampled passes, the group lasso, shrinking."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _KINDS = ("per_layer", "across_layers")
 class MaestroSampler:
     """Draws the smaller ranks at which layers run for one pass: ordered dropout.
 
-    `"per_layer"`: all pairs (layer, rank), 1 <= rank <= current rank, shuffled, one a draw; reshuffled when used up. The other
-    layers run in full. `"across_layers"`: an independent uniform rank for every layer.
+    `"per_layer"`: all pairs (layer, rank), 1 <= rank <= current rank, shuffled, one per draw; reshuffled when used up. The
+    other layers run at full rank. `"across_layers"`: an independent uniform rank for every layer.
 
     Args:
-        model: holds the layers; they are found by name, so the order of their calls does not matter.
-        seed: the draws follow from it and from how many there were, so every process draws alike.
+        model: the model with the layers, which are found by name; the order of their calls does not matter.
+        seed: the draws depend only on it and on their number, so all processes draw alike.
 
     Attributes:
         layers: name -> layer.
@@ -47,8 +47,8 @@ class MaestroSampler:
         >>> with sampler.sampled({"0": 1}):
         ...     y = model(torch.zeros(1, 4))
 
-    Not with activation checkpointing in a loop of your own: layers that run again in the backward pass would run at full rank
-    (torch notices, and raises). MaestroTraining sees to it.
+    Not with activation checkpointing in your own loop: layers that are recomputed in the backward pass would run at full rank
+    (torch detects this, and raises). MaestroTraining handles it.
 
     Source: Horváth et al., "Maestro", ICML 2024, arXiv 2308.14929.
     """
@@ -61,7 +61,7 @@ class MaestroSampler:
                 f"model must hold Maestro layers; got {type(model).__name__} without any (maestro_decompose makes them)"
             )
         self.kind, self.seed = kind, seed
-        self._round = -1  # how often the ranks were taken up
+        self._round = -1  # how often the ranks were read
         self.reset()
 
     def ranks(self) -> dict[str, int]:
@@ -69,7 +69,7 @@ class MaestroSampler:
         return {name: layer.rank for name, layer in self.layers.items()}
 
     def reset(self) -> None:
-        """Take up the layers' current ranks, and shuffle anew: after shrinking."""
+        """Read the layers' current ranks, and shuffle again: call it after shrinking."""
         self._ranks = self.ranks()
         self._next_round()
 
@@ -80,7 +80,7 @@ class MaestroSampler:
 
     def draw(self) -> dict[str, int]:
         """The next layer and its rank, or for `"across_layers"` a rank for every layer. A layer of rank 0 is never drawn."""
-        if self._ranks != self.ranks():  # shrunk, and nobody said so
+        if self._ranks != self.ranks():  # shrunk without a call of reset()
             self.reset()
         if self.kind == "across_layers":
             generator = stream(self.seed, "maestro", self.kind, self._round, self._position)
@@ -106,7 +106,7 @@ class MaestroSampler:
 
     @contextlib.contextmanager
     def sampled(self, ranks: Mapping[str, int] | None = None) -> Iterator[dict[str, int]]:
-        """Inside, the layers of `ranks` (by default the next draw) run at these ranks, the others in full; then as before."""
+        """Inside the block, the layers of `ranks` (by default the next draw) run at these ranks, the others at full rank."""
         chosen = self.draw() if ranks is None else dict(ranks)
         for name, rank in chosen.items():
             check_choice("a layer of ranks", name, self.layers)
@@ -121,7 +121,7 @@ class MaestroSampler:
                 layer.sampled = before[name]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the draws stand, and the ranks that they are drawn from."""
+        """The position of the draws, and the ranks that they are drawn from."""
         return {
             "kind": self.kind,
             "seed": self.seed,
@@ -131,7 +131,7 @@ class MaestroSampler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there, with the saved seed; the layers' own ranks come with the model's state dict.
+        """Continue from this state, with the saved seed; the layers' own ranks are in the model's state dict.
 
         Raises:
             CheckpointError: the state of another sampler.
@@ -149,21 +149,21 @@ class MaestroSampler:
 
 
 class MaestroTraining(Companion):
-    """What Maestro does beside the usual loss and step: a sampled pass, the group lasso, and shrinking.
+    """Maestro's additions to the usual loss and step: a sampled pass, the group lasso, and shrinking.
 
     Formula: `extra_loss = CE(sampled pass, softmax(full pass), detached) + lasso · Σ_layers group_lasso()`. Every
     `shrink_interval` steps each layer's rank becomes the number of components with importance >= `threshold`.
 
     Args:
         model: with Maestro layers.
-        optimizer: of its parameters; it may go on unchanged when layers shrink.
+        optimizer: of its parameters; it stays valid when layers shrink.
         lasso: weight of the group lasso; there is no good default (the authors' parser has 5e-3).
         threshold: smallest importance of a component that stays (the authors': 1e-5).
-        shrink_interval: in steps; None takes a tenth of `total_steps`, and without that only `shrink()` shrinks.
+        shrink_interval: in steps; None means a tenth of `total_steps`; without `total_steps` only `shrink()` shrinks.
         kind, seed: see MaestroSampler.
         total_steps: of the training.
-        full_pass: False makes the plain pass the sampled one, in training mode only: half the work, and no target from the
-            full model. `extra_loss` is then the lasso alone.
+        full_pass: False samples ranks in the plain pass, in training mode only: half the work, and no target from the full
+            model. `extra_loss` is then only the lasso.
 
     Raises:
         ValueError: lasso or threshold negative, an interval below 1, unknown kind, a model without Maestro layers; in
@@ -174,11 +174,11 @@ class MaestroTraining(Companion):
         >>> from lowdim.layers import MaestroTraining, maestro_decompose
         >>> model = maestro_decompose(torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3)))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> beside = MaestroTraining(model, optimizer, lasso=1e-3, threshold=0.05, shrink_interval=10)
+        >>> maestro = MaestroTraining(model, optimizer, lasso=1e-3, threshold=0.05, shrink_interval=10)
         >>> x, y = torch.randn(8, 6), torch.randint(3, (8,))
         >>> logits = model(x)
-        >>> loss = torch.nn.functional.cross_entropy(logits, y) + beside.extra_loss(lambda: model(x), logits)
-        >>> loss.backward(); optimizer.step(); beside.step()
+        >>> loss = torch.nn.functional.cross_entropy(logits, y) + maestro.extra_loss(lambda: model(x), logits)
+        >>> loss.backward(); optimizer.step(); maestro.step()
 
     Not for regression: the sampled pass learns the full pass's class probabilities.
 
@@ -230,7 +230,7 @@ class MaestroTraining(Companion):
         return self.extra_loss(forward, logits)
 
     def extra_loss(self, forward: Callable[[], Tensor], logits: Tensor) -> Tensor:
-        """What is added to the loss, a scalar.
+        """The term to add to the loss, a scalar.
 
         Args:
             forward: runs the model again on the same batch and returns its logits.
@@ -251,9 +251,9 @@ class MaestroTraining(Companion):
         return F.cross_entropy(small.reshape(-1, classes).to(wide), target) + penalty
 
     def _replay(self, logits: Tensor, ranks: Mapping[str, int]) -> None:
-        """Have layers that run again in the backward pass (activation checkpointing) do so at the ranks of their pass.
+        """Make layers that are recomputed in the backward pass (activation checkpointing) use the ranks of their pass.
 
-        What was computed last is differentiated first, so the sampled pass is through before the full one begins.
+        The last computation is differentiated first, so the backward of the sampled pass ends before that of the full one.
         """
 
         def begin(_: Tensor) -> None:
@@ -274,14 +274,14 @@ class MaestroTraining(Companion):
         return self.lasso * torch.stack([part.to(parts[0].device, parts[0].dtype) for part in parts]).sum()
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """After each optimizer step: on to the next draw, and shrink where the interval ends."""
+        """Call after each optimizer step: moves to the next draw, and shrinks at the end of an interval."""
         self.steps += 1
         self._drawn = {}
         if self.shrink_interval is not None and self.steps % self.shrink_interval == 0:
             self.shrink()
 
     def shrink(self) -> dict[str, int]:
-        """Shrink every layer now; the new ranks. The parameters stay as they are, and so does the optimizer."""
+        """Shrink every layer now; returns the new ranks. The parameters and the optimizer are unchanged."""
         self._drawn = {}
         found = {name: layer.shrink(self.threshold) for name, layer in self.sampler.layers.items()}
         self.sampler.reset()
@@ -296,13 +296,13 @@ class MaestroTraining(Companion):
         self.close()
 
     def close(self) -> None:
-        """Take the hooks of `full_pass=False` off the model."""
+        """Remove the hooks of `full_pass=False` from the model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next steps depend on, the layers' ranks among it."""
+        """Everything that the next steps depend on, including the layers' ranks."""
         return {
             "steps": self.steps,
             "sampler": self.sampler.state_dict(),
@@ -311,7 +311,7 @@ class MaestroTraining(Companion):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on as if never interrupted, with the same numbers.
+        """Continue as if never interrupted, with the same numbers.
 
         Raises:
             CheckpointError: the state of another training.

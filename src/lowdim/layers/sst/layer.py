@@ -1,4 +1,4 @@
-"""Sparse Spectral Training: a layer kept as its whole singular value decomposition, of which few directions train at a time."""
+"""Sparse Spectral Training: a layer stored as its full singular value decomposition; few directions train at a time."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class SSTLinear(StructuredLinear):
     Formula: `h = x Vhᵀ`, `y = (h · S) Uᵀ + bias`, with `d = min(in, out)`, `U (out, d)`, `S (d,)`, `Vh (d, in)`. All of `S` has
     its exact gradient. Of `U` and `Vh` only the active columns and rows `k` are trained, by the enhanced gradient, which
     lacks the factor `S_k` so that directions with a small singular value learn too: with `G = ∂L/∂W`, `G v_k` for `u_k` and
-    `u_kᵀ G` for `v_k`. The parameters `U_active (out, rank)`, `Vh_active (rank, in)` stand in for the columns and rows
+    `u_kᵀ G` for `v_k`. The parameters `U_active (out, rank)`, `Vh_active (rank, in)` replace the columns and rows
     `active (rank,)` of the buffers `U` and `Vh`, which are stale there until `write_back()`.
 
     Args:
-        rank: how many directions are active at a time, in [1, min(in, out)]; the paper takes about `d / 16`.
+        rank: number of active directions, in [1, min(in, out)]; the paper uses about `d / 16`.
         seed: of the fresh weight (uniform, as nn.Linear's), and of `resample()` without a generator; None uses torch's default
-            generator. Fresh layers of one shape and one seed start alike.
+            generator. New layers of one shape and one seed start alike.
 
     Raises:
         ValueError: sizes below 1, rank outside [1, min(in, out)].
@@ -46,7 +46,7 @@ class SSTLinear(StructuredLinear):
     The optimizer alone is not enough: `lowdim.layers.SSTScheduler` clips, normalises, draws the active directions and restores
     orthogonality. Not for saving weights or arithmetic (both are those of a whole SVD, about twice a square dense layer's;
     turn it into a plain layer with `to_linear()` afterwards), only the optimizer's state and the gradients are small. The
-    enhanced gradient is not the gradient of any loss: line searches and second-order methods misread it.
+    enhanced gradient is not the gradient of any loss: do not use line searches and second-order methods.
 
     Source: Zhao et al., "Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks", ICML 2025,
     arXiv 2405.15481.
@@ -147,15 +147,15 @@ class SSTLinear(StructuredLinear):
 
     @torch.no_grad()
     def resample(self, generator: torch.Generator | None = None, indices: Sequence[int] | Tensor | None = None) -> None:
-        """Write back, and make other directions active; the dense weight stays, the optimizer's state does not fit any more.
+        """Write back, and activate other directions; the dense weight does not change, the optimizer's state becomes invalid.
 
         Args:
-            generator: draws `rank` distinct directions by `sampling_probabilities()`; None takes the layer's own stream, whose
-                place a state dict does not carry.
-            indices: which directions instead, in any order.
+            generator: draws `rank` distinct directions by `sampling_probabilities()`; None uses the layer's own stream, whose
+                position is not in the state dict.
+            indices: the directions to activate instead, in any order.
 
         Raises:
-            ValueError: indices repeated, outside [0, d) or not `rank` many.
+            ValueError: duplicate indices, outside [0, d), or not `rank` of them.
         """
         chosen = self._draw(generator) if indices is None else self._checked(indices)
         self.write_back()
@@ -164,7 +164,7 @@ class SSTLinear(StructuredLinear):
 
     @torch.no_grad()
     def reinitialize(self) -> None:
-        """Write back and decompose the dense weight anew: orthogonal vectors, the same weight, the same active positions.
+        """Write back and decompose the dense weight again: orthogonal vectors, the same weight, the same active positions.
 
         Raises:
             ValueError: NaN or infinity in the weight.
@@ -195,12 +195,12 @@ class SSTLinear(StructuredLinear):
         return layer.train(linear.training)
 
     def products(self) -> list[tuple[int, int, int]]:
-        """`Vh` and `U` whole, then their active parts, which take the place of those columns."""
+        """`Vh` and `U`, then their active parts, which replace those columns."""
         n_in, n_out, d, r = self.in_features, self.out_features, self.S.numel(), self.rank
         return [(d * n_in, n_in, d), (d * n_out, d, n_out), (r * n_in, n_in, r), (r * n_out, r, n_out)]
 
     def cost(self, tokens: int, *, itemsize: int = 4) -> Cost:
-        """What one use costs; frozen vectors get no gradient, so a backward pass is little more than a forward pass."""
+        """The cost of one use; frozen vectors get no gradient, so a backward pass costs little more than a forward pass."""
         cost = super().cost(tokens, itemsize=itemsize)
         n_in, n_out, r = self.in_features, self.out_features, self.rank
         flops = 2 * tokens * r * (n_in + n_out)
@@ -243,7 +243,7 @@ class SSTLinear(StructuredLinear):
 
 
 class _Spectral(torch.autograd.Function):
-    """The product, with exact gradients but for the active vectors, whose own lack the factor S."""
+    """The product, with exact gradients except for the active vectors, whose gradients lack the factor S."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
@@ -298,7 +298,7 @@ def _multiply(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`y (..., out)`, the rows of `x` as they were multiplied, and `h (rows, d)`.
 
-    The buffers' stale columns meet singular values of 0; two thin products add what belongs there, so nothing is copied.
+    The buffers' stale columns are multiplied by singular values of 0; two thin products add the active part without a copy.
     """
     dtype = S.dtype if cast is None else cast
     rows = x.reshape(-1, x.shape[-1])

@@ -17,12 +17,12 @@ class LorentzLinear(nn.Module):
     """A linear map onto the hyperboloid `−t² + ‖s‖² = −1`, around any module that maps features to features.
 
     Formula: `z = linear(x)`, `t = exp(log_scale) · sigmoid(z₀) + 1.1`, `s = z₁… · √((t² − 1) / max(‖z₁…‖², 1e-8))`; the output
-    is `(t, s)`, time coordinate first. It is not linear any more, so such layers can follow each other directly.
+    is `(t, s)`, time coordinate first. It is not linear, so such layers can follow each other directly.
 
     Args:
         linear: for example nn.Linear or `lowdim.layers.SSTLinear`, with at least 2 outputs.
         scale: largest time coordinate (less 1.1) at first; trained as its logarithm, `log_scale (1,)`.
-        fix_scale: keep it.
+        fix_scale: do not train the scale.
 
     Raises:
         ValueError: scale not a finite number above 0.
@@ -35,8 +35,8 @@ class LorentzLinear(nn.Module):
         >>> bool(torch.allclose(-t.square() + s.square().sum(-1, keepdim=True), torch.tensor(-1.0), atol=1e-3))
         True
 
-    Not for Euclidean networks, whose features are no points of a hyperboloid; and a distance between its outputs wants
-    float32 at least, since `t²` and `‖s‖²` nearly cancel.
+    Not for Euclidean networks, whose features are not points of a hyperboloid. Compute distances between its outputs in
+    float32 or better, since `t²` and `‖s‖²` nearly cancel.
 
     Source: Zhao et al., "Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks", ICML 2025,
     arXiv 2405.15481; the layer is that of Chen et al., "Fully Hyperbolic Neural Networks", ACL 2022, arXiv 2105.14686.
@@ -47,7 +47,7 @@ class LorentzLinear(nn.Module):
         check_float("scale", scale, 0.0, low_open=True)
         self.linear = linear
         first = next(linear.parameters(), torch.empty(()))
-        values = torch.full((1,), math.log(scale), dtype=first.dtype, device=first.device)  # FSDP2 refuses scalars
+        values = torch.full((1,), math.log(scale), dtype=first.dtype, device=first.device)  # FSDP2 rejects scalars
         self.log_scale = nn.Parameter(values, requires_grad=not fix_scale)
 
     def forward(

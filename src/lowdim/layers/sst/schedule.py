@@ -1,4 +1,4 @@
-"""What must act besides the optimizer when SST layers are trained."""
+"""The companion that trains SST layers along with the optimizer."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["SSTScheduler"]
 
 
 class SSTScheduler(Companion):
-    """Turns the active directions of a model's `SSTLinear` layers over while it is trained.
+    """Changes the active directions of a model's `SSTLinear` layers during training.
 
     Formula: after every optimizer step each layer's `post_step()`. At the end of an iteration (`steps_per_iteration` steps) new
     active directions are drawn, and the optimizer's state of `U_active` and `Vh_active` is dropped; that of all other
-    parameters stays. The `i`-th step of an iteration, from 1, has `min(1, i / warmup)` of the learning rates. At the end of a
-    round (`iterations_per_round` iterations) each layer is decomposed anew before the draw.
+    parameters stays. The `i`-th step of an iteration, from 1, uses `min(1, i / warmup)` times the learning rates. At the end of
+    a round (`iterations_per_round` iterations) each layer is decomposed again before the draw.
 
     Args:
         model: with SSTLinear layers, in any wrapping; `fully_shard` it first.
         optimizer: over their parameters; one that steps inside the backward pass has no warm-up.
         steps_per_iteration: optimizer steps with the same active directions.
-        iterations_per_round: None takes `⌈d / rank⌉` of each layer.
+        iterations_per_round: None means `⌈d / rank⌉` of each layer.
         warmup: steps; in an iteration that is no longer than this the full rates are never reached.
         seed: of all draws. Processes that train together must have the same.
 
@@ -47,8 +47,8 @@ class SSTScheduler(Companion):
         >>> model[0].U_active in optimizer.state, model[0].S in optimizer.state
         (False, True)
 
-    A learning-rate schedule may run beside it: the warm-up acts within `optimizer.step()` only. Not for layers that are to keep
-    their active directions; call `post_step()` yourself there.
+    It can be combined with a learning-rate schedule: the warm-up acts only within `optimizer.step()`. Not for layers that
+    should keep their active directions; call `post_step()` yourself there.
 
     Source: Zhao et al., "Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks", ICML 2025,
     arXiv 2405.15481.
@@ -81,12 +81,12 @@ class SSTScheduler(Companion):
         optimizer.register_state_dict_post_hook(self._complete)
 
     def factor(self) -> float:
-        """What the learning rates of the next step are multiplied by."""
+        """The factor of the learning rates in the next step."""
         step = self.steps % self.steps_per_iteration + 1
         return 1.0 if step >= self.warmup else step / self.warmup
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Once after each optimizer step."""
+        """Call once after each optimizer step."""
         self.steps += 1
         for layer in self.layers:
             layer.post_step()
@@ -100,17 +100,17 @@ class SSTScheduler(Companion):
         self._drop()
 
     def state_dict(self) -> dict[str, Any]:
-        """How many steps were taken, and the seed; all else follows from these and from the model."""
+        """The number of steps, and the seed; the rest follows from these and from the model."""
         return {"steps": self.steps, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another scheduler with the same settings stood, with its draws.
+        """Continue from the state of a scheduler with the same settings, with its draws.
 
         Raises:
             ValueError: `steps` is missing or not an int >= 0.
         """
         check_int("steps", state.get("steps"), 0)
-        self.steps, self.seed = state["steps"], state.get("seed", 0)  # 0: what all earlier versions drew from
+        self.steps, self.seed = state["steps"], state.get("seed", 0)  # 0: the seed of all earlier versions
 
     def _drop(self) -> None:
         for layer in self.layers:
@@ -120,11 +120,11 @@ class SSTScheduler(Companion):
 
     def _before(self, *_: Any) -> None:
         if self.steps and self.steps % self.steps_per_iteration == 0:
-            self._drop()  # a checkpoint of this moment brought them back
+            self._drop()  # a checkpoint saved at this point restored them
         self._dropped.clear()
 
     def _complete(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-        """A checkpoint of the moment after a drop holds the old states: FSDP2 loads none in which a parameter has no state."""
+        """A checkpoint saved right after a drop holds the old states: FSDP2 cannot load one with a parameter without state."""
         for group, names in zip(optimizer.param_groups, saved["param_groups"], strict=True):
             for parameter, name in zip(group["params"], names["params"], strict=True):
                 if parameter in self._dropped:

@@ -1,1 +1,1 @@
-"""What optimizers share: parts, the driver that runs them, parameter groups, sharded and 8-bit states."""
+"""Shared by all optimizers: parts, the driver that runs them, parameter groups, sharded and 8-bit states."""

@@ -41,7 +41,7 @@ class AdafactorRule(InnerRule):
             state[name] = torch.zeros(shape, dtype=dtype, device=low.device)
 
     def rotate(self, state: State, R: Tensor, side: Side) -> None:
-        """The first moment as in AdamW; of the second the side that changes."""
+        """The first moment as in AdamW; of the second moment only the side that changes."""
         if "exp_avg" in state:
             state["exp_avg"] = rotated(state["exp_avg"], R, side)
         name = "col" if side == "right" else "row"
@@ -54,7 +54,7 @@ class AdafactorRule(InnerRule):
         q = g.square().add_(self.eps[0])
         if "row" in state:
             row, col = state["row"].lerp_(q.mean(-1), 1 - beta2), state["col"].lerp_(q.mean(-2), 1 - beta2)
-            u = q.copy_(g)  # q's memory serves again
+            u = q.copy_(g)  # reuses q's memory
             u.mul_((row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)).mul_(col.rsqrt().unsqueeze(-2))
         else:
             u = state["exp_avg_sq"].lerp_(q, 1 - beta2).rsqrt().mul_(g)

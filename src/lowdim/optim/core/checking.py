@@ -1,4 +1,4 @@
-"""What an optimizer checks before it begins: hyperparameters, parameters, its rules together, and a state to continue from."""
+"""Checks before an optimizer starts: hyperparameters, parameters, combinations of rules, and a state to resume from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-#: Of the layout of optimizers' states; a state of another version is refused, not guessed at.
+#: Version of the layout of optimizers' states; a state of another version is rejected.
 STATE_VERSION = 1
 
 
@@ -37,7 +37,7 @@ def check_params(params: list[Tensor], index: int) -> None:
 
 
 def check_full_gradient(method: str, layerwise: bool, accumulate: int, max_norm: float | None) -> None:
-    """Raise ValueError where a rule looks at the full gradient, which is gone once projected ones are summed or wait."""
+    """Raise ValueError if a rule needs the full gradient, which is not kept while projected ones are summed or clipped."""
     if accumulate > 1:
         raise ValueError(
             f"accumulate={accumulate}: {method} here needs the full gradient, which the sum of projected gradients does not "
@@ -84,14 +84,14 @@ def check_limiter(limiter: Any) -> None:
 
 
 def check_matrix(rank: Any, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless a parameter of this shape is left alone or is a matrix that can be projected to this rank."""
+    """Raise ValueError unless a parameter of this shape is not projected, or is a matrix that can be projected to this rank."""
     if rank is not None and len(shape) > 2:
         raise ValueError(f"rank must be None for a group that holds tensors of more than two dimensions (shape {shape})")
     check_rank(rank, shape)
 
 
 def check_saved_group(index: int, saved: dict[str, Any], group: dict[str, Any], method: str, keys: Iterable[str]) -> None:
-    """Raise unless the group was saved by this method, in this version, with the same value of each of these keys.
+    """Raise unless the group was saved by this method, in this version, with the same values of these keys.
 
     Raises:
         ValueError: another method, or another value.
@@ -128,7 +128,7 @@ def restored(p: Tensor, saved: State, wanted: Layout, label: str) -> State:
 
 
 def _plain(value: Any) -> Any:
-    """Lists and tuples that hold the same compare equal: a checkpoint may have passed through JSON."""
+    """Make lists and tuples with the same items compare equal: a checkpoint may have passed through JSON."""
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return value

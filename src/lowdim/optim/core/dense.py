@@ -1,4 +1,4 @@
-"""Unprojected parameters: all of a group at once through torch's fused AdamW, or one a piece at a time."""
+"""Unprojected parameters: a whole group at once with torch's fused AdamW, or one parameter piece by piece."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def can_fuse(p: Tensor, grad: Tensor, inner: InnerRule) -> bool:
 
 
 def can_walk(weight: Tensor, low: Tensor, state: State, parts: Parts) -> bool:
-    """Whether an unprojected parameter can be updated a piece at a time, without a direction of its size."""
+    """Whether an unprojected parameter can be updated piece by piece, without a direction of its size."""
     return (
         isinstance(parts.projector, Identity)
         and isinstance(parts.inner, AdamWRule)
@@ -65,9 +65,9 @@ def fused_step(
     weight_decay: float,
     decay_after: bool,
 ) -> None:
-    """One AdamW step on parameters that have done `step` steps.
+    """One AdamW step on parameters that have completed `step` steps.
 
-    The kernel adds eps to `√v / √(1−β₂ᵏ)`; eps outside of the correction is therefore handed over as `eps / √(1−β₂ᵏ)`.
+    The kernel adds eps to `√v / √(1−β₂ᵏ)`; eps outside of the correction is therefore passed as `eps / √(1−β₂ᵏ)`.
     """
     beta1, beta2 = rule.betas
     eps = rule.eps

@@ -1,4 +1,4 @@
-"""One driver for every projected optimizer: groups, hooks, checkpoints, and the step that the parts make up."""
+"""One driver for every projected optimizer: groups, hooks, checkpoints, and the step composed of the parts."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ __all__ = ["ProjectedOptimizer"]
 
 
 class ProjectedOptimizer(torch.optim.Optimizer):
-    """Base of the family: a composition writes `parts` and `check_group`, and inherits everything else.
+    """Base of the family: a composition defines `parts` and `check_group`, and inherits everything else.
 
     Args:
         params: as in torch: parameters, named parameters, or groups.
         defaults: hyperparameters that a group may set for itself.
-        layerwise: update a parameter as soon as its gradient is there, in the backward pass, and free the gradient.
-        accumulate: micro-batches a step, for `layerwise` only. While the subspace stands the *projected* gradient is summed,
-            which is exact since projecting is linear; the full gradient is kept only in steps that choose a subspace.
-            `step()` finishes a step that got fewer micro-batches (the last of an epoch).
-        max_norm: clip by the global norm of what the inner rules see: projected gradients, and the gradients of unprojected
-            parameters. It is at most the norm of the full gradients. With `layerwise` the projected gradients then wait for
-            `step()`, which alone knows all of them; full gradients are freed as they come all the same.
+        layerwise: update a parameter as soon as its gradient is ready, in the backward pass, and free the gradient.
+        accumulate: micro-batches per step, for `layerwise` only. While the subspace is fixed the *projected* gradient is
+            summed, which is exact because projecting is linear; the full gradient is kept only in steps that choose a subspace.
+            `step()` completes a step with fewer micro-batches (the last of an epoch).
+        max_norm: clip by the global norm of the inner rules' input: projected gradients, and the gradients of unprojected
+            parameters. It is at most the norm of the full gradients. With `layerwise` the projected gradients are then kept
+            until `step()`, when all are known; full gradients are still freed immediately.
         replicas: with `layerwise` in several processes that hold the same parameters: average gradients over them here
-            (projected ones while the subspace stands, which is `rank / side` of the traffic). Do not wrap such a model in DDP,
-            which would average too late; under FSDP2 gradients arrive averaged and this is not needed. False: each process has
-            parameters of its own. None refuses to guess.
+            (projected ones while the subspace is fixed, which is `rank / side` of the traffic). Do not wrap such a model in
+            DDP, which would average too late; under FSDP2 gradients are already averaged and this is not needed. False: each
+            process has its own parameters. None: raise an error in several processes.
         stagger: choose the subspaces of different parameters at different steps; the first step still chooses all.
-        foreach: update the unprojected parameters of a group in one fused call where that computes the same.
+        foreach: update the unprojected parameters of a group in one fused call if that gives the same result.
 
     Class attributes for compositions:
         method: name that a checkpoint carries.
@@ -78,14 +78,14 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         super().__init__(params, {**defaults, "stagger": stagger, "method": self.method, "version": STATE_VERSION})
 
     def _start(self) -> None:
-        """What is no part of a checkpoint."""
+        """Set the attributes that are not part of a checkpoint."""
         self._home: dict[Tensor, int] = {}
         self._handles: list[Any] = []
         self._waiting: dict[Tensor, Tensor] = {}  # low gradients, until the norm of all of them is known
         self._progress = Progress(self.method)
         self.watcher = Watcher()
 
-    # What a composition writes.
+    # Methods that a composition defines.
 
     @staticmethod
     def prepare_model(model: Any, *, rank: Any, **_: Any) -> Any:
@@ -136,7 +136,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update every parameter that has a gradient; gives the closure's loss."""
+        """Update every parameter that has a gradient; returns the closure's loss."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         if self.layerwise:
@@ -155,7 +155,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _finish(self) -> None:
-        """Layerwise: steps with too few micro-batches, gradients from elsewhere, low gradients that wait to be clipped."""
+        """Layerwise: finish steps with few micro-batches, gradients set elsewhere, and low gradients that wait for clipping."""
         for group in self.param_groups:
             for p in group["params"]:
                 parts = self.parts(group, p.ndim)
@@ -226,7 +226,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         return grad
 
     def _update(self, p: Tensor, grad: Tensor | None, group: dict[str, Any], parts: Parts, low: Tensor | None = None) -> None:
-        """The step of one parameter, from its gradient, or from a low gradient that was projected before."""
+        """The step of one parameter, from its gradient, or from an already projected low gradient."""
         state, projector, inner, residual = self.state[p], parts.projector, parts.inner, parts.residual
         step = state.get("step", 0)
         a = None
@@ -240,14 +240,14 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             inner.init(low, state)
         lr, decay = float(group["lr"]), group["weight_decay"]
         weight = parts.store.read(p)
-        shrink = inner.rate(step, lr, weight) * decay if decay else 0.0  # looks at the weight before it changes
-        kept = 1.0 if isinstance(shrink, Tensor) else 1.0 - shrink  # then decay is part of the multiply-add
+        shrink = inner.rate(step, lr, weight) * decay if decay else 0.0  # reads the weight before it changes
+        kept = 1.0 if isinstance(shrink, Tensor) else 1.0 - shrink  # decay is then part of the multiply-add
         if dense.can_walk(weight, low, state, parts):
             dense.walk(weight, low, state, parts, step, lr, kept)
         else:
             D, eta = inner.direction(low, state, step, lr, weight)
             before = parts.decay == "before"
-            if isinstance(shrink, Tensor) and before:  # a rate that is a tensor stays where it lies
+            if isinstance(shrink, Tensor) and before:  # a rate that is a tensor stays on its device
                 weight.mul_(1 - shrink)
             size = eta if before else eta * kept  # decay after the update shrinks the update too
             if not residual.fused(weight, a, low, D, projector, state, step_size=size, beta=kept):
@@ -264,7 +264,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         projector = parts.projector
         if group["stagger"] and "phase" not in state and projector.interval is not None:
             state["phase"] = self._phase(p, projector.interval)
-        due = projector.due(state, step) and has_numbers(a)  # a forecast chooses nothing, and takes its time
+        due = projector.due(state, step) and has_numbers(a)  # a forecast chooses nothing
         if due:
             self._progress.begin(step)
         try:
@@ -283,7 +283,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         return low
 
     def _phase(self, p: Tensor, interval: int) -> int:
-        """How many steps before the others this parameter is due; spread evenly over an interval, the first parameter at 0."""
+        """The number of steps by which this parameter is due earlier; spread evenly over an interval, from 0."""
         projected = self._projected()
         place = next(i for i, q in enumerate(projected) if q is p)
         return -(place * interval // len(projected)) % interval
@@ -292,12 +292,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         return [p for group in self.param_groups if group.get("rank") is not None for p in group["params"]]
 
     def log(self) -> dict[str, float]:
-        """What the last step saw, in numbers for a training log (reads tensors: call it when you log, not every step).
+        """Numbers of the last step for a training log (reads tensors: call it when you log, not every step).
 
         `energy`: share of the gradients' energy in their subspaces when these were chosen, mean over parameters; `overlap`:
-        share of a new subspace that lay in the one before, likewise. With `optimizer.watcher.on = True` also `true_grad_norm`,
-        of the full gradients (not where projected gradients are summed over micro-batches), `projected_norm`, and `captured`,
-        the share of the projected parameters' energy that the subspaces hold now.
+        share of a new subspace that was in the previous one, likewise. With `optimizer.watcher.on = True` also
+        `true_grad_norm`, of the full gradients (not where projected gradients are summed over micro-batches), `projected_norm`,
+        and `captured`, the share of the projected parameters' energy that the subspaces hold now.
         """
         states = [self.state[p] for group in self.param_groups for p in group["params"] if p in self.state]
         return {**self.watcher.numbers(), **subspace_numbers(states)}
@@ -321,7 +321,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 self._accumulate(p, grad, group, parts)
 
     def _use(self, p: Tensor, grad: Tensor | None, group: dict[str, Any], parts: Parts, low: Tensor | None = None) -> None:
-        """Step, or wait."""
+        """Step, or keep the low gradient."""
         if self.replicas:
             if low is None and grad is not None and not self._keeps_full(parts, self.state[p]):
                 low = self._project(p, grad, group, self.state[p], self.state[p].get("step", 0), parts)
@@ -394,7 +394,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if not hasattr(self, "_home"):  # unpickled or deep-copied: nothing was built by __init__
+        if not hasattr(self, "_home"):  # unpickled or deep-copied: __init__ did not run
             self._start()
             for index in range(len(self.param_groups)):
                 self._adopt(index)

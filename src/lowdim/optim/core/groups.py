@@ -1,4 +1,4 @@
-"""Which parameters are projected, and what an optimizer keeps."""
+"""Parameter groups (which parameters are projected), and the size of optimizer states."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _LOG = logging.getLogger("lowdim.optim")
 
 
 class ParamGroups(list):
-    """Parameter groups for an optimizer, and why each parameter is where it is.
+    """Parameter groups for an optimizer, with the reason for each parameter's group.
 
     Attributes:
-        rows: one `(name, shape, group)` a parameter, `group` being `"rank 128"` or the reason for leaving it unprojected.
+        rows: one `(name, shape, group)` per parameter, `group` being `"rank 128"` or the reason for leaving it unprojected.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class ParamGroups(list):
         self.rows: list[tuple[str, tuple[int, ...], str]] = []
 
     def describe(self) -> str:
-        """A table with a line a parameter, and the share of numbers that is projected."""
+        """A table with a line per parameter, and the share of projected numbers."""
         width = max((len(name) for name, _, _ in self.rows), default=4)
         sizes = [(torch.Size(shape).numel(), group.startswith("rank ")) for _, shape, group in self.rows]
         total, projected = sum(n for n, _ in sizes), sum(n for n, yes in sizes if yes)
@@ -52,9 +52,9 @@ def param_groups(
 ) -> ParamGroups:
     """Sort a model's trainable parameters into a projected and an unprojected group.
 
-    Projected: weight matrices of the layers named, by default of all linear layers (and attention or recurrent matrices of
+    Projected: weight matrices of the named layers, by default of all linear layers (and attention or recurrent matrices of
     torch's own modules) except prediction heads. Not projected: vectors, embeddings, heads, convolutions, matrices whose
-    smaller side is not above the rank, and a matrix tied to anything of these. A tied matrix appears once.
+    smaller side is not above the rank, and a matrix tied to any of these. A tied matrix appears once.
 
     Args:
         rank: of the projected group.
@@ -110,7 +110,7 @@ def projected_layers(model: nn.Module, rank: int, target_modules: str | Iterable
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in an optimizer's state; of sharded ones what this process holds.
+    """Bytes of all tensors in an optimizer's state; for sharded ones, the bytes that this process holds.
 
     Example:
         >>> import torch
@@ -137,7 +137,7 @@ def _bytes(value: Any) -> int:
 def _reasons(
     model: nn.Module, rank: int, target_modules: str | Iterable[str] | None
 ) -> dict[nn.Parameter, tuple[str, list[str]]]:
-    """Of each trained parameter: why it is not projected (empty where it is), and its names."""
+    """For each trained parameter: why it is not projected (empty if it is), and its names."""
     check_int("rank", rank, 1)
     wanted = _matrices(model, target_modules)
     why: dict[nn.Parameter, tuple[str, list[str]]] = {}
@@ -148,7 +148,7 @@ def _reasons(
             name = f"{path}.{leaf}" if path else leaf
             reason = _reason(p, module, (id(module), leaf) in wanted, rank)
             before, names = why.get(p, ("", []))
-            why[p] = (before or reason, [*names, name])  # a reason against it at any of its names stands
+            why[p] = (before or reason, [*names, name])  # a reason under any of its names counts
     return why
 
 
@@ -177,7 +177,7 @@ def _matrices(model: nn.Module, target_modules: str | Iterable[str] | None) -> s
 
 
 def _reason(p: nn.Parameter, module: nn.Module, wanted: bool, rank: int) -> str:
-    """Why it is not projected; empty where it is."""
+    """Why it is not projected; empty if it is."""
     if p.ndim < 2:
         return "vector" if p.ndim else "scalar"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):

@@ -1,4 +1,4 @@
-"""Inner rule: AdamW with moments in bfloat16, the second rounded at random so that what is small still adds up."""
+"""Inner rule: AdamW with moments in bfloat16; the second is rounded stochastically, so that small terms still add up."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class AdamW16bitRule(AdamWRule):
     """AdamW whose moments live in bfloat16 between steps: half of float32's bytes.
 
     A second moment in bfloat16 that is rounded to the nearest stops growing as soon as `(1−β₂) g²` is below half of its last
-    bit. It is therefore rounded up with the probability of what is cut off, so that its mean is right. The update uses the
-    fresh float32 moments. Random bits follow from the step and the moment's shape.
+    bit. It is therefore rounded up with probability equal to the truncated fraction, which is unbiased. The update uses the
+    new float32 moments. Random bits depend on the step and the moment's shape.
     """
 
-    elementwise = False  # the random bits are drawn for the whole tensor, wherever a process's piece may end
+    elementwise = False  # the random bits are drawn for the whole tensor, not per shard
 
     def init(self, low: Tensor, state: State) -> None:
         """Zero moments."""
@@ -42,7 +42,7 @@ class AdamW16bitRule(AdamWRule):
         return joined(low, self.walk(low, state, step)), self.step_size(step, lr)
 
     def walk(self, low: Tensor, state: State, step: int) -> Iterator[tuple[slice, Tensor]]:
-        """Moments are read, advanced and stored again a piece at a time."""
+        """Moments are read, updated and stored piece by piece."""
         grad, m, v = low.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         generator = stream_on(low.device, step, "moments", *low.shape) if has_numbers(low) else None
         for here in pieces(low, 1):
@@ -57,7 +57,7 @@ class AdamW16bitRule(AdamWRule):
 
 
 def round_at_random(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A float32 tensor of finite numbers as bfloat16, rounded up or down in magnitude with the right mean.
+    """A float32 tensor of finite numbers as bfloat16, rounded stochastically without bias.
 
     Example:
         >>> import torch

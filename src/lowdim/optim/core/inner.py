@@ -18,7 +18,7 @@ __all__ = ["AdamW8bitRule", "AdamWRule", "joined", "pieces", "rotated"]
 
 EpsMode = Literal["outside", "inside"]
 
-#: Entries whose 8-bit moments are in floating point at a time: what a core's cache holds; elsewhere few launches.
+#: Entries whose 8-bit moments are dequantized at a time: on a CPU what a core's cache holds; elsewhere few launches.
 _PIECE = {True: 2**18, False: 2**24}
 #: The code of 0 in the signed and in the unsigned codebook.
 _ZERO = {True: 127, False: 0}
@@ -56,7 +56,7 @@ class AdamWRule(InnerRule):
         return self.advance(low, m, v, step), self.step_size(step, lr)
 
     def walk(self, low: Tensor, state: State, step: int) -> Iterator[tuple[slice, Tensor]]:
-        """D of contiguous tensors a piece at a time, by slices of the flattened tensor; the moments are updated as it goes."""
+        """D of contiguous tensors piece by piece, in slices of the flattened tensor; also updates the moments."""
         grad, m, v = low.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         for here in pieces(low, 1):
             yield here, self.advance(grad[here], m[here], v[here], step)
@@ -84,10 +84,10 @@ class AdamWRule(InnerRule):
 
 @dataclass(frozen=True)
 class AdamW8bitRule(AdamWRule):
-    """AdamW whose moments live as bytes between steps, with one float32 scale a block of 256.
+    """AdamW whose moments are bytes between steps, with one float32 scale per block of 256.
 
-    The update uses the fresh float32 moments; quantisation follows. Low gradients of fewer than `min_size` entries keep float32
-    moments.
+    The update uses the new float32 moments, which are quantized afterwards. Low gradients of fewer than `min_size` entries keep
+    float32 moments.
     """
 
     eps: float = 1e-8
@@ -95,7 +95,7 @@ class AdamW8bitRule(AdamWRule):
     min_size: int = 4096
     block: int = 256
 
-    elementwise = False  # blocks run over the whole tensor, wherever a process's piece may end
+    elementwise = False  # blocks run over the whole tensor, not per shard
 
     def init(self, low: Tensor, state: State) -> None:
         """Zero moments, as bytes where the tensor is large enough."""
@@ -120,7 +120,7 @@ class AdamW8bitRule(AdamWRule):
         return joined(low, self.walk(low, state, step)), self.step_size(step, lr)
 
     def walk(self, low: Tensor, state: State, step: int) -> Iterator[tuple[slice, Tensor]]:
-        """Moments are read, advanced and stored again some blocks at a time."""
+        """Moments are read, updated and stored a few blocks at a time."""
         if "absmax1" not in state:
             yield from super().walk(low, state, step)
             return
@@ -159,7 +159,7 @@ class AdamW8bitRule(AdamWRule):
 
 
 def pieces(low: Tensor, block: int) -> Iterator[slice]:
-    """Slices of the flattened tensor, of whole blocks but for the last; in a forecast the first stands for all."""
+    """Slices of the flattened tensor, of whole blocks except the last; in a forecast the first stands for all."""
     piece = _PIECE[low.device.type == "cpu"] // block * block
     total = low.numel() if has_numbers(low) else min(piece, low.numel())
     for start in range(0, total, piece):
@@ -175,7 +175,7 @@ def joined(low: Tensor, walk: Iterable[tuple[slice, Tensor]]) -> Tensor:
 
 
 def _codebooks(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Signed and unsigned, once a device; a forecast's fake tensors are not kept."""
+    """Signed and unsigned, cached per device; a forecast's fake tensors are not cached."""
     if not has_numbers(like):
         return dynamic_codebook(True).to(like.device), dynamic_codebook(False).to(like.device)
     return _codebooks_on(like.device)

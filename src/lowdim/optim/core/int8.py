@@ -1,4 +1,4 @@
-"""Weights trained as bytes: an 8-bit parameter, the linear layer around it, and the store by which an optimizer reaches it."""
+"""8-bit weights in training: the parameter, the linear layer around it, and the store that an optimizer uses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _REMEDY = (
 
 
 class _Int8Meta(type(nn.Parameter)):
-    """A forecast's fake tensor cannot be of the subclass; it is marked instead, as torch marks fake parameters."""
+    """A forecast's fake tensor cannot be an instance of the subclass; it is marked instead, as torch marks fake parameters."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return super().__instancecheck__(instance) or getattr(instance, "_is_int8", False) is True
@@ -36,9 +36,9 @@ class _Int8Meta(type(nn.Parameter)):
 class Int8Parameter(nn.Parameter, metaclass=_Int8Meta):
     """A weight in groups of bytes, `w = (code − zero) scale`, which `lowdim.optim.QGaLore` trains.
 
-    An integer tensor has no autograd: `requires_grad` is False, and the layer that uses the weight leaves the gradient in
-    `float_grad`, where `QGaLore` looks for it. Everything below is kept by copies, pickles and `torch.save`
-    (also with `weights_only=True`).
+    An integer tensor has no autograd: `requires_grad` is False, and the layer that uses the weight stores the gradient in
+    `float_grad`, where `QGaLore` reads it. Copies, pickles and `torch.save` (also with `weights_only=True`) keep all
+    attributes below.
 
     Args:
         codes: uint8, the weight's shape.
@@ -49,7 +49,7 @@ class Int8Parameter(nn.Parameter, metaclass=_Int8Meta):
     Attributes:
         float_grad: gradient in floating point, summed over backward passes, or None.
         trainable: False switches the gradient off; `requires_grad_(flag)` sets it, so that freezing a model works.
-        anchor: stands for the weight in autograd: a post-accumulate-grad hook on it runs when `float_grad` is there.
+        anchor: represents the weight in autograd: a post-accumulate-grad hook on it runs when `float_grad` is ready.
 
     Raises:
         TypeError: codes are not uint8, scales or zeros not floating.
@@ -131,10 +131,10 @@ torch.serialization.add_safe_globals([_rebuild_int8])
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose weight is kept, and trained, in 8 bits.
+    """A linear layer whose weight is stored and trained in 8 bits.
 
     Formula: `y = x Wᵀ + bias`, `W = (codes − zeros) scales`, built in x's dtype (under autocast in its dtype) for each product
-    and dropped again, also for the backward pass: `grad_x = g W`, `grad_bias = Σ g`, and `gᵀ x` is added to
+    and then freed, also in the backward pass: `grad_x = g W`, `grad_bias = Σ g`, and `gᵀ x` is added to
     `weight.float_grad`, in the wider of the scales' dtype and x's.
 
     Args:
@@ -142,11 +142,11 @@ class Int8Linear(nn.Module):
         bias: `(out,)` or None.
 
     Attributes:
-        scales, zeros: buffers; the very tensors of `weight.scales` and `weight.zeros`.
+        scales, zeros: buffers; the same tensors as `weight.scales` and `weight.zeros`.
 
     Raises:
-        TypeError: FSDP has sharded the weight (the message says how to leave it out); x is not floating.
-        ValueError: x has not `in_features` entries in its last dimension.
+        TypeError: FSDP has sharded the weight (the message says how to exclude it); x is not floating.
+        ValueError: the last dimension of x is not `in_features`.
 
     Example:
         >>> import torch
@@ -156,7 +156,7 @@ class Int8Linear(nn.Module):
         >>> layer.weight.dtype, tuple(layer.weight.float_grad.shape), layer.weight.grad
         (torch.uint8, (32, 64), None)
 
-    Not for layers that are small beside the activations: each product builds the weight anew.
+    Not for layers that are small compared with the activations: each product builds the weight again.
 
     Source: Zhang et al., "Q-GaLore", arXiv 2407.08296.
     """
@@ -218,7 +218,7 @@ class Int8Linear(nn.Module):
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{sizes}, group_size={self._weight().group_size}"
 
-    # The buffers are the parameter's own scales and zeros, whatever moves, loads or shares it.
+    # The buffers stay the parameter's own scales and zeros when it is moved, loaded or shared.
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -229,7 +229,7 @@ class Int8Linear(nn.Module):
         weight, before = cast(Int8Parameter, self._parameters["weight"]), self._buffers["scales"]
         kept, scales, zeros, anchor = _kept(weight)[2:], weight.scales, weight.zeros, weight.anchor
         super()._apply(fn, recurse)
-        if scales is not before:  # a layer that shares the parameter was here first
+        if scales is not before:  # a layer that shares the parameter has already moved it
             self._buffers["scales"], self._buffers["zeros"] = scales, zeros
         self._tie(kept, fn)
         if (moved := self._weight()) is weight and anchor.device != moved.device:
@@ -318,19 +318,19 @@ def _dense(p: Int8Parameter, dtype: torch.dtype | None = None) -> Tensor:
 def quantize_linears(
     model: nn.Module, target_modules: Patterns, *, group_size: int = 256, stochastic_round: bool = True
 ) -> nn.Module:
-    """Put an `Int8Linear` in the place of every layer that the patterns name, in place.
+    """Replace every layer that the patterns match by an `Int8Linear`, in place.
 
     Args:
-        target_modules: as in `lowdim.surgery.find_layers`; None takes every linear layer but the prediction head. A layer whose
-            weight is tied to a module of another kind is left alone (with a warning if it was named).
+        target_modules: as in `lowdim.surgery.find_layers`; None selects every linear layer but the prediction head. A layer
+            whose weight is tied to a module of another kind is left unchanged (with a warning if it was named).
         group_size, stochastic_round: as in `Int8Linear.from_linear`.
 
     Returns:
         The model. Build the optimizer afterwards: the old weights are gone.
 
     Raises:
-        ValueError: a pattern matches nothing, or group_size does not divide a layer's weights (named; the model is left as it
-            was).
+        ValueError: a pattern matches nothing, or group_size does not divide a layer's weights (named; the model is
+            unchanged).
 
     Example:
         >>> from torch import nn
@@ -348,14 +348,14 @@ def quantize_linears(
 
 
 def check_int8(p: Tensor) -> None:
-    """Raise TypeError for a weight of bytes that is no longer an `Int8Parameter`."""
+    """Raise TypeError for a uint8 weight that is no longer an `Int8Parameter`."""
     if p.dtype == torch.uint8 and not isinstance(p, Int8Parameter):
         raise TypeError(f"a uint8 parameter must be an Int8Parameter, which holds its scales. Under FSDP {_REMEDY}")
 
 
 @dataclass(frozen=True)
 class Int8Store(WeightStore):
-    """Reads an `Int8Parameter` in float32 or better and requantizes what comes back; other parameters as `DenseStore` does."""
+    """Reads an `Int8Parameter` in float32 or better and requantizes it on writing; other parameters as `DenseStore` does."""
 
     stochastic = True
 
@@ -382,7 +382,7 @@ class Int8Store(WeightStore):
             p.float_grad = None
 
     def watch(self, p: Tensor, call: Callable[[Tensor], None]) -> Any:
-        """A hook that the layer's backward pass sets off, once all uses of the weight have added their share."""
+        """A hook that the layer's backward pass triggers once all uses of the weight have added their gradient."""
         if not isinstance(p, Int8Parameter):
             return p.register_post_accumulate_grad_hook(call) if p.requires_grad else None
 

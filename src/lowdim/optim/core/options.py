@@ -1,4 +1,4 @@
-"""How one trains, whatever the method: the keywords that every optimizer here shares."""
+"""Training options that are independent of the method: the keywords that all optimizers here share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["TrainingOptions"]
 
 
 class TrainingOptions(TypedDict, total=False):
-    """Keywords that every optimizer here takes besides its hyperparameters; see `ProjectedOptimizer`."""
+    """Keywords that every optimizer here accepts besides its hyperparameters; see `ProjectedOptimizer`."""
 
     layerwise: bool
     accumulate: int

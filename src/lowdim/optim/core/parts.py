@@ -1,4 +1,4 @@
-"""The four parts that every projected optimizer is composed of, and what each must answer.
+"""The four parts that every projected optimizer is composed of, and their interfaces.
 
     a = residual.before(G)          the gradient, or the gradient plus a carried error
     projector.prepare(a)            a new subspace where one is due
@@ -7,7 +7,8 @@
     U = scale · projector.up(D) + residual.after(…)
     W ← W − η U                     read from and written back to a store
 
-Parts are frozen records of hyperparameters: what changes during training lies in the optimizer's `state[p]`, a dictionary of
+Parts are frozen records of hyperparameters: everything that changes during training is in the optimizer's `state[p]`, a
+    dictionary of
 tensors and numbers, and `step` counts from 0.
 """
 
@@ -40,7 +41,7 @@ def layout_bytes(layout: Layout) -> int:
 class Projector:
     """Maps a gradient to a small one and an update back; chooses the subspace.
 
-    Write `due`, `prepare`, `down`, `up`, `low_shape` and `layout`; overwrite `add_up` where the update can be added to the
+    Define `due`, `prepare`, `down`, `up`, `low_shape` and `layout`; override `add_up` where the update can be added to the
     weight without a tensor of the weight's size.
     """
 
@@ -48,11 +49,11 @@ class Projector:
 
     @property
     def interval(self) -> int | None:
-        """Steps between two choices of a subspace; None where none is chosen again, so that nothing can be staggered."""
+        """Steps between two choices of a subspace; None if it is chosen only once, so that nothing can be staggered."""
         return None
 
     def due(self, state: State, step: int) -> bool:
-        """Whether `prepare` will look at this step's gradient to choose a new subspace."""
+        """Whether `prepare` will choose a new subspace from this step's gradient."""
         return False
 
     def prepare(self, a: Tensor, state: State, step: int) -> bool:
@@ -74,7 +75,7 @@ class Projector:
         weight.add_(sharded.match(self.up(low, state), weight), alpha=alpha)
 
     def rotation(self, state: State) -> tuple[Tensor, Side] | None:
-        """The map from coordinates in the last subspace to those in the new one, or None where there is none."""
+        """The map from coordinates in the previous subspace to those in the new one, or None."""
         return None
 
     def low_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -96,7 +97,7 @@ class Projector:
 class InnerRule:
     """Turns a low gradient into a direction, with a state of the low gradient's size.
 
-    `elementwise` says that entries do not see each other: the state of a sharded parameter can then stay sharded.
+    `elementwise` means that entries are independent: the state of a sharded parameter can then stay sharded.
     """
 
     elementwise: bool = False
@@ -112,12 +113,12 @@ class InnerRule:
     def direction(self, low: Tensor, state: State, step: int, lr: float, weight: Tensor) -> tuple[Tensor, float]:
         """The direction D, of the low gradient's shape, and the step size η; moments are updated in place.
 
-        `weight` is the full parameter before the step. D may be part of the state: nobody else changes it.
+        `weight` is the full parameter before the step. D may be part of the state: no other code changes it.
         """
         raise NotImplementedError
 
     def rate(self, step: int, lr: float, weight: Tensor) -> float | Tensor:
-        """The rate that weight decay is multiplied with: the learning rate, unless the rule makes its own."""
+        """The rate that multiplies weight decay: the learning rate, unless the rule computes its own."""
         return lr
 
     def layout(self, low_shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
@@ -130,13 +131,13 @@ class InnerRule:
 
 
 class ResidualRule:
-    """What happens to the part of the gradient that the subspace does not hold."""
+    """Handles the part of the gradient outside the subspace."""
 
-    #: False only where neither method looks at the full gradient: it may then be dropped as soon as it is projected.
+    #: False only if neither method needs the full gradient: it can then be freed as soon as it is projected.
     full_size: bool = True
 
     def before(self, grad: Tensor, state: State) -> Tensor:
-        """What the projector sees."""
+        """The input of the projector."""
         return grad
 
     def after(self, a: Tensor, low: Tensor, D: Tensor, projector: Projector, state: State) -> Tensor | None:
@@ -157,7 +158,7 @@ class ResidualRule:
     ) -> bool:
         """`weight ← beta · weight − step_size · (scale · up(D) + after(…))` in place, with fewer temporaries.
 
-        False: nothing was done, the two are to be added one after the other.
+        False: nothing was done; add the two terms one after the other.
         """
         return False
 
@@ -175,14 +176,14 @@ class NoResidual(ResidualRule):
 class WeightStore:
     """How a weight and its gradient are kept; `read` gives a floating tensor that the driver changes in place."""
 
-    #: True where `write` draws random numbers: the driver then hands it a generator of its own for each step.
+    #: True if `write` draws random numbers: the driver then passes it a generator for each step.
     stochastic: bool = False
 
     def check(self, p: Tensor) -> None:
         """Raise TypeError for a parameter of a kind that it does not keep."""
 
     def grad(self, p: Tensor) -> Tensor | None:
-        """The gradient, or None where there is none."""
+        """The gradient, or None."""
         raise NotImplementedError
 
     def drop(self, p: Tensor) -> None:
@@ -198,7 +199,7 @@ class WeightStore:
         raise NotImplementedError
 
     def watch(self, p: Tensor, call: Callable[[Tensor], None]) -> Any:
-        """Have `call(p)` run as soon as the gradient is there; gives a handle with `.remove()`, or None."""
+        """Run `call(p)` as soon as the gradient is ready; returns a handle with `.remove()`, or None."""
         raise NotImplementedError
 
 
@@ -206,7 +207,7 @@ class DenseStore(WeightStore):
     """An ordinary parameter: `.grad`, and the tensor itself, changed in place."""
 
     def check(self, p: Tensor) -> None:
-        """Integer weights have no `.grad`: they would silently never be trained."""
+        """Integer weights have no `.grad`: they would silently never train."""
         if not p.is_floating_point():
             raise TypeError(
                 f"params must be floating tensors; got {p.dtype} of shape {tuple(p.shape)} (for 8-bit weights: QGaLore)"
@@ -238,7 +239,7 @@ class Parts:
 
     Attributes:
         decay: weight decay acts on the updated weight (`"after"`, GaLore) or on the old one (`"before"`, as in torch).
-        rotate: moments are carried over when the subspace changes; otherwise they are read in the new one as they are.
+        rotate: moments are transformed when the subspace changes; otherwise they are reused unchanged.
     """
 
     projector: Projector

@@ -9,12 +9,12 @@ import time
 __all__ = ["Progress"]
 
 _LOG = logging.getLogger("lowdim.optim")
-#: Seconds of silence at first, and between two lines where the output is no terminal.
+#: Seconds before the first line, and between two lines where the output is not a terminal.
 _PATIENCE, _PAUSE = 1.0, 10.0
 
 
 class Progress:
-    """Counts the subspaces that one step chooses, and speaks up once that has taken more than a second."""
+    """Counts the subspaces that one step chooses, and prints a line once that has taken more than a second."""
 
     def __init__(self, method: str):
         self.method = method
@@ -27,7 +27,7 @@ class Progress:
             self._step, self._begun, self._count, self._told = step, time.monotonic(), 0, -_PAUSE
 
     def chosen(self, total: int) -> None:
-        """One more was chosen, of at most `total` in this step."""
+        """Another one was chosen, of at most `total` in this step."""
         self._count += 1
         now = time.monotonic()
         if now - self._begun < _PATIENCE:
@@ -41,7 +41,7 @@ class Progress:
             self._told = now
 
     def close(self) -> None:
-        """The step before is over: what it took goes to the log."""
+        """The previous step is over: log its time."""
         if self._count and self._begun:
             _LOG.debug("%s: step %d chose %d subspaces", self.method, self._step, self._count)
         self._count = 0

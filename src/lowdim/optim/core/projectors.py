@@ -35,18 +35,18 @@ class Identity(Projector):
 
 @dataclass(frozen=True)
 class SVDProjector(Projector):
-    """Leading singular vectors of the gradient, chosen anew every `update_interval` steps.
+    """Leading singular vectors of the gradient, recomputed every `update_interval` steps.
 
     Formula: `G = U S Vᵀ`, `R = V[:, :rank]`, `L = U[:, :rank]`; `down = G R` or `Lᵀ G` or `Lᵀ G R`, `up = D Rᵀ` or `L D` or
     `L D Rᵀ`.
 
     State: `right_basis (n, rank)` and/or `left_basis (m, rank)`, computed in float32 or better and kept in the parameter's
     dtype, in which all products with them run; and `energy`, the share of `‖G‖²` that the subspace held when it was chosen,
-    and `overlap`, the share of it that lay in the one before (1 at first), both 0-dim.
+    and `overlap`, the share of it that was in the previous one (1 at first), both 0-dim.
 
     Args:
         svd: `"exact"`, `"randomized"` (warm-started from the old basis), or `"auto"`: exact for small matrices.
-        rotates: keep what `rotation` needs (for compositions that carry moments over; not with `"full"`).
+        rotates: keep the tensors that `rotation` needs (for compositions that transform moments; not with `"full"`).
     """
 
     rank: int
@@ -72,13 +72,13 @@ class SVDProjector(Projector):
         return ("right",) if (m >= n) == (self.proj_type == "std") else ("left",)
 
     def due(self, state: State, step: int) -> bool:
-        """At steps 0, T, 2T, …, the state's `phase` (if any) steps before."""
+        """At steps 0, T, 2T, …, earlier by the state's `phase` (if any)."""
         return (step + state.get("phase", 0)) % self.update_interval == 0 or not (
             "right_basis" in state or "left_basis" in state
         )
 
     def prepare(self, a: Tensor, state: State, step: int) -> bool:
-        """Decompose the gradient if due. A gradient with NaN or infinity leaves the old basis; without one: ValueError."""
+        """Decompose the gradient if due. A gradient with NaN or infinity keeps the old basis; without one: ValueError."""
         if not self.due(state, step):
             return False
         full = sharded.gather(a).detach()
@@ -143,7 +143,7 @@ class SVDProjector(Projector):
             sharded.add_product(weight, left.to(dtype) @ sharded.gather(low), right.to(dtype).mT, alpha=alpha, beta=beta)
 
     def rotation(self, state: State) -> tuple[Tensor, Side] | None:
-        """`(old basis)ᵀ (new basis)`; asked for once a change."""
+        """`(old basis)ᵀ (new basis)`; called once per change."""
         R = state.pop("rotation", None)
         if R is None or ("left_basis" in state and "right_basis" in state):
             return None
@@ -162,7 +162,7 @@ class SVDProjector(Projector):
 
 
 def overlap(turn: Tensor | None, like: Tensor) -> Tensor:
-    """`‖oldᵀ new‖²_F / r` from `oldᵀ new`: 1 for the same subspace, 0 for an orthogonal one; 1 where there was none before."""
+    """`‖oldᵀ new‖²_F / r` from `oldᵀ new`: 1 for the same subspace, 0 for an orthogonal one; 1 if there was none before."""
     if turn is None:
         return torch.ones_like(like)
     return (turn.square().sum() / turn.shape[1]).clamp(max=1.0).to(like.dtype)
@@ -170,14 +170,14 @@ def overlap(turn: Tensor | None, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TuckerProjector(Projector):
-    """One orthonormal factor a mode, for tensors of more than two dimensions (convolutions).
+    """One orthonormal factor per mode, for tensors of more than two dimensions (convolutions).
 
     Formula: `g = G ×_i F_iᵀ`, `up = D ×_i F_i`; the factors by HOSVD, then HOOI.
 
     State: `factor0 (d_0, r_0)`, `factor1`, … in the parameter's dtype, and `energy`.
 
     Args:
-        rank: one number, cut to each dimension, or one a dimension.
+        rank: one number, limited to each dimension, or one per dimension.
     """
 
     rank: int | tuple[int, ...]
@@ -190,11 +190,11 @@ class TuckerProjector(Projector):
         return self.update_interval
 
     def due(self, state: State, step: int) -> bool:
-        """At steps 0, T, 2T, …, the state's `phase` (if any) steps before."""
+        """At steps 0, T, 2T, …, earlier by the state's `phase` (if any)."""
         return (step + state.get("phase", 0)) % self.update_interval == 0 or "factor0" not in state
 
     def prepare(self, a: Tensor, state: State, step: int) -> bool:
-        """Decompose the gradient if due. A gradient with NaN or infinity leaves the old factors; without them: ValueError."""
+        """Decompose the gradient if due. A gradient with NaN or infinity keeps the old factors; without them: ValueError."""
         if not self.due(state, step):
             return False
         full = sharded.gather(a).detach()
@@ -222,7 +222,7 @@ class TuckerProjector(Projector):
         return mode_products(full, self._factors(state, full.dtype))
 
     def up(self, low: Tensor, state: State) -> Tensor:
-        """The tensor of this core."""
+        """The tensor with this core."""
         return mode_products(low, self._factors(state, low.dtype), transpose=False)
 
     def low_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -238,7 +238,7 @@ class TuckerProjector(Projector):
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every entry is; in one pass without a mask of the tensor's size. A forecast's tensor counts as finite."""
+    """Whether all entries are finite, in one pass without a mask of the tensor's size. A forecast's tensor counts as finite."""
     if not has_numbers(tensor) or tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor)

@@ -1,4 +1,4 @@
-"""What happens to the part of the gradient outside of the subspace: scaled and added (Fira), or carried to the next step."""
+"""Rules for the part of the gradient outside the subspace: scaled and added (Fira), or carried to the next step."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lowdim.optim.core.parts import Layout, Projector, ResidualRule, State, mome
 
 __all__ = ["ErrorFeedback", "NormScaledResidual", "few_rows"]
 
-_TINY = 1e-8  # the authors', in both quotients
+_TINY = 1e-8  # the authors' value, in both quotients
 _LEVELS = 255
 _ROWS = 16
-#: Entries that are worked on at a time, where a temporary of the whole matrix's size can be spared.
+#: Entries processed at a time, to avoid a temporary of the matrix's size.
 _CHUNK = {"cpu": 2**17}
 _OTHER_CHUNK = 2**24
 
@@ -29,8 +29,8 @@ class NormScaledResidual(ResidualRule):
 
     Formula, with α the projector's scale: `φ = ‖D‖ / (‖g‖ + 1e-8)` for each row of D (each column where D has fewer rows than
     columns), `S = φ ⊙ (G − α up(g))`. With a limiter γ, from the second step on: `c = max(‖S‖ / (‖S_prev‖ + 1e-8), γ) / γ`,
-    `S ← S / c`; `‖S‖ / c` is kept. A residual that is zero but for rounding is no measure for the next one: the norm kept
-    before stays, and where there is none, the next step is not limited either.
+    `S ← S / c`; `‖S‖ / c` is kept. A residual that is zero up to rounding cannot limit the next one: the previous norm is
+    kept, and without one the next step is not limited either.
 
     Where φ runs along the side that is not projected (all but square matrices of full rank on the left), no S is built:
     `‖S‖² = Σ φᵢ² (‖Gᵢ‖² − (2α − α²) ‖gᵢ‖²)` for an orthonormal basis, and `up(φ ⊙ g) = φ ⊙ up(g)`, so that
@@ -92,10 +92,10 @@ class NormScaledResidual(ResidualRule):
         return True
 
     def _limit(self, size: Tensor, total: Tensor, dtype: torch.dtype, state: State) -> Tensor | None:
-        """What S is divided by, None for 1; the norm that is kept is replaced."""
+        """The divisor of S, None for 1; the kept norm is replaced."""
         if self.limiter is None:
             return None
-        size = size.to(moment_dtype(dtype))  # whatever the inner rule computes in
+        size = size.to(moment_dtype(dtype))  # independent of the inner rule's dtype
         rounding = max(8 * torch.finfo(size.dtype).eps, torch.finfo(dtype).eps ** 2)
         size = torch.where(size.square() > rounding * total, size, 0.0)
         before = state.get("residual_norm")
@@ -117,17 +117,17 @@ class NormScaledResidual(ResidualRule):
 
 
 def _has_rest(a: Tensor, low: Tensor, projector: Projector) -> bool:
-    """Whether anything lies outside: not where the subspace is the whole space and the scale is 1."""
+    """Whether anything is outside the subspace: not if it is the whole space and the scale is 1."""
     return a.shape != low.shape or projector.scale != 1.0
 
 
 def _by_row(a: Tensor, low: Tensor) -> bool:
-    """One factor a row, or one a column; the authors decide by D's shape. A factor must also fit the gradient."""
+    """One factor per row or per column; the authors decide by D's shape. A factor must also fit the gradient."""
     return low.shape[0] >= low.shape[1] and low.shape[0] == a.shape[0]
 
 
 def _ratio(D: Tensor, low: Tensor, by_row: bool, inside: Tensor | None = None) -> Tensor:
-    """φ; `inside` are the squares of `low` where they are known."""
+    """φ; `inside` are the squares of `low` if they are known."""
     inside = _squares(low, by_row) if inside is None else inside
     return _squares(D, by_row).sqrt_().div_(inside.sqrt().add_(_TINY))
 
@@ -157,7 +157,7 @@ def _squares(matrix: Any, by_row: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class ErrorFeedback(ResidualRule):
-    """What the subspace lost comes back with the next gradient.
+    """The part that the subspace lost is added to the next gradient.
 
     Formula: `A = G + E`, `E ← A − up(down(A))`, E = 0 at first. With 8 bits E is kept as `E ≈ low + q · scale`, q a byte,
     `low = min`, `scale = (max − min) / 255` of each row.
@@ -173,7 +173,7 @@ class ErrorFeedback(ResidualRule):
     max_dim: int | None = None
 
     def before(self, grad: Tensor, state: State) -> Tensor:
-        """`G + E`, in E's memory where it has the gradient's dtype: `after` leaves the new error there."""
+        """`G + E`, in E's memory if it has the gradient's dtype: `after` stores the new error there."""
         if "ef" not in state:
             return grad
         error = state["ef"]
@@ -185,7 +185,7 @@ class ErrorFeedback(ResidualRule):
         """None: nothing is added to this step's update."""
         if self._idle(tuple(a.shape)):
             return None
-        error = a if "ef" in state else a.clone()  # a gradient is left alone
+        error = a if "ef" in state else a.clone()  # a gradient is not modified
         projector.add_up(error, low, state, alpha=-1.0)
         if self.bits is None:
             state["ef"] = error
@@ -207,7 +207,7 @@ class ErrorFeedback(ResidualRule):
 
 
 def _to_bytes(error: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, least values and steps of rows."""
+    """Codes, minima and step sizes of the rows."""
     wide = moment_dtype(error.dtype)
     least, most = (_of_rows(f(1, keepdim=True), error) for f in (error.amin, error.amax))
     least = least.to(wide)
@@ -226,7 +226,7 @@ def _to_bytes(error: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _of_rows(values: Any, like: Any) -> Any:
-    """A number a row, each on the process that holds a piece of that row."""
+    """One number per row, on the process that holds a piece of that row."""
     if not sharded.is_sharded(like):
         return values
     from torch.distributed.tensor import Replicate
@@ -235,7 +235,7 @@ def _of_rows(values: Any, like: Any) -> Any:
 
 
 def few_rows(matrix: Tensor, width: int) -> Iterable[Tensor]:
-    """The rows of a matrix, so many at a time as are worth it for rows of this width; for a forecast the first ones only."""
+    """The rows of a matrix in chunks suited to this width; for a forecast only the first chunk."""
     count = max(1, _CHUNK.get(matrix.device.type, _OTHER_CHUNK) // max(1, width))
     if not len(matrix):
         return ()

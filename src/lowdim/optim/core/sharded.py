@@ -1,8 +1,8 @@
-"""Parameters spread over processes (FSDP2's DTensor), so that the parts need not know.
+"""Sharded parameters (FSDP2's DTensor), handled here so that the parts need not know about them.
 
 A sharded gradient is gathered only where a subspace is chosen. All other products run on the local rows: projecting from the
-right needs no communication, projecting from the left one reduction of the low gradient, and the update nothing or one
-gathering of the low direction.
+right needs no communication, projecting from the left needs one reduction of the low gradient, and the update none or
+one gathering of the low direction.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def settle(low: Any) -> Tensor:
-    """Finish a pending sum over processes; the result lies sharded along its longer side."""
+    """Finish a pending sum over processes; the result is sharded along its longer side."""
     if not is_sharded(low):
         return low
     from torch.distributed.tensor import Shard
@@ -49,7 +49,7 @@ def add_product(weight: Any, left: Tensor, right: Tensor, *, alpha: float, beta:
 
 
 def _along(tensor: Any, weight: Any, axis: int) -> Tensor:
-    """The part of a factor that meets this process's block: sharded on `axis` where the weight is, else whole."""
+    """The part of a factor for this process's block: sharded on `axis` where the weight is, else whole."""
     from torch.distributed.tensor import Replicate, Shard
 
     if not all(type(p) in (Shard, Replicate) for p in weight.placements):
@@ -59,7 +59,7 @@ def _along(tensor: Any, weight: Any, axis: int) -> Tensor:
 
 
 def check_whole(p: Tensor) -> None:
-    """Raise ValueError for a parameter that another library has flattened or cut: no matrix, no subspace."""
+    """Raise ValueError for a parameter that another library has flattened or partitioned: a subspace needs the matrix."""
     flat = type(p).__name__ == "FlatParameter" or getattr(p, "_fsdp_flattened", False)
     if flat or hasattr(p, "ds_id"):
         who = "FSDP1 has flattened" if flat else "DeepSpeed ZeRO-3 has partitioned"
@@ -70,7 +70,7 @@ def check_whole(p: Tensor) -> None:
 
 
 def check_alone(p: Tensor, label: Callable[[Tensor], str]) -> None:
-    """Raise ValueError where an update in the backward pass would take one process's gradient for that of many."""
+    """Raise ValueError if an update in the backward pass would use one process's gradient instead of the average."""
     import torch.distributed as dist
 
     if is_sharded(p) or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
@@ -82,7 +82,7 @@ def check_alone(p: Tensor, label: Callable[[Tensor], str]) -> None:
 
 
 def average(tensor: Tensor | None) -> None:
-    """The mean over all processes, in place; a DTensor's gradient is one already."""
+    """The mean over all processes, in place; a DTensor's gradient is already averaged."""
     import torch.distributed as dist
 
     if tensor is not None and not is_sharded(tensor) and dist.is_initialized() and dist.get_world_size() > 1:

@@ -15,10 +15,10 @@ __all__ = ["Watcher", "square", "subspace_numbers"]
 
 
 class Watcher:
-    """Adds up squared norms while a step goes on; nothing is read from the device before `numbers` is called.
+    """Adds up squared norms during a step; nothing is read from the device before `numbers` is called.
 
     Attributes:
-        on: off, it costs nothing; on, one reading of each gradient.
+        on: False costs nothing; True costs one pass over each gradient.
     """
 
     def __init__(self) -> None:
@@ -28,12 +28,12 @@ class Watcher:
         self._norm: Tensor | None = None
 
     def saw(self, grad: Tensor, low: Tensor | None) -> None:
-        """A gradient, and what it was projected to (None: it is not projected)."""
+        """A gradient, and its projection (None: it is not projected)."""
         if self.on:
             self._now.append((square(grad), None if low is None else square(low)))
 
     def clipped(self, norm: Tensor) -> None:
-        """The global norm that gradients were clipped by."""
+        """The global norm used for clipping."""
         self._norm = norm
 
     def end(self) -> None:

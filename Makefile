@@ -1,6 +1,5 @@
-# Two words do everything on a fresh machine with Python 3.11 or newer: `make demo` and `make test`.
-# The rest: make lint | format | types | layers | docs | tables | test-slow | mutants | bench | ci | clean. The first call of a word
-# installs what it needs in .venv; stamp files there make the next one quick.
+# On a fresh machine with Python 3.11 or newer: `make demo` or `make test`; `make help` lists the rest.
+# The first call of a target installs what it needs in .venv; stamp files there make the next call quick.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -11,50 +10,50 @@ BIN := $(VENV)/bin
 # Test processes; each runs torch on one thread.
 JOBS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
-# Neighbours share models and runs that are made once for each process, so each process starts with a stretch of its own.
+# Neighbouring tests share models and runs that each process makes once, so each process starts with its own contiguous part.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist worksteal
 
 .PHONY: help demo test test-slow mutants lint format types layers docs tables bench ci clean setup-demo setup-test setup-dev
 
-help:  ## this list
+help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: setup-demo  ## compare methods on a real encoder and shipped sentences; writes demo-report/report.html
 	$(BIN)/lowdim compare --out demo-report --resume
 
-test: setup-test  ## the tests, without the slow ones
+test: setup-test  ## run the tests, without the slow ones
 	$(PYTEST) -n $(JOBS)
 
-test-slow: setup-test  ## the slow tests alone; with `make test` they are all
+test-slow: setup-test  ## run only the slow tests; `make test` runs all others
 	$(PYTEST) -n $(JOBS) -m slow
 
-mutants: setup-test  ## plant faults in a copy, one at a time; which do the tests miss? writes results/mutants.json
+mutants: setup-test  ## plant faults in a copy, one at a time; report those that no test catches in results/mutants.json
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py --jobs $(JOBS)
 
-lint: setup-dev  ## ruff: rules and format, checked
+lint: setup-dev  ## ruff: check rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: setup-dev  ## ruff: mend what can be mended
+format: setup-dev  ## ruff: fix what it can, then format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 types: setup-dev  ## pyright on the package
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-layers: setup-dev  ## which package may import which
+layers: setup-dev  ## check which package may import which
 	$(BIN)/lint-imports --no-logo
 
 docs: setup-test  ## run the examples of README, docs and docstrings; check the links
 	$(PYTEST) -n $(JOBS) -m "slow or not slow" tests/test_readme.py tests/test_docs.py tests/test_shipped_recipes.py
 
-tables: setup-test  ## write what README and docs show from elsewhere: tables from the catalogue, files of docs/examples
+tables: setup-test  ## regenerate what README and docs show: tables of the catalogue, files of docs/examples
 	$(BIN)/python docs/tables.py
 
-bench: $(VENV)/.bench  ## figures against PEFT and galore-torch; writes results/bench-*.json
+bench: $(VENV)/.bench  ## measure against PEFT and galore-torch; writes results/bench-*.json
 	for file in bench/*.py; do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file; done
 
-ci: test test-slow lint types layers  ## what .ci/run checks, without Debian's packages
+ci: test test-slow lint types layers  ## run what .ci/run checks, without Debian's packages
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
@@ -63,25 +62,25 @@ setup-demo: $(VENV)/.demo
 setup-test: $(VENV)/.test
 setup-dev: $(VENV)/.dev
 
-# torch comes first and alone: what follows then finds it in place and installs no other build of it.
+# torch is installed first and alone, so that no other package pulls in a different build of it.
 $(VENV)/.torch: constraints.txt
 	@python=""; \
 	for name in $(PYTHON) python3.11 python3.12 python3.13 python3 python; do \
 	  if "$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python="$$name"; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-	  echo "lowdim needs Python 3.11 or newer, and none is on the path (make PYTHON=/path/to/python names one)" >&2; exit 2; \
+	  echo "lowdim needs Python 3.11 or newer, which is not on the path; choose one with make PYTHON=/path/to/python" >&2; exit 2; \
 	fi; \
 	if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
 	  echo "$$python has no venv module with pip: install it (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 2; \
 	fi; \
 	echo "environment: $(VENV) ($$("$$python" --version))"; \
 	"$$python" -m venv $(VENV)
-	@echo "installing torch (once, some minutes)"
+	@echo "installing torch (once, takes a few minutes)"
 	@version=$$(grep -E '^torch==' constraints.txt); $(PIP) "$$version"
 	@touch $@
 
 $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml constraints.txt
-	@echo "installing lowdim[$*] and what it needs"
+	@echo "installing lowdim[$*] and its dependencies"
 	@$(PIP) --editable '.[$*]'
 	@touch $@

@@ -38,6 +38,12 @@ def test_public_names_stay(module):
     assert not [name for name in NAMES[module] if not hasattr(there, name)]
 
 
+def test_a_package_under_its_former_name():
+    from lowdim import methods, strategies
+
+    assert strategies is methods
+
+
 @pytest.mark.parametrize("module", INNER)
 def test_inner_names_that_others_import_stay(module):
     for name in INNER[module]:

@@ -15,9 +15,12 @@ from lowdim.version import __version__
 
 _FUNCTIONS = {"adapt": "adapters", "load_adapter": "adapters"}
 _PACKAGES = (
-    "adapters", "calibrate", "catalogue", "compress", "diagnose", "errors", "export", "layers", "linalg", "modules",
-    "optim", "plan", "pretrained", "ranks", "report", "represent", "results", "solve", "surgery", "train",
+    "adapters", "calibrate", "catalogue", "compress", "diagnose", "errors", "export", "jobs", "layers", "linalg",
+    "methods", "modules", "optim", "plan", "pretrained", "ranks", "report", "represent", "results", "solve", "surgery", "train",
 )  # fmt: skip
+
+#: Packages under their former names.
+_MOVED = {"strategies": "methods"}
 
 __all__ = ["__version__", *_FUNCTIONS, *_PACKAGES]
 
@@ -27,7 +30,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    return importlib.import_module(f"lowdim.{name}") if name in _PACKAGES else lazy_names(__name__, _FUNCTIONS)(name)
+    name = _MOVED.get(name, name)
+    if name in _PACKAGES:
+        return importlib.import_module(f"lowdim.{name}")
+    return lazy_names(__name__, _FUNCTIONS)(name)
 
 
 def __dir__() -> list[str]:

@@ -112,7 +112,7 @@ FAULTS = [
         "represent/matryoshka/cascade.py",
         "self.grid.to(confidence.device), right=True)",
         "self.grid.to(confidence.device), right=False)",
-        of("represent/test_cascade", "smallest_best or vectors"),
+        of("represent/test_cascade", "smallest_best or at_the_threshold"),
     ),
     Fault(
         "a cascade does not stop at its largest level",
@@ -126,7 +126,7 @@ FAULTS = [
         "represent/matryoshka/retrieval.py",
         "score = torch.addmm(half, part, block.T, alpha=-1)",
         "score = torch.addmm(half * 0, part, block.T, alpha=-1)",
-        of("represent/test_retrieval", "zero_vectors"),
+        of("represent/test_retrieval", "zero_vector"),
     ),
     Fault(
         "the shortlist is not reordered",

@@ -42,16 +42,16 @@ class LoRDConfig:
         rank_ratio: rank = ⌊ratio · min(in, out)⌋, in (0, 1].
         param_ratio: rank = ⌊ratio · in · out / (in + out)⌋, the layer's share of parameters that is kept, in (0, 1].
         rank_multiple: ranks are rounded down to a multiple of this, >= 1; 64 or 128 suit tensor cores.
-        target_modules: names, dotted suffixes or a regular expression; None takes every nn.Linear and Conv1D whose name
-            contains no entry of `exclude` (and is not the model's prediction head).
+        target_modules: names, dotted suffixes or a regular expression; None selects every nn.Linear and Conv1D whose
+            name contains no entry of `exclude` (and is not the model's prediction head).
         exclude: used where `target_modules` is None.
         skip_unprofitable: leave a layer dense where two factors would hold no fewer weights.
-        centered: decompose about the outputs' mean, with a new bias for every layer; False adds no bias to a layer without.
+        centered: decompose around the outputs' mean, with a new bias for every layer; False adds no bias to layers without one.
 
     Exactly one of `rank`, `rank_ratio` and `param_ratio` must be given.
     """
 
-    #: Options that are alternatives to each other.
+    #: Mutually exclusive options.
     one_of: ClassVar[tuple[tuple[str, ...], ...]] = (("rank", "rank_ratio", "param_ratio"),)
 
     rank: int | Mapping[str, int] | None = None
@@ -97,16 +97,16 @@ def lord(
         config: which layers and ranks.
         batches: samples, each consumed once: tensors (`model(x)`), tuples (`model(*b)`) or mappings (`model(**b)`).
             Positions that `attention_mask` masks are left out. A few hundred sequences of the model's own domain.
-        max_bytes: bound on the calibration sums, 8 · out² bytes a layer. Where they need more, the layers are taken in
-            several passes over `batches`, which must then be iterable again (a list or DataLoader, not a generator).
+        max_bytes: bound on the calibration sums, 8 · out² bytes a layer. If they need more, the layers are processed
+            in several passes over `batches`, which must then be iterable again (a list or DataLoader, not a generator).
 
     Returns:
-        The model, all parameters of the new layers trainable. `lowdim.compress.last_report(model)` says which layers
+        The model, all parameters of the new layers trainable. `lowdim.compress.last_report(model)` lists which layers
         were replaced, which were left dense and why, and the relative error of each: `√(Σ_{i>r} λ_i / Σ λ_i)`.
 
     Raises:
         ValueError: no batches, nothing matched, a layer that saw no token or not a finite output, a rank outside
-            [1, min(in, out)]. The model is then left as it was.
+            [1, min(in, out)]. The model is then unchanged.
 
     Example:
         >>> import torch
@@ -118,8 +118,8 @@ def lord(
         >>> [layer.rank for layer in last_report(model).layers]
         [4, 4]
 
-    All statistics come from the untouched model: errors of early layers are not compensated by later ones; fine-tune
-    afterwards where they add up. It gains nothing on square layers above half the rank. Without sample data use PELA's
+    All statistics come from the original model: later layers do not compensate errors of early ones; fine-tune afterwards if
+    they add up. It saves nothing on square layers above half the rank. Without sample data use PELA's
     weight SVD. A fused q/k/v projection has one spectrum, which q dominates: split it first where that is possible.
 
     Source: Kaushal, Vaidhya, Rish, "LORD", arXiv 2309.14021; the construction is atomic feature mimicking.
@@ -146,7 +146,7 @@ def lord(
     for chunk in chunks:
         stats = collect(model, chunk, {"output_covariance"}, batches)
         for name, layer in chunk.items():
-            found = stats.pop(name)  # one covariance at a time stays alive beside those still to come
+            found = stats.pop(name)  # free each covariance once its layer is done
             tokens[name] = found["output_count"]
             new[name], errors[name] = _decompose(layer, found, ranks[name], centered=config.centered)
     _warn(model, layers, todo, tokens)
@@ -164,7 +164,7 @@ def lord_spectra(
     target_modules: Patterns = None,
     exclude: tuple[str, ...] = LoRDConfig.exclude,
 ) -> dict[str, Tensor]:
-    """Singular values `√λ` of each layer's centred outputs, descending: what `lowdim.ranks` needs to give each its rank.
+    """Singular values `√λ` of each layer's centred outputs, descending: input for `lowdim.ranks` to choose the ranks.
 
     Example:
         >>> import torch
@@ -191,8 +191,8 @@ def lord_factors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Factors and new bias of one layer from the mean and the centred covariance of its own outputs.
 
-    Formula: `B = V_r`, `A = V_rᵀ W`, `bias' = μ − V_r V_rᵀ (μ − bias)`. With mean zero and the second moment in the
-    covariance's place it is the uncentred form.
+    Formula: `B = V_r`, `A = V_rᵀ W`, `bias' = μ − V_r V_rᵀ (μ − bias)`. With mean zero and the second moment as
+    covariance it is the uncentred form.
 
     Returns:
         `A (rank, in)`, `B (out, rank)`, `bias (out,)` in the weight's dtype, computed in the covariance's (float32 or better).
@@ -351,11 +351,11 @@ def _principal(weight: Tensor, bias: Tensor | None, covariance: Tensor) -> tuple
     reach = weight if bias is None else torch.cat([weight, bias.detach().to(weight.dtype)[:, None]], dim=1)
     if reach.shape[0] <= reach.shape[1]:
         eigenvalues, vectors = torch.linalg.eigh(covariance)
-    else:  # outputs lie in the span of the weight's columns and the bias: an eigenproblem of the inputs' size is enough
+    else:  # outputs are in the span of the weight's columns and the bias: an eigenproblem of the inputs' size is enough
         span = torch.linalg.qr(reach).Q
         eigenvalues, vectors = torch.linalg.eigh(span.T @ covariance @ span)
         vectors = span @ vectors
-    return eigenvalues.flip(0).clamp_min(0), vectors.flip(1)  # rounding may leave some a hair below 0
+    return eigenvalues.flip(0).clamp_min(0), vectors.flip(1)  # rounding may leave some slightly below 0
 
 
 def _warn(model: nn.Module, layers: Mapping[str, nn.Module], todo: Mapping[str, nn.Module], tokens: Mapping[str, int]) -> None:

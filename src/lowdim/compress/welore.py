@@ -1,4 +1,4 @@
-"""WeLore: each layer as low-rank as its singular values say, and fine-tuning of the low-rank layers only."""
+"""WeLore: a rank for each layer from its singular values, and fine-tuning of the low-rank layers only."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ _SMALL = 2**20
 
 
 class _Unsaid(float):
-    """A target that nobody gave, which a threshold may replace."""
+    """The default target, which a threshold replaces."""
 
 
 @dataclass(frozen=True)
 class WeLoreConfig:
-    """How far `welore` reduces a model.
+    """How `welore` reduces a model.
 
     Attributes:
-        target: share of all ranks that is to go, in (0, 1); the threshold follows from it. 0.5 where no threshold is given.
+        target: share of all ranks to remove, in (0, 1); it determines the threshold. 0.5 if no threshold is given.
         threshold: the threshold itself, in [0, 1].
-        min_reduction: a layer is factored where more than this share of its ranks goes, in [0, 1). Below one half two factors
-            of a square matrix hold no fewer numbers than the matrix.
-        target_modules: last parts of module names, or a regular expression; None takes every nn.Linear and Conv1D outside the
-            output head.
+        min_reduction: a layer is factored if more than this share of its ranks is removed, in [0, 1). Below one half, two
+            factors of a square matrix have no fewer numbers than the matrix.
+        target_modules: last parts of module names, or a regular expression; None selects every nn.Linear and Conv1D outside
+            the output head.
 
     Raises:
         ValueError: both or neither of target and threshold; a number outside its interval.
@@ -82,7 +82,7 @@ class WeLoreConfig:
 
 
 class WeLoreLinear(LowRankLinear):
-    """A low-rank layer whose factors go by WeLore's names as well: `y = U (V x) + bias`, `U` is `B` and `V` is `A`.
+    """A low-rank layer whose factors also have WeLore's names: `y = U (V x) + bias`, `U` is `B` and `V` is `A`.
 
     Example:
         >>> from lowdim.compress import WeLoreLinear
@@ -105,25 +105,25 @@ class WeLoreLinear(LowRankLinear):
 
 
 def welore(model: nn.Module, config: WeLoreConfig, batches: Iterable[Any] | None = None) -> nn.Module:
-    """Factor the layers whose singular values fall off, each at the rank at which they do, in place; without data.
+    """Factor the layers whose singular values decay, each at its own rank, in place; needs no data.
 
     Formula: `s` the singular values of `W (out, in)`, `z = (s - min s) / (max s - min s)`. At a threshold k, common to all
-    layers, the kept rank is `r = #{z >= k}` (`lowdim.ranks.welore` finds k from the target). Where more than `min_reduction`
-    of the ranks goes, `W ~ U V` with `U = U_r √S_r (out, r)`, `V = √S_r V_rᵀ (r, in)`: a low-rank component. Any other layer
-    stays as it is.
+    layers, the kept rank is `r = #{z >= k}` (`lowdim.ranks.welore` finds k from the target). If more than `min_reduction`
+    of the ranks are removed, `W ~ U V` with `U = U_r √S_r (out, r)`, `V = √S_r V_rᵀ (r, in)`: a low-rank component. Other
+    layers are unchanged.
 
     Args:
-        config: how far, and which layers.
-        batches: not looked at; other systems need samples there.
+        config: the amount of reduction, and which layers.
+        batches: not used; other systems need samples here.
 
     Returns:
         The model. `model.welore_report` is `{"threshold": k, "layers": {name: ("lrc" or "dense", rank)}}`, the full rank for
         dense ones; `lowdim.compress.last_report(model)` has parameters and the relative error `√(Σ_{i>r} s² / Σ s²)` of each
-        layer, and both shares of ranks that went: what the rule counts, and what was really cut, in low-rank components.
+        layer, and both shares of removed ranks: as the rule counts them, and as actually removed, in low-rank components.
 
     Raises:
         ValueError: nothing matched, every layer has one row or column only, a weight with NaN or infinity, a target that cannot
-            be reached. The model is then left as it was.
+            be reached. The model is then unchanged.
 
     Example:
         >>> import torch
@@ -135,11 +135,10 @@ def welore(model: nn.Module, config: WeLoreConfig, batches: Iterable[Any] | None
         >>> welore(model, WeLoreConfig(target=0.4)).welore_report["layers"]
         {'0': ('lrc', 3), '2': ('dense', 8)}
 
-    One matrix is decomposed at a time: all singular values first, then factors where they are needed, which costs a second
-    decomposition of those matrices and holds no factor that is not kept. When not: the reduction is counted in ranks. A square
-    matrix at half its rank holds as many numbers as before; with samples at hand `lord` keeps more of a layer's outputs at the
-    same rank; encoders that were trained to use all their width have no layer that is much flatter than others, and uniform
-    ranks are then as good. Fine-tune afterwards (`welore_freeze`).
+    One matrix is decomposed at a time: all singular values first, then the required factors. This decomposes those matrices
+    twice, but holds no unused factor. When not: the reduction is counted in ranks, and a square matrix at half its rank has as
+    many numbers as before; with samples `lord` keeps more of a layer's outputs at the same rank; in encoders that use their
+    full width no layer is much flatter than the others, and uniform ranks are as good. Fine-tune afterwards (`welore_freeze`).
 
     Source: Jaiswal et al., "From GaLore to WeLore: How Low-Rank Weights Non-uniformly Emerge from Low-Rank Gradients", arXiv
     2407.11239.
@@ -177,17 +176,17 @@ def welore(model: nn.Module, config: WeLoreConfig, batches: Iterable[Any] | None
 
 
 def welore_freeze(model: nn.Module, *, train_norms: bool = False) -> list[nn.Parameter]:
-    """Leave only the factors of the low-rank components trainable: gradients and optimizer state follow from that.
+    """Make only the factors of the low-rank components trainable, so gradients and optimizer state are small.
 
-    Works on a compressed model and on one that was saved and loaded again (`load_low_rank`); all its low-rank layers are then
-    taken to be components.
+    Works on a compressed model and on one that was saved and loaded again (`load_low_rank`); all its low-rank layers then
+    count as components.
 
     Args:
-        train_norms: the parameters of normalisation layers too, as the authors do. Biases stay frozen.
+        train_norms: also train normalisation layers, as the authors do. Biases stay frozen.
 
     Returns:
-        What is trained, in model order: U and V of each component (and norms). Hand it to AdamW; the paper takes a rate of 5e-5
-        for continued training, 1e-4 for a downstream task, no weight decay.
+        The trained parameters in model order: U and V of each component (and norms). Pass them to AdamW; the paper uses a rate
+        of 5e-5 for continued training, 1e-4 for a downstream task, and no weight decay.
 
     Raises:
         ValueError: the model has no low-rank component.
@@ -199,7 +198,7 @@ def welore_freeze(model: nn.Module, *, train_norms: bool = False) -> list[nn.Par
         >>> len(welore_freeze(model)), len(welore_freeze(model, train_norms=True))
         (2, 4)
 
-    When not: right after a compression that left little low-rank; then tune all parameters, or an adapter.
+    When not: after a compression with few low-rank layers; then tune all parameters, or an adapter.
 
     Source: arXiv 2407.11239.
     """
@@ -224,7 +223,7 @@ def welore_freeze(model: nn.Module, *, train_norms: bool = False) -> list[nn.Par
 
 
 def _spectra(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Singular values of each layer, descending, float64 on the CPU; a weight of several layers is decomposed once."""
+    """Singular values of each layer, descending, float64 on the CPU; a weight shared by several layers is decomposed once."""
     found: dict[str, Tensor] = {}
     first: dict[int, str] = {}
     for name, layer in layers.items():
@@ -242,7 +241,7 @@ def _spectra(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def _wide(layer: nn.Module) -> Tensor:
-    """The weight `(out, in)` in the dtype in which it is decomposed."""
+    """The weight `(out, in)` in the dtype of the decomposition."""
     weight = dense_matrix(layer).detach()
     dtype = compute_dtype(weight.dtype)
     if weight.numel() <= _SMALL and weight.device.type != "mps":  # which has no float64
@@ -295,7 +294,7 @@ def _report(
         if name not in layers and name not in tied:
             continue
         out_features, in_features = matrix_shape(layer)
-        new = [p for p in layer.parameters() if id(p) not in seen]  # a shared weight is counted where it comes first
+        new = [p for p in layer.parameters() if id(p) not in seen]  # a shared weight is counted at its first layer
         before = sum(p.numel() for p in new)
         twin = any(p is layer.weight for p in new)
         seen |= {id(p) for p in new}

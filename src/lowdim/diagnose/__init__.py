@@ -1,4 +1,4 @@
-"""What is measured here: spectra, landscapes, dynamics; `model or weights -> result dataclass`."""
+"""Measurements: spectra, landscapes, dynamics; `model or weights -> result dataclass`."""
 
 from lowdim.diagnose.core.subspace import compression_bound, quantize_subspace
 from lowdim.diagnose.core.weights import Weights, weights_of

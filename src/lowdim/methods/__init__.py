@@ -1,6 +1,6 @@
-"""How a model is made ready to be trained under a name: what is swapped in, what is trained, and by which optimizer.
+"""Prepare a model for training with a named method: swapped layers, trained parameters, optimizer.
 
-`compare`, `plan` and `run` all go through `apply`, so what is forecast is what is trained.
+`compare`, `plan` and `run` all use `apply`, so forecasts and training agree.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def strategy_for(variant: Variant) -> Strategy:
 
 
 def apply(variant: Variant, model: nn.Module, **setup: Any) -> Applied:
-    """Make `model` ready to be trained by `variant`, in place.
+    """Prepare `model` for training with `variant`, in place.
 
     Args:
         setup: the fields of `Setup`; `lr` and `steps` are required.
@@ -79,11 +79,11 @@ def apply(variant: Variant, model: nn.Module, **setup: Any) -> Applied:
 
 
 def with_options(variant: Variant, options: Mapping[str, Any]) -> Variant:
-    """The variant with further hyperparameters.
+    """The variant with additional hyperparameters.
 
     Raises:
         UnknownNameError: the method has no such hyperparameter.
-        ValueError, TypeError: a value that it refuses whatever the model.
+        ValueError, TypeError: a value that is invalid for every model.
     """
     if not options:
         return variant

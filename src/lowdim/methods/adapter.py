@@ -28,11 +28,11 @@ class AdapterStrategy(Strategy):
         return [field.name for field in dataclasses.fields(self.variant.build())]
 
     def sample_batches(self, steps: int) -> int:
-        """As many as the method says."""
+        """The number that the method asks for."""
         return self.variant.build().sample_batches(steps)
 
     def at_rank(self, rank: int) -> Variant | None:
-        """As the method understands it: LaMDA++ scales its choices, FLoRA has one rank a dimension."""
+        """As the method defines it: LaMDA++ scales its choices, FLoRA has one rank per dimension."""
         options = self.variant.build().at_rank(self.variant.options, rank)
         return None if options is None else dataclasses.replace(self.variant, options=options)
 
@@ -40,11 +40,11 @@ class AdapterStrategy(Strategy):
         """Build the method."""
         options = self.filled(Setup(lr=1e-3, steps=1))
         if self.variant.build().names_targets:
-            options.setdefault("target_modules", ["a_layer"])  # settled when the model is there
+            options.setdefault("target_modules", ["a_layer"])  # a placeholder until the model is known
         self.variant.build()(**options)
 
     def filled(self, setup: Setup) -> dict[str, Any]:
-        """The options, with `lr`, `total_steps` and `warmup_steps` from the training where they are fields and left open."""
+        """The options, with `lr`, `total_steps` and `warmup_steps` from the training if they are fields and not set."""
         names, options = self.option_names(), dict(self.variant.options)
         training = {"lr": setup.lr, "total_steps": setup.steps, "warmup_steps": setup.warmup_steps or None}
         return {
@@ -58,7 +58,7 @@ class AdapterStrategy(Strategy):
         if self.variant.build().names_targets and not options.get("target_modules"):
             options["target_modules"] = self._columns(model, setup.head)
         method = _outside(self.variant.build()(**options), model, setup.head)
-        samples = None if setup.batches is None else list(setup.batches)  # read twice: at attaching, and by a search
+        samples = None if setup.batches is None else list(setup.batches)  # read twice: when attaching, and by a search
         adapted = adapt(
             model,
             method,
@@ -76,14 +76,14 @@ class AdapterStrategy(Strategy):
         return applied
 
     def _columns(self, model: nn.Module, head: tuple[str, ...]) -> list[str]:
-        """What the layers that can be adapted are called in each block (`"query"`, `"value"`), for methods that need names."""
+        """The names of the adaptable layers in each block (`"query"`, `"value"`), for methods that need names."""
         chosen = target_layers(model, _outside(LoRA(), model, head))
         takes = self.variant.build().takes
         return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name, layer in chosen.items() if kind_of(layer) in takes))
 
 
 def _outside(method: Any, model: nn.Module, head: tuple[str, ...]) -> Any:
-    """The method, kept off the layers of a head that is trained whole (a new pooler, say) where it would take every layer."""
+    """The method, excluding the layers of a head that is trained whole (such as a new pooler) if it selects every layer."""
     if isinstance(method, ModelMethod) or method.target_modules not in (None, "all-linear"):
         return method
     found = list(target_layers(model, method))

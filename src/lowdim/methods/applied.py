@@ -1,4 +1,4 @@
-"""A model made ready to be trained one way, and the two things that every training loop asks of it."""
+"""A model prepared for training with one method: the optimizer and the loss for a training loop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Applied", "Losses"]
 
 
 class Losses(NamedTuple):
-    """The loss of a batch: `total = task + penalty`. The total is differentiated, the task's is reported."""
+    """The loss of a batch: `total = task + penalty`. The total is differentiated, the task loss is reported."""
 
     total: Tensor
     task: Tensor
@@ -29,7 +29,7 @@ class Losses(NamedTuple):
 
 @dataclass
 class Applied:
-    """A model made ready to be trained one way.
+    """A model prepared for training with one method.
 
     ```text
     optimizer = applied.start(lr)
@@ -44,12 +44,12 @@ class Applied:
         variant: the method, with the options that it was given.
         make_optimizer: `lr -> torch.optim.Optimizer` over the trained parameters, weight decay 0 unless the options say so.
         adapted: for adapters.
-        options: the hyperparameters with everything filled in.
-        make_companion: `optimizer -> Companion`, or None where the method needs none beside `adapted`.
-        notes: what was left as it was, in words.
-        spent: how many of the steps the method has used already, in a search before the training.
-        companion: what `start` made with `make_companion`. Its state goes into checkpoints; that of `adapted` stands in the
-            model's own buffers.
+        options: the hyperparameters with all defaults filled in.
+        make_companion: `optimizer -> Companion`, or None if the method needs none besides `adapted`.
+        notes: messages about parts that were left unchanged.
+        spent: number of steps that the method has already used in a search before the training.
+        companion: made by `start` with `make_companion`. Its state is saved in checkpoints; that of `adapted` is in the model's
+            own buffers.
     """
 
     model: nn.Module
@@ -64,30 +64,30 @@ class Applied:
 
     @property
     def kind(self) -> str:
-        """Which way of training this is: the variant's `kind`."""
+        """The variant's `kind`."""
         return self.variant.kind
 
     @property
     def companions(self) -> tuple[Companion, ...]:
-        """Everything that acts beside the steps, in the order in which it is called."""
+        """Everything that acts between the steps, in calling order."""
         return tuple(each for each in (self.adapted, self.companion) if each is not None)
 
     def trained(self) -> int:
-        """How many numbers are trained."""
+        """The number of trained parameters."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad or getattr(p, "trainable", False))
 
     def start(self, lr: float) -> torch.optim.Optimizer:
-        """Make the optimizer, and with it the companion where the method has one."""
+        """Make the optimizer, and the companion if the method has one."""
         optimizer = self.make_optimizer(lr)
         self.companion = None if self.make_companion is None else self.make_companion(optimizer)
         return optimizer
 
     def loss(self, batch: Any, loss_fn: LossFn, model: nn.Module | None = None) -> Losses:
-        """The task's loss of a batch, and what the method adds to it.
+        """The task loss of a batch, and the term that the method adds.
 
         Args:
             loss_fn: `loss_fn(model, batch) -> scalar`; it must call the model, whose output (or its `logits`) companions see.
-            model: a wrapper of `self.model` (DDP), where there is one.
+            model: a wrapper of `self.model` (DDP), if there is one.
         """
         called = self.model if model is None else model
         if not self.companions:
@@ -110,7 +110,7 @@ class Applied:
         return Losses(task + penalty, task, penalty)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Once after each step of the optimizer: schedules, allocation of ranks, pruning."""
+        """Call once after each step of the optimizer: schedules, allocation of ranks, pruning."""
         for each in self.companions:
             each.step(optimizer)
 
@@ -119,6 +119,6 @@ class Applied:
         return {name: rank for each in self.companions for name, rank in each.found_ranks().items()}
 
     def finish(self) -> None:
-        """Once, after the last step and before the model is evaluated, merged or saved."""
+        """Call once, after the last step and before the model is evaluated, merged or saved."""
         for each in self.companions:
             each.finish()

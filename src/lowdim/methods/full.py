@@ -19,6 +19,6 @@ class FullStrategy(Strategy):
     kind: ClassVar[str] = "full"
 
     def apply(self, model: nn.Module, setup: Setup) -> Applied:
-        """Have every parameter trained."""
+        """Make every parameter trainable."""
         model.requires_grad_(True)
         return Applied(model, self.variant, lambda lr: adamw(model.parameters(), lr))

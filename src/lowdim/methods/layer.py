@@ -17,11 +17,11 @@ from lowdim.surgery import find_layers, is_linear, matrix_shape, without_tied
 
 __all__ = ["LayerStrategy"]
 
-_TRIAL = 2**14  # sides of a trial layer on the meta device: above any rank that somebody means
+_TRIAL = 2**14  # sides of a trial layer on the meta device: above any rank in use
 
 
 class LayerStrategy(Strategy):
-    """Trains a model whose linear layers are `lowdim.layers` ones, with the layers' companion where they have one."""
+    """Trains a model whose linear layers are `lowdim.layers` ones, with the layers' companion if they have one."""
 
     kind: ClassVar[str] = "layer"
 
@@ -30,7 +30,7 @@ class LayerStrategy(Strategy):
         return ["target_modules", *hyperparameters(self.variant.build()), *self._companion_names()]
 
     def check(self) -> None:
-        """Make the companion of a trial model, which takes no memory."""
+        """Make the companion of a trial model, which needs no memory."""
         if not self.variant.companion:
             return
         own, beside = self._split(Setup(lr=1e-3, steps=1000))
@@ -41,7 +41,7 @@ class LayerStrategy(Strategy):
         self._companion(model, beside, torch.optim.SGD(model.parameters(), lr=1e-3))
 
     def apply(self, model: nn.Module, setup: Setup) -> Applied:
-        """Swap the layers; without a choice by the user, those that a rank makes smaller."""
+        """Swap the selected layers; by default those that become smaller at the rank."""
         model.requires_grad_(True)
         own, beside = self._split(setup)
         left = self._swap(model, own, setup)
@@ -66,7 +66,7 @@ class LayerStrategy(Strategy):
         return hyperparameters(self.variant.build_companion()) if self.variant.companion else []
 
     def _split(self, setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The layer's own options, and its companion's with `total_steps` and the run's seed where they are open."""
+        """The layer's own options, and its companion's, with `total_steps` and the run's seed if they are not set."""
         names = self._companion_names()
         beside = {name: value for name, value in self.variant.options.items() if name in names}
         training = {"total_steps": setup.steps, "seed": setup.seed}
@@ -77,7 +77,7 @@ class LayerStrategy(Strategy):
         return self.variant.build_companion()(model=model, optimizer=optimizer, **options)
 
     def _swap(self, model: nn.Module, options: dict[str, Any], setup: Setup) -> list[str]:
-        """Returns the names of layers that stay dense, since no rank would make them smaller."""
+        """Returns the names of layers that stay dense, because the rank would not make them smaller."""
         cls, targets = self.variant.build(), options.pop("target_modules", None)
         fresh = setup.scratch or not setup.initialise
         if fresh and "seed" in hyperparameters(cls):
@@ -92,7 +92,7 @@ class LayerStrategy(Strategy):
 def _above_rank(model: nn.Module, rank: int) -> tuple[list[str] | None, list[str]]:
     """The layers whose smaller side is above the rank, and the others, which a factorization would not make smaller.
 
-    `(None, [])` where all are above it, or none: the layer's own error then says what rank is possible.
+    `(None, [])` if all are above it, or none: the layer's own error then reports the possible ranks.
     """
     layers, _ = without_tied(model, find_layers(model, accept=is_linear), named=False)
     large = [name for name, layer in layers.items() if min(matrix_shape(layer)) > rank]

@@ -17,7 +17,7 @@ from lowdim.optim import param_groups
 __all__ = ["OptimizerStrategy"]
 
 _REFRESH = "update_interval"
-#: Keywords of every optimizer that are hyperparameters; its other shared keywords come from how one trains (`Setup`).
+#: Keywords of every optimizer that are hyperparameters; its other shared keywords come from the training options (`Setup`).
 _SHARED = ["stagger", "foreach"]
 
 
@@ -27,7 +27,7 @@ class OptimizerStrategy(Strategy):
     kind: ClassVar[str] = "optimizer"
 
     def option_names(self) -> list[str]:
-        """The hyperparameters of the optimizer; the rate is the training's."""
+        """The hyperparameters of the optimizer; the learning rate is a training option."""
         return [*hyperparameters(self.variant.build()), *_SHARED]
 
     def check(self) -> None:
@@ -35,12 +35,12 @@ class OptimizerStrategy(Strategy):
         self._make(torch.nn.Linear(2, 2), {}, 1e-3)
 
     def apply(self, model: nn.Module, setup: Setup) -> Applied:
-        """Have every parameter trained; weights of another kind (INT8) are made first."""
+        """Make every parameter trainable; weights of another kind (INT8) are created first."""
         self.check_layerwise(setup.layerwise)
         model.requires_grad_(True)
         model = self.restore(model, setup)
         extras = self._extras(setup)
-        self._make(model, extras, setup.lr).remove_hooks()  # what it refuses is refused now, not when training has begun
+        self._make(model, extras, setup.lr).remove_hooks()  # invalid options raise now, not after training has begun
         make = functools.partial(self._make, model, extras)
         return Applied(model, self.variant, make, options=dict(self.variant.options))
 
@@ -49,7 +49,7 @@ class OptimizerStrategy(Strategy):
         return self.variant.build().prepare_model(model, rank=self.variant.options["rank"])
 
     def clips_itself(self, layerwise: bool = False) -> bool:
-        """Where gradients are freed in the backward pass, or weights have none that others could see (INT8)."""
+        """True if gradients are freed in the backward pass, or are not in `.grad` (INT8)."""
         return layerwise or self.variant.build().hides_gradients
 
     def check_layerwise(self, layerwise: bool) -> None:
@@ -57,11 +57,11 @@ class OptimizerStrategy(Strategy):
 
     @property
     def refresh_interval(self) -> str | None:
-        """`"update_interval"`, where the optimizer chooses its subspaces anew now and then."""
+        """`"update_interval"`, if the optimizer recomputes its subspaces at intervals."""
         return _REFRESH if _REFRESH in self.option_names() else None
 
     def _extras(self, setup: Setup) -> dict[str, Any]:
-        """What the optimizer must know of how one trains."""
+        """The training options that the optimizer needs."""
         extras: dict[str, Any] = {"layerwise": True, "accumulate": setup.accumulate} if setup.layerwise else {}
         if setup.max_norm and self.clips_itself(setup.layerwise):
             extras["max_norm"] = setup.max_norm
@@ -71,5 +71,5 @@ class OptimizerStrategy(Strategy):
         options = {**self.variant.options, **extras}
         rank = options.pop("rank")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of a model without a matrix to project
+            warnings.simplefilter("ignore", UserWarning)  # for a model without a matrix to project
             return self.variant.build()(param_groups(model, rank=rank), lr=lr, **options)

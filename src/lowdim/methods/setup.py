@@ -1,4 +1,4 @@
-"""How one trains, whatever the method: what every strategy is given beside the model."""
+"""Training options that are independent of the method; every strategy receives them with the model."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ if TYPE_CHECKING:
 __all__ = ["WARMUP", "Setup"]
 
 WARMUP = 0.1
-"""Share of the steps in which the rate rises, where nothing else is said."""
+"""Default share of the steps in which the rate rises."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """The training that a model is made ready for.
+    """The training that a model is prepared for.
 
     Attributes:
         lr: the peak rate (some methods start from it).
         steps: optimizer steps in all (some methods have schedules).
         head: modules of the model that are new and always trained, e.g. `("classifier",)`.
-        batches, loss_fn: sample data for methods that look at it first.
-        warmup: share of the steps in which the rate rises; methods whose schedules begin after it ask for it.
-        seed: of everything that the method draws, its companion included.
+        batches, loss_fn: sample data for methods that need it before training.
+        warmup: share of the steps in which the rate rises; some methods begin their schedules after it.
+        seed: of everything that the method draws, including its companion.
         initialise: False allocates only, for forecasts.
         scratch: training starts from random weights: structured layers draw their own.
         layerwise: update each parameter in the backward pass and free its gradient at once; optimizers only.
         accumulate: forward passes of an optimizer step; optimizers that update layer by layer sum over them.
-        max_norm: clipping, for optimizers that clip what they see; 0 switches it off.
+        max_norm: clipping, for optimizers that clip gradients themselves; 0 switches it off.
 
     Example:
         >>> from lowdim.methods import Setup

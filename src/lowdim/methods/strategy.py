@@ -1,4 +1,4 @@
-"""The base of every way to train: what `run`, `compare` and `plan` ask of a method."""
+"""The base class of all ways to train: the interface that `run`, `compare` and `plan` use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Strategy(ABC):
         variant: a row of the catalogue, with the options that it is used with.
 
     Attributes:
-        kind: what `Variant.kind` says in the rows that this class serves.
+        kind: the `Variant.kind` of the rows that this class handles.
     """
 
     kind: ClassVar[str]
@@ -38,36 +38,36 @@ class Strategy(ABC):
         return []
 
     def check(self) -> None:  # noqa: B027  (most have nothing to refuse)
-        """Raise ValueError or TypeError for options that the method refuses whatever the model."""
+        """Raise ValueError or TypeError for options that are invalid for every model."""
 
     def sample_batches(self, steps: int) -> int:
-        """How many sample batches `Setup.batches` should hold for a training of `steps` steps."""
+        """The number of sample batches that `Setup.batches` should hold for a training of `steps` steps."""
         return 4
 
     def at_rank(self, rank: int) -> Variant | None:
-        """The method with this rank, whatever it calls it; None where it has nothing like one."""
+        """The method with this rank, whatever its option is called; None if it has no rank."""
         if "rank" not in self.option_names():
             return None
         return replace(self.variant, options={**self.variant.options, "rank": rank})
 
     @abstractmethod
     def apply(self, model: nn.Module, setup: Setup) -> Applied:
-        """Make `model` ready to be trained, in place.
+        """Prepare `model` for training, in place.
 
         Raises:
             ValueError, TypeError: from the method, naming the layer.
         """
 
     def restore(self, model: nn.Module, setup: Setup) -> nn.Module:
-        """The model with the structure that trained weights are loaded into; unchanged where the method keeps it."""
+        """The model with the structure of the trained weights, for loading them; unchanged if the method keeps it."""
         return model
 
     def clips_itself(self, layerwise: bool = False) -> bool:
-        """Whether the optimizer clips gradients on its own, so that a trainer must not."""
+        """Whether the optimizer clips gradients itself, so that a trainer must not."""
         return False
 
     def check_layerwise(self, layerwise: bool) -> None:
-        """Raise ValueError where layer-wise updates are asked of a method that has none."""
+        """Raise ValueError if layer-wise updates are requested and the method does not support them."""
         if layerwise:
             raise ValueError(
                 f"layerwise updates need a lowdim.optim method such as galore; {self.variant.name} trains with plain AdamW"
@@ -75,7 +75,7 @@ class Strategy(ABC):
 
     @property
     def refresh_interval(self) -> str | None:
-        """The option that says after how many steps the optimizer computes something anew (a projection), or None."""
+        """The option for the number of steps after which the optimizer recomputes something (a projection), or None."""
         return None
 
 
@@ -94,7 +94,7 @@ def hyperparameters(cls: Any) -> list[str]:
 
 
 def adamw(parameters: Any, lr: float) -> torch.optim.Optimizer:
-    """Plain AdamW without decay: what trains everything that brings no optimizer of its own."""
+    """Plain AdamW without decay, for all methods without their own optimizer."""
     import torch
 
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)

@@ -57,7 +57,7 @@ def assets() -> Path:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: what `from_pretrained` is given, and a short label for tables."""
+    """The source of a model: the argument of `from_pretrained`, and a short label for tables."""
 
     path: str
     label: str
@@ -66,23 +66,23 @@ class Source:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Further keywords of `from_pretrained`."""
+        """Additional keywords of `from_pretrained`."""
         if self.hub and not _hub_answers():
-            return {"local_files_only": True}  # what was fetched before; half a minute of retries would not bring more
+            return {"local_files_only": True}  # use the local cache; retrying for half a minute would not help
         return {"gguf_file": self.gguf} if self.gguf else {}
 
     def failure(self, name: str, what: str, error: BaseException) -> UnknownNameError:
-        """The error for a model that was found, or might be on the hub, and could not be read."""
+        """The error for a model that was found, or might be on the hub, but could not be read."""
         reason = " ".join(str(error).split())[:240] or type(error).__name__
         where = "no such folder, and from the hub " if self.hub else ""
         return UnknownNameError(f"--model {name}: {where}{what} ({reason})")
 
 
 def resolve(name: str) -> Source:
-    """Where the model `name` is.
+    """Find the model `name`.
 
     Raises:
-        UnknownNameError: not a folder with a `config.json`, not a name of ours, not in the form of a hub id.
+        UnknownNameError: not a folder with a `config.json`, not one of the built-in names, not in the form of a hub id.
         MissingExtraError: the package that holds it is not installed.
     """
     if name == "stories260k":
@@ -139,14 +139,14 @@ def load_config(name: str) -> Any:
     with quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(source.path, **source.options)
-        except Exception as error:  # whatever a damaged folder makes transformers stumble over
+        except Exception as error:  # transformers raises various errors for a damaged folder
             raise source.failure(name, "its configuration cannot be read", error) from error
     config.mean_pooled = _mean_pooled(source)
     return config
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model, with a padding token (the end token where it has none).
+    """The tokenizer of a model, with a padding token (the end token if it has none).
 
     Raises:
         UnknownNameError: the model cannot be found, or has no tokenizer that can be read.
@@ -160,7 +160,7 @@ def load_tokenizer(name: str) -> Any:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, **source.options)
         except Exception as error:
             raise source.failure(name, "its tokenizer cannot be read", error) from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where it finds no files
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers returns an empty tokenizer if it finds no files
         raise UnknownNameError(f"--model {name}: it has no tokenizer (no vocabulary was found)")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -176,11 +176,11 @@ def load_model(
     dtype: torch.dtype | None = None,
     pad_token_id: int | None = None,
 ) -> nn.Module:
-    """A pre-trained model with the head of the task; a head that is new is drawn from `seed`.
+    """A pre-trained model with the head of the task; a new head is drawn from `seed`.
 
     Args:
         task: `"classify"` (sequence classification with `num_labels` classes) or `"causal-lm"`.
-        dtype: of the weights; None takes float32.
+        dtype: of the weights; None means float32.
 
     Raises:
         UnknownNameError: the model cannot be found or read, lacks weights, or has no such task.
@@ -203,7 +203,7 @@ def load_model(
                 source.path,
                 dtype=dtype or torch.float32,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # a head for other classes is a new head; anything else is told below
+                ignore_mismatched_sizes=True,  # a head for other classes is a new head; anything else is reported below
                 **source.options,
                 **options,
             )
@@ -228,7 +228,7 @@ def load_model(
 
 
 def _forget_quantization(model: Any) -> None:
-    """A GGUF file's weights are unpacked on loading, yet the model still calls itself quantized, which a trainer refuses."""
+    """A GGUF file's weights are dequantized on loading, but the model is still marked as quantized, which a trainer rejects."""
     model.is_quantized = False
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -269,18 +269,18 @@ def head_modules(model: nn.Module, task: str) -> tuple[str, ...]:
 
 
 def longest_text(name: str) -> int | None:
-    """How many tokens the model can read at once; None where its configuration does not say."""
+    """The maximum number of tokens that the model can read; None if its configuration does not say."""
     config = load_config(name)
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:
         return None
-    # RoBERTa and its kin count positions from behind the padding token.
+    # RoBERTa-like models count positions starting after the padding token.
     skipped = (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
     return limit - skipped
 
 
 def encoder_options(config: Any) -> dict[str, Any]:
-    """Keywords of `AutoModel`: a mean-pooled model never runs BERT's pooler, so it is left out, neither adapted nor counted."""
+    """Keywords of `AutoModel`: a mean-pooled model never runs BERT's pooler, so it is omitted, neither adapted nor counted."""
     poolers = ("albert", "bert", "camembert", "mpnet", "roberta", "xlm-roberta")
     return {"add_pooling_layer": False} if config.model_type in poolers else {}
 
@@ -292,7 +292,7 @@ def _mean_pooled(source: Source) -> bool:
 
 
 def _new_modules(model: Any, missing: Iterable[str]) -> tuple[str, ...]:
-    """Modules that the checkpoint does not have and the task needs: whatever stands outside the backbone, and its pooler."""
+    """Modules that the task needs and the checkpoint lacks: everything outside the backbone, and its pooler."""
     found = set()
     for key in missing:
         first, _, rest = key.partition(".")
@@ -304,7 +304,7 @@ def _new_modules(model: Any, missing: Iterable[str]) -> tuple[str, ...]:
 
 
 def _hub_answers() -> bool:
-    """Whether the hub's name can be resolved; behind a proxy that is the proxy's matter."""
+    """Whether the hub's name can be resolved; a proxy resolves it itself."""
     import socket
     from urllib.parse import urlsplit
     from urllib.request import getproxies
@@ -343,7 +343,7 @@ def _transformers() -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and its note that a head is new, which is what was asked for."""
+    """Silence transformers' progress bars and its warning that the head is new, which is intended."""
     import transformers
 
     bars, level = transformers.utils.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()

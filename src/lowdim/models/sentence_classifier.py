@@ -2,7 +2,7 @@
 
 sentence-transformers models are trained for the mean of their token states; the first token's state, which
 `AutoModelForSequenceClassification` reads, means little in them (on the demo's data a linear probe reaches 0.74 on the
-mean and 0.66 on the first token). So a folder with a mean-pooling module gets this head instead.
+mean and 0.66 on the first token). Therefore a folder with a mean-pooling module gets this head instead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models without memory: built, or copied, under torch's fake tensors, which have shapes and no numbers."""
+"""Models without memory: built, or copied, with torch's fake tensors, which have shapes but no numbers."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ TASKS = ("classify", "causal-lm", "pretrain")
 
 @dataclass(frozen=True)
 class Subject:
-    """What a forecast is about: how to build the model at a depth, and what to call it.
+    """The model of a forecast: how to build it at a given depth, and its label.
 
     Attributes:
-        source: as the caller gave it: a name, a folder, a transformers config, a function, or a module.
+        source: as given by the caller: a name, a folder, a transformers config, a function, or a module.
         label: for tables.
-        config: the transformers config, where there is one.
+        config: the transformers config, if there is one.
     """
 
     source: Any
@@ -83,7 +83,7 @@ class Subject:
 
     @property
     def depth(self) -> int | None:
-        """Number of like blocks in the model, where the config says so and they are all of one kind."""
+        """Number of identical blocks in the model, if the config gives it and they are all of one kind."""
         layers = getattr(self.config, "num_hidden_layers", None)
         kinds = getattr(self.config, "layer_types", None) or ()
         return layers if isinstance(layers, int) and len(set(kinds)) <= 1 else None
@@ -100,13 +100,13 @@ class Subject:
                     config.layer_types = [config.layer_types[0]] * depth
                 config.num_hidden_layers = depth
             if self.task == "classify" and self.num_labels > 1 and getattr(config, "problem_type", None) is None:
-                config.problem_type = "single_label_classification"  # else some models look at the labels to tell
+                config.problem_type = "single_label_classification"  # otherwise some models read the labels to decide
             try:
                 with _without_drawing(), self.device:
                     model: Any = build(config, self.task, num_labels=self.num_labels)
                 for part in model.modules():
                     if hasattr(part, "tie_weights"):
-                        part.tie_weights()  # goes with drawing them
+                        part.tie_weights()  # normally part of initialising them
                         break
             except ValueError as error:
                 if "Unrecognized configuration class" not in str(error):
@@ -128,16 +128,16 @@ class Subject:
 
 @contextmanager
 def fake_mode() -> Iterator[FakeTensorMode]:
-    """Inside, new tensors have shapes and no memory; the random state outside stays as it was."""
+    """Inside the block, new tensors have shapes but no memory; the random state is restored afterwards."""
     with _without_packing(), torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
 
 
 @contextmanager
 def _without_packing() -> Iterator[None]:
-    """Where transformers would look into the numbers for packed sequences, say that there are none.
+    """Tell transformers, which checks the numbers for packed sequences, that there are none.
 
-    It cannot look into fake tensors and would allow for packing by a mask of `length²` entries that training does not have.
+    It cannot read fake tensors, and would then build a mask of `length²` entries that training does not have.
     """
     if "transformers" not in sys.modules:  # no config was read: a model of another kind
         yield
@@ -169,7 +169,7 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 @contextmanager
 def _without_drawing() -> Iterator[None]:
-    """Transformers draws no initial weights inside, where this version of it can be told so."""
+    """Transformers initialises no weights inside the block, if its version has such an option."""
     module = importlib.import_module("transformers.initialization")
     skip = getattr(module, "no_init_weights", nullcontext)
     with skip():
@@ -180,7 +180,7 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 def _fake_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model over fake tensors; ties stay ties, nothing is allocated."""
+    """A copy of the model with fake tensors; tied weights stay tied, nothing is allocated."""
     mode = active_fake_mode()
     assert mode is not None
     memo: dict[int, Any] = {}

@@ -1,4 +1,4 @@
-"""Forecasts: what training a model one way will take, before anything is allocated."""
+"""Forecasts of memory and time in training, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from lowdim.units import format_bytes, parse_bytes
 
 __all__ = ["Forecast", "affordable", "forecast"]
 
-#: Deeper stacks than this are rehearsed at two small depths and continued along the line.
+#: Deeper stacks than this are rehearsed at two small depths and extrapolated linearly.
 SHALLOW = (2, 4)
 _EVERYTHING = ("all-linear", None)
 
 
 @dataclass(frozen=True)
 class Forecast(Result):
-    """What training takes at its peak, by what it is taken for.
+    """The memory of training at its peak, by use.
 
     Attributes:
         method, label: name of the method, and for tables.
         model: label of the model.
         weights: bytes of parameters and buffers, the adapter's included.
         gradients, optimizer_state, activations: bytes at the moment of the peak.
-        workspace: bytes of tensors that live within one operation, or between two of the backward pass.
+        workspace: bytes of tensors that live within one operation, or between two operations of the backward pass.
         total: the sum: the peak of the run.
         usual: the peak of a step that refreshes nothing and creates no state; equals `total` for most methods.
         peak_at: `"forward"`, `"backward"` or `"optimizer"`: where in the step the peak is.
-        trained_parameters: how many numbers are trained.
-        file_bytes: what is saved at the end (the adapter, or the model).
+        trained_parameters: number of trained parameters.
+        file_bytes: bytes saved at the end (the adapter, or the model).
         flops: floating-point operations of one step, matrix products and convolutions only.
         seconds_per_step: a rough estimate from this machine's speed; see `lowdim.plan.work`.
         budget_bytes, fits: the budget that was given, and whether `total` is within it.
-        depths: the depths that were rehearsed, where the model's own was reached by a line through them.
+        depths: the rehearsed depths, if the model's own depth was extrapolated from them.
     """
 
     method: str
@@ -106,13 +106,12 @@ def forecast(
 ) -> Forecast:
     """Memory and time of training `model` by `method`, from shapes alone: nothing of the model is allocated.
 
-    A real training run of two or three steps goes through the method and the optimizer themselves on tensors that have
-    shapes and no numbers, and every storage is counted while it lives. On a CPU this is exact for what torch's allocator
-    gives out. A deep stack of like blocks is rehearsed with 2 and 4 blocks, and each stretch of the step continued along
-    its line, which is exact as well.
+    A training run of two or three steps uses the real method and optimizer on tensors that have shapes but no numbers, and
+    counts every storage while it is alive. On a CPU this is exact for memory from torch's allocator. A deep stack of identical
+    blocks is rehearsed with 2 and 4 blocks, and each part of the step is extrapolated linearly, which is exact as well.
 
-    Not in it: the interpreter and torch themselves (about 300 MB), what libraries allocate on their own, the data, the
-    copy that is read from disk, and what a method needs once before training (a decomposition, a look at data).
+    Not included: the interpreter and torch themselves (about 300 MB), memory that libraries allocate on their own, the data,
+    the copy that is read from disk, and one-time work of a method before training (a decomposition, statistics of data).
 
     Args:
         model: a name, a folder, a transformers config, an nn.Module (of which a fake copy is made), or a function without
@@ -120,15 +119,15 @@ def forecast(
         method: a name from the catalogue, or a `Variant`.
         batch_size, sequence_length: of one forward pass.
         task: `"classify"` or `"causal-lm"`.
-        dtype: of the weights, where the model is built from its configuration.
+        dtype: of the weights, if the model is built from its configuration.
         gradient_checkpointing: recompute each block in the backward pass.
-        layerwise: `lowdim.optim` methods only: update each parameter as soon as its gradient is known, and drop it.
+        layerwise: `lowdim.optim` methods only: update each parameter as soon as its gradient is ready, and free the gradient.
         steps: optimizer steps in all, for methods with schedules.
         budget_bytes: a number or a text such as `"8GiB"`; sets `fits`.
-        device: where it will be trained. Attention kernels differ between devices, and a forecast for another kind of
-            device than the one at hand needs a torch that was built for it.
-        batch: a function that makes a batch, for models that take other inputs (called under the fake mode).
-        loss_fn: `loss_fn(model, batch) -> scalar`, where it is not `model(**batch).loss`.
+        device: the device of the training. Attention kernels differ between devices, and a forecast for another kind of device
+            needs a torch that was built for it.
+        batch: a function that makes a batch, for models with other inputs (called under the fake mode).
+        loss_fn: `loss_fn(model, batch) -> scalar`, if it is not `model(**batch).loss`.
 
     Raises:
         UnknownNameError: no such model or method.
@@ -151,7 +150,7 @@ def forecast(
     try:
         rehearsal, depths = _rehearse(subject, plan)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        why = f"something in it looks at numbers ({error.func}), and a forecast has none"
+        why = f"it reads the values of tensors ({error.func}), and a forecast has none"
         raise ValueError(f"{chosen.label} on {subject.label} cannot be forecast: {why}") from error
     except (RuntimeError, AttributeError) as error:  # an operation that cannot run on shapes alone, a model of another kind
         raise ValueError(f"{chosen.label} on {subject.label} cannot be forecast: {error}") from error
@@ -182,7 +181,7 @@ def affordable(forecasts: Iterable[Forecast], budget: int | str) -> list[Forecas
     """The forecasts whose peak is within the budget, least memory first.
 
     Raises:
-        BudgetError: none is; says which needs least, and what would make it smaller.
+        BudgetError: none is; the error names the smallest need, and how to reduce it.
     """
     limit = parse_bytes(budget) if isinstance(budget, str) else budget
     ordered = sorted(forecasts, key=lambda f: f.total)
@@ -224,10 +223,10 @@ def _rehearse(subject: Subject, plan: Plan) -> tuple[Rehearsal, tuple[int, ...]]
 
 
 def _extend(small: Rehearsal, large: Rehearsal, depth: int) -> Rehearsal:
-    """The rehearsal at `depth`: every stretch and amount along the line through two depths.
+    """The rehearsal at `depth`: every part and amount extrapolated linearly from two depths.
 
-    Memory rises or falls from block to block by the same amount, so its largest value is at the first block or the last:
-    the stretches in between are left out.
+    Memory rises or falls from block to block by the same amount, so its maximum is at the first block or the last: the parts
+    in between are left out.
     """
 
     def line(a: float, b: float) -> float:
@@ -248,7 +247,7 @@ def _extend(small: Rehearsal, large: Rehearsal, depth: int) -> Rehearsal:
 
 
 def _names_layers(variant: Variant) -> bool:
-    """Whether the target patterns hold a digit, so that they may single out blocks."""
+    """Whether the target patterns contain a digit, and so may select single blocks."""
     patterns = variant.options.get("target_modules")
     if patterns in _EVERYTHING:
         return False

@@ -1,4 +1,4 @@
-"""What autograd keeps for the backward pass, counted."""
+"""Counts the tensors that autograd keeps for the backward pass."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def kept_tensors(run: Callable[[], Any], *modules: nn.Module) -> list[Tensor]:
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = run()  # alive until all is counted, so that no storage is freed and its address used again
+        output = run()  # kept alive until everything is counted, so that no address is reused
     found = [tensor for pointer, tensor in kept.items() if pointer not in own]
     del output
     return found

@@ -1,4 +1,4 @@
-"""Memory that CPU kernels take and give back inside one operation, which no tensor shows.
+"""Memory that CPU kernels allocate and free inside one operation, which no tensor shows.
 
 Measured by the allocator's record for torch 2.13 (`tests/plan/test_kernels.py` repeats it): a decomposition copies its
 input; a convolution keeps a second, blocked layout of what it writes, and in the backward pass of what it reads. Attention's
@@ -40,7 +40,7 @@ def _convolution_backward(args: Any, out: Any) -> int:
 
 
 def _fastfood(args: Any, out: Any) -> int:
-    """Two vectors as long as the draws, of which the output takes the place of a part."""
+    """Two vectors as long as the draws; the output reuses part of them."""
     gaussian = args[3]
     return 2 * gaussian.numel() * max(4, out.element_size()) - out.nbytes
 
@@ -56,6 +56,6 @@ _HIDDEN = {
 
 
 def hidden_bytes(func: Any, args: Any, out: Any) -> int:
-    """What this operation takes beside its outputs, on a CPU."""
+    """The bytes that this operation allocates besides its outputs, on a CPU."""
     rule = _HIDDEN.get(func._overloadpacket)
     return 0 if rule is None else rule(args, out)

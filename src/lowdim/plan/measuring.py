@@ -1,4 +1,4 @@
-"""What a training step really takes, by the allocator's own record."""
+"""Measured memory of a training step, from the allocator's own record."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["Measured", "PeakMemory", "measure"]
 
 @dataclass(frozen=True)
 class Measured(Result):
-    """Bytes at the peak of the code that was measured.
+    """Peak bytes of the measured code.
 
     Attributes:
-        bytes: the peak: what was held before, and the most that came on top of it.
-        start_bytes: what was held before (weights, gradients, optimizer state and the tensors that were named).
+        bytes: the peak: `start_bytes` plus the largest additional amount.
+        start_bytes: bytes held before (weights, gradients, optimizer state and the given tensors).
         device: `"cpu"` or `"cuda"`.
     """
 
@@ -35,14 +35,14 @@ class PeakMemory:
     """Context manager that measures the peak memory of what runs inside it, on top of a model and its optimizer.
 
     On CUDA the allocator keeps the peak itself. On a CPU, torch's profiler records each allocation and each release; their
-    running sum is added to the bytes of the model, its gradients and the optimizer's state. What libraries allocate past
-    torch's allocator (oneDNN's and MKL's packed operands), the interpreter and the program are not in it.
-    The record makes the code slower (about a fifth), so wrap one or two steps, not a run. Gradients should be cleared
-    before, not inside: memory that was taken before and is given back inside is not seen on a CPU.
+    running sum is added to the bytes of the model, its gradients and the optimizer's state. Memory that libraries allocate
+    outside torch's allocator (oneDNN's and MKL's packed operands), the interpreter and the program are not included.
+    Recording makes the code about a fifth slower, so wrap one or two steps, not a run. Clear gradients before, not inside:
+    on a CPU, memory allocated before and freed inside is not recorded.
 
     Args:
-        model, optimizer: what is held while the code runs.
-        tensors: further tensors that are held, such as the batch.
+        model, optimizer: held while the code runs.
+        tensors: other tensors that are held, such as the batch.
 
     Example:
         >>> import torch
@@ -79,7 +79,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._start = torch.cuda.memory_allocated()
         else:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler announces itself on stderr
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints to stderr
             self._profile = torch.autograd.profiler.profile(use_kineto=True, profile_memory=True)
             self._profile.__enter__()
         return self
@@ -107,7 +107,7 @@ class PeakMemory:
 def measure(
     step: Callable[[], Any], *, model: nn.Module | None = None, optimizer: Any = None, tensors: Iterable[Tensor] = ()
 ) -> Measured:
-    """Run `step()` once and return what it took at its peak. See `PeakMemory`."""
+    """Run `step()` once and return its peak memory. See `PeakMemory`."""
     with PeakMemory(model, optimizer, tensors) as memory:
         step()
     assert memory.measured is not None
@@ -115,7 +115,7 @@ def measure(
 
 
 def optimizer_tensors(optimizer: Any) -> list[Tensor]:
-    """The tensors of an optimizer's state, also through a wrapper that has it as `.optimizer`."""
+    """The tensors of an optimizer's state, also of a wrapper with an attribute `.optimizer`."""
     state = getattr(optimizer, "state", None)
     if not isinstance(state, dict):
         state = getattr(getattr(optimizer, "optimizer", None), "state", None)

@@ -1,4 +1,4 @@
-"""A training run of three steps on fake tensors, and what it would have taken."""
+"""A training run of three steps on fake tensors, and the memory that it would have needed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Plan", "Rehearsal", "rehearse"]
 
 @dataclass(frozen=True)
 class Plan:
-    """How one would train: everything about a forecast except the model."""
+    """The training of a forecast: everything except the model."""
 
     variant: Variant
     batch_size: int
@@ -38,13 +38,13 @@ class Plan:
 
 @dataclass
 class Rehearsal:
-    """What a rehearsed run took.
+    """The memory and work of a rehearsed run.
 
     Attributes:
-        peaks: the peak of each stretch. A stretch is `(step, phase, place)`: the phase is `"forward"`, `"backward"` or
+        peaks: the peak of each part of the run. A part is `(step, phase, place)`: the phase is `"forward"`, `"backward"` or
             `"optimizer"`, the place `"before"` the blocks, a block's index, or `"after"` them.
         amounts: `trained`, `weight_bytes`, `file_bytes`, `flops` and `seconds` of one step.
-        depth: how many blocks the model had, 0 if it has no stack of like blocks.
+        depth: number of blocks of the model, 0 if it has no stack of identical blocks.
     """
 
     peaks: dict[tuple[int, str, Any], Peak]
@@ -53,10 +53,10 @@ class Rehearsal:
 
 
 def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsal:
-    """Build the model without memory, make it ready, and run steps on it.
+    """Build the model without memory, prepare it, and run a few steps.
 
-    Three steps where the method refreshes something now and then (a projection): the first creates the optimizer's state,
-    the second is as most are, the third refreshes with all state in place. Else two.
+    Three steps if the method recomputes something at intervals (a projection): the first creates the optimizer's state, the
+    second is a usual step, the third recomputes with all state in place. Otherwise two.
     """
     variant, steps = _variant(plan)
     device = subject.device.type
@@ -115,8 +115,8 @@ def _step(
     loss = applied.loss(batch, loss_fn).total
     marks.begin(step, "backward", "after", "workspace")
     loss.backward()
-    beside = (getattr(p, "float_grad", None) for p in applied.model.parameters())  # of 8-bit weights, which have no .grad
-    tracker.add([grad for grad in beside if grad is not None], "gradients")
+    extra = (getattr(p, "float_grad", None) for p in applied.model.parameters())  # of 8-bit weights, which have no .grad
+    tracker.add([grad for grad in extra if grad is not None], "gradients")
     tracker.add(optimizer_tensors(optimizer), "optimizer_state")
     marks.begin(step, "optimizer", "before", "workspace")
     optimizer.step()
@@ -126,7 +126,7 @@ def _step(
 
 
 class _Marks:
-    """Tells the tracker which stretch of the step it is in, by hooks on the stack of blocks."""
+    """Hooks on the stack of blocks that report the current part of the step to the tracker."""
 
     def __init__(self, tracker: Tracker, stack: list[nn.Module]):
         self.tracker, self.count = tracker, len(stack)
@@ -143,7 +143,7 @@ class _Marks:
     def _entering(self, index: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             if self.now[1] != "forward":
-                return  # checkpointing runs it again
+                return  # recomputed by checkpointing
             self.begin(self.now[0], "forward", index)
             if index == 0:
                 self._on_gradient([*args, *kwargs.values()], "before")
@@ -167,7 +167,7 @@ class _Marks:
 
 
 def _variant(plan: Plan) -> tuple[Variant, int]:
-    """The variant with what forecasting changes in it, and how many steps show all of it."""
+    """The variant as changed for forecasting, and the number of steps that cover everything."""
     strategy = strategy_for(plan.variant)
     strategy.check_layerwise(plan.layerwise)
     if strategy.refresh_interval is None:
@@ -200,7 +200,7 @@ def _checkpoint(model: nn.Module) -> None:
 
 
 def _file_bytes(applied: Applied, head: tuple[str, ...]) -> int:
-    """What is saved at the end: the adapter with its head, the head alone, or all weights."""
+    """Bytes saved at the end: the adapter with its head, the head alone, or all weights."""
     if applied.adapted is not None:
         return unique_bytes(applied.adapted.state_dict().values())
     if applied.kind == "probe":

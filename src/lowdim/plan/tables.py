@@ -1,4 +1,4 @@
-"""What a forecast looks like on a terminal, and which layers a method would touch."""
+"""Tables of forecasts for the terminal, and the layers that a method would change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def table(forecasts: Sequence[Forecast], budget: int | str | None = None) -> Tab
     All sizes but the file's are in one unit, which the title names; activations include workspace.
 
     Args:
-        budget: bytes, or a text such as `"8GiB"`; None takes each forecast's own.
+        budget: bytes, or a text such as `"8GiB"`; None uses each forecast's own.
     """
     from rich.table import Table
 
@@ -81,8 +81,8 @@ def _caption(forecasts: Sequence[Forecast], limits: Iterable[int]) -> str:
     f = forecasts[0]
     budget = "".join(f"budget {format_bytes(limit)}; " for limit in sorted(limits))
     return (
-        f"{budget}batch {f.batch_size} of {f.sequence_length} tokens. Not counted: the program itself, the data, what a method "
-        "computes once before training. Times are rough."
+        f"{budget}batch {f.batch_size} of {f.sequence_length} tokens. Not counted: the program itself, the data, and what a "
+        "method computes once before training. Times are rough."
     )
 
 

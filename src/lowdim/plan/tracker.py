@@ -1,7 +1,7 @@
-"""Which tensors are alive, and what for: watches every operation of a (fake or real) training step.
+"""Tracks which tensors are alive, and their use, in every operation of a (fake or real) training step.
 
-torch has such a tool of its own (`torch.distributed._tools.mem_tracker`), which looks at every module again at every
-operation; this one costs the same per operation whatever the model's depth, and counts work as well as bytes.
+torch has a similar tool (`torch.distributed._tools.mem_tracker`), which visits every module at every operation; the cost
+of this one per operation does not depend on the model's depth, and it counts work as well as bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["KINDS", "Peak", "Tracker", "tensors_in"]
 
-#: What memory is taken for. `workspace` is what lives within one operation, or between two of the backward pass.
+#: Uses of memory. `workspace` lives within one operation, or between two operations of the backward pass.
 KINDS: tuple[str, ...] = ("weights", "gradients", "optimizer_state", "activations", "workspace")
 
 
@@ -31,7 +31,7 @@ _DEVICE = torch.ops.prim.device.default
 
 @dataclass
 class _Storage:
-    """One live storage: its size, what it is for, and the operation at which it came."""
+    """One live storage: its size, its use, and the operation that allocated it."""
 
     size: int
     kind: str
@@ -41,7 +41,7 @@ class _Storage:
 
 @dataclass
 class Peak:
-    """The largest sum of live bytes within one stretch of the step, by kind."""
+    """The largest sum of live bytes within one part of the step, by kind."""
 
     total: int = 0
     clock: int = 0
@@ -49,10 +49,10 @@ class Peak:
 
 
 class Tracker(TorchDispatchMode):
-    """Sums the bytes of live storages by kind, and keeps the peak of each stretch that `enter` names.
+    """Sums the bytes of live storages by kind, and keeps the peak of each part that `enter` names.
 
     Args:
-        granularity: allocators hand out blocks; sizes are rounded up to a multiple of it (512 on CUDA).
+        granularity: allocators allocate blocks; sizes are rounded up to a multiple of it (512 on CUDA).
         hidden: `hidden(operation, args, out) -> bytes` that a kernel allocates and frees inside.
         work: `work(operation, args, kwargs, out, tensors_of_out) -> None`, called for each operation.
     """
@@ -74,14 +74,14 @@ class Tracker(TorchDispatchMode):
         self.stretch: Any = "start"
 
     def enter(self, stretch: Any, kind: str | None = None) -> None:
-        """What follows belongs to this stretch; new tensors are of this kind (None: as before)."""
+        """Start this part of the step; new tensors are of this kind (None: as before)."""
         self.stretch = stretch
         if kind is not None:
             self.kind = kind
         self._record(0)
 
     def add(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Count tensors that exist already, or say what they are for."""
+        """Count existing tensors, or set their kind."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             entry = self.live.get(storage._cdata)
@@ -109,7 +109,7 @@ class Tracker(TorchDispatchMode):
             self.total -= entry.size
 
     def _relabel(self, entry: _Storage, kind: str) -> None:
-        """Move a storage to another kind, in the peaks that it was part of as well."""
+        """Move a storage to another kind, also in the peaks that included it."""
         for counts in itertools.chain(
             [self.by_kind], (peak.by_kind for peak in self.peaks.values() if peak.clock >= entry.born)
         ):
@@ -128,7 +128,7 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func is _DEVICE:  # fake tensors are asked for it all the time
+        if func is _DEVICE:  # queried very often for fake tensors
             return out
         self.clock += 1
         live = self.live

@@ -1,4 +1,4 @@
-"""How much arithmetic and traffic a step is, and how long that would take on this machine: a roofline, no more.
+"""The arithmetic and memory traffic of a step, and its estimated time on this machine: a simple roofline model.
 
 Each operation takes as long as its arithmetic at the speed of a large matrix product or its traffic at the speed of a large
 copy, whichever is longer, and a fixed time to be launched. The three speeds are measured once, in about 0.2 s.
@@ -29,7 +29,8 @@ def _fastfood(vector: Tensor, signs: Tensor, permutation: Tensor, gaussian: Tens
     return hadamard_flops(len(gaussian))  # the other transform is that of the short vector
 
 
-#: Formulas that torch's own registry lacks: the CPU's fused attention, whose backward pass is five products to two.
+#: Formulas that torch's own registry lacks: the CPU's fused attention, whose backward pass has five products, the forward pass
+#: two.
 _MORE = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: _attention(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -42,7 +43,7 @@ _MORE = {
 
 @dataclass(frozen=True)
 class Speed:
-    """What this machine does per second: operations of a matrix product, bytes moved, and seconds per launch."""
+    """The speed of this machine per second: operations of a matrix product, bytes moved, and seconds per launch."""
 
     flops: float
     bytes: float
@@ -76,7 +77,7 @@ def _seconds(call: Any, device: str, budget: float) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         best, runs = min(best, time.perf_counter() - start), runs + 1
-    return max(best, 1e-9)  # a clock may stand still
+    return max(best, 1e-9)  # a coarse clock may return 0
 
 
 class Work:

@@ -1,15 +1,15 @@
 """Compressed models as checkpoints that plain transformers loads.
 
-`save_compressed(model, folder, tokenizer)` writes a folder as small as the model is. Afterwards::
+`save_compressed(model, folder, tokenizer)` writes a folder as small as the model. Afterwards::
 
     import lowdim
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(folder)      # logits equal to the bit
+    model = AutoModelForCausalLM.from_pretrained(folder)      # identical logits
     model = model.dequantize()                                # plain layers again
 
-`config.json` carries `"quantization_config": {"quant_method": "lowdim", ...}`, which says what stands in each layer's place;
-`import lowdim` registers the reader for it with transformers. Without lowdim the folder is refused, or loads as the dense model
-where a system keeps the dense weights; it never loads with random weights.
+`config.json` carries `"quantization_config": {"quant_method": "lowdim", ...}`, which describes the replaced layers;
+`import lowdim` registers the reader for it with transformers. Without lowdim the folder is rejected, or loads as the dense
+model if a system keeps the dense weights; it never loads with random weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checksums of a checkpoint's tensors, in the header of each file, so that they are never out of step with it."""
+"""Checksums of a checkpoint's tensors, in the header of each file, so that they always match the file."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lowdim.errors import CheckpointError
 
 __all__ = ["checksums", "header", "verify"]
 
-#: The key of a safetensors header under which they stand.
+#: Their key in the safetensors header.
 _KEY = "lowdim"
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name -> checksum of dtype, shape and bytes; tensors that are not held as a whole here (meta, sharded) have none."""
+    """Name -> checksum of dtype, shape and bytes; tensors that are incomplete here (meta, sharded) have none."""
     return {name: _checksum(tensor) for name, tensor in tensors.items() if _is_whole(tensor)}
 
 
 def header(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str, str]:
-    """What the safetensors header of a compressed model holds."""
+    """The safetensors header of a compressed model."""
     return {_KEY: json.dumps({"version": 1, "layers": _of_json(layers), "checksums": checksums(tensors)})}
 
 

@@ -19,10 +19,10 @@ _BIAS_FLAGS = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "bias")
 
 
 def dense_model(model: Any) -> Any:
-    """A plain model of the same class and function, which shares the tensors that did not change; `model` stays as it is.
+    """A plain model of the same class and function, which shares the unchanged tensors; `model` is not modified.
 
     Raises:
-        LowdimError: a layer has a bias that the model's class has no place for.
+        LowdimError: a layer has a bias that the model's class cannot hold.
     """
     state = dict(model.state_dict())
     for name, layer in plain_layers(model).items():
@@ -36,13 +36,13 @@ def dense_model(model: Any) -> Any:
 
 
 def make_room_for_biases(model: Any) -> None:
-    """Bring the configuration of a densified model in line with biases that its layers have gained, in place.
+    """Update the configuration of a densified model for the biases that its layers have gained, in place.
 
     Layers without a bias that the configuration then gives one get zeros. Without this `save_pretrained` would write biases
     that `from_pretrained` drops.
 
     Raises:
-        LowdimError: the model's class has no place for a bias that is there.
+        LowdimError: the model's class cannot hold a bias of the model.
     """
     roomy, state = _roomy(model, dict(model.state_dict()))
     for key in state.keys() - model.state_dict().keys():
@@ -54,7 +54,7 @@ def make_room_for_biases(model: Any) -> None:
 
 
 def _roomy(model: Any, state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-    """A model of the same class on the meta device that has a place for every tensor, and the tensors it needs."""
+    """A model of the same class on the meta device that can hold every tensor, and the tensors it needs."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -24,11 +24,11 @@ _VERSION = 1
 
 
 class LowdimConfig(QuantizationConfigMixin):
-    """What `config.json` says of a compressed model.
+    """The entry of a compressed model in `config.json`.
 
     Attributes:
-        layers: module name -> class and description of what stands there (see `lowdim.modules.Rebuildable`).
-        system: which system made it, for readers of the file; nothing depends on it.
+        layers: module name -> class and description of the module there (see `lowdim.modules.Rebuildable`).
+        system: the system that made it, for people who read the file; nothing depends on it.
         version: of this format.
 
     Raises:
@@ -56,7 +56,7 @@ class LowdimConfig(QuantizationConfigMixin):
 
 
 class LowdimQuantizer(HfQuantizer):
-    """Puts compressed layers in their places before transformers fills in the numbers, and writes them back."""
+    """Swaps in compressed layers before transformers loads the tensors, and writes them back."""
 
     requires_calibration = True  # transformers only reads such models; compressing is `lowdim.compress`
 
@@ -80,10 +80,10 @@ class LowdimQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The tensors as they are now, their checksums, and `config.json` brought up to date with the layers.
+        """The current tensors, their checksums, and `config.json` updated from the layers.
 
-        Where the first compressed layer has no weight of its own, an empty tensor stands under that name: a reader without
-        lowdim then fails on its shape, where it would else draw the missing weights at random.
+        If the first compressed layer has no weight, an empty tensor is written under that name: a reader without lowdim then
+        fails on its shape instead of initialising the missing weights at random.
         """
         layers = describe_layers(model)
         self.quantization_config.layers = layers
@@ -119,7 +119,7 @@ class LowdimQuantizer(HfQuantizer):
 
 
 def _as_named_in(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The descriptions under the names of `model`, which may be the body of the saved model, or have it as its body."""
+    """The descriptions under the names of `model`, which may be the saved model's base model, or contain it."""
     modules = dict(model.named_modules(remove_duplicate=False))
     prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
     body = not hasattr(model, prefix.rstrip(".")) if prefix else False
@@ -132,8 +132,8 @@ def _as_named_in(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> dict[st
         elif prefix and f"{prefix}{name}" in modules:
             found[f"{prefix}{name}"] = dict(description)
         elif not body:
-            found[name] = dict(description)  # not there: the error names it
-        # What is left belongs to the head of the model that was saved, which a body does not have.
+            found[name] = dict(description)  # not in the model: the error names it
+        # The rest belongs to the head of the saved model, which the base model does not have.
     return found
 
 

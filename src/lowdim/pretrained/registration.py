@@ -1,8 +1,8 @@
-"""Makes the reader of compressed models known to transformers.
+"""Registers the reader of compressed models with transformers.
 
-transformers has no entry point for readers of others: one is known once it has been registered, which imports transformers.
-`import lowdim` must not do that, so it leaves this to `lowdim.after_import`: either order of imports works, and nothing is
-imported where transformers is never used.
+transformers has no entry point for external readers: they must be registered, which imports transformers. `import lowdim`
+must not do that, so it uses `lowdim.after_import`: either order of imports works, and nothing is imported if transformers
+is never used.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _log = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Make `quant_method: "lowdim"` known to transformers. Calling it again changes nothing.
+    """Register `quant_method: "lowdim"` with transformers. Calling it again changes nothing.
 
-    A transformers that is too old to take readers of others is left alone; such a version refuses the folders.
+    Versions of transformers that do not support external readers are skipped; they reject the folders.
     """
     try:
         importlib.import_module("lowdim.pretrained.quantizer")
     except ImportError as error:
-        _log.info("compressed models cannot be read with the transformers that is installed: %s", error)
+        _log.info("compressed models cannot be read with the installed transformers: %s", error)

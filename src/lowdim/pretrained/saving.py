@@ -1,4 +1,4 @@
-"""Writing a compressed model, and reading it again before that is called done."""
+"""Writing a compressed model, and reading it back as a check."""
 
 from __future__ import annotations
 
@@ -43,28 +43,28 @@ def save_compressed(
     dense: bool = False,
     max_shard_size: str | int = "50GB",
 ) -> int:
-    """Write a compressed transformers model as a checkpoint, and read it again before it takes its place.
+    """Write a compressed transformers model as a checkpoint, and read it back before it replaces the old one.
 
-    With lowdim imported, `from_pretrained(folder)` of the model's own class or of `AutoModel...` gives the same tensors, so the
-    same outputs to the bit; nothing is written where it would not. The model keeps what it needs to be saved again, as a
-    checkpoint of `Trainer` or by its own `save_pretrained`. A model without compressed layers is saved as ever.
+    With lowdim imported, `from_pretrained(folder)` of the model's own class or of `AutoModel...` gives the same tensors, and
+    so bit-identical outputs; otherwise nothing is written. The model can be saved again afterwards, as a checkpoint of
+    `Trainer` or by its own `save_pretrained`. A model without compressed layers is saved as usual.
 
     Args:
         model: a transformers model whose layers a system of `lowdim.compress` has replaced.
-        folder: other files that it holds stay.
-        tokenizer: is saved beside it.
-        record: what else is known of the model (method, options, scores); becomes `compression.json`.
-        dense: write the dense equivalent, which loads without lowdim and has the size of the dense model, with the thin factors
-            beside it in `factors.safetensors`.
-        max_shard_size: larger checkpoints are split, as `save_pretrained` says.
+        folder: other files in it are kept.
+        tokenizer: saved in the same folder.
+        record: more information on the model (method, options, scores); written as `compression.json`.
+        dense: write the dense equivalent, which loads without lowdim and has the size of the dense model; the thin factors are
+            written to `factors.safetensors`.
+        max_shard_size: larger checkpoints are split, as in `save_pretrained`.
 
     Returns:
         Bytes of all tensors in the checkpoint.
 
     Raises:
         TypeError: not a transformers model.
-        LowdimError: a layer that cannot be described in a file, a bias that a dense checkpoint of this class has no place for,
-            or a checkpoint that does not read back as it was written. Nothing is then left in the folder.
+        LowdimError: a layer that cannot be described in a file, a bias that a dense checkpoint of this class cannot hold,
+            or a checkpoint that does not read back as written. Nothing is then left in the folder.
         OSError: no space or no permission.
 
     Example:
@@ -101,7 +101,7 @@ def save_compressed(
 
 
 def _compressed(model: Any) -> Any:
-    """The model, with what makes transformers save it as a compressed one."""
+    """The model, prepared so that transformers saves it as a compressed one."""
     from lowdim.pretrained.quantizer import LowdimConfig, LowdimQuantizer
 
     quantizer = getattr(model, "hf_quantizer", None)

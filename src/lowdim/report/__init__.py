@@ -1,7 +1,7 @@
 """One self-contained HTML page per comparison or run, and the same table for the terminal.
 
-A page needs nothing but its own file: no network, no library, no fonts. It reads the comparison's record alone, so
-any record that was kept can be drawn again by a later version.
+A page needs nothing but its own file: no network, no library, no fonts. It reads only the comparison's record, so
+any saved record can be drawn again by a later version.
 """
 
 from lowdim.report.page import render, write

@@ -37,13 +37,13 @@ def trust(lines: list[str]) -> str:
 
 
 def chart(name: str, title: str, hint: str, kind: str, after: str) -> str:
-    """A figure that the script fills; what it shows is also in a table."""
+    """A figure that the script fills; its numbers are also in a table."""
     body = f'<div class="chart" data-chart="{kind}"><noscript><p>This chart needs JavaScript.</p></noscript></div>{after}'
     return sections.section(name, title, body, hint)
 
 
 def costs_of(candidate: Candidate) -> dict[str, float | None]:
-    """What a method costs, by the names of the chart's axes."""
+    """The costs of a method, by the names of the chart's axes."""
     return {
         "memory": candidate.peak_bytes,
         "time": candidate.seconds_per_step,
@@ -77,7 +77,7 @@ def method_view(candidate: Candidate, shape: str, chosen: bool) -> dict[str, Any
 
 
 def footer(version: str, command: str) -> str:
-    """Who made the page, and with which command."""
+    """The version that made the page, and the command."""
     made = f"<p>Made by lowdim{' ' + esc(version) if version else ''} from the record alone.</p>"
     return made + (f"<details><summary>Command</summary><pre><code>{esc(command)}</code></pre></details>" if command else "")
 
@@ -102,7 +102,7 @@ def document(title: str, made: str, body: str, bottom: str, view: dict[str, Any]
         "data": data,
         "script": script,
     }
-    # One pass: text that looks like a slot inside a value stays text.
+    # One pass: text inside a value that looks like a slot stays text.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], _asset("page.html"))
 
 

@@ -26,12 +26,12 @@ _COSTS = (
 def render(comparison: Mapping[str, Any]) -> str:
     """The page of a comparison.
 
-    It asks for nothing outside itself: its policy forbids every request, and its one script and one style sheet are
-    admitted by their hash, so text in the record can never run.
+    It loads nothing: its policy forbids every request, and its one script and one style sheet are allowed by their hash,
+    so text in the record can never run.
 
     Args:
-        comparison: the record that `lowdim compare` writes. Whatever is missing, None or of another kind is left out
-            of the page; nothing in the record makes this raise.
+        comparison: the record that `lowdim compare` writes. Entries that are missing, None or of another type are
+            left out of the page; no record makes this raise.
 
     Returns:
         One HTML document. Loss curves are thinned to at most 600 points each, so that it stays below 3 MB.
@@ -67,13 +67,13 @@ def write(comparison: Mapping[str, Any], path: str | Path) -> Path:
 
     Args:
         comparison: as for `render`.
-        path: the HTML file; folders on the way are made.
+        path: the HTML file; missing parent folders are created.
 
     Returns:
         The path.
 
     Raises:
-        OSError: no space or no permission; an old file is untouched.
+        OSError: no space or no permission; an old file is unchanged.
     """
     return write_text(path, render(comparison))
 
@@ -155,7 +155,7 @@ def _circumstances(record: Comparison) -> str:
 
 
 def _view(record: Comparison) -> dict[str, Any]:
-    """What the script draws: numbers of the record, with the looks that were chosen for each method."""
+    """The data that the script draws: numbers of the record, with the style of each method."""
     marks = sections.shapes(record.candidates)
     return {
         "kind": "comparison",

@@ -1,7 +1,7 @@
-"""The comparison's record as the page reads it: typed, ordered, with everything odd made harmless.
+"""The comparison's record as the page reads it: typed, ordered, with invalid entries removed.
 
-A record may come from an older version, an interrupted comparison or somebody's own script, so nothing here
-raises: what is missing is None, what is not a number is None, what is not text becomes text.
+A record may come from an older version, an interrupted comparison or a user's script, so nothing here raises:
+missing entries and invalid numbers become None, and everything else that should be text becomes text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lowdim.report.text import number, plain
 
 __all__ = ["Candidate", "Comparison", "Curve", "curve", "mapping", "read", "thin"]
 
-POINTS = 60_000  # loss values that a page holds in all; about 0.7 MB
+POINTS = 60_000  # maximum number of loss values on a page; about 0.7 MB
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Candidate:
 
     @property
     def ok(self) -> bool:
-        """Whether it ran to its end."""
+        """Whether it finished."""
         return self.status == "ok"
 
     @property
     def peak_bytes(self) -> float | None:
-        """Peak memory: the measurement, or the forecast where nothing was measured."""
+        """Peak memory: measured, or forecast if it was not measured."""
         return self.measured_peak_bytes if self.measured_peak_bytes is not None else self.forecast_peak_bytes
 
     @property
@@ -77,7 +77,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All of it; `candidates` are sorted: best first, then what has no score, skipped, failed."""
+    """The whole record; `candidates` are sorted: best first, then those without a score, skipped, failed."""
 
     title: str
     created: str
@@ -161,7 +161,7 @@ def curve(value: Any, seed: Any = "") -> Curve | None:
         loss = [row.get("loss") if isinstance(row, Mapping) else row for row in rows]
         step = [row.get("step") if isinstance(row, Mapping) else None for row in rows]
     steps = [number(s) for s in step[: len(loss)]] + [None] * (len(loss) - len(step))
-    # Steps that are not all there, or run backwards, are worth less than the order of the values.
+    # If steps are missing or run backwards, use the order of the values instead.
     known = [s for s in steps if s is not None]
     if len(known) < len(steps) or any(b <= a for a, b in pairwise(known)):
         known = [float(i + 1) for i in range(len(loss))]
@@ -182,7 +182,7 @@ def thin(line: Curve, most: int) -> Curve:
 
 
 def read(comparison: Any) -> Comparison:
-    """The record of a comparison, made safe; never raises for what it holds."""
+    """The record of a comparison, made safe; no content makes it raise."""
     record = mapping(comparison)
     metric, winner = mapping(record.get("metric")), mapping(record.get("winner"))
     higher = metric.get("higher_is_better") is not False

@@ -1,4 +1,4 @@
-"""The parts of the page that are plain HTML: they are there without scripts, for print and for screen readers."""
+"""The parts of the page in plain HTML: they need no scripts, and work in print and with screen readers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lowdim.report.text import MISSING, count, duration, error, esc, number, per
 
 __all__ = ["SHAPES", "details", "glyph", "key_figures", "left_out", "load", "method_table", "section", "shapes"]
 
-# A marker for each family, told apart without colour. Each fits a 16 × 16 box around the origin and has about one area.
+# A marker for each family, distinguishable without colour. Each fits a 16 × 16 box around the origin and has about one area.
 SHAPES = {
     "circle": "M0-5.6A5.6 5.6 0 1 1 0 5.6A5.6 5.6 0 1 1 0-5.6Z",
     "square": "M-5-5H5V5H-5Z",
@@ -26,7 +26,7 @@ _FAMILIES |= {"diagnose": "plus", "solve": "hexagon"}
 
 
 def shapes(candidates: Iterable[Candidate]) -> dict[str, str]:
-    """The marker of each family, known families first; more than there are markers share the star."""
+    """The marker of each family, known families first; families beyond the number of markers share the star."""
     chosen: dict[str, str] = {}
     for family in dict.fromkeys(c.family for c in candidates):
         free = [shape for shape in reversed(SHAPES) if shape not in chosen.values() and shape not in _FAMILIES.values()]
@@ -42,7 +42,7 @@ def glyph(candidate: Candidate, shape: str) -> str:
 
 
 def section(name: str, title: str, body: str, hint: str = "") -> str:
-    """One section with its heading; an empty body gives nothing."""
+    """One section with its heading; an empty string if the body is empty."""
     if not body:
         return ""
     lead = f'<p class="hint">{esc(hint)}</p>' if hint else ""
@@ -50,7 +50,7 @@ def section(name: str, title: str, body: str, hint: str = "") -> str:
 
 
 def key_figures(comparison: Comparison) -> str:
-    """The chosen method's numbers, each beside the baseline's."""
+    """The chosen method's numbers, each next to the baseline's."""
     chosen = comparison.chosen or comparison.best
     if chosen is None:
         return ""
@@ -77,7 +77,7 @@ def key_figures(comparison: Comparison) -> str:
 
 
 def tile_list(tiles: list[tuple[str, str, str]], label: str) -> str:
-    """Large numbers with a name above and a remark below; those that are missing are left out."""
+    """Large numbers with a name above and a remark below; missing ones are left out."""
     cells = "".join(
         f'<div class="tile"><dt>{esc(name)}</dt><dd>{esc(value)}</dd><dd class="aside">{esc(remark)}</dd></div>'
         for name, value, remark in tiles
@@ -189,7 +189,7 @@ def _fences(comparison: Comparison) -> tuple[float, float]:
 
 
 def left_out(comparison: Comparison) -> str:
-    """What was skipped or failed, with the reason."""
+    """Skipped and failed methods, with the reason."""
     marks = shapes(comparison.candidates)
     rows = []
     for candidate in comparison.left_out:
@@ -205,7 +205,7 @@ def left_out(comparison: Comparison) -> str:
 
 
 def load(comparison: Comparison) -> str:
-    """Where the winner lies and the lines that load it."""
+    """The folder of the winner, and the code that loads it."""
     winner = comparison.winner
     code = plain(winner.get("how_to_load"), 8000)
     facts = pairs({"Folder": winner.get("folder"), "Format": winner.get("format")})
@@ -215,7 +215,7 @@ def load(comparison: Comparison) -> str:
 
 
 def details(title: str, body: str, opened: bool = False) -> str:
-    """A block that unfolds."""
+    """A collapsible block."""
     return f"<details{' open' if opened else ''}><summary>{esc(title)}</summary>{body}</details>" if body else ""
 
 

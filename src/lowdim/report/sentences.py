@@ -1,4 +1,4 @@
-"""The sentences of a report: what came out, and how far to trust it. All of them follow from the record alone."""
+"""The sentences of a report: the result, and how far to trust it. All are computed from the record alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lowdim.report.text import count, number, plain, plural, ratio, series, size
 
 __all__ = ["caveats", "headline", "subtitle"]
 
-_FEW_SEEDS = 5  # below this an interval rests on too few values to lean on
+_FEW_SEEDS = 5  # below this an interval has too few values to rely on
 
 
 def headline(comparison: Comparison) -> tuple[str, str]:
@@ -31,7 +31,7 @@ def headline(comparison: Comparison) -> tuple[str, str]:
         rest += f"{comparison.score(best.mean)}){_cost(chosen, best)}."
         return verdict, _sentence(rest)
     near = [c for c in others if c.within_noise]
-    # One seed, or no word on noise, decides nothing: then the best score is only that.
+    # With one seed, or without information on noise, the best score decides nothing.
     settled = not near and all(len(c.scores) > 1 for c in (chosen, *others)) and any(c.within_noise is False for c in others)
     verdict = f"{chosen.label} {'wins' if settled else 'scores best'}"
     rest = f"{_score(comparison, chosen)}{_peak(chosen)}, the {level} of {len(comparison.ranked)} methods."
@@ -39,7 +39,7 @@ def headline(comparison: Comparison) -> tuple[str, str]:
 
 
 def caveats(comparison: Comparison) -> list[str]:
-    """What a careful reader should know before acting on the headline."""
+    """Caveats that a careful reader should know before acting on the headline."""
     ranked = comparison.ranked
     lines = [*_seeds(comparison), *_noise(comparison), *_test_set(comparison)]
     edge = [c.label for c in ranked if c.at_edge]
@@ -89,7 +89,7 @@ def _peak(candidate: Candidate) -> str:
 
 
 def _cost(candidate: Candidate, reference: Candidate) -> str:
-    """`", at 0.60× its memory"`, or its time or size where that is what is known."""
+    """`", at 0.60× its memory"`, or its time or size if only that is known."""
     for key, noun in (("peak_bytes", "memory"), ("seconds_per_step", "time per step"), ("trained_parameters", "parameters")):
         times = ratio(getattr(candidate, key), getattr(reference, key))
         if times:
@@ -98,7 +98,7 @@ def _cost(candidate: Candidate, reference: Candidate) -> str:
 
 
 def _near(chosen: Candidate, near: list[Candidate]) -> str:
-    """The methods that cannot be told from the best; the one that saves most memory first."""
+    """The methods that do not differ from the best; the one that saves the most memory first."""
     if not near:
         return ""
     known = [c for c in near if ratio(c.peak_bytes, chosen.peak_bytes)]
@@ -126,7 +126,7 @@ def _seeds(comparison: Comparison) -> list[str]:
     lines = []
     if len(amounts) > 1:
         lines.append(
-            f"Methods ran with between {amounts[0]} and {plural(amounts[-1], 'seed')}, so their intervals differ in worth."
+            f"Methods ran with between {amounts[0]} and {plural(amounts[-1], 'seed')}, so intervals are not equally reliable."
         )
     elif amounts[0] < _FEW_SEEDS:
         lines.append(f"{amounts[0]} seeds for each method: enough to see large differences, too few to settle small ones.")
@@ -145,14 +145,14 @@ def _noise(comparison: Comparison) -> list[str]:
 
 
 def _test_set(comparison: Comparison) -> list[str]:
-    """How far the test set itself can mislead: the binomial interval of an accuracy, which no number of seeds narrows."""
+    """The uncertainty from the test set itself: the binomial interval of an accuracy, which more seeds do not narrow."""
     examples, best = number(comparison.data.get("test")), comparison.best
     if not examples or examples < 2 or best is None or best.mean is None or "accuracy" not in comparison.metric.lower():
         return []
     if not 0 < best.mean < 1:
         return []
     spread = 1.96 * math.sqrt(best.mean * (1 - best.mean) / examples)
-    text = f"The test set has {examples:.0f} examples: measured on others like them, an accuracy may be off by ±{spread:.3f}."
+    text = f"The test set has {examples:.0f} examples: on other examples like them, an accuracy may differ by ±{spread:.3f}."
     return [text] if spread >= 0.005 else []
 
 
@@ -163,7 +163,7 @@ def _forecasts(comparison: Comparison) -> list[str]:
         worst = max(off, key=lambda label: abs(off[label]))
         if abs(off[worst]) < 0.1:
             return []
-        return [f"Forecasts of peak memory are off by up to {abs(off[worst]):.0%} ({worst}); the measurements count."]
+        return [f"Forecasts of peak memory are off by up to {abs(off[worst]):.0%} ({worst}); rely on the measurements."]
     if any(c.forecast_peak_bytes is not None for c in comparison.finished):
         return ["Peak memory was forecast from shapes, not measured."]
     return []
@@ -174,7 +174,7 @@ def _over(candidate: Candidate, budget: float | None) -> bool:
 
 
 def _some(names: list[str], most: int = 3) -> str:
-    """The first `most` names, and how many more."""
+    """The first `most` names, and the number of others."""
     if len(names) <= most + 1:
         return series(names)
     return series([*names[:most], f"{len(names) - most} others"])

@@ -14,10 +14,10 @@ from lowdim.report.text import count, date, duration, esc, number, plain, size
 
 __all__ = ["render_run", "write_run"]
 
-# What has its place on the page, or tells a reader nothing (a fingerprint, right or wrong for each test example).
+# Keys shown elsewhere on the page, or useless to a reader (a fingerprint, the result of each test example).
 _PLACED = {"schema", "title", "method", "label", "config", "versions", "hardware", "environment", "losses", "loss_steps"}
 _PLACED |= {"notes", "command", "created", "failure", "hits", "fingerprint", "evaluations", "subspaces", "spikes"}
-#: What a run's log holds of subspaces, as (key, heading), and how many of its steps are shown.
+#: The numbers about subspaces in a run's log, as (key, heading), and the number of steps shown.
 _SEEN = (
     ("true_grad_norm", "Gradient norm"),
     ("projected_norm", "Projected norm"),
@@ -73,7 +73,7 @@ def render_run(run: Mapping[str, Any]) -> str:
             sections.tile_list(_tiles(run, scores, known), "Numbers of this run"),
             trust(warnings),
             chart("losses", "Training loss", "", "curves", "") if known else "",
-            sections.section("scores", "Scores on the way", _scores(run)),
+            sections.section("scores", "Scores during training", _scores(run)),
             sections.section("subspaces", "Subspaces", _subspaces(run)),
             sections.section("config", "Configuration", _described(config)),
             sections.section("circumstances", "Circumstances", circumstances),
@@ -91,7 +91,7 @@ def write_run(run: Mapping[str, Any], path: str | Path) -> Path:
     """Write the run's page to `path`; an old file is replaced only once the new one is complete.
 
     Raises:
-        OSError: no space or no permission; an old file is untouched.
+        OSError: no space or no permission; an old file is unchanged.
     """
     return write_text(path, render_run(run))
 
@@ -118,7 +118,7 @@ def _scores(run: Mapping[str, Any]) -> str:
     rows = [items(row) for row in items(run.get("evaluations"))]
     known = [(number(r[0]), number(r[1])) for r in rows if len(r) == 2]
     cells = [[f"{step:.0f}", f"{loss:.4f}"] for step, loss in known if step is not None and loss is not None]
-    return _table(["Step", "Validation loss, nats a token"], _some(cells))
+    return _table(["Step", "Validation loss, nats per token"], _some(cells))
 
 
 def _subspaces(run: Mapping[str, Any]) -> str:
@@ -132,7 +132,7 @@ def _subspaces(run: Mapping[str, Any]) -> str:
 
 
 def _some(rows: list[Any]) -> list[Any]:
-    """At most so many rows, evenly spaced, the first and the last among them."""
+    """A limited number of rows, evenly spaced, including the first and the last."""
     if len(rows) <= _SHOWN:
         return rows
     return [rows[round(i * (len(rows) - 1) / (_SHOWN - 1))] for i in range(_SHOWN)]

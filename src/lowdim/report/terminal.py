@@ -22,12 +22,12 @@ def table(comparison: Mapping[str, Any], width: int | None = None) -> Table:
 
     Args:
         comparison: the record that `lowdim compare` writes, as for `lowdim.report.render`.
-        width: columns of the terminal; None takes what rich finds (80 where there is no terminal). All of the table's
+        width: columns of the terminal; None uses the width that rich finds (80 without a terminal). All of the table's
             columns fit 100; below 96 the forecast and the file size are left out, below 72 the interval and the trained
             parameters too.
 
     Returns:
-        The table; best method first, then what was skipped or failed, with the reasons below.
+        The table; best method first, then those skipped or failed, with the reasons below.
 
     Example:
         >>> record = {"methods": [{"name": "lora", "mean": 0.8, "interval": [0.7, 0.9]}]}
@@ -62,7 +62,7 @@ def table(comparison: Mapping[str, Any], width: int | None = None) -> Table:
     rows = [[cell for cell, shown in zip(_cells(record, c), keep) if shown] for c in record.candidates]
     heads = [Text(name) for name, shown, _ in columns if shown]
     widths = [max(cell.cell_len for cell in column) for column in zip(heads, *rows)]
-    # Only names give way: a number that is cut would be another number. A column is followed by two blanks.
+    # Only names are shortened: a truncated number would be wrong. Two blanks follow each column.
     widths[0] = max(8, min(widths[0], width - sum(widths[1:]) - 2 * len(widths)))
     sides: list[Side] = [side for _, shown, side in columns if shown]
     for head, size_, side in zip(heads, widths, sides):
@@ -98,7 +98,7 @@ def _cells(record: Comparison, candidate: Candidate) -> list[Text]:
 
 
 def _caption(record: Comparison) -> Text | None:
-    """What the marks mean, and why methods are missing."""
+    """The meaning of the marks, and why methods are missing."""
     from rich.text import Text
 
     lines = []

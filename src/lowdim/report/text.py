@@ -1,4 +1,4 @@
-"""Values as a reader wants to see them: sizes, counts, times, learning rates; and text that is safe to show."""
+"""Readable formatting of values: sizes, counts, times, learning rates; and text that is safe to show."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def count(value: float | None) -> str:
 
 
 def duration(value: float | None) -> str:
-    """Seconds in the unit that suits them.
+    """Seconds in a suitable unit.
 
     Example:
         >>> duration(0.0312), duration(1.5), duration(9000)
@@ -119,7 +119,7 @@ def rate(value: float | None) -> str:
 
 
 def ratio(value: float | None, reference: float | None) -> str | None:
-    """`value` as a multiple of `reference`, e.g. "0.60×" or "1/900"; None where that means nothing."""
+    """`value` as a multiple of `reference`, e.g. "0.60×" or "1/900"; None if that is undefined."""
     if value is None or reference is None or value <= 0 or reference <= 0:
         return None
     times = value / reference
@@ -146,7 +146,7 @@ def percent(share: float) -> str:
 
 
 def error(forecast: float | None, measured: float | None) -> str | None:
-    """How far a forecast lies above (+) or below (−) the measurement, in percent of the measurement."""
+    """The error of a forecast, above (+) or below (−) the measurement, in percent of the measurement."""
     if forecast is None or measured is None or measured <= 0:
         return None
     percent = round(100 * (forecast - measured) / measured)

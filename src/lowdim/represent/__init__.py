@@ -1,4 +1,4 @@
-"""What is made low-dimensional here: features, labels and prediction heads."""
+"""Systems that make features, labels and prediction heads low-dimensional."""
 
 from lowdim.represent.matryoshka.cascade import CascadeResult, MatryoshkaCascade
 from lowdim.represent.matryoshka.heads import MatryoshkaCrossEntropy, MatryoshkaEmbeddingLoss, MatryoshkaHead

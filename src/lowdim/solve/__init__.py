@@ -1,4 +1,4 @@
-"""What is solved here in few dimensions: linear systems, regression, matrix completion."""
+"""Solvers in few dimensions: linear systems, regression, matrix completion."""
 
 from lowdim.solve.matrix_completion.complete import complete_matrix, complete_sparse_matrix
 from lowdim.solve.matrix_completion.result import CompletionResult

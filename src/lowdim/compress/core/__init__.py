@@ -1,1 +1,1 @@
-"""What compressions share: reports, and reading compressed models."""
+"""Shared by compression systems: reports, and reading compressed models."""

@@ -22,20 +22,20 @@ def load_compressed(
 ) -> nn.Module:
     """Load the state of a compressed model into a freshly built dense one, in place.
 
-    For models outside transformers; for those `lowdim.pretrained` writes checkpoints that need no such call. What stands in a
-    layer's place is what `layers` says of it. Without that, the classes of lowdim that can be told from their tensors alone are
-    recognised: `NAME.A` and `NAME.B` make a LowRankLinear. The dtype of a new layer is the file's. A tensor that is tied to one
-    in the file may be missing.
+    For models outside transformers; for transformers models `lowdim.pretrained` writes checkpoints that do not need this call.
+    Layers are replaced as `layers` describes. Without `layers`, lowdim's classes are recognised where their tensors alone
+    identify them: `NAME.A` and `NAME.B` make a LowRankLinear. The dtype of a new layer is the file's. A tensor that is tied
+    to one in the file may be missing.
 
     Args:
         tensors: the compressed model's state dict.
-        layers: what `lowdim.modules.describe_layers` gave for the compressed model.
+        layers: the result of `lowdim.modules.describe_layers` for the compressed model.
 
     Returns:
         The model.
 
     Raises:
-        CheckpointError: tensors or descriptions do not fit the model, which is left as it was.
+        CheckpointError: tensors or descriptions do not fit the model, which is then unchanged.
 
     Example:
         >>> from torch import nn
@@ -85,7 +85,7 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 
 
 def _filled(name: str, layer: nn.Module, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """What stands in the layer's place, with its numbers; the layer stays as it is."""
+    """The module that replaces the layer, with its tensors; the layer is unchanged."""
     own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
     details = {key: value for key, value in description.items() if key != "class"}
     try:

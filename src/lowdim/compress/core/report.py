@@ -1,4 +1,4 @@
-"""What a compression did to each layer."""
+"""The report of a compression, layer by layer."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["CompressedLayer", "CompressionReport", "attach_report", "last_report
 
 @dataclass(frozen=True)
 class CompressedLayer:
-    """What became of one layer.
+    """The result for one layer.
 
     Attributes:
-        rank: of its factors; None where it has none.
-        relative_error: what was lost, in the norm that the system minimises; 0 for a layer left dense.
-        before, after: its parameters.
+        rank: of its factors; None without factors.
+        relative_error: in the norm that the system minimises; 0 for a layer left dense.
+        before, after: its number of parameters.
         note: why it was left dense.
-        what: what stands there now, as people say it: "rank 12", "2:4", "90 % sparse"; empty for a layer left dense.
-        replaced: whether anything stands there now.
+        what: a short description of the new layer: "rank 12", "2:4", "90 % sparse"; empty for a layer left dense.
+        replaced: whether the layer was replaced.
     """
 
     name: str
@@ -40,7 +40,7 @@ class CompressedLayer:
 
 @dataclass(frozen=True)
 class CompressionReport(Result):
-    """What a system did to a model, layer by layer in model order. `str(report)` is a table."""
+    """The result of compressing a model, layer by layer in model order. `str(report)` is a table."""
 
     system: str
     layers: tuple[CompressedLayer, ...]
@@ -53,7 +53,7 @@ class CompressionReport(Result):
 
     @property
     def left_dense(self) -> tuple[CompressedLayer, ...]:
-        """The layers that were selected but left as they were."""
+        """The layers that were selected but not replaced."""
         return tuple(layer for layer in self.layers if not layer.replaced)
 
     @property
@@ -101,15 +101,15 @@ class CompressionReport(Result):
 
 
 def attach_report(model: nn.Module, report: CompressionReport) -> None:
-    """Keep the report with the model, where `last_report` finds it."""
+    """Store the report with the model, where `last_report` finds it."""
     cast(Any, model).lowdim_report = report
 
 
 def last_report(model: nn.Module) -> CompressionReport:
-    """What the last compression did to this model; copies of the model carry it too.
+    """The report of the last compression of this model; copies of the model have it too.
 
     Raises:
-        ValueError: the model was not compressed by lowdim, or was loaded anew since.
+        ValueError: the model was not compressed by lowdim, or has been loaded from files since.
     """
     report = getattr(model, "lowdim_report", None)
     if not isinstance(report, CompressionReport):

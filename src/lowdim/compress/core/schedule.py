@@ -1,4 +1,4 @@
-"""Compression that goes on while a model is trained: a step after each optimizer step, and plain layers at the end."""
+"""Compression during training: a step after each optimizer step, and plain layers at the end."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["Scheduled", "SparseTraining", "finalize", "scheduled_layers", "step"
 
 
 class Scheduled(nn.Module):
-    """Mixin of a layer whose mask or pattern follows the number of finished optimizer steps.
+    """Mixin for a layer whose mask or pattern depends on the number of finished optimizer steps.
 
     A subclass calls `start_counting()` in its constructor, reads `finished`, and has `to_plain()`, as `MaskedLinear` does: a
-    layer of the class that stood there, with the final mask applied. `count` is a buffer, so that checkpoints hold it;
-    `finished` is the same as a Python int, without waiting for a GPU in every forward.
+    layer of the original class with the final mask applied. `count` is a buffer, so that checkpoints hold it;
+    `finished` is the same as a Python int, without a GPU synchronisation in every forward.
 
     Example:
         >>> from torch import nn
@@ -42,23 +42,23 @@ class Scheduled(nn.Module):
     count: Tensor
 
     def start_counting(self) -> None:
-        """Register the counter, at 0, beside the layer's own parameters."""
+        """Register the counter, at 0, as a buffer of the layer."""
         like = next(self.parameters())
         self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=like.device))
         self._read: tuple[Tensor, int, int] | None = None
 
     @property
     def finished(self) -> int:
-        """How many optimizer steps are done."""
+        """The number of finished optimizer steps."""
         count = self.count
         if count.is_meta:
-            return 0  # a forecast, or a layer whose numbers are still to come
+            return 0  # a forecast, or a layer whose tensors are not loaded yet
         if self._read is None or self._read[0] is not count or self._read[1] != count._version:
             self._read = (count, count._version, int(count))
         return self._read[2]
 
     def step(self) -> None:
-        """One optimizer step more is done."""
+        """Count one more finished optimizer step."""
         done = self.finished + 1
         self.count.add_(1)
         if not self.count.is_meta:
@@ -69,7 +69,7 @@ def scheduled_layers(model: nn.Module) -> dict[str, Scheduled]:
     """The layers that follow a schedule, by name.
 
     Raises:
-        LowdimError: the model has none.
+        LowdimError: the model has no such layer.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, Scheduled)}
     if not found:
@@ -90,7 +90,7 @@ def step(model: nn.Module) -> None:
 
 
 def finalize(model: nn.Module) -> nn.Module:
-    """Put plain layers with the final mask applied in the place of scheduled ones, in place: exact zeros that any tool loads.
+    """Replace scheduled layers by plain ones with the final mask applied, in place: exact zeros that any tool loads.
 
     Returns:
         The model, or the new layer if the model itself is a scheduled one. Build a new optimizer afterwards: the old one holds
@@ -108,11 +108,11 @@ def finalize(model: nn.Module) -> nn.Module:
 
 
 class SparseTraining(Companion):
-    """`step` and `finalize` as a companion of a training.
+    """`step` and `finalize` as a `Companion`.
 
     Args:
-        model: as a scheduled system of `lowdim.compress` left it.
-        optimizer: checked to hold what the scheduled layers train, if given.
+        model: prepared by a scheduled system of `lowdim.compress`.
+        optimizer: if given, checked to hold the parameters that the scheduled layers train.
 
     Raises:
         LowdimError: the model has no scheduled layer.
@@ -160,14 +160,14 @@ class SparseTraining(Companion):
         finalize(self._model)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many steps each layer has seen."""
+        """The number of finished steps of each layer."""
         return {"counts": {name: layer.finished for name, layer in scheduled_layers(self._model).items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back the counts.
+        """Restore the counts.
 
         Raises:
-            CheckpointError: they are of other layers.
+            CheckpointError: they belong to other layers.
         """
         layers = scheduled_layers(self._model)
         if state["counts"].keys() != layers.keys():

@@ -1,1 +1,1 @@
-"""What diagnostics share: reading weights, and subspaces."""
+"""Shared by diagnostics: reading weights, and subspaces."""

@@ -1,4 +1,4 @@
-"""What training in few dimensions guarantees: a generalization bound from the length of the description."""
+"""A generalization bound for training in few dimensions, from the length of the description."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ __all__ = ["compression_bound", "quantize_subspace"]
 
 
 def compression_bound(train_error: float, dimension: int, n_samples: int, *, bits: int = 32, delta: float = 0.05) -> float:
-    """An upper bound of the true error of a network that `dimension` numbers of `bits` bits describe.
+    """An upper bound on the true error of a network described by `dimension` numbers of `bits` bits.
 
     Formula: `error ≤ train_error + √((d·b·ln 2 + ln(1/δ)) / (2n))` with probability at least `1 − δ`, at most 1. Such a network
     is one of `2^(d·b)` functions, since the random projection comes from a seed that was fixed before the data were seen.
 
     Args:
         train_error: share of wrong answers on the training samples, of the *quantized* numbers (`quantize_subspace`).
-        dimension: trained numbers, scales included. Where the quantizer's range is read from the trained vector it belongs to
-            the description: add `⌈32·vectors/bits⌉`.
+        dimension: trained numbers, scales included. If the quantizer's range is computed from the trained vector, it is part
+            of the description: add `⌈32·vectors/bits⌉`.
         n_samples: independent training samples; pre-trained weights and seed must not depend on them.
         bits: for each number.
         delta: probability with which the bound may fail.
 
     Returns:
-        The bound; 1 says nothing at all, which is what it says for most networks at 32 bits.
+        The bound; 1 is vacuous, as for most networks at 32 bits.
 
     Raises:
         ValueError: an argument out of range.

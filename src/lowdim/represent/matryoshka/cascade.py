@@ -1,4 +1,4 @@
-"""Adaptive classification with nested embeddings: take the smallest size whose classifier is sure enough."""
+"""Adaptive classification with nested embeddings: use the smallest size whose classifier is confident enough."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["CascadeResult", "MatryoshkaCascade"]
 
 @dataclass(frozen=True)
 class CascadeResult(Result):
-    """What a cascade chose."""
+    """Predictions of a cascade, and the sizes that it used."""
 
     predictions: Tensor  # (N,) int64
     level: Tensor  # (N,) int64, index into dims of the size that was used
@@ -58,7 +58,7 @@ class MatryoshkaCascade:
         >>> result.predictions.tolist(), result.level.tolist(), result.expected_dim
         ([0, 0], [0, 1], 5.0)
 
-    Fit on data that neither trained the model nor measures the result. The expected size leaves out the smaller heads
+    Fit on data that is used neither for training nor for testing. The expected size leaves out the smaller heads
     that were tried first: the backbone runs once, and a head is small compared with it.
 
     Source: Kusupati et al., NeurIPS 2022, arXiv 2205.13147, section 4.2.
@@ -110,7 +110,7 @@ class MatryoshkaCascade:
         check_int("max_level", max_level, 0, last)
         confidence, prediction = self._read(probabilities)
         sure = confidence[:max_level] > self.thresholds_[:max_level, None].to(confidence.device)
-        # One more row of True: whoever is sure nowhere lands on max_level. argmax takes the first True.
+        # One more row of True: samples without a confident level get max_level. argmax returns the first True.
         always = torch.ones_like(sure[:1]) if max_level else torch.ones(1, confidence.shape[1], dtype=torch.bool)
         level = torch.cat([sure, always.to(sure.device)]).to(torch.int8).argmax(0)
         chosen = prediction.gather(0, level[None])[0]

@@ -48,7 +48,7 @@ class MatryoshkaHead(nn.Module):
         >>> loss = MatryoshkaCrossEntropy()(logits, torch.tensor([0, 1, 2, 0, 1]))
 
     Do not use it where only one size will ever be served: a model trained for that size is at least as good there (at
-    very small sizes clearly better), and above roughly the task's own dimension cutting a plain embedding does as well.
+    very small sizes clearly better), and above roughly the task's own dimension truncating a plain embedding is as good.
 
     Source: Kusupati et al., "Matryoshka Representation Learning", NeurIPS 2022, arXiv 2205.13147.
     """
@@ -85,7 +85,7 @@ class MatryoshkaHead(nn.Module):
         return tuple(self._linear(g)(x[..., :m]) for g, m in enumerate(self.dims))
 
     def cost(self, tokens: int, *, itemsize: int = 4) -> Cost:
-        """What the logits of all sizes cost for `tokens` rows."""
+        """The cost of the logits of all sizes for `tokens` rows."""
         chain = [(m * self.num_classes, m, self.num_classes) for m in self.dims]
         return chain_cost(chain, tokens, parameters=sum(p.numel() for p in self.parameters()), itemsize=itemsize)
 
@@ -114,7 +114,7 @@ class MatryoshkaCrossEntropy(nn.Module):
         A scalar (unless `reduction="none"`), computed in float32 or better whatever the dtype of the logits.
 
     Raises:
-        ValueError: a number of weights unlike the number of logits. TypeError: a keyword that torch does not know.
+        ValueError: the number of weights differs from the number of logits. TypeError: a keyword that torch does not know.
 
     Example:
         >>> import torch
@@ -157,7 +157,8 @@ class MatryoshkaEmbeddingLoss(nn.Module):
         A scalar. Embeddings reach `loss` in float32 or better.
 
     Raises:
-        ValueError: sizes empty, not increasing, below 1 or beyond an embedding; a number of weights unlike that of sizes.
+        ValueError: sizes empty, not increasing, below 1 or beyond an embedding; the number of weights differs from that of
+            sizes.
         TypeError: sizes that are not integers, a loss that cannot be called.
 
     Example:
@@ -169,7 +170,7 @@ class MatryoshkaEmbeddingLoss(nn.Module):
         >>> MatryoshkaEmbeddingLoss(pull, [4, 16])(u, 3 * u).item() < 1e-10
         True
 
-    To train a SentenceTransformer take sentence-transformers' own MatryoshkaLoss, which also handles its cached losses;
+    To train a SentenceTransformer use sentence-transformers' own MatryoshkaLoss, which also handles its cached losses;
     this one works on plain tensors and gives the same number.
 
     Source: Kusupati et al., NeurIPS 2022, arXiv 2205.13147.
@@ -194,7 +195,7 @@ class MatryoshkaEmbeddingLoss(nn.Module):
         *embeddings: Tensor,  # (..., D) each
         **kw: Any,
     ) -> Tensor:
-        """The weighted sum; `kw` goes to the loss as it is."""
+        """The weighted sum; `kw` is passed to the loss."""
         if not embeddings:
             raise ValueError("embeddings must hold at least one tensor; got none")
         for embedding in embeddings:

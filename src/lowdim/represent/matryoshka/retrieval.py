@@ -55,11 +55,11 @@ def adaptive_retrieve(
     `MFLOPs/query = (N · retrieval_dim + shortlist · rerank_dim) / 1e6`.
 
     Args:
-        queries: `(Q, D)`. numpy arrays are taken as well.
+        queries: `(Q, D)`. numpy arrays are accepted too.
         database: `(N, D)`.
         retrieval_dim: size of the first search, in [1, D].
         rerank_dim: size of the reordering, in [1, D].
-        shortlist: candidates kept by the first search; at most N are.
+        shortlist: candidates kept by the first search, at most N.
         k: how many of them to return, at most `shortlist`; None returns the whole list.
 
     Returns:
@@ -76,7 +76,7 @@ def adaptive_retrieve(
         >>> adaptive_retrieve(database[:2], database, retrieval_dim=4, rerank_dim=6, shortlist=3, k=1).indices.tolist()
         [[0], [1]]
 
-    Not for embeddings that were not trained to be cut: there project with PCA first. For millions of rows put an index
+    Not for embeddings that were not trained to be truncated: project those with PCA first. For millions of rows put an index
     (faiss, hnswlib) in place of the first search.
 
     Source: Kusupati et al., NeurIPS 2022, arXiv 2205.13147, section 4.3.
@@ -118,7 +118,7 @@ def funnel_retrieve(
         >>> funnel_retrieve(x[:1], x, retrieval_dim=4, rerank_dims=[6, 8], shortlists=[4, 1]).indices.tolist()
         [[0]]
 
-    Use adaptive_retrieve where there are only two sizes to choose from.
+    Use adaptive_retrieve if there are only two sizes.
 
     Source: Kusupati et al., NeurIPS 2022, arXiv 2205.13147, section 4.3.1.
     """

@@ -1,1 +1,1 @@
-"""What solvers share."""
+"""Code shared by solvers."""

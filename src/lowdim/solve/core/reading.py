@@ -1,4 +1,4 @@
-"""What solvers are given, read into float64 torch tensors, and their answers in the kind of array that came in."""
+"""Inputs of solvers as float64 torch tensors, and results in the input's kind of array."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["as_given", "as_tensor", "read_indices", "read_matrix", "read_vector"
 
 
 def as_tensor(array: Any) -> Tensor:
-    """A tensor of a numpy array, a list or a tensor; without a copy where torch can share the memory (no negative strides)."""
+    """A tensor of a numpy array, a list or a tensor; without a copy if torch can share the memory (no negative strides)."""
     return array.detach() if isinstance(array, Tensor) else torch.from_numpy(np.ascontiguousarray(array))
 
 
 def as_given(answer: Tensor, like: Any) -> Any:
-    """The answer as a tensor if the argument `like` was one, else as a numpy array."""
+    """The result as a tensor if the argument `like` was one, else as a numpy array."""
     return answer if isinstance(like, Tensor) else answer.numpy()
 
 

@@ -47,21 +47,21 @@ def complete_matrix(
         rows, cols, values: the observed entries, in any order, no duplicates. numpy arrays (or lists) or torch CPU tensors.
         shape: `(m, n)`.
         rank: k, in [1, min(m, n)].
-        iters: most rounds.
+        iters: maximum number of rounds.
         tol: relative error on the observed entries at which to stop. It says nothing about hidden ones: hold some out.
         inner: `"sketched"`: systems with more than `sketch_factor · k` entries are solved by conjugate gradients that a
             CountSketch preconditions; `"exact"`: all are solved exactly.
-        inner_tol, max_inner: when the conjugate gradients stop. On noisy data `inner_tol` bounds what can be reached; 1e-2 is
+        inner_tol, max_inner: stopping rule of the conjugate gradients. On noisy data `inner_tol` limits the accuracy; 1e-2 is
             a useful fast setting.
         sketch_factor: rows of the sketch over k, at least 1.
         partition: fresh entries for every half step, as the theory asks: needs `2 iters + 1` times the data.
-        incoherence: mu, to cut rows of the start (see spectral_init).
+        incoherence: mu, to remove rows of the start (see spectral_init).
         init: `(m, k)` start in place of the spectral one; orthonormalised.
         seed: for sketches, partition and the start of large matrices.
 
     Returns:
         CompletionResult in float64, with errors, iterations, converged, reason, flops, and how many rows and columns have fewer
-        entries than the rank. Not converging is no error.
+        entries than the rank. It is not an error if it does not converge.
 
     Raises:
         ValueError: lengths that differ, a rank outside [1, min(m, n)], indices outside the shape, duplicates, NaN or infinity,
@@ -77,9 +77,9 @@ def complete_matrix(
         >>> result.converged, bool(np.allclose(result.U @ result.V.T, M, atol=1e-5))
         (True, True)
 
-    For a scipy.sparse matrix take `complete_sparse_matrix`. Sketching needs fewer operations only where rows have many more
-    entries than `sketch_factor · k` and k is well above the number of inner steps, and was slower by the clock wherever it was
-    measured: take `inner="exact"` for speed.
+    For a scipy.sparse matrix use `complete_sparse_matrix`. Sketching needs fewer operations only if rows have many more
+    entries than `sketch_factor · k` and k is well above the number of inner steps, and was slower in all measurements: use
+    `inner="exact"` for speed.
 
     Source: Gu, Song, Yin, Zhang, "Low Rank Matrix Completion via Robust Alternating Minimization in Nearly Linear Time",
     ICLR 2024, arXiv 2302.11068; Jain, Netrapalli, Sanghavi, STOC 2013.
@@ -169,7 +169,7 @@ complete_matrix.from_sparse = complete_sparse_matrix  # type: ignore[attr-define
 
 
 class _HalfStep:
-    """All rows' least-squares problems for one fixed factor; keeps the tally."""
+    """All rows' least-squares problems for one fixed factor; counts operations."""
 
     def __init__(self, rank: int, sketch: int | None, inner_tol: float, max_inner: int, generator: torch.Generator):
         self.rank, self.sketch, self.inner_tol, self.max_inner = rank, sketch, inner_tol, max_inner
@@ -217,5 +217,5 @@ def _padded(factor: Tensor) -> Tensor:
 
 
 def _parts(entries: Entries, iters: int, generator: torch.Generator) -> Tensor:
-    """Part of each entry: 0 starts, 1 + t serves the V step of round t, 1 + iters + t its U step."""
+    """Part of each entry: 0 for the start, 1 + t for the V step of round t, 1 + iters + t for its U step."""
     return torch.randint(2 * iters + 1, (len(entries),), generator=generator)

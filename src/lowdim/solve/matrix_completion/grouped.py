@@ -1,4 +1,4 @@
-"""The observed entries of a sparse matrix, cut into blocks of rows that are solved together."""
+"""The observed entries of a sparse matrix, in blocks of rows that are solved together."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Entries:
 
     @property
     def T(self) -> Entries:
-        """The transposed matrix's."""
+        """The entries of the transposed matrix."""
         return Entries.sorted(self.cols, self.rows, self.values, (self.shape[1], self.shape[0]))
 
     def pick(self, mask: Tensor) -> Entries:
@@ -62,7 +62,7 @@ def read_entries(rows: Any, cols: Any, values: Any, shape: tuple[int, int], rank
     """The observed entries that a caller gives, checked and sorted.
 
     Raises:
-        ValueError: lengths that differ, none at all, indices outside the shape, duplicates, NaN or infinity, a rank that the
+        ValueError: lengths that differ, no entries, indices outside the shape, duplicates, NaN or infinity, a rank that the
             shape does not allow. TypeError: indices that are not integers.
     """
     m, n = (int(size) for size in shape)
@@ -97,7 +97,7 @@ class Block:
 
 
 def blocks_of(entries: Entries, rank: int, sketch: int) -> list[Block]:
-    """All rows that have entries, in blocks. Padding with zeros leaves a least-squares problem as it is.
+    """All rows that have entries, in blocks. Padding with zeros does not change a least-squares problem.
 
     Args:
         rank: unknowns of each row's problem.

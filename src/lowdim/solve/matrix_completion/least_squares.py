@@ -17,7 +17,7 @@ _RANK = 1e-12
 
 @dataclass
 class Tally:
-    """What was computed: floating point operations, and conjugate-gradient steps of the sketched systems."""
+    """Counts of floating point operations, and of conjugate-gradient steps of the sketched systems."""
 
     flops: float = 0.0
     inner_steps: int = 0
@@ -33,7 +33,7 @@ def solve_exact(
 ) -> Tensor:
     """`argmin ‖A x - b‖ (g, k)`, of least norm where it is not unique.
 
-    Normal equations where their Cholesky pivots show them to be accurate, else an SVD-based solve of those systems.
+    Normal equations if their Cholesky pivots show that they are accurate, else an SVD-based solve of those systems.
     """
     g, l, k = A.shape
     if underdetermined:
@@ -80,7 +80,7 @@ def solve_sketched(
     sketch = CountSketch.draw(rows, g, l, generator=generator, dtype=A.dtype)
     small = sketch.apply(torch.cat([A, b[..., None]], dim=-1))
     r = torch.linalg.qr(small[..., :k], mode="r").R
-    # Qᵀ S b = R⁻ᵀ (S A)ᵀ S b: the start needs no Q, and the steps below make up for what this loses.
+    # Qᵀ S b = R⁻ᵀ (S A)ᵀ S b: the start needs no Q, and the steps below correct the loss of accuracy.
     right = (small[..., :k].mT @ small[..., k:])[..., 0]
     tally.flops += g * (l * (k + 1.0) + 2 * rows * k * k - 2 / 3 * k**3 + 2 * rows * k)
     pivots = r.diagonal(dim1=-2, dim2=-1).abs()
@@ -95,7 +95,7 @@ def solve_sketched(
 
 
 def _refine(A: Tensor, b: Tensor, r: Tensor, right: Tensor, tally: Tally, inner_tol: float, max_inner: int) -> Tensor:
-    """Conjugate gradients (CGLS) for `A R⁻¹ z = b` from `z = R⁻ᵀ right`, never forming `A R⁻¹`. A system that is done stays."""
+    """Conjugate gradients (CGLS) for `A R⁻¹ z = b` from `z = R⁻ᵀ right`, never forming `A R⁻¹`. Finished systems stay."""
     g, l, k = A.shape
     x = _back(r, _back_t(r, right))
     residual = b - _times(A, x)

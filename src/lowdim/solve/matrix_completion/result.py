@@ -1,4 +1,4 @@
-"""What a completed matrix is, and how it was found."""
+"""The result of matrix completion."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class CompletionResult(Result):
 
     U: Any  # (m, k), not orthonormalised
     V: Any  # (n, k), orthonormal columns
-    errors: list[float]  # relative error on the observed entries, one a round
+    errors: list[float]  # relative error on the observed entries, one per round
     iterations: int
     converged: bool
     reason: str  # why it stopped
     underdetermined_rows: int  # rows with fewer entries than the rank (none included): not identified
     underdetermined_cols: int
     flops: float  # floating point operations of all rounds, counted as executed
-    inner_steps: float  # mean conjugate-gradient steps of a sketched system; 0 where all were solved exactly
+    inner_steps: float  # mean conjugate-gradient steps of a sketched system; 0 if all were solved exactly
 
     def entries(self, rows: Any, cols: Any) -> Any:
-        """The completed matrix at these places, without building it."""
+        """The completed matrix at these positions, without building it."""
         return (self.U[rows] * self.V[cols]).sum(-1)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where matrix completion starts: the leading singular vectors of the observed entries, or what the caller gives."""
+"""The start of matrix completion: the leading singular vectors of the observed entries, or a given factor."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def spectral_init(
 
     Args:
         rows, cols, values, shape, rank: as in complete_matrix.
-        clip, incoherence: how large a row may be; None cuts nothing.
+        clip, incoherence: maximum norm of a row; None removes no row.
         p: sampling rate, in (0, 1]; None means `nnz / (m n)`. It scales the singular values only: the result does not change.
         seed: for the randomised SVD of large matrices (never dense).
 
@@ -47,7 +47,7 @@ def spectral_init(
         `(m, k)` float64 with orthonormal columns, numpy or torch as `values`.
 
     Raises:
-        ValueError: as complete_matrix; a cut that leaves fewer than k rows.
+        ValueError: as complete_matrix; fewer than k rows are left.
 
     Example:
         >>> import numpy as np

@@ -165,7 +165,7 @@ def test_a_table_without_a_header_is_noticed(tmp_path):
     [
         ("a.csv", "text,label\na,b,c\n", r"row 2 has 3 fields, the header 2 \(text, label\)"),
         ("a.csv", 'text,label\n"never closed,pos\nb,neg\n', r"line 3 is not CSV: unexpected end of data"),
-        ("a.csv", "text,text\na,b\n", "two columns are named 'text'"),
+        ("a.csv", "text,text\na,b\n", "duplicate column name 'text'"),
         ("a.csv", "text,label\n", "has a header and no rows"),
         ("a.tsv", "text\tlabel\na\n", "row 2 has 1 fields"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b",\n', "line 2 is not JSON"),
@@ -338,8 +338,8 @@ def test_split_keeps_texts_of_a_test_file_out_of_training(examples, shared, seed
 def test_split_says_what_it_left_out():
     texts = [f"{k}-{i}" for k in range(2) for i in range(5)]
     examples = make([*texts, "0-0", "1-1 "], [0] * 5 + [1] * 5 + [0, 1], 2)
-    assert split(examples).notes == ("2 repeated texts were left out, so that no text is in two parts",)
-    assert "1 training texts also stand in the test file" in split(examples, test=make(["0-0", "new"], [0, 1], 2)).notes[1]
+    assert split(examples).notes == ("2 duplicate texts were left out, so that no text is in two parts",)
+    assert "1 training texts are also in the test file" in split(examples, test=make(["0-0", "new"], [0, 1], 2)).notes[1]
     with pytest.raises(DataError, match="every training text is also in the test file"):
         split(examples, test=examples)
     with pytest.raises(DataError, match=r"class 'b' has 2 examples; at least 3 are needed"):

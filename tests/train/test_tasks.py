@@ -81,7 +81,7 @@ def test_a_test_file_of_its_own(tokenizer, two_classes, tmp_path):
     held = write_jsonl(tmp_path / "held.jsonl", [*sentences(4), ("never seen before", "positive")])
     task = classification(tokenizer, [two_classes], evaluation=held)
     assert task.sizes() == {"train": 74, "validation": 18, "test": 5}
-    assert "4 training texts also stand in the test file" in task.notes[0]
+    assert "4 training texts are also in the test file" in task.notes[0]
     strange = write_jsonl(tmp_path / "strange.jsonl", [("x", "neutral")])
     with pytest.raises(DataError, match=r"label 'neutral' does not occur in the training data \(classes: negative, positive\)"):
         classification(tokenizer, [two_classes], evaluation=strange)

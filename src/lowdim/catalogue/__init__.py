@@ -1,6 +1,6 @@
-"""One row for each of the sixty systems: what it is, what it claims, how to build it, how to reproduce it.
+"""One row for each of the sixty systems: its description, its claim, how to build it, how to reproduce it.
 
-The rows are data (`catalogue/rows/`, one module for each family); nothing here imports torch, so `lowdim list` answers at once.
+The rows are data (`catalogue/rows/`, one module for each family); nothing here imports torch, so `lowdim list` is fast.
 """
 
 from lowdim.catalogue.entry import BASELINES, FAMILIES, Entry, Variant

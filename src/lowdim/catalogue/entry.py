@@ -1,4 +1,4 @@
-"""What a row of the catalogue says: `Entry`, and the `Variant`s under which a system is trained."""
+"""Rows of the catalogue: `Entry`, and the `Variant`s with which a system is trained."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 __all__ = ["BASELINES", "FAMILIES", "KINDS", "Entry", "Variant"]
 
 FAMILIES = ("adapters", "optim", "layers", "compress", "represent", "diagnose", "solve", "train")
-#: How the systems of a family are trained, where a row does not state another `kind`.
+#: How the systems of a family are trained, unless a row gives another `kind`.
 KINDS = {"adapters": "adapter", "optim": "optimizer", "layers": "layer"}
 
 
@@ -28,21 +28,20 @@ def _named(target: str) -> Any:
 class Variant:
     """A named way to train with a system: what `lowdim compare`, `plan` and `run` call a method.
 
-    A row of the catalogue leaves out what its place says: see `Entry.placed`.
+    A row of the catalogue omits what follows from its place: see `Entry.placed`.
 
     Attributes:
-        name: what the user types.
-        label: what tables print; in a row, the system's name where it is left out.
-        target: `"module:attribute"` of the class that is built, in a row the class's name alone, or nothing where it is the
+        name: as the user types it.
+        label: its name in tables; if a row omits it, the system's name.
+        target: `"module:attribute"` of the class that is built; in a row the class's name alone, or omitted if it is the
             system's; empty for baselines that need none.
-        options: its hyperparameters here; others keep the class's defaults.
-        rates: learning rates in the order in which they are tried, for tuning a trained model.
-        scratch_rates: the same for training from random weights; empty where `rates` serve for both.
-        companion: `"module:attribute"` of what acts beside training, in a row the class's name alone. It is built as
-            `companion(model, optimizer, **options)` with those options that its constructor names (`lowdim.methods`). Empty for
-            most.
+        options: its hyperparameters here; others have the class's defaults.
+        rates: learning rates in the order of trials, for tuning a trained model.
+        scratch_rates: the same for training from random weights; empty if `rates` are used for both.
+        companion: `"module:attribute"` of its `Companion`, in a row the class's name alone. It is built as
+            `companion(model, optimizer, **options)` with the options in its constructor (`lowdim.methods`). Empty for most.
         kind: how a model is trained with it: `"probe"`, `"full"`, `"adapter"`, `"optimizer"` or `"layer"` (`lowdim.methods`). A
-            row leaves it out where it is its family's (`KINDS`).
+            row omits it if it is its family's (`KINDS`).
     """
 
     name: str
@@ -74,20 +73,20 @@ class Variant:
 class Entry:
     """One system.
 
-    A row says what nothing else says; `placed` fills in the rest.
+    A row holds only what nothing else determines; `placed` fills in the rest.
 
     Attributes:
         number: its place among the sixty.
         slug: names its vectors, docs page, reproduction and result file.
-        name: what tables print; its target's name where it is left out.
-        family: the package where it lives, which is the name of the module that the row stands in.
-        paper, arxiv: title, and identifier where there is one.
-        claim: what the paper says it achieves, in one sentence.
+        name: its name in tables; its target's name if omitted.
+        family: its package, which is also the name of the module that holds the row.
+        paper, arxiv: title, and identifier if there is one.
+        claim: the paper's main claim, in one sentence.
         target: `"module:attribute"` of its main public name, in a row that name alone; empty while it is not built.
         variants: the names under which it can be trained by `compare`, `plan` and `run`; the first is the default.
-        options: what `lowdim compress` takes where the user chooses neither that option nor an alternative to it.
-        tuned: `"module:function"` that gives the parameters which training afterwards changes, in a row the function's name
-            alone; empty where there is none.
+        options: defaults of `lowdim compress`, used if the user sets neither that option nor an alternative to it.
+        tuned: `"module:function"` that returns the parameters to train afterwards, in a row the function's name alone;
+            empty if there is none.
     """
 
     number: int
@@ -103,7 +102,7 @@ class Entry:
     tuned: str = ""
 
     def placed(self, family: str) -> Entry:
-        """The row of a family's module with everything filled in that follows from its place and its target.
+        """The row with everything filled in that follows from its place and its target.
 
         Example:
             >>> from lowdim.catalogue import Entry, Variant
@@ -151,7 +150,7 @@ class Entry:
         return _named(self.reproduction)
 
 
-#: What every comparison must hold up against.
+#: The baselines of every comparison.
 BASELINES: tuple[Variant, ...] = (
     Variant("linear-probe", "Linear probe", rates=(1e-3, 3e-3, 1e-2, 3e-4, 1e-4), kind="probe"),
     Variant("lora", "LoRA", "lowdim.adapters:LoRA", {"rank": 8, "alpha": 16}, (1e-3, 3e-4, 3e-3, 1e-4, 1e-2), kind="adapter"),

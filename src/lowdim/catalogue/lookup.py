@@ -18,7 +18,7 @@ def find(slug: str) -> Entry:
     """The entry of this slug (or of the variant of this name).
 
     Raises:
-        UnknownNameError: there is none; the nearest names are listed.
+        UnknownNameError: there is no such entry; the nearest names are listed.
     """
     rows = entries()
     for row in rows:

@@ -16,7 +16,7 @@ __all__ = ["compress"]
 def compress(
     model: Model,
     out: Annotated[Path, typer.Option("--out", help="Where to write the smaller model.")],
-    data: Annotated[list[str], typer.Option("--data", help="Text of the model's own domain; repeatable.")],
+    data: Annotated[list[str], typer.Option("--data", help="Text from the model's domain; repeatable.")],
     method: Annotated[str, typer.Option("--method", help="A name of `lowdim list compress`.")] = "lord",
     option: Pairs = None,
     param_ratio: Annotated[float | None, typer.Option("--param-ratio", help="Same as --option param_ratio=…")] = None,
@@ -29,10 +29,10 @@ def compress(
     ] = None,
     max_length: Annotated[int, typer.Option("--max-length", help="Tokens in a sequence.")] = 128,
     dense: Annotated[
-        bool, typer.Option("--dense", help="Write the dense equivalent, of full size, for readers without lowdim.")
+        bool, typer.Option("--dense", help="Write the dense equivalent, of full size, which loads without lowdim.")
     ] = False,
 ) -> None:
-    """Shrink a trained model, and say what it cost. `lowdim list METHOD` shows a method's own options."""
+    """Shrink a trained model, and report the loss of quality. `lowdim list METHOD` shows a method's own options."""
     from lowdim.jobs import CompressSettings
     from lowdim.jobs import compress as run
 
@@ -45,12 +45,14 @@ def compress(
     outcome = run(settings, say=lambda line: print_line(console, line))
     details = ", ".join(f"{name} {value:g}" for name, value in outcome.report.details.items() if isinstance(value, float))
     print_line(console, f"{outcome.summary}{f'; {details}' if details else ''}")
-    loads = "transformers loads it, with the thin factors beside it" if dense else "transformers loads it after `import lowdim`"
+    loads = "transformers loads it after `import lowdim`"
+    if dense:
+        loads = "transformers loads it; the thin factors are in factors.safetensors"
     print_line(console, f"written {out}: {loads}")
 
 
 def _options(method: str, pairs: list[str] | None, spelled: dict[str, Any]) -> dict[str, Any]:
-    """Options that have a flag of their own, and the others."""
+    """Options with their own flag, and the others."""
     from lowdim.jobs import parse_options
 
     flags = [f"{name}={value!r}" for name, value in spelled.items() if value is not None]

@@ -22,7 +22,7 @@ def diagnose(
     threshold: Annotated[float | None, typer.Option("--threshold", help="Same as --option threshold=…")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the result as JSON.")] = None,
 ) -> None:
-    """Measure what training left in the weights. `lowdim list NAME` shows the options of a diagnostic."""
+    """Measure the weights of trained models. `lowdim list NAME` shows the options of a diagnostic."""
     from lowdim.files import write_json
     from lowdim.jobs import DiagnoseSettings, parse_options
     from lowdim.jobs import diagnose as run

@@ -14,14 +14,14 @@ __all__ = ["clear_errors", "short_warnings"]
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """What the user can fix ends with one message on standard error and exit code 2; anything else is a bug, shown whole.
+    """Errors that the user can fix print one message on standard error and exit with code 2; others are bugs, shown in full.
 
     `LOWDIM_DEBUG=1` shows the whole traceback in either case.
     """
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end, KeyboardInterrupt) or end.code == 130:  # typer makes the second of the first
+        if isinstance(end, KeyboardInterrupt) or end.code == 130:  # typer turns the first into the second
             print("interrupted; finished work is kept (commands that have --resume continue from it)", file=sys.stderr)
             raise SystemExit(130) from None
         raise
@@ -34,7 +34,7 @@ def clear_errors() -> Iterator[None]:
 
 @contextmanager
 def short_warnings() -> Iterator[None]:
-    """A warning is one line on standard error, without the place in the program that gave it."""
+    """A warning is one line on standard error, without its source location."""
     usual = warnings.showwarning
 
     def note(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
@@ -51,7 +51,7 @@ def short_warnings() -> Iterator[None]:
 
 
 def _expected(error: BaseException) -> bool:
-    """Whether lowdim raised this on purpose, or the operating system did about a file."""
+    """Whether lowdim raised this on purpose, or the operating system for a file."""
     from lowdim.errors import LowdimError
 
     if isinstance(error, (LowdimError, OSError)):
@@ -59,5 +59,5 @@ def _expected(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    # A ValueError or TypeError raised in lowdim's own code is a check of an argument; one from elsewhere is not.
+    # A ValueError or TypeError raised in lowdim's own code is a check of an argument; one from other code is not.
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("lowdim")

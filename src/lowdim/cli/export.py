@@ -16,13 +16,13 @@ __all__ = ["export"]
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(help="A folder that lowdim saved an adapter in.")],
+    adapter: Annotated[Path, typer.Argument(help="A folder with an adapter that lowdim saved.")],
     out: Annotated[Path, typer.Argument(help="Where to write.")],
     model: Annotated[
         str | None, typer.Option("--model", help="The base model; read from the run's record if left out.")
     ] = None,
     format: Annotated[str, typer.Option("--format", help="peft or merged.")] = "peft",
-    rank: Annotated[int | None, typer.Option("--rank", help="Where to truncate an update of full rank.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Truncate updates of full rank to this rank.")] = None,
     task: Annotated[str | None, typer.Option("--task", help="classify or causal-lm.")] = None,
     target: Annotated[str | None, typer.Option("--for", help="vllm or llamacpp: LoRA that it loads, checked first.")] = None,
     max_error: Annotated[float | None, typer.Option("--max-error", help="Choose each layer's rank by this error.")] = None,
@@ -47,7 +47,7 @@ def export(
 
 
 def _show_errors(console: Console, result: Any, limit: int | None) -> None:
-    """What truncating cost, layer by layer, and which rank would cost next to nothing."""
+    """The error of truncation, layer by layer, and a rank with almost none."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("layer")
     table.add_column("rank", justify="right")

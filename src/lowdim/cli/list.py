@@ -66,7 +66,7 @@ def _show_table(rows: list[Entry], baselines: list[Variant]) -> None:
     ]
     heads = ("", "slug", "family", "today", "compare / plan / run")
     room = console.width - sum(max([len(h), *(len(c[i]) for c in cells)]) + 2 for i, h in enumerate(heads))
-    wide = room >= 40  # a narrow terminal gets what the names need; the claims are in --json and the docs
+    wide = room >= 40  # a narrow terminal has only room for the names; the claims are in --json and the docs
     table.add_column("", justify="right", style="dim")
     for head in heads[1:]:
         table.add_column(head, no_wrap=True)
@@ -82,7 +82,7 @@ def _show_table(rows: list[Entry], baselines: list[Variant]) -> None:
 
 
 def _show_system(name: str, as_json: bool) -> None:
-    """One system: what it is, and the options of each way to use it."""
+    """One system: its description, and the options of each of its uses."""
     from lowdim.jobs.capabilities import abilities
     from lowdim.jobs.systems import described_system
 

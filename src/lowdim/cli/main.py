@@ -49,10 +49,10 @@ def _root(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: usage errors and errors that the user can fix end with exit code 2."""
+    """Entry point: usage errors and errors that the user can fix exit with code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Threads that wait by spinning make a machine that also does something else up to eight times slower.
+    # Threads that busy-wait make a shared machine up to eight times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with clear_errors(), short_warnings():
         _quiet_libraries()
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Keep other libraries' notes about optional speed-ups out of our output."""
+    """Hide other libraries' messages about optional speed-ups."""
     import logging
     import warnings
 

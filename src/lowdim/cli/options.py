@@ -1,4 +1,4 @@
-"""What several commands share: their common options, and how values are read and lines printed."""
+"""Shared by the commands: common options, parsing of values, and printing of lines."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def parse_seconds(text: str) -> float:
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print a line as it is: no markup, no colours of numbers, never broken by us."""
+    """Print a line without markup, highlighting or wrapping."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)

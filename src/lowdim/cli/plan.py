@@ -24,8 +24,8 @@ def plan(
     length: Annotated[int, typer.Option("--length", help="Tokens in a sequence.")] = 512,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Recompute activations.")] = False,
-    rank: Annotated[int | None, typer.Option("--rank", help="Instead of each method's own, where it has one.")] = None,
-    layerwise: Annotated[bool, typer.Option("--layerwise", help="Free gradients at once, where the optimizer can.")] = False,
+    rank: Annotated[int | None, typer.Option("--rank", help="Instead of each method's own, if it has one.")] = None,
+    layerwise: Annotated[bool, typer.Option("--layerwise", help="Free gradients at once, if the optimizer can.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Show which modules the patterns match.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
@@ -59,7 +59,7 @@ def plan(
     if not outcome.forecasts:
         raise ValueError("no method can train this model; the reasons are above")
     if limit is not None:
-        affordable(list(outcome.forecasts), limit)  # raises where nothing fits
+        affordable(list(outcome.forecasts), limit)  # raises if nothing fits
 
 
 def _show_layers(console: Console, settings: object) -> None:

@@ -22,7 +22,7 @@ def run(
     steps: Annotated[int | None, typer.Option("--steps", help="Instead of the recipe's.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check the recipe and print it filled in.")] = False,
 ) -> None:
-    """Fine-tune with one method, as a recipe says."""
+    """Fine-tune with one method, as described in a recipe."""
     import yaml
 
     from lowdim.catalogue import variant
@@ -61,7 +61,7 @@ def run(
 
 
 def _callback(bar: Progress, task: Any) -> Any:
-    """Moves the bar and shows the loss; made here, since its base class is imported late."""
+    """Moves the bar and shows the loss; defined here because its base class is imported late."""
     from transformers import TrainerCallback
 
     class Tick(TrainerCallback):

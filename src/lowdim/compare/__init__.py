@@ -1,4 +1,4 @@
-"""`lowdim compare`: forecast, train fairly on the user's own data, and hand over the winner."""
+"""`lowdim compare`: forecast, train fairly on the user's own data, and export the winner."""
 
 from lowdim.compare.runner import compare
 from lowdim.compare.settings import DEFAULT_METHODS, CompareSettings

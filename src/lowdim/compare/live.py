@@ -1,4 +1,4 @@
-"""What the user sees while a comparison runs: a table that fills, a bar, and the time left."""
+"""The live view of a comparison: a table of scores, a progress bar, and the time left."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ __all__ = ["LiveTable"]
 
 
 class LiveTable:
-    """A live table on a terminal; one line per finished run elsewhere (logs, CI).
+    """A live table on a terminal; otherwise (logs, CI) one line per finished run.
 
-    `planned` has the method of each run that is to come. The time left is what the remaining runs of each method should take at
-    the speed its finished runs had.
+    `planned` has the method of each run that is to come. The time left is estimated for each method from its finished runs.
     """
 
     def __init__(self, console: Console, metric: Metric, planned: list[Variant], steps: int):
@@ -61,12 +60,12 @@ class LiveTable:
         self._refresh()
 
     def tick(self) -> None:
-        """One optimizer step was made."""
+        """Count one optimizer step."""
         self.bar.advance(self.task)
         self._refresh()
 
     def finish(self, run: Run, record: Mapping[str, Any], *, cached: bool = False) -> None:
-        """A run has ended (or was found finished)."""
+        """A run has ended (or was already finished)."""
         name = run.variant.name
         self.done += 1
         self.todo[name] -= 1
@@ -94,7 +93,7 @@ class LiveTable:
             )
 
     def seconds_left(self) -> float | None:
-        """How long the remaining runs should take; None before the first has ended."""
+        """The estimated time of the remaining runs; None before the first has ended."""
         known = [t for times in self.spent.values() for t in times]
         if not known:
             return None

@@ -1,4 +1,4 @@
-"""From run records to a table: means, intervals, the Pareto front, and what is within noise."""
+"""From run records to a table: means, intervals, the Pareto front, and ties within noise."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def summarise(
 
 
 def mark(rows: list[dict[str, Any]], metric: Metric) -> dict[str, Any] | None:
-    """Mark the Pareto front of score and memory, and what is within noise of the best; returns the best row."""
+    """Mark the Pareto front of score and memory, and the methods within noise of the best; returns the best row."""
     done = [row for row in rows if row["status"] == "ok"]
     for row in rows:
         row["pareto"], row["within_noise"] = False, False
@@ -76,8 +76,8 @@ def mark(rows: list[dict[str, Any]], metric: Metric) -> dict[str, Any] | None:
 def sampling_error(best: Sequence[str], other: Sequence[str]) -> float:
     """One standard error, over the texts of the test set, of the difference of two methods' accuracies.
 
-    Both saw the same texts, so the differences are paired text by text; each is averaged over the seeds first. 0 where the
-    metric is not a share of right answers.
+    Both saw the same texts, so the differences are paired text by text; each is averaged over the seeds first. 0 if the
+    metric is not a share of correct answers.
     """
     seeds = min(len(best), len(other))
     if not seeds or not best[0] or len({len(h) for h in (*best[:seeds], *other[:seeds])}) != 1:

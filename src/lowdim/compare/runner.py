@@ -47,21 +47,21 @@ def compare(
     console: Console | None = None,
     command: str = "",
 ) -> dict[str, Any]:
-    """Find out which method is best for a model, data and memory budget.
+    """Find the best method for a model, data and memory budget.
 
     Every method gets the same number of learning-rate trials on the validation part, then the same number of seeds at its
-    chosen rate; the test part is looked at once per seed. Candidates that do not fit the budget are left out beforehand.
+    chosen rate; the test part is used once per seed. Candidates that do not fit the budget are left out in advance.
 
     Args:
         out: folder of the results: `comparison.json`, `report.html`, `runs/…/run.json`, `winner/`.
-        resume: go on with what is in `out`; finished runs are kept, the run that was interrupted starts over.
+        resume: continue the comparison in `out`; finished runs are kept, an interrupted run starts over.
 
     Returns:
-        The record that `comparison.json` holds.
+        The record that is written to `comparison.json`.
 
     Raises:
         DataError, UnknownNameError: from the data or the model.
-        BudgetError: nothing fits.
+        BudgetError: no method fits.
         FileExistsError: `out` holds another comparison.
     """
     console = console or Console()
@@ -168,7 +168,7 @@ def _task(settings: CompareSettings, tokenizer: Any) -> Task:
 def _forecast(
     settings: CompareSettings, task: Task, chosen: list[Variant], tokenizer: Any, console: Console
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """Peak bytes by method, and why some are left out. Batches are taken at the longest length that the data has."""
+    """Peak bytes by method, and why some are left out. Batches have the length of the longest text."""
     from lowdim.plan import affordable, forecast
 
     longest = task.max_length
@@ -230,13 +230,13 @@ def _contest(settings: CompareSettings, task: Task, metric: Metric, folder: Path
             highlight=False,
             soft_wrap=True,
         )
-    # Everything that decides a run's numbers, and nothing that does not (how many seeds there will be, say).
+    # Everything that decides a run's numbers, and nothing else (such as the number of seeds).
     decisive = {k: v for k, v in settings.to_dict().items() if k not in ("seeds", "trials", "time_limit", "budget", "methods")}
     digest = hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=8)
     for name in (*settings.data, *([settings.evaluation] if settings.evaluation else [])):
         if is_source(name):
             continue
-        digest.update(locate(name).read_bytes())  # a file that has changed since makes other runs
+        digest.update(locate(name).read_bytes())  # a changed file gives other runs
     fingerprint = digest.hexdigest()
     sizes = settings.steps, settings.batch_size, settings.max_length
     return Contest(model, task, head, metric, *sizes, folder, fingerprint, scratch=scratch)
@@ -245,7 +245,7 @@ def _contest(settings: CompareSettings, task: Task, metric: Metric, folder: Path
 def _run_all(
     settings: CompareSettings, bench: Contest, able: list[Variant], trials: list[Run], begun: float, console: Console
 ) -> tuple[dict[str, dict[str, list[dict[str, Any]]]], int, list[str]]:
-    """All trials, then round after round of seeds, so that a time limit leaves every method with as many."""
+    """All trials, then rounds of one seed per method, so that all methods have as many seeds at a time limit."""
     records: dict[str, dict[str, list[dict[str, Any]]]] = {"trial": {}, "seed": {}}
     notes: list[str] = []
     planned = [*(run.variant for run in trials), *able * settings.seeds]
@@ -344,5 +344,5 @@ def _finish(result: dict[str, Any], folder: Path, console: Console, begun: float
 
 
 def quote(arguments: list[str]) -> str:
-    """The command line as the user typed it, for the record."""
+    """The command line, quoted, for the record."""
     return shlex.join(["lowdim", *arguments])

@@ -1,4 +1,4 @@
-"""One run of a comparison: train a method at one rate from one seed, score it, write it down."""
+"""One run of a comparison: train a method at one rate from one seed, score it, record it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["Contest", "Run", "finished_record", "perform"]
 
 @dataclass(frozen=True)
 class Run:
-    """A point of the comparison: which method, at which rate, from which seed, for which purpose."""
+    """One run of the comparison: its method, rate, seed and purpose."""
 
     variant: Variant
     phase: str  # "trial" (scored on the validation part) or "seed" (scored on the test part, once)
@@ -42,7 +42,7 @@ class Run:
 
 @dataclass
 class Contest:
-    """What all runs share: the model to copy, the data, and how long to train."""
+    """Shared by all runs: the model to copy, the data, and the length of training."""
 
     model: nn.Module
     task: Task
@@ -121,19 +121,19 @@ def perform(bench: Contest, run: Run, *, on_step: Callable[[], None] = lambda: N
             if run.phase == "seed":
                 score = bench.task.score(model, bench.task.test, bench.metric)
                 record["test"] = score.value
-                record["hits"] = "".join(map(str, score.hits))  # right or wrong, text by text: paired comparisons need it
+                record["hits"] = "".join(map(str, score.hits))  # right or wrong for each text: paired comparisons need it
             if not math.isfinite(record.get("test", record["validation"])):
                 record["failure"] = "the trained model's outputs are not finite"
         if run.phase == "seed" and record["failure"] is None:
             record["file_bytes"] = _save(applied, run, bench)
     except (ValueError, TypeError, RuntimeError) as error:  # the last: out of memory, a decomposition that did not converge
         record["failure"] = str(error).strip() or type(error).__name__
-    # What was written is what counts: a comparison that is resumed reads the same.
+    # Use the written record, so that a resumed comparison reads the same.
     return read_json(write_json(bench.folder / "runs" / run.name / "run.json", record))
 
 
 def finished_record(bench: Contest, run: Run) -> dict[str, Any] | None:
-    """The record of a run that was finished before, or None; one from other settings is not taken."""
+    """The record of a run that was finished before, or None; records of other settings are ignored."""
     path = bench.folder / "runs" / run.name / "run.json"
     if not path.is_file():
         return None
@@ -143,7 +143,7 @@ def finished_record(bench: Contest, run: Run) -> dict[str, Any] | None:
 
 
 def _save(applied: Applied, run: Run, bench: Contest) -> int:
-    """Keep what was trained. Whole models are kept once, from the first seed that worked; the size is that of the file."""
+    """Save the trained tensors. Whole models are saved once, from the first seed that worked; returns the file size."""
     folder = bench.folder / "runs" / run.name
     if applied.adapted is not None:
         applied.adapted.save(folder / "adapter")

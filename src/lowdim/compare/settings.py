@@ -1,4 +1,4 @@
-"""What a comparison was asked to do; written beside its results, so that `--resume` can refuse to mix two."""
+"""The settings of a comparison, saved with its results, so that `--resume` can refuse to mix two."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lowdim.models import TASKS
 __all__ = ["DEFAULT_METHODS", "CompareSettings"]
 
 DEFAULT_METHODS = "linear-probe,lora,full,lamda,randlora,galore"
-#: For pretraining, where an adapter on random weights makes no sense.
+#: For pretraining, where adapters on random weights make no sense.
 TRAINING_METHODS = "full,training"
 
 
@@ -54,7 +54,7 @@ class CompareSettings:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def differs_from(self, other: dict[str, Any]) -> list[str]:
-        """Which settings of an earlier comparison in the same folder would have given other numbers."""
+        """The settings of an earlier comparison in the same folder that would have given other numbers."""
         free = {"seeds", "time_limit", "budget", "methods"}
         own = self.to_dict()
         return [key for key, value in own.items() if key not in free and other.get(key) != value]

@@ -25,9 +25,9 @@ __all__ = ["export_winner", "restore"]
 def export_winner(
     bench: Contest, settings: CompareSettings, tokenizer: Any, best: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
-    """Export the best method's model (of its first seed) to `winner/`; returns what the report says of it.
+    """Export the best method's model (of its first seed) to `winner/`; returns its entry in the report.
 
-    An adapter whose update is low-rank (or that PEFT has itself) goes out as a PEFT folder, everything else merged.
+    An adapter with a low-rank update (or that PEFT has itself) is exported as a PEFT folder, everything else merged.
     """
     runs = folder / "runs" / best["name"]
     index = next(i for i in range(len(best["scores"]) + 8) if _usable(runs / f"seed-{i}"))
@@ -65,7 +65,7 @@ def restore(bench: Contest, run: Path) -> Any:
 
 
 def _swap_back(model: nn.Module, record: dict[str, Any], scratch: bool) -> None:
-    """Structured layers are put in place again before their weights are loaded."""
+    """Swap the structured layers in again before their weights are loaded."""
     setup = Setup(lr=record["lr"], steps=record["steps"], seed=record["seed"], scratch=scratch)
     strategy_for(variant(record["method"])).restore(model, setup)
 
@@ -86,7 +86,7 @@ def _exact_in_peft(model: Any) -> bool:
 
 @torch.no_grad()
 def _check(model: Any, bench: Contest, settings: CompareSettings, result: ExportResult, folder: Path) -> float | None:
-    """Largest difference of logits between what was trained and what other tools load from the folder."""
+    """Largest difference of logits between the trained model and the one that other tools load from the folder."""
     rows = [bench.task.test[i] for i in range(min(8, len(bench.task.test)))]
     batch = bench.task.collate(rows)
     trained: nn.Module = model.model if isinstance(model, Adapted) else model  # many models have a part of that name

@@ -1,4 +1,4 @@
-"""What each command does, callable from Python: settings in, result out, nothing printed.
+"""The work of each command, callable from Python: settings in, result out, nothing printed.
 
 from lowdim.jobs import CompressSettings, compress
 

@@ -1,6 +1,6 @@
-"""What a method can do, read from its class: nothing is stated in rows, so nothing there can be wrong.
+"""The capabilities of a method, read from its class instead of being listed in rows.
 
-`tests/jobs/test_capabilities.py` does each of these things with each method that is said to be able to do it.
+`tests/jobs/test_capabilities.py` checks each capability with each method that has it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Capability:
     """Something that some methods can do.
 
     Attributes:
-        meaning: in a few words.
+        meaning: a short description.
         holds: `class -> whether`.
     """
 
@@ -30,7 +30,7 @@ class Capability:
 
 
 def _layerwise_adapter(cls: Any) -> bool:
-    """An adapter that wraps layers one by one, and not the model as a whole."""
+    """An adapter that wraps single layers, not the whole model."""
     from lowdim.adapters import Method, ModelMethod
 
     return _is(cls, Method) and not _is(cls, ModelMethod)
@@ -43,7 +43,7 @@ def _merges(cls: Any) -> bool:
 
 
 def _converts(cls: Any) -> bool:
-    """Convolutions: an adapter that takes them, or a layer with a twin for them in its module."""
+    """Convolutions: an adapter that supports them, or a layer with a convolution class in its module."""
     if _layerwise_adapter(cls):
         return "conv2d" in cls.takes
     twins = vars(inspect.getmodule(cls) or object()).values()
@@ -81,7 +81,7 @@ CAPABILITIES: dict[str, Capability] = {
 
 
 def abilities(thing: Entry | Variant) -> tuple[str, ...]:
-    """What a method can do, or a system by any of its methods.
+    """The capabilities of a method, or of any method of a system.
 
     Example:
         >>> from lowdim.catalogue import find

@@ -1,6 +1,6 @@
-"""Compress a trained language model: measure, compress, tune where asked for, measure again, write.
+"""Compress a trained language model: measure, compress, tune if requested, measure again, write.
 
-This stands above `train` and not in `lowdim.compress`, since a family imports neither models nor training.
+It is above `train` and not in `lowdim.compress`, because a family imports neither models nor training.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CompressOutcome", "CompressSettings", "compress"]
 
-#: Sequences that a method looks at where it needs samples and `samples` is left open.
+#: Sequences for a method that needs samples, if `samples` is not set.
 SAMPLES = 200
 _BATCH = 8
 _RATE = 5e-5
@@ -37,19 +37,19 @@ class CompressSettings:
     """One compression.
 
     Attributes:
-        model: a folder, a hub id, or a name of ours.
-        data: text of the model's own domain: files, or `lowdim:shakespeare`.
+        model: a folder, a hub id, or a built-in name.
+        data: text from the model's domain: files, or `lowdim:shakespeare`.
         out: the folder that is written.
         method: a name of `lowdim list compress`.
-        options: fields of the method's config; others keep the row's or the config's defaults.
-        tune_steps: train what the method leaves trainable for so many optimizer steps afterwards; None does not.
-        lr: learning rate of the tuning; None takes 5e-5.
-        samples: sequences that the method looks at (None: 200), or that are tuned on (None: all).
+        options: fields of the method's config; others have the row's or the config's defaults.
+        tune_steps: optimizer steps of tuning afterwards, for the parameters that the method leaves trainable; None: no tuning.
+        lr: learning rate of the tuning; None means 5e-5.
+        samples: sequences for the method (None: 200), or for tuning (None: all).
         max_length: tokens in a sequence.
-        dense: write the dense equivalent, for readers without lowdim.
+        dense: write the dense equivalent, which loads without lowdim.
 
     Raises:
-        ValueError: a value out of range, or one that nothing would use.
+        ValueError: a value out of range, or one that would not be used.
 
     Example:
         >>> from lowdim.jobs import CompressSettings
@@ -84,16 +84,16 @@ class CompressSettings:
 
 @dataclass(frozen=True)
 class CompressOutcome(Result):
-    """What a compression did.
+    """The result of a compression.
 
     Attributes:
         method: its name.
         options: every field of its config.
         parameters: of the model before and after.
-        perplexity: on held-out blocks: before, after, and after tuning where there was one.
+        perplexity: on held-out blocks: before, after, and after tuning if there was any.
         report: layer by layer.
-        tuning: steps, rate, how many numbers were trained, and the losses; empty without tuning.
-        data: what it was measured on.
+        tuning: steps, rate, number of trained parameters, and the losses; empty without tuning.
+        data: the data of the measurement.
         folder: where the model was written.
     """
 
@@ -107,7 +107,7 @@ class CompressOutcome(Result):
     folder: Path
 
     def to_dict(self) -> dict[str, Any]:
-        """What `compression.json` holds."""
+        """The content of `compression.json`."""
         ranks = {layer.name: layer.rank for layer in self.report.replaced}
         found = {**self.options, **self.report.details, "ranks": ranks, **self.tuning}
         measured = {"parameters": list(self.parameters), "perplexity": list(self.perplexity), "data": list(self.data)}
@@ -126,10 +126,10 @@ def compress(settings: CompressSettings, *, say: Callable[[str], None] = lambda 
     """Compress a causal language model and write it.
 
     Args:
-        say: gets a line on what was replaced, before the tuning.
+        say: called with a line about the replaced layers, before the tuning.
 
     Returns:
-        What was kept, what it cost, and where it lies. `compression.json` in that folder holds the same.
+        Sizes, losses and the folder. `compression.json` in that folder holds the same.
 
     Raises:
         UnknownNameError, ValueError: see `CompressSettings` and `lowdim list METHOD`.
@@ -185,7 +185,7 @@ def compress(settings: CompressSettings, *, say: Callable[[str], None] = lambda 
 
 
 def _check_use(settings: CompressSettings, method: Compressor) -> None:
-    """Refuse what would be ignored."""
+    """Reject settings that would be ignored."""
     name = settings.method
     if settings.tune_steps is not None and not method.entry.tuned:
         raise ValueError(f"--tune-steps: {name} leaves nothing to tune by itself; fine-tune the model that it writes")
@@ -205,7 +205,7 @@ def _size(model: nn.Module) -> int:
 
 
 def _tune(method: Compressor, model: nn.Module, task: Task, steps: int, lr: float) -> dict[str, Any]:
-    """Train what the method itself leaves trainable, and nothing else."""
+    """Train only the parameters that the method leaves trainable."""
     import torch
 
     from lowdim.catalogue import variant

@@ -1,6 +1,6 @@
 """Measure trained weights with one diagnostic.
 
-This stands above `train` and not in `lowdim.diagnose`, since a family does not load models by name.
+It is above `train` and not in `lowdim.diagnose`, because a family does not load models by name.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ class DiagnoseSettings:
 
     Attributes:
         diagnostic: a name of `lowdim list diagnose`.
-        inputs: what is measured, by the diagnostic's own names (`base`, `tuned`): folders, safetensors files, or model names.
-        options: its keyword arguments; others keep their defaults.
+        inputs: the weights to measure, by the diagnostic's own names (`base`, `tuned`): folders, safetensors files, or model
+            names.
+        options: its keyword arguments; others have their defaults.
     """
 
     diagnostic: str
@@ -33,7 +34,7 @@ class DiagnoseSettings:
 
 
 def diagnose(settings: DiagnoseSettings) -> Any:
-    """Run a diagnostic on models that are named or lie in folders.
+    """Run a diagnostic on models given by name or folder.
 
     Returns:
         The diagnostic's own result; `to_dict()` is its record.
@@ -63,7 +64,7 @@ def _flags(names: Any) -> str:
 
 
 def _source(name: str) -> Any:
-    """A path as it is; the model of any other name."""
+    """A path unchanged; for any other name the model."""
     path = Path(name)
     if path.exists():
         return path

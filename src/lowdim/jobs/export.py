@@ -1,4 +1,4 @@
-"""Write an adapter, or the result of a run, for other tools: finds the base model and the task by itself."""
+"""Write an adapter, or the result of a run, for other tools; detects the base model and the task."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class ExportSettings:
     Attributes:
         adapter: a folder of `adapted.save`, of `lowdim run`, or of a run of a comparison.
         out: the folder that is written.
-        model: the base model; None takes the name in the adapter's record.
+        model: the base model; None uses the name in the adapter's record.
         format: `"peft"` or `"merged"`.
-        rank: at which updates of full rank are truncated.
-        task: `"classify"` or `"causal-lm"`; None finds out.
+        rank: to which updates of full rank are truncated.
+        task: `"classify"` or `"causal-lm"`; None detects it.
         target: `"vllm"` or `"llamacpp"`: a LoRA that it loads, checked first.
         max_error: choose each layer's rank by this relative error.
     """
@@ -45,9 +45,9 @@ def export(settings: ExportSettings) -> Any:
         `lowdim.export.ExportResult`.
 
     Raises:
-        CheckpointError, DataError: no adapter is there, it is damaged, or its model is unknown.
+        CheckpointError, DataError: there is no adapter, it is damaged, or its model is unknown.
         FileExistsError: the folder is not empty.
-        ValueError: what cannot be exported this way.
+        ValueError: the model cannot be exported this way.
     """
     from lowdim import models
     from lowdim.adapters.core.files.peft_targets import TARGETS
@@ -97,7 +97,7 @@ def _load(settings: ExportSettings) -> tuple[str, Any]:
 
 
 def _description(folder: Path) -> tuple[dict[str, Any], int]:
-    """What an adapter's file says of itself, and how many classes its head has (0 without a head)."""
+    """The description in an adapter's file, and the number of classes of its head (0 without a head)."""
     from lowdim.files import read_tensors
     from lowdim.surgery import HEAD_NAMES
 

@@ -1,4 +1,4 @@
-"""Where a job writes."""
+"""Output folders of jobs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["check_free"]
 
 
 def check_free(out: Path) -> None:
-    """Raise FileExistsError unless `out` is an empty folder, or nothing yet."""
+    """Raise FileExistsError unless `out` is an empty folder, or does not exist."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; name a folder")
     if out.is_dir() and any(out.iterdir()):

@@ -1,7 +1,7 @@
 """The options of a system, read from the dataclass or function that its catalogue row names.
 
 Name, type and default come from the signature, the help text from the docstring's `Attributes:` or `Args:` (or from the field's
-`metadata={"help": ...}`), and the range from the help text: `in (0, 1]`, `>= 1`. So an option is described in one place.
+`metadata={"help": ...}`), and the range from the help text: `in (0, 1]`, `>= 1`. Each option is thus described in one place.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lowdim.errors import UnknownNameError, nearest
 
 __all__ = ["Option", "check_options", "described", "options_of", "parse_options"]
 
-#: The default of an option that must be given.
+#: The default of a required option.
 REQUIRED: Any = inspect.Parameter.empty
 
 _ENTRY = re.compile(r"^ {4}(?P<names>\*{0,2}\w+(?:, \w+)*): (?P<text>.*)$")
@@ -37,8 +37,8 @@ class Option:
     Attributes:
         name: of the field or parameter.
         type: its annotation.
-        default: `REQUIRED` where there is none.
-        help: what it means, in one line.
+        default: `REQUIRED` if there is none.
+        help: its meaning, in one line.
 
     Example:
         >>> from lowdim.jobs import options_of
@@ -55,7 +55,7 @@ class Option:
 
     @property
     def kind(self) -> str:
-        """Its type, in words."""
+        """Its type, as readable text."""
         return _kind(self.type)
 
     @property
@@ -67,7 +67,7 @@ class Option:
 
     @property
     def range(self) -> str:
-        """Where a number must lie, as the help text says it; empty where it says nothing."""
+        """The range of a number, from the help text; empty if it has none."""
         found = _INTERVAL.search(self.help) or _BOUND.search(self.help)
         return found[0] if found else ""
 
@@ -130,7 +130,7 @@ def options_of(thing: Any) -> dict[str, Option]:
 
 
 def described(thing: Any) -> dict[str, str]:
-    """What the docstring's `Attributes:` or `Args:` say of each name; a class inherits what its bases say."""
+    """The docstring's entry in `Attributes:` or `Args:` for each name; a class inherits those of its bases."""
     found: dict[str, str] = {}
     for owner in reversed(thing.__mro__) if inspect.isclass(thing) else (thing,):
         found |= _sections(inspect.cleandoc(owner.__doc__ or ""))
@@ -232,7 +232,7 @@ def _kind(hint: Any) -> str:
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether a value read from text is of the annotated type; what cannot be judged is left to the system itself."""
+    """Whether a value read from text is of the annotated type; other types are left to the system itself."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(part, value) for part in parts)

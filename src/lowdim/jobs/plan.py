@@ -18,17 +18,17 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """What is forecast.
+    """The settings of a forecast.
 
     Attributes:
-        model: a folder, a hub id, or a name of ours.
+        model: a folder, a hub id, or a built-in name.
         methods: names, families or `all`, with commas.
         task: `"classify"`, `"causal-lm"` or `"pretrain"`.
         length: tokens in a sequence.
         dtype: of the weights.
-        gradient_checkpointing: activations are computed again in the backward pass.
-        rank: instead of each method's own, where it has one.
-        layerwise: optimizers that can free each gradient at once do so.
+        gradient_checkpointing: recompute activations in the backward pass.
+        rank: instead of each method's own, if it has one.
+        layerwise: free each gradient at once, with optimizers that support it.
         budget: bytes.
     """
 
@@ -57,15 +57,15 @@ class PlanSettings:
         return [v for v in found if self.task != "pretrain" or v.kind != "adapter"]
 
     def at_rank(self, variant: Variant) -> Variant:
-        """The method at the wanted rank, where it has one.
+        """The method at the requested rank, if it has one.
 
         Raises:
-            ValueError: a rank that it refuses.
+            ValueError: the method does not allow this rank.
         """
         return (_with_rank(variant, self.rank) if self.rank is not None else None) or variant
 
     def unchanged(self) -> list[str]:
-        """Labels of the chosen methods that `rank` does not change: those that have none."""
+        """Labels of the chosen methods without a rank, which `rank` does not change."""
         return [] if self.rank is None else [v.label for v in self.chosen() if _with_rank(v, self.rank) is None]
 
 
@@ -90,7 +90,7 @@ def plan(settings: PlanSettings, *, say: Callable[[str], None] = lambda line: No
     """Forecast the peak memory of training by each method, without allocating the model.
 
     Args:
-        say: gets a line before each forecast.
+        say: called with a line before each forecast.
 
     Raises:
         UnknownNameError, ValueError: an unknown name or a value out of range.

@@ -14,14 +14,14 @@ def report(source: str | Path, out: str | Path | None = None) -> Path:
 
     Args:
         source: `comparison.json`, `run.json`, or a folder that holds one.
-        out: the page; None puts it into the record's folder.
+        out: the page; None writes it to the record's folder.
 
     Returns:
-        Where it was written.
+        The path of the page.
 
     Raises:
         DataError: there is no record.
-        CheckpointError: it is damaged, or another kind of file.
+        CheckpointError: it is damaged, or another type of file.
     """
     from lowdim.files import read_json
     from lowdim.report import write, write_run

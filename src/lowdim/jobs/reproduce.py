@@ -15,7 +15,7 @@ __all__ = ["Reproduction", "reproduce", "reproducible"]
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What an experiment gave, and how long it took.
+    """The outcome of an experiment, and its time.
 
     Attributes:
         file: the record that was written; None for a quick run, which proves nothing.

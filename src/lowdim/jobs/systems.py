@@ -1,4 +1,4 @@
-"""From the name of a compression or a diagnostic to what its catalogue row says: the function and its options."""
+"""From the name of a compression or a diagnostic to its function and options."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lowdim.jobs.options import Option, check_options, described, options_of
 __all__ = ["Compressor", "Diagnostic", "compressor", "described_system", "diagnostic", "names_of"]
 
 
-#: What options mean where a method says nothing of its own about them.
+#: Help texts of options that a method does not describe itself.
 _COMMON = {
-    "target_modules": "which layers; null takes every linear layer but the head",
+    "target_modules": "which layers; null selects every linear layer but the head",
     "betas": "decay rates of Adam's two moments",
     "eps": "added to the root of the second moment",
     "weight_decay": "decoupled decay of the weights, as in AdamW",
@@ -34,10 +34,10 @@ def names_of(family: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Compressor:
-    """A way to compress: `function(model, config, batches)`, its config dataclass, and what the row adds.
+    """A compression: `function(model, config, batches)`, its config dataclass, and the defaults of its row.
 
     Attributes:
-        needs_batches: whether it must see samples; those of others take none.
+        needs_batches: whether it needs samples.
     """
 
     entry: Entry
@@ -51,10 +51,10 @@ class Compressor:
         return options_of(self.config)
 
     def build(self, given: Mapping[str, Any]) -> Any:
-        """The config, with the row's defaults where the user chose neither that option nor an alternative to it.
+        """The config, with the row's default if the user set neither that option nor an alternative to it.
 
         Raises:
-            UnknownNameError, ValueError: see `check_options`, and what the config itself refuses.
+            UnknownNameError, ValueError: see `check_options`, and errors of the config itself.
         """
         known = self.options
         strangers = [name for name in given if name not in known]

@@ -1,4 +1,4 @@
-"""What adapted models need from a training loop: the regularizer, and one call after each optimizer step."""
+"""The trainer callback for adapted models: the regularizer, and one call after each optimizer step."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def _base() -> type:
 
 
 class AdaptedCallback(_base()):
-    """A `transformers.TrainerCallback` that does what an adapter needs: its regularizer and `adapted.step()`.
+    """A `transformers.TrainerCallback` for adapters: adds the regularizer and calls `adapted.step()`.
 
-    Where the method has a regularizer (SoRA, IncreLoRA, SaRA with a nuclear norm), its gradient is added once before each
-    optimizer step, after the trainer has clipped the gradients of the loss. The loss that the trainer logs is the task's.
+    If the method has a regularizer (SoRA, IncreLoRA, SaRA with a nuclear norm), its gradient is added once before each
+    optimizer step, after the trainer has clipped the gradients of the loss. The trainer logs the task loss.
 
     Args:
-        regularize: False where your own `compute_loss` adds `adapted.regularizer()` to the loss.
+        regularize: False if your own `compute_loss` adds `adapted.regularizer()` to the loss.
 
     Raises:
         ValueError: a regularizer under `fp16`, whose gradients are scaled (in `on_train_begin`).
@@ -53,7 +53,7 @@ class AdaptedCallback(_base()):
         self._follow(args, state, kwargs.get("lr_scheduler"))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the regularizer's gradient. After the first backward pass every adapted layer must have got a gradient."""
+        """Add the regularizer's gradient. After the first backward pass every adapted layer must have a gradient."""
         if self._first:
             self._first = False
             self.adapted.check_gradients()
@@ -76,7 +76,7 @@ class AdaptedCallback(_base()):
             self.adapted.follow(scheduler, warmup=warmup, total=state.max_steps)
 
     def _penalty(self) -> torch.Tensor | None:
-        """The regularizer where it depends on what is trained."""
+        """The regularizer, if it depends on trained parameters."""
         with torch.enable_grad():
             value = self.adapted.regularizer()
         return value if isinstance(value, torch.Tensor) and value.requires_grad else None

@@ -1,4 +1,4 @@
-"""Labelled text and plain text: which columns, which classes, and parts that share no text."""
+"""Labelled and plain text: finding columns and classes, and splitting into parts that share no text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Examples:
         return len(self.texts)
 
     def take(self, indices: Sequence[int]) -> Examples:
-        """The examples at these places."""
+        """The examples at these indices."""
         return Examples(tuple(self.texts[i] for i in indices), tuple(self.labels[i] for i in indices), self.classes)
 
 
@@ -49,14 +49,14 @@ class Splits:
 def read_examples(
     paths: Sequence[str | Path], *, text: str | None = None, label: str | None = None, classes: Sequence[str] = ()
 ) -> Examples:
-    """Labelled texts from one or more files; the columns of each are found by themselves.
+    """Labelled texts from one or more files; columns are detected for each file.
 
     Args:
-        text, label: column names; None finds them by their usual names, or as the only column of text and the only other one.
-        classes: the classes in order, where an earlier file has fixed them; a label beyond them is an error.
+        text, label: column names; None detects them by their usual names, or as the only text column and the only other one.
+        classes: the classes in order, if an earlier file has fixed them; other labels are an error.
 
     Raises:
-        DataError: unreadable file, no rows, one class only, an unknown label.
+        DataError: unreadable file, no rows, only one class, an unknown label.
         UnknownNameError: a column that does not exist, or cannot be found (the columns are listed).
     """
     texts: list[str] = []
@@ -117,7 +117,7 @@ def _labelled(path: Path, text: str | None, label: str | None) -> tuple[list[str
 
 
 def read_texts(paths: Sequence[str | Path], *, text: str | None = None) -> tuple[list[str], list[str]]:
-    """Documents for a language model, and notes: a text file is one document, a row of a table another.
+    """Documents for a language model, and notes: each text file and each row of a table is one document.
 
     Raises:
         DataError: unreadable or empty files.
@@ -141,7 +141,7 @@ def read_texts(paths: Sequence[str | Path], *, text: str | None = None) -> tuple
 
 
 def text_column(rows: list[dict[str, Any]], asked: str | None, name: str) -> str:
-    """The column that holds the text: the one asked for, one with a usual name, or the longest.
+    """The text column: the requested one, one with a usual name, or the one with the longest texts.
 
     Raises:
         UnknownNameError: it does not exist, or no column holds text.
@@ -156,11 +156,11 @@ def text_column(rows: list[dict[str, Any]], asked: str | None, name: str) -> str
 def split(
     examples: Examples, *, test: Examples | None = None, seed: int = 0, validation: float = 0.2, held_out: float = 0.3
 ) -> Splits:
-    """Train, validation and test parts, each class in the same proportion; duplicates never straddle two parts.
+    """Train, validation and test parts, each class in the same proportion; no duplicate is in two parts.
 
     Args:
-        test: a test set of its own; otherwise `held_out` of the examples.
-        validation: share of what is left that chooses hyperparameters.
+        test: a separate test set; otherwise `held_out` of the examples.
+        validation: share of the rest, used to choose hyperparameters.
 
     Raises:
         DataError: too few examples of a class to split.
@@ -169,12 +169,12 @@ def split(
     seen: dict[str, int] = {}
     unique = [i for i, t in enumerate(examples.texts) if seen.setdefault(t.strip(), i) == i]
     if len(unique) < len(examples):
-        notes.append(f"{len(examples) - len(unique)} repeated texts were left out, so that no text is in two parts")
+        notes.append(f"{len(examples) - len(unique)} duplicate texts were left out, so that no text is in two parts")
     if test is not None:
         known = {t.strip() for t in test.texts}
         clean = [i for i in unique if examples.texts[i].strip() not in known]
         if len(clean) < len(unique):
-            notes.append(f"{len(unique) - len(clean)} training texts also stand in the test file and were left out of training")
+            notes.append(f"{len(unique) - len(clean)} training texts are also in the test file and were left out of training")
         if not clean:
             raise DataError("every training text is also in the test file (--eval), so nothing is left to train on")
         unique = clean

@@ -1,4 +1,4 @@
-"""Versions and hardware: a number without its circumstances is none."""
+"""Versions and hardware, which every result records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["environment"]
 
 @cache
 def environment() -> dict[str, Any]:
-    """Versions and hardware, as every result states them."""
+    """Versions and hardware, as recorded in every result."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -42,7 +42,7 @@ def environment() -> dict[str, Any]:
 
 
 def _installed(package: str) -> str | None:
-    # Asked of the installation, not of the package: a reproduction of a solver needs neither of them.
+    # Read from the installation without importing the package: a reproduction of a solver needs neither.
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

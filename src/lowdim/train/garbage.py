@@ -15,8 +15,8 @@ _depth = 0
 def isolated_gc() -> Iterator[None]:
     """Limits garbage collection to objects created inside the block, and collects once at the end.
 
-    A trainer, its callbacks and the model hold each other, so a run's memory comes back by the collector only. With torch and
-    transformers loaded a full collection takes half a second, which is much beside a short run; the objects of a run are few.
+    A trainer, its callbacks and the model reference each other, so only the collector frees a run's memory. With torch and
+    transformers loaded a full collection takes half a second, which is long for a short run; the objects of a run are few.
 
     Example:
         >>> from lowdim.train.garbage import isolated_gc

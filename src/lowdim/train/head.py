@@ -1,7 +1,7 @@
 """A new classification head starts as a logistic regression on the frozen model's features.
 
-Every method then starts from the same, already useful point, and a short run measures the method instead of how fast a
-random head settles (Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution",
+All methods then start from the same useful point, and a short run measures the method instead of how fast a random head
+converges (Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution",
 ICLR 2022).
 """
 
@@ -28,7 +28,7 @@ def fit_head(model: nn.Module, head: tuple[str, ...], task: Task) -> float | Non
     Only a single linear layer over one feature vector per text is fitted; other heads keep their random start.
 
     Returns:
-        The validation accuracy of the frozen model with this head; None where nothing was fitted.
+        The validation accuracy of the frozen model with this head; None if nothing was fitted.
     """
     layer = model.get_submodule(head[0]) if len(head) == 1 else None
     if task.kind != "classify" or not isinstance(layer, nn.Linear):

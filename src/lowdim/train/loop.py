@@ -1,4 +1,4 @@
-"""One training run: `transformers.Trainer` over a model that a strategy has made ready."""
+"""One training run: `transformers.Trainer` over a model that a strategy has prepared."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = ["FitResult", "FitSettings", "fit"]
 
-PENALTY = "penalty"  # the key under which a method's penalty is logged beside the task's loss
-SUBSPACE = "subspace_"  # before the names of what a projected optimizer logs
+PENALTY = "penalty"  # the log key of a method's penalty, next to the task loss
+SUBSPACE = "subspace_"  # prefix of a projected optimizer's log keys
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitSettings:
-    """How long and how fast: everything about the loop that does not depend on the method."""
+    """Settings of the training loop that do not depend on the method."""
 
     steps: int
     batch_size: int = 16
@@ -38,8 +38,8 @@ class FitSettings:
     max_grad_norm: float = 1.0
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
-    clips_itself: bool = False  # the optimizer clips what it projects: it frees gradients before anyone could clip them
-    bf16: bool = False  # autocast; weights stay as they are
+    clips_itself: bool = False  # the optimizer clips itself: it frees gradients before the trainer could clip them
+    bf16: bool = False  # autocast; the weights keep their dtype
     seed: int = 0
     save_steps: int = 0  # 0: no checkpoints
     log_steps: int = 1
@@ -50,11 +50,11 @@ class FitSettings:
 
 @dataclass
 class FitResult(Result):
-    """What one run gave: the loss of each logged step, its time and memory, and why it ended.
+    """The result of one run: the loss of each logged step, its time and memory, and why it ended.
 
-    `losses` are the task's, and `penalties` what the method added to each of them (empty where it adds nothing). `evaluations`
-    are `(step, loss in nats a token)` of the validation part, `subspaces` what a projected optimizer logged, `spikes` the steps
-    whose loss jumped.
+    `losses` are those of the task, and `penalties` the terms that the method added to them (empty if it adds none).
+    `evaluations` are `(step, loss in nats per token)` of the validation part, `subspaces` the log of a projected optimizer,
+    `spikes` the steps whose loss jumped.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -80,7 +80,7 @@ class FitResult(Result):
         return f"{self.steps[-1]} steps, last loss {self.losses[-1]:.4g}" if self.steps else "no step was logged"
 
     def read(self, history: list[dict[str, Any]]) -> None:
-        """Take the numbers of a trainer's history, which includes what a resumed run did before."""
+        """Read the numbers from a trainer's history, which includes the earlier part of a resumed run."""
         logged = [entry for entry in history if "loss" in entry]
         scored = [entry for entry in history if "eval_loss" in entry]
         self.steps = [int(entry["step"]) for entry in logged]
@@ -106,9 +106,9 @@ def fit(
 
     Args:
         folder: where the trainer keeps its checkpoints, if any.
-        resume: go on from the newest checkpoint in `folder`.
-        measure_memory: record the peak of one real step (the third), which makes that step slower.
-        say: gets a line for each spike and each evaluation.
+        resume: continue from the newest checkpoint in `folder`.
+        measure_memory: record the peak of one step (the third), which makes that step slower.
+        say: called with a line for each spike and each evaluation.
 
     Returns:
         A `FitResult`; a loss that is not finite ends the run and is reported as `failure`, not raised.
@@ -116,7 +116,7 @@ def fit(
     Raises:
         UnknownNameError: `report_to` is not a tracker known to transformers.
         ImportError: that tracker is not installed.
-        OSError: a checkpoint cannot be written; the ones before it are whole.
+        OSError: a checkpoint cannot be written; earlier ones are complete.
     """
     check_tracker(settings.report_to)
     with isolated_gc():
@@ -149,10 +149,10 @@ def _fit(
     for callback in (trainers.RunMonitor(trainer, task, settings, result, say), *callbacks):
         trainer.add_callback(callback)
     try:
-        with quiet():  # a progress bar for each checkpoint that is written, otherwise
+        with quiet():  # otherwise there is a progress bar for each checkpoint
             trainer.train(resume_from_checkpoint=trainers.newest_checkpoint(folder) if resume else None)
     except (FloatingPointError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-        # The second: a decomposition of a gradient that is not finite.
+        # The second: decomposing a gradient that is not finite.
         result.failure = str(error)
     finally:
         recorder.close()
@@ -166,7 +166,7 @@ def _fit(
 
 
 def check_tracker(name: str) -> None:
-    """Whether transformers can report to this tracker.
+    """Check that transformers can report to this tracker.
 
     Raises:
         UnknownNameError: it has no tracker of this name.

@@ -1,4 +1,4 @@
-"""Scores by name, and what can be said of a mean over seeds."""
+"""Scores by name, and intervals of means over seeds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["METRICS", "Metric", "classification_score", "difference_is_noise", "
 
 @dataclass(frozen=True)
 class Metric:
-    """A score: its name, which tasks have it, and which direction is better."""
+    """A score: its name, its tasks, and which direction is better."""
 
     name: str
     task: str
@@ -82,9 +82,9 @@ def science(module: str, purpose: str) -> Any:
 def interval(
     scores: Sequence[float], level: float = 0.95, *, low: float = -math.inf, high: float = math.inf
 ) -> tuple[float, float] | None:
-    """The t interval of the mean over seeds, cut to what the score can be; None for fewer than two scores.
+    """The t interval of the mean over seeds, clipped to the range of the score; None for fewer than two scores.
 
-    It speaks of the spread over seeds only, not of the size of the test set.
+    It covers only the spread over seeds, not the size of the test set.
     """
     if len(scores) < 2:
         return None
@@ -98,9 +98,9 @@ def interval(
 def difference_is_noise(best: Sequence[float], other: Sequence[float], sampling_error: float = 0.0) -> bool:
     """Whether the difference of two means is within its 95 % interval.
 
-    The seeds are paired (same split, same order of data), so the interval is of the paired differences; the error of
-    measuring both on the same finite test set, `sampling_error` (one standard error of the difference), is added in quadrature.
-    With fewer than two seeds in common everything is noise.
+    The seeds are paired (same split, same order of data), so the interval is that of the paired differences; the error
+    of measuring both on the same finite test set, `sampling_error` (one standard error of the difference), is added in
+    quadrature. With fewer than two seeds in common everything is noise.
     """
     n = min(len(best), len(other))
     if n < 2:

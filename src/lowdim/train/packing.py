@@ -1,7 +1,7 @@
 """Text for pretraining: documents joined by the end token and cut into blocks, from files or from any source of `datasets`.
 
-Files are packed once into a memory-mapped table, so a run can read its blocks in any order and go on at any of them. A source
-`datasets:PATH[:CONFIG[:SPLIT]]` is streamed: blocks are packed while the training goes on, and nothing is kept.
+Files are packed once into a memory-mapped table, so a run can read its blocks in any order and continue at any of them. A
+source `datasets:PATH[:CONFIG[:SPLIT]]` is streamed: blocks are packed during training, and nothing is stored.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Piece = tuple[str, bool]
 
 PREFIX = "datasets:"
 _TEXT = (".txt", ".text", ".md")
-_BATCH = 64  # pieces that the tokenizer gets at once
+_BATCH = 64  # pieces per call of the tokenizer
 _PIECE = 2**16  # bytes of a text file that are tokenised at once
-_LARGE = 2**28  # files from here on are checked while they are read, not before
-#: Held out of a stream: its first blocks. Of files: a twentieth each for choosing and for reporting, at most so many.
+_LARGE = 2**28  # files of this size or more are checked while reading, not before
+#: Held-out blocks: the first ones of a stream; of files a twentieth each for validation and test, at most this many.
 STREAM_HELD, FILE_HELD = 64, 512
-_BUFFER = 1024  # blocks that a stream is shuffled within
+_BUFFER = 1024  # blocks in the shuffle buffer of a stream
 
 
 def is_source(name: str | Path) -> bool:
@@ -83,19 +83,19 @@ def pretraining(
     cache: str | Path | None = None,
     streaming: bool | None = None,
 ) -> Task:
-    """Language modelling on much text.
+    """Language modelling on large amounts of text.
 
     Args:
         sources: files, or one source of `datasets`.
-        length: tokens of a block; cut to `most`, what the model reads at once.
-        evaluation: a file of its own to report on.
+        length: tokens of a block, at most `most`, the model's context length.
+        evaluation: a separate test file.
         text: name of the text column.
-        limit: use so many training blocks at most.
-        cache: folder for packed files; None takes that of `datasets`.
+        limit: maximum number of training blocks.
+        cache: folder for packed files; None uses that of `datasets`.
         streaming: pack while training instead of before it; by default for sources of `datasets` only.
 
     Raises:
-        DataError: a file is missing, empty, binary or not UTF-8; the text is shorter than the blocks need; files and a source.
+        DataError: a file is missing, empty, binary or not UTF-8; too little text for the blocks; files together with a source.
         UnknownNameError: the text column cannot be found.
     """
     notes: list[str] = []
@@ -131,7 +131,7 @@ def training_text(sources: Sequence[str | Path], text: str | None = None) -> Ite
     """The documents of files, for a vocabulary of their characters.
 
     Raises:
-        DataError: a source of `datasets`, whose text is not known beforehand.
+        DataError: a source of `datasets`, whose text is not known in advance.
     """
     if any(map(is_source, sources)):
         raise DataError(f"tokenizer characters needs all text in advance, which {sources[0]} does not give; use bytes")
@@ -144,7 +144,7 @@ def _label(files: Sequence[str | Path]) -> str:
 
 
 class _Files:
-    """The documents of files, which were looked at beforehand; a text file is one document and comes in pieces."""
+    """The documents of files that were checked before; a text file is one document, read in pieces."""
 
     def __init__(self, files: Sequence[str | Path], text: str | None, notes: list[str]):
         self.files, self.text = [locate(f) for f in files], text
@@ -172,7 +172,7 @@ class _Files:
 
 
 def _pieces(path: Path) -> Iterator[Piece]:
-    """A text file in pieces that end with a line where there is one."""
+    """A text file in pieces that end at a line break, if there is one."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     rest, place = "", 0
     with path.open("rb") as file:
@@ -203,7 +203,7 @@ def _streamed(source: str, text: str | None) -> Iterator[Piece]:
         first = next(walk)
     except StopIteration:
         raise DataError(f"{source} has no rows") from None
-    except Exception as error:  # whatever a source that is not there makes the library raise
+    except Exception as error:  # the library raises various errors for a missing source
         raise DataError(f"{source} cannot be read ({' '.join(str(error).split())[:200]})") from error
     column = text_column([first], text, source)
     for row in itertools.chain([first], walk):
@@ -224,7 +224,7 @@ def _table(files: _Files, tokenizer: Any, length: int, cache: str | Path | None)
         for row in _packed(files(), tokenizer, length):
             yield {"input_ids": row}
 
-    if next(blocks(), None) is None:  # which the library takes for an error
+    if next(blocks(), None) is None:  # which the library treats as an error
         return datasets.Dataset.from_dict({"input_ids": []}, features=features)
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
@@ -252,7 +252,7 @@ def _table_parts(table: Any, held: Any, label: str, length: int, seed: int, limi
 def _stream_parts(
     make: Callable[[], Iterator[Piece]], tokenizer: Any, length: int, seed: int, held: Any, label: str, limit: int | None
 ) -> tuple[Any, Any, Any]:
-    """The first blocks are held out; all others, again and again, shuffled within a buffer."""
+    """The first blocks are held out; all others are repeated endlessly, shuffled within a buffer."""
     datasets = _datasets()
     apart = STREAM_HELD if held is not None else 2 * STREAM_HELD
     first = list(itertools.islice(_packed(make(), tokenizer, length), apart + 1))

@@ -1,4 +1,4 @@
-"""Recipes: one YAML file says everything about a run. Unknown keys are errors with the nearest name."""
+"""Recipes: one YAML file describes a whole run. Unknown keys are errors with the nearest name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Recipe(BaseModel):
 
     model: str = Field(description="A folder, a hub id, or minilm, stories260k, smollm2-135m")
     task: Literal["classify", "causal-lm", "pretrain"] = Field(
-        "classify", description="What is learnt; pretrain is causal-lm from random weights on packed text"
+        "classify", description="Task; pretrain is causal-lm from random weights on packed text"
     )
     pretrained: bool = Field(True, description="False starts from random weights")
     tokenizer: str | None = Field(None, description="bytes, characters, a folder or a hub id; null: the model's own (pretrain)")
@@ -33,10 +33,10 @@ class Recipe(BaseModel):
         min_length=1, description="Files, or datasets:PATH[:CONFIG[:SPLIT]] (pretrain); lowdim:shakespeare is shipped"
     )
     streaming: bool | None = Field(None, description="Pack text while training (pretrain); null: for datasets: sources only")
-    eval: str | None = Field(None, description="A test file of its own")
+    eval: str | None = Field(None, description="A separate test file")
     text: str | None = Field(None, description="Name of the text column")
     label: str | None = Field(None, description="Name of the label column")
-    limit: int | None = Field(None, ge=1, description="Training texts or blocks to use at most")
+    limit: int | None = Field(None, ge=1, description="Maximum number of training texts or blocks")
     max_length: int = Field(128, ge=4, description="Tokens of a text or block")
     metric: str | None = Field(None, description="accuracy, f1, mcc; perplexity, loss")
 
@@ -54,10 +54,10 @@ class Recipe(BaseModel):
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the weights")
     bf16: bool = Field(False, description="Compute in bfloat16 by autocast")
-    seed: int = Field(0, ge=0, description="Of everything that is drawn")
-    eval_steps: int = Field(0, ge=0, description="Score the validation part every so many steps; 0: at the end (pretrain)")
-    save_steps: int = Field(0, ge=0, description="A checkpoint every so many steps; 0: none")
-    report_to: str = Field("none", description="A tracker that transformers knows, e.g. tensorboard")
+    seed: int = Field(0, ge=0, description="Of all random numbers")
+    eval_steps: int = Field(0, ge=0, description="Steps between scores on the validation part; 0: at the end (pretrain)")
+    save_steps: int = Field(0, ge=0, description="Steps between checkpoints; 0: no checkpoints")
+    report_to: str = Field("none", description="A tracker known to transformers, e.g. tensorboard")
 
     out: str = Field("lowdim-run", description="Folder of the results")
 
@@ -73,7 +73,7 @@ class Recipe(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 where it matters here: `1e-3` is a number (1.1 wants `1.0e-3`), and a key may stand once only."""
+    """YAML 1.2 where it matters here: `1e-3` is a number (1.1 requires `1.0e-3`), and duplicate keys are errors."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -93,7 +93,7 @@ def read_yaml(text: str) -> Any:
     """YAML as values; `1e-3` is a number.
 
     Raises:
-        yaml.YAMLError: not YAML, or a key twice.
+        yaml.YAMLError: not YAML, or a duplicate key.
     """
     return yaml.load(text, _Loader)  # a SafeLoader
 

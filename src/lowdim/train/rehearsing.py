@@ -1,4 +1,4 @@
-"""A rehearsal of saving: before the first step it is known whether checkpoints can be written and read."""
+"""A rehearsal of saving: checks before the first step that checkpoints can be written and read."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ __all__ = ["rehearse_saving"]
 
 
 def rehearse_saving(model: nn.Module, optimizer: Any, companion: Any, folder: Path, kept: int) -> str | None:
-    """Before the first step: is there room for a checkpoint, and does what it will hold come back as it was?
+    """Before the first step: is there room for a checkpoint, and is its state the same after loading?
 
     The optimizer's state is laid out (zeros) for the smallest parameter of each kind, written, read with `weights_only=True`
-    and loaded; a projected optimizer alone can say beforehand what its state will be.
+    and loaded; only a projected optimizer knows the layout of its state in advance.
 
     Returns:
-        A warning where there is room for one checkpoint, but not for `kept`.
+        A warning if there is room for one checkpoint, but not for `kept`.
 
     Raises:
         OSError: the disk has no room for one checkpoint.
-        ValueError: something that was saved does not load.
+        ValueError: a saved state does not load.
     """
     weights = sum(t.numel() * t.element_size() for t in model.state_dict().values() if isinstance(t, torch.Tensor))
     layouts = list(_layouts(optimizer))
@@ -56,7 +56,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _layouts(optimizer: Any) -> Iterable[tuple[int, Any, Any, int]]:
-    """For each parameter of a projected optimizer: its number, itself, the layout of its state, and bytes."""
+    """For each parameter of a projected optimizer: its number, the parameter, the layout of its state, and bytes."""
     if not hasattr(optimizer, "parts"):
         return
     number = 0

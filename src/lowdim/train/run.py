@@ -41,8 +41,8 @@ def run_recipe(
     `checkpoints/`. Resuming from a checkpoint gives the same bits as a run that was never interrupted.
 
     Raises:
-        FileExistsError: the folder holds a run, and `resume` is False.
-        CheckpointError: it holds another recipe's run.
+        FileExistsError: the folder already holds a run, and `resume` is False.
+        CheckpointError: it holds the run of another recipe.
         LowdimError: the loss became NaN or infinite.
     """
     run = _prepare(recipe, resume, say)
@@ -60,7 +60,7 @@ class _Run:
     metric: Metric
     folder: Path
     accumulation: int
-    first: bool  # of several processes that torchrun or accelerate has started: the one that writes
+    first: bool  # of the processes that torchrun or accelerate has started: the one that writes
     say: Callable[[str], None]
 
 
@@ -212,11 +212,11 @@ def load_task(recipe: Recipe, tokenizer: Any) -> Task:
 
 
 def recipe_tokenizer(model: str, name: str | None, data: Sequence[str], text: str | None) -> Any:
-    """A tokenizer by name: `bytes`, `characters` (of the data), a folder or hub id; None takes the model's own.
+    """A tokenizer by name: `bytes`, `characters` (of the data), a folder or hub id; None uses the model's own.
 
     Raises:
         UnknownNameError: it cannot be found, or the model has none.
-        DataError: characters are wanted of a text that is not known beforehand.
+        DataError: `characters` for a text that is not known in advance.
     """
     from lowdim.train.packing import training_text
     from lowdim.train.tokenizers import byte_tokenizer, character_tokenizer
@@ -290,7 +290,7 @@ def load_run(folder: str | Path) -> tuple[Any, Recipe, Variant]:
 
 
 def whole_state(model: nn.Module) -> dict[str, Any] | None:
-    """All tensors of a model that is spread over processes (FSDP2), on the first of them; None where nothing is spread.
+    """All tensors of a sharded model (FSDP2), on the first process; None if nothing is sharded.
 
     Every process must call it.
     """
@@ -302,10 +302,10 @@ def whole_state(model: nn.Module) -> dict[str, Any] | None:
 
 
 def save_plain(model: Any, folder: Path, tokenizer: Any, whole: dict[str, Any] | None = None) -> None:
-    """A whole model, as other tools load it; `whole` are its tensors where it is spread over processes.
+    """Save a whole model for other tools; `whole` holds its tensors if it is sharded.
 
     Raises:
-        LowdimError: a spread model has structured layers, which are made plain in one process only.
+        LowdimError: a sharded model has structured layers, which can be made plain only in one process.
     """
     from lowdim.export import export
 

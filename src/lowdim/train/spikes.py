@@ -13,11 +13,11 @@ class SpikeAlarm:
     """Distinguishes a jump of the loss from its usual noise.
 
     Formula: with the median `M` and `D`, 1.4826 times the median distance from it, of the last `window` losses, a loss above
-    `M + max(factor · D, share · M)` is a spike. Spikes do not enter the window, so a loss that stays up is reported again and
-    again.
+    `M + max(factor · D, share · M)` is a spike. Spikes do not enter the window, so a loss that stays high is reported
+    repeatedly.
 
     Args:
-        patience: losses that must have been seen before anything is called a spike.
+        patience: number of losses before any loss can be a spike.
 
     Example:
         >>> from lowdim.train.spikes import SpikeAlarm
@@ -31,19 +31,19 @@ class SpikeAlarm:
         self._seen: deque[float] = deque(maxlen=window)
 
     def spike(self, loss: float) -> bool:
-        """Whether this loss is one; it is remembered if not."""
+        """Whether this loss is a spike; otherwise it enters the window."""
         if len(self._seen) >= self.patience and loss > self.threshold():
             return True
         self._seen.append(loss)
         return False
 
     def threshold(self) -> float:
-        """Where spikes begin now."""
+        """The current threshold for spikes."""
         middle = statistics.median(self._seen)
         spread = 1.4826 * statistics.median(abs(loss - middle) for loss in self._seen)
         return middle + max(self.factor * spread, self.share * abs(middle))
 
     def recall(self, losses: Iterable[float]) -> None:
-        """Look at the losses of a run that is resumed."""
+        """Fill the window with the losses of a resumed run."""
         for loss in losses:
             self.spike(loss)

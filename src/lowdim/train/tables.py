@@ -1,4 +1,4 @@
-"""Rows from files: jsonl, json, csv, tsv, parquet, labelled lines of text; with errors that say what to do."""
+"""Rows from files: jsonl, json, csv, tsv, parquet, labelled lines of text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ENCODINGS = ("cp1252", "latin-1")
 _MARKS = ((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".text", ".md")
 
-#: Samples that are shipped with the package, by the name that stands for their path.
+#: Samples that are shipped with the package, by name.
 SHIPPED = {"lowdim:sentence-polarity": "sentence_polarity/sample.jsonl", "lowdim:shakespeare": "shakespeare/sample.txt"}
 
 
@@ -47,7 +47,7 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path} is empty")
     wide = next((name for mark, name in _MARKS if raw.startswith(mark)), None)
     if wide is None and 0 in raw:
-        # Text in two bytes a character has a zero in most pairs, and always on the same side.
+        # Text with two bytes per character has a zero in most pairs, always on the same side.
         wide = next(
             (name for side, name in ((1, "utf-16-le"), (0, "utf-16-be")) if raw[side::2].count(0) > len(raw) // 4), None
         )
@@ -57,7 +57,7 @@ def read_text(path: Path) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        start = error.start + len(raw) - len(error.object)  # the decoder counts from behind a byte-order mark
+        start = error.start + len(raw) - len(error.object)  # the decoder counts from after a byte-order mark
         _not_utf8(path, raw, start, wide or next(e for e in _ENCODINGS if _decodes(raw, e)))
 
 
@@ -81,7 +81,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a file, column name -> value.
 
     Raises:
-        DataError: unreadable, empty, of an unknown kind, or not what its ending says (the line is named).
+        DataError: unreadable, empty, of an unknown type, or not of the type of its suffix (the line is named).
     """
     path = Path(path)
     kind = path.suffix.lower()
@@ -107,7 +107,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _lines(content: str) -> list[str]:
-    # Not str.splitlines, which also breaks at the line and paragraph separators that a text may hold.
+    # Not str.splitlines, which also splits at the line and paragraph separators that a text may contain.
     return content.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
@@ -129,7 +129,7 @@ def _json(path: Path, content: str) -> list[dict[str, Any]]:
     try:
         value = json.loads(content)
     except ValueError as error:
-        if content.lstrip().startswith("{") and len(_lines(content.strip())) > 1:  # one object a line goes by this name, too
+        if content.lstrip().startswith("{") and len(_lines(content.strip())) > 1:  # such files often hold one object per line
             return _json_lines(path, content)
         raise DataError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
@@ -149,7 +149,7 @@ def _table(path: Path, content: str, kind: str) -> list[dict[str, Any]]:
     header = [h.strip() for h in table[0]]
     twice = [h for h, count in Counter(header).items() if h and count > 1]
     if twice:
-        raise DataError(f"{path}: two columns are named {twice[0]!r} ({', '.join(header)})")
+        raise DataError(f"{path}: duplicate column name {twice[0]!r} ({', '.join(header)})")
     for number, row in enumerate(table[1:], 2):
         if len(row) != len(header):
             raise DataError(f"{path}: row {number} has {len(row)} fields, the header {len(header)} ({', '.join(header)})")
@@ -179,7 +179,7 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def _labelled_lines(path: Path, content: str) -> list[dict[str, Any]]:
-    """`label text` lines, as fastText and the sent-conv files have them, or `label<TAB>text`."""
+    """`label text` lines, as in fastText and the sent-conv files, or `label<TAB>text`."""
     rows = []
     for number, line in enumerate(_lines(content), 1):
         if not line.strip():

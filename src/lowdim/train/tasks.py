@@ -1,4 +1,4 @@
-"""What is learnt from the data: classification of texts, or language modelling. Datasets, loss and score in one object."""
+"""Tasks: text classification or language modelling, with datasets, loss and score in one object."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Score(NamedTuple):
 
 @dataclass
 class Task:
-    """Tokenised parts of the data, and how a model is scored on them.
+    """Tokenised parts of the data, and the scoring of a model on them.
 
     Attributes:
         kind: `"classify"` or `"causal-lm"`.
         train, validation, test: `datasets.Dataset` with `input_ids` (and `labels`, `attention_mask`).
         collate: rows -> batch of tensors.
         classes: names of the classes (empty for language models).
-        notes: what was left out or cut, in words.
+        notes: messages about texts that were left out or truncated.
     """
 
     kind: str
@@ -58,16 +58,16 @@ class Task:
 
     @property
     def num_labels(self) -> int:
-        """How many outputs the head has."""
+        """The number of outputs of the head."""
         return max(2, len(self.classes))
 
     def sizes(self) -> dict[str, int]:
-        """Rows in each part; a stream has none that could be counted."""
+        """Rows in each part; a stream is not counted."""
         train = {"train": len(self.train)} if hasattr(self.train, "__len__") else {}
         return {**train, "validation": len(self.validation), "test": len(self.test)}
 
     def sample_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
-        """The first training rows, for methods that look at data before they start."""
+        """The first training rows, for methods that need data before training."""
         rows = list(itertools.islice(iter(self.train), count * batch_size))
         for start in range(0, len(rows), batch_size):
             batch = self.collate(rows[start : start + batch_size])
@@ -84,7 +84,7 @@ class Task:
 
     @torch.no_grad()
     def score(self, model: nn.Module, part: Any, metric: Metric) -> Score:
-        """The score of a model on one part, in evaluation mode; NaN where an output is not finite."""
+        """The score of a model on one part, in evaluation mode; NaN if an output is not finite."""
         device, was_training = model_device(model), model.training
         model.eval()
         order = sorted(range(len(part)), key=lambda i: len(part[i]["input_ids"]))
@@ -127,10 +127,10 @@ def classification(
     """A classification task from labelled files.
 
     Args:
-        evaluation: a test file of its own; otherwise part of the data is held out.
+        evaluation: a separate test file; otherwise part of the data is held out.
         max_length: tokens kept of each text; longer ones are cut and counted.
-        most: what the model can read at once (`lowdim.models.longest_text`).
-        limit: use at most this many training texts, of each class at least one.
+        most: maximum number of tokens that the model can read (`lowdim.models.longest_text`).
+        limit: maximum number of training texts, with at least one of each class.
 
     Raises:
         DataError, UnknownNameError: see `lowdim.train.data`.
@@ -181,10 +181,10 @@ def language_modelling(
 
     Args: see `classification`.
 
-    Held-out blocks are consecutive stretches at the end of the text, so that neighbours do not leak.
+    Held-out blocks are contiguous, at the end of the text, so that neighbouring blocks do not leak.
 
     Raises:
-        DataError: no text, or less than three blocks of it.
+        DataError: no text, or fewer than three blocks of it.
     """
     datasets = _datasets()
     documents, notes = read_texts(files, text=text)
@@ -245,7 +245,7 @@ class _Pad:
 
 
 def stack_blocks(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Blocks of one length as a batch that is its own target."""
+    """Blocks of one length as a batch; the labels are the inputs."""
     ids = torch.tensor([row["input_ids"] for row in rows])
     return {"input_ids": ids, "labels": ids.clone()}
 

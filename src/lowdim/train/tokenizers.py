@@ -15,11 +15,11 @@ END, PAD, UNKNOWN = "<|end|>", "<|pad|>", "<|unknown|>"
 def byte_tokenizer() -> Any:
     """A transformers tokenizer whose ids are the text's UTF-8 bytes; 256 ends a document, 257 pads.
 
-    Any text comes back as it was. Where a model writes bytes that are no UTF-8, decoding shows a replacement character.
+    Any text is reproduced exactly. If a model writes bytes that are not UTF-8, decoding shows a replacement character.
 
     Returns:
-        A `transformers.PreTrainedTokenizerFast`: 258 tokens. What `save_pretrained` writes is loaded by
-        `AutoTokenizer.from_pretrained` and needs nothing of ours. The names of special tokens within a text are text.
+        A `transformers.PreTrainedTokenizerFast`: 258 tokens. After `save_pretrained`, `AutoTokenizer.from_pretrained`
+        loads it without lowdim. The names of special tokens within a text are ordinary text.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -30,8 +30,8 @@ def byte_tokenizer() -> Any:
         >>> tokenizer("né")["input_ids"], tokenizer.decode([110, 195, 169]), tokenizer.eos_token_id, len(tokenizer)
         ([110, 195, 169], 'né', 256, 258)
 
-    When not: a text is several times as long as with a trained vocabulary, and the model's context is filled as fast. Take it
-    where the vocabulary's matrices would outweigh a small model, or where text of every kind must be possible.
+    When not: texts have several times as many tokens as with a trained vocabulary, and fill the model's context sooner. Use
+    it if the vocabulary's matrices would dominate a small model, or if any kind of text must be possible.
     """
     kit = _tokenizers()
     made = kit.Tokenizer(kit.models.BPE(vocab={symbol: byte for byte, symbol in enumerate(_symbols())}, merges=[]))
@@ -46,13 +46,13 @@ def character_tokenizer(text: str | Iterable[str]) -> Any:
     Ids follow the order of the code points, from 0; then come the unknown character, the end of a document and padding.
 
     Args:
-        text: what the model will be trained on, or several texts. Characters that are not in it become the unknown one.
+        text: the training text, or several texts. Other characters become the unknown one.
 
     Returns:
         A `transformers.PreTrainedTokenizerFast`, as `byte_tokenizer` gives. `save_pretrained` keeps its characters.
 
     Raises:
-        ValueError: no character in the text, or a lone surrogate, which no file in UTF-8 holds.
+        ValueError: no character in the text, or a lone surrogate, which UTF-8 cannot encode.
         MissingExtraError: transformers is not installed.
 
     Example:
@@ -63,7 +63,7 @@ def character_tokenizer(text: str | Iterable[str]) -> Any:
         >>> tokenizer.decode([1, 4, 2])
         'a<|unknown|>b'
 
-    When not: for text with thousands of different characters, or where new ones may appear; take `byte_tokenizer` there.
+    When not: for text with thousands of different characters, or if new ones may appear; use `byte_tokenizer` there.
     """
     characters = sorted(set(text) if isinstance(text, str) else set().union(*map(set, text)))
     if not characters:
@@ -79,7 +79,7 @@ def character_tokenizer(text: str | Iterable[str]) -> Any:
 
 
 def _symbols() -> list[str]:
-    """The printable character that stands for each byte in the tokenizers library: itself, or the next one from U+0100."""
+    """The printable character that represents each byte in the tokenizers library: itself, or the next one from U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
@@ -92,7 +92,7 @@ def _fast(tokenizer: Any, **special: str) -> Any:
         tokenizer_object=tokenizer,
         eos_token=END,
         pad_token=PAD,
-        split_special_tokens=True,  # their names in a text are text
+        split_special_tokens=True,  # their names in a text are ordinary text
         clean_up_tokenization_spaces=False,
         **special,
     )

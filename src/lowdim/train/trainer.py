@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["MethodTrainer", "Recorder", "RunMonitor", "Tick", "arguments", "newest_checkpoint"]
 
 _COMPANION = "companion.pt"  # in a checkpoint
-_KEPT = 3  # two whole checkpoints, and the next one beside them
+_KEPT = 3  # two complete checkpoints, and the next one while it is written
 _WORDS = {"captured": "captured", "overlap": "overlap with the last subspaces"}
 
 
@@ -39,10 +39,10 @@ class MethodTrainer(Trainer):
     """`transformers.Trainer` with the optimizer, loss and companion of a method.
 
     Args:
-        applied: the model that a strategy has made ready.
+        applied: the model that a strategy has prepared.
         lr: the peak rate.
-        watch: log what a projected optimizer sees of the gradients.
-        others: of `transformers.Trainer`.
+        watch: log a projected optimizer's numbers about the gradients.
+        others: options of `transformers.Trainer`.
     """
 
     def __init__(self, applied: Applied, lr: float, *, watch: bool = False, **others: Any):
@@ -52,18 +52,18 @@ class MethodTrainer(Trainer):
         self._logged_step = 0
         super().__init__(model=applied.model, **others)
         self.remove_callback(PrinterCallback)
-        # Every loss here is a mean over the batch. Many classifiers take any keyword and so seem to divide by the items of
-        # all accumulated batches, but do not; the trainer would then leave their gradient as many times too large.
+        # Every loss here is a mean over the batch. Many classifiers accept any keyword and so seem to divide by the items of
+        # all accumulated batches, but do not; the trainer would then leave their gradient too large by that factor.
         self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """The method's own, with its companion."""
+        """The method's own optimizer, with its companion."""
         if self.optimizer is None:
             self.optimizer = self.applied.start(self.applied_lr)
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """In training with what the method adds."""
+        """The loss, in training with the method's penalty."""
         usual: Any = super().compute_loss
         if return_outputs or not model.training:
             return usual(model, inputs, return_outputs, **kwargs)
@@ -77,7 +77,7 @@ class MethodTrainer(Trainer):
             FloatingPointError: the loss, or the method's penalty, is not finite.
         """
         total = super().training_step(*args, **kwargs)
-        if not bool(torch.isfinite(total)):  # before the optimizer makes weights of it
+        if not bool(torch.isfinite(total)):  # before the optimizer uses it
             raise FloatingPointError(f"the loss became {float(total):g} at step {self.state.global_step + 1}")
         losses, self._losses = self._losses, None
         if losses is None or not isinstance(losses.penalty, torch.Tensor) or not losses.penalty.requires_grad:
@@ -87,11 +87,11 @@ class MethodTrainer(Trainer):
         return losses.task.detach().mean() / share
 
     def plain_optimizer(self) -> Any:
-        """Without the wrapper that accelerate puts around it."""
+        """The optimizer without accelerate's wrapper."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """With the method's penalty, and with what a projected optimizer saw where that is watched."""
+        """Log also the method's penalty, and a projected optimizer's numbers if they are watched."""
         if "loss" in logs:
             if self._penalty is not None:
                 logs[PENALTY] = self._penalty / max(1, self.state.global_step - self._logged_step)
@@ -126,28 +126,28 @@ class MethodTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:
             super()._save_checkpoint(*args, **kwargs)
-        except Exception as error:  # a full disk: torch, safetensors and the system each have an error of their own for it
+        except Exception as error:  # a full disk: torch, safetensors and the system each raise their own error
             folder = Path(str(self.args.output_dir))
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
             if shutil.disk_usage(folder).free < 2**20:
                 reason = os.strerror(errno.ENOSPC)
             shutil.rmtree(folder / f"checkpoint-{self.state.global_step}", ignore_errors=True)
-            earlier = "; go on from the one before with --resume" if newest_checkpoint(folder) else ""
+            earlier = "; continue from the one before with --resume" if newest_checkpoint(folder) else ""
             raise OSError(errno.ENOSPC, f"could not write a checkpoint to {folder} ({reason}){earlier}") from error
 
 
 class Recorder(TrainerCallback):
-    """Step times, and one reading of the memory.
+    """Records step times, and the peak memory once.
 
     Args:
-        measure: read the peak of one step, which makes that step slower.
+        measure: measure the peak of one step, which makes that step slower.
 
     Attributes:
         times: seconds of each step from the third on.
         peak_bytes: of the measured step, or None.
     """
 
-    measured_step = 3  # of this process, so a resumed run is measured, too; the first two allocate and warm up
+    measured_step = 3  # of this process, so a resumed run is measured too; the first two allocate and warm up
 
     def __init__(self, model: nn.Module, measure: bool):
         self.model, self.measure = model, measure
@@ -176,7 +176,7 @@ class Recorder(TrainerCallback):
             self.times.append(seconds)
 
     def close(self) -> None:
-        """End a measurement whose step was left by an exception; a profiler that stays open breaks the next run."""
+        """End a measurement whose step raised an exception; an open profiler would break the next run."""
         if self._peak is not None:
             self._peak.__exit__(None, None, None)
             self._peak = None
@@ -186,8 +186,8 @@ class RunMonitor(TrainerCallback):
     """Monitors a run: the method's own steps, evaluations, the alarm for spikes, the rehearsal of saving.
 
     Args:
-        result: gets the steps whose loss jumped.
-        say: gets a line for each spike and each evaluation.
+        result: the steps whose loss jumped are added to it.
+        say: called with a line for each spike and each evaluation.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class RunMonitor(TrainerCallback):
         self._first = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look back at the losses of a run that is resumed, and rehearse saving."""
+        """Read the earlier losses of a resumed run, and rehearse saving."""
         trainer, settings = self.trainer, self.settings
         self._follow(args, state, kwargs["lr_scheduler"])
         optimizer = trainer.plain_optimizer()
@@ -212,7 +212,7 @@ class RunMonitor(TrainerCallback):
                 self.say(f"note: {short}")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the first backward pass: every adapted layer must have got a gradient."""
+        """After the first backward pass: every adapted layer must have a gradient."""
         if self._first and self.trainer.applied.adapted is not None:
             self.trainer.applied.adapted.check_gradients()
         self._first = False
@@ -223,25 +223,25 @@ class RunMonitor(TrainerCallback):
         self._follow(args, state, kwargs["lr_scheduler"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Report a loss that jumps."""
+        """Report loss spikes."""
         if logs and "loss" in logs and self.alarm.spike(float(logs["loss"])):
             self.result.spikes.append(state.global_step)
             usual = f"below {self.alarm.threshold():.4f}"
             self.say(f"step {state.global_step}: the loss jumped to {float(logs['loss']):.4f} (usual: {usual})")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Score the validation part where it is due."""
+        """Score the validation part when it is due."""
         every = self.settings.eval_steps
         if every and state.global_step % every == 0 and state.global_step < state.max_steps:
             loss = self.task.evaluate(self.trainer.applied.model, self.task.validation, metric_for(self.task.kind, "loss"))
             due = control.should_log
             self.trainer.log({"eval_loss": loss})
-            control.should_log = due  # which logging switches off: the step's own loss would be lost
+            control.should_log = due  # logging would reset it, and the step's own loss would be lost
             score = f"step {state.global_step}: validation perplexity {math.exp(min(loss, 50.0)):.4f}"
             self.say(score + _seen(self.trainer.plain_optimizer()))
 
     def _follow(self, args: Any, state: Any, scheduler: Any) -> None:
-        """Let the scheduler know of groups that the optimizer got, also by a resume."""
+        """Add new optimizer groups to the scheduler, also after a resume."""
         if self.trainer.applied.adapted is not None and scheduler is not None:
             warmup = args.get_warmup_steps(state.max_steps)
             self.trainer.applied.adapted.follow(scheduler, warmup=warmup, total=state.max_steps)
@@ -254,12 +254,12 @@ class Tick(TrainerCallback):
         self.on_step = on_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One step was made."""
+        """Count one step."""
         self.on_step()
 
 
 def arguments(settings: FitSettings, steps: int, folder: Path) -> TrainingArguments:
-    """The settings in transformers' words."""
+    """The settings as transformers' arguments."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -286,19 +286,19 @@ def arguments(settings: FitSettings, steps: int, folder: Path) -> TrainingArgume
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
-        ddp_broadcast_buffers=False,  # frozen bases are the same everywhere, and large
+        ddp_broadcast_buffers=False,  # frozen bases are the same on all processes, and large
     )
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that was finished, or None."""
+    """The newest complete checkpoint, or None."""
     found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
     complete = [p for p in found if _whole(p / "trainer_state.json")]
     return str(max(complete, key=lambda p: int(p.name.rpartition("-")[2]))) if complete else None
 
 
 def _whole(state: Path) -> bool:
-    """Whether a checkpoint was finished: the trainer writes this file last."""
+    """Whether a checkpoint is complete: the trainer writes this file last."""
     try:
         return bool(read_json(state))
     except CheckpointError:
@@ -306,20 +306,20 @@ def _whole(state: Path) -> bool:
 
 
 def _check_complete(checkpoint: Path) -> None:
-    """Raise FileNotFoundError where a part is missing that the trainer would silently do without."""
-    for pattern in ("optimizer.pt", "scheduler.pt", "rng_state*.pth"):  # one random state a process
+    """Raise FileNotFoundError if a part is missing that the trainer would silently ignore."""
+    for pattern in ("optimizer.pt", "scheduler.pt", "rng_state*.pth"):  # one random state per process
         if not list(checkpoint.glob(pattern)):
             raise FileNotFoundError(f"{pattern.replace('*', '')} is missing")
 
 
 @contextmanager
 def _reading(checkpoint: str | None) -> Iterator[None]:
-    """What goes wrong while a checkpoint is read is its damage, and says how to go on."""
+    """Turn any error while reading a checkpoint into one that says how to continue."""
     try:
         yield
     except CheckpointError:
         raise
-    except Exception as error:  # torch, safetensors, zip files and the system each have an error of their own for it
+    except Exception as error:  # torch, safetensors, zip files and the system each raise their own error
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(
             f"{checkpoint} cannot be read ({reason}); remove that folder, and --resume continues from the checkpoint before it"
@@ -327,13 +327,13 @@ def _reading(checkpoint: str | None) -> Iterator[None]:
 
 
 def _seen(optimizer: Any) -> str:
-    """What a projected optimizer saw in the last step, in words."""
+    """A projected optimizer's numbers of the last step, as text."""
     numbers = optimizer.log() if hasattr(optimizer, "watcher") else {}
     return "".join(f"; {words} {numbers[name]:.3g}" for name, words in _WORDS.items() if name in numbers)
 
 
 def _unclipped(numbers: dict[str, float], logs: dict[str, float]) -> dict[str, float]:
-    """Norms as they were before the trainer clipped the full gradients, which it reports as `grad_norm`."""
+    """Norms before the trainer clipped the full gradients, which it reports as `grad_norm`."""
     norm, seen = logs.get("grad_norm"), numbers.get("true_grad_norm")
     if not norm or not seen:
         return numbers

@@ -1,6 +1,6 @@
 """The rows of the catalogue: one module for each family, one `Entry` for each system.
 
-A row is added to its family's module and nowhere else. `ROWS` has all of them in order, with what their place says filled in.
+A row is added to its family's module and nowhere else. `ROWS` has all of them in order, with everything filled in.
 """
 
 import importlib

@@ -1,6 +1,6 @@
-"""What `lowdim run` and `lowdim compare` write of each training, as types that write and read it.
+"""The records that `lowdim run` and `lowdim compare` write of each training, as types that write and read them.
 
-The files are JSON. A field with a default is left out while it is empty, so that records stay as they were written before it.
+The files are JSON. A field with a default is omitted while it is empty, so that adding fields does not change other records.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RUN = "run.json"
 
 
 def claim(folder: Path, marker: str, what: str, resume: bool) -> Path | None:
-    """The file `marker` of an earlier `what` (a run, a comparison) in the folder that goes on, or None in a new folder.
+    """The file `marker` of an earlier `what` (a run, a comparison) to continue in the folder, or None in a new folder.
 
     Raises:
         FileExistsError: the folder is a file, holds something else, or holds an earlier one and `resume` is False.
@@ -41,19 +41,19 @@ class RunRecord:
     """A finished run of a recipe.
 
     Attributes:
-        method, label: name, and what tables print.
-        recipe: all of its keys.
-        config: the method's hyperparameters with everything filled in.
-        trained_parameters: how many numbers were trained at the start.
+        method, label: its name, and its name in tables.
+        recipe: all keys of the recipe.
+        config: the method's hyperparameters with all defaults filled in.
+        trained_parameters: number of trained parameters at the start.
         metric, before, validation, test: its name, and the scores of the three.
         data: name, sizes of the parts, notes, labels.
-        losses, loss_steps: of each logged step, the task's alone.
-        evaluations: `[step, loss]` of the validation part in between.
-        subspaces, spikes: what a projected optimizer logged, and the steps whose loss jumped.
+        losses, loss_steps: of each logged step, without penalties.
+        evaluations: `[step, loss]` of the validation part during training.
+        subspaces, spikes: the log of a projected optimizer, and the steps whose loss jumped.
         seconds_per_step, measured_peak_bytes: the median, and the peak of one step.
         environment, lowdim: versions and hardware.
-        penalties: what the method added to each loss, where it adds anything.
-        ranks: layer -> rank at the end, where the method chooses them.
+        penalties: the terms that the method added to the losses, if any.
+        ranks: layer -> rank at the end, if the method chooses them.
 
     Example:
         >>> import dataclasses
@@ -88,12 +88,12 @@ class RunRecord:
     ranks: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as `run.json` holds it."""
+        """The record as written to `run.json`."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if value or name not in ("penalties", "ranks")}
 
     def write(self, folder: Path) -> None:
-        """Write `run.json` into the folder, whole or not at all."""
+        """Write `run.json` into the folder, atomically."""
         write_json(folder / RUN, self.to_dict())
 
     @classmethod
@@ -101,7 +101,7 @@ class RunRecord:
         """The record of the run in a folder.
 
         Raises:
-            CheckpointError: there is none, or it is not a recipe's.
+            CheckpointError: there is no record, or it is not that of a recipe.
         """
         values = read_json(folder / RUN)
         known = {f.name for f in dataclasses.fields(cls)}

@@ -109,11 +109,11 @@ class _Collector:
                 if self.kinds & {"covariance", "norms", "context_covariance"}:
                     x = _layer_rows(layer, args[0] if args else next(iter(kwargs.values())))
                     if self.kinds & {"covariance", "norms"}:
-                        self._take_inputs(name, self._rows(x))
+                        self._add_inputs(name, self._rows(x))
                     if "context_covariance" in self.kinds:
-                        self._take_samples(name, x)
+                        self._add_samples(name, x)
                 if "output_covariance" in self.kinds:
-                    self._take_outputs(name, self._rows(output.movedim(1, -1) if isinstance(layer, nn.Conv2d) else output))
+                    self._add_outputs(name, self._rows(output.movedim(1, -1) if isinstance(layer, nn.Conv2d) else output))
 
         return hook
 
@@ -133,13 +133,13 @@ class _Collector:
 
         return hook
 
-    def _take_inputs(self, name: str, x: Tensor) -> None:
+    def _add_inputs(self, name: str, x: Tensor) -> None:
         if "covariance" in self.kinds:
             self._add_gram(name, "covariance", x)
         self._add(name, "squares", x.square().sum(0))
         self._add(name, "count", x.shape[0])
 
-    def _take_samples(self, name: str, x: Tensor) -> None:
+    def _add_samples(self, name: str, x: Tensor) -> None:
         x = x.detach().float()
         mask = self._mask_of(x)
         if mask is None:
@@ -161,7 +161,7 @@ class _Collector:
         self._add(name, "samples", int(there.sum()))
         self._add(name, "rows", int(mask.sum()))
 
-    def _take_outputs(self, name: str, y: Tensor) -> None:
+    def _add_outputs(self, name: str, y: Tensor) -> None:
         if not y.shape[0]:
             return
         # Sums are shifted by the first rows' mean: E[y yᵀ] − μ μᵀ cancels where the mean is large compared with the spread.

@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 _SMALL = 2**20
 
 
-class _Unsaid(float):
+class _DefaultTarget(float):
     """The default target, which a threshold replaces."""
 
 
@@ -62,13 +62,13 @@ class WeLoreConfig:
         (0.5, None)
     """
 
-    target: float | None = _Unsaid(0.5)
+    target: float | None = _DefaultTarget(0.5)
     threshold: float | None = None
     min_reduction: float = 0.5
     target_modules: Patterns = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.target, _Unsaid):
+        if isinstance(self.target, _DefaultTarget):
             object.__setattr__(self, "target", 0.5 if self.threshold is None else None)
         if (self.target is None) == (self.threshold is None):
             raise ValueError(

@@ -33,17 +33,17 @@ class LayerStrategy(Strategy):
         """Make the companion of a trial model, which needs no memory."""
         if not self.variant.companion:
             return
-        own, beside = self._split(Setup(lr=1e-3, steps=1000))
+        own, companion_options = self._split(Setup(lr=1e-3, steps=1000))
         own.pop("target_modules", None)
         with torch.device("meta"):
             model = nn.Sequential(nn.Linear(_TRIAL, _TRIAL), nn.Linear(_TRIAL, _TRIAL))
         swap_linear(model, self.variant.build(), fresh=True, **own)
-        self._companion(model, beside, torch.optim.SGD(model.parameters(), lr=1e-3))
+        self._companion(model, companion_options, torch.optim.SGD(model.parameters(), lr=1e-3))
 
     def apply(self, model: nn.Module, setup: Setup) -> Applied:
         """Swap the selected layers; by default those that become smaller at the rank."""
         model.requires_grad_(True)
-        own, beside = self._split(setup)
+        own, companion_options = self._split(setup)
         left = self._swap(model, own, setup)
         notes = ()
         if left:
@@ -53,7 +53,7 @@ class LayerStrategy(Strategy):
             self.variant,
             lambda lr: adamw(model.parameters(), lr),
             options=dict(self.variant.options),
-            make_companion=functools.partial(self._companion, model, beside) if self.variant.companion else None,
+            make_companion=functools.partial(self._companion, model, companion_options) if self.variant.companion else None,
             notes=notes,
         )
 
@@ -68,10 +68,12 @@ class LayerStrategy(Strategy):
     def _split(self, setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
         """The layer's own options, and its companion's, with `total_steps` and the run's seed if they are not set."""
         names = self._companion_names()
-        beside = {name: value for name, value in self.variant.options.items() if name in names}
+        companion_options = {name: value for name, value in self.variant.options.items() if name in names}
         training = {"total_steps": setup.steps, "seed": setup.seed}
-        beside |= {name: value for name, value in training.items() if name in names and beside.get(name) is None}
-        return {name: value for name, value in self.variant.options.items() if name not in names}, beside
+        companion_options |= {
+            name: value for name, value in training.items() if name in names and companion_options.get(name) is None
+        }
+        return {name: value for name, value in self.variant.options.items() if name not in names}, companion_options
 
     def _companion(self, model: nn.Module, options: dict[str, Any], optimizer: torch.optim.Optimizer) -> Companion:
         return self.variant.build_companion()(model=model, optimizer=optimizer, **options)

@@ -58,7 +58,7 @@ class QuantizedSVDProjector(SVDProjector):
         if not self.due(state, step):
             return False
         side = self.sides(tuple(a.shape))[0]
-        held = self._opened(state)
+        held = self._load_basis(state)
         made: State = dict(held)  # without a count of choices, so that one is due
         if not super().prepare(a, made, step):  # not finite: the old basis stays
             return False
@@ -75,7 +75,7 @@ class QuantizedSVDProjector(SVDProjector):
             state[f"{side}_basis"] = basis
         else:
             state["first_vector"] = basis[:, 0].clone()
-            self._close(state, side, basis.mT.contiguous() if side == "right" else basis)
+            self._store_basis(state, side, basis.mT.contiguous() if side == "right" else basis)
         return True
 
     def kept(self, basis: Tensor, like: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class QuantizedSVDProjector(SVDProjector):
         if count > self.queue_size and has_numbers(cosine) and float(state["queue"].mean()) >= self.cos_threshold:
             state["interval"] = int(state["interval"] * self.gamma)
 
-    def _close(self, state: State, side: str, basis: Tensor) -> None:
+    def _store_basis(self, state: State, side: str, basis: Tensor) -> None:
         """Store the basis; entries that do not fill a group are quantized as a smaller one."""
         assert self.bits is not None
         flat = basis.reshape(-1)
@@ -98,7 +98,7 @@ class QuantizedSVDProjector(SVDProjector):
         state[f"{side}_codes"] = pack_nibbles(codes) if self.bits <= 4 else codes
         state[f"{side}_scales"], state[f"{side}_zeros"] = scales, zeros
 
-    def _opened(self, state: State) -> State:
+    def _load_basis(self, state: State) -> State:
         """The basis in floating point, in a state for `SVDProjector`; empty if there is none."""
         side = "right" if "right_codes" in state or "right_basis" in state else "left"
         if f"{side}_codes" not in state:
@@ -122,15 +122,15 @@ class QuantizedSVDProjector(SVDProjector):
 
     def down(self, a: Tensor, state: State) -> Tensor:
         """`a R` or `Lᵀ a`."""
-        return super().down(a, self._opened(state))
+        return super().down(a, self._load_basis(state))
 
     def up(self, low: Tensor, state: State) -> Tensor:
         """`low Rᵀ` or `L low`."""
-        return super().up(low, self._opened(state))
+        return super().up(low, self._load_basis(state))
 
     def add_up(self, weight: Tensor, low: Tensor, state: State, *, alpha: float, beta: float = 1.0) -> None:
         """One multiply-add onto the weight."""
-        super().add_up(weight, low, self._opened(state), alpha=alpha, beta=beta)
+        super().add_up(weight, low, self._load_basis(state), alpha=alpha, beta=beta)
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         """Codes, scales and zeros, the first vector and the queue."""

@@ -28,7 +28,7 @@ def dense_model(model: Any) -> Any:
     for name, layer in plain_layers(model).items():
         state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
         state |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
-    plain, state = _roomy(model, state)
+    plain, state = _model_with_biases(model, state)
     plain.load_state_dict(state, strict=True, assign=True)
     plain.tie_weights()
     plain.generation_config = getattr(model, "generation_config", None)
@@ -44,7 +44,7 @@ def make_room_for_biases(model: Any) -> None:
     Raises:
         LowdimError: the model's class cannot hold a bias of the model.
     """
-    roomy, state = _roomy(model, dict(model.state_dict()))
+    roomy, state = _model_with_biases(model, dict(model.state_dict()))
     for key in state.keys() - model.state_dict().keys():
         layer = model.get_submodule(key.rpartition(".")[0])
         layer.bias = nn.Parameter(state[key], requires_grad=any(p.requires_grad for p in layer.parameters()))
@@ -53,7 +53,7 @@ def make_room_for_biases(model: Any) -> None:
             setattr(model.config, flag, getattr(roomy.config, flag))
 
 
-def _roomy(model: Any, state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+def _model_with_biases(model: Any, state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
     """A model of the same class on the meta device that can hold every tensor, and the tensors it needs."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
@@ -76,7 +76,7 @@ def _roomy(model: Any, state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tens
         )
     own = dict(plain.state_dict())
     zeros = {
-        key: torch.zeros(own[key].shape, dtype=_dtype_beside(key, state), device=_device(state.values()))
+        key: torch.zeros(own[key].shape, dtype=_layer_dtype(key, state), device=_device(state.values()))
         for key in own.keys() - state.keys()
         if key.endswith(".bias")
     }
@@ -92,7 +92,7 @@ def _extra(state: Mapping[str, Tensor], plain: nn.Module) -> set[str]:
     return state.keys() - plain.state_dict().keys()
 
 
-def _dtype_beside(key: str, state: Mapping[str, Tensor]) -> torch.dtype:
+def _layer_dtype(key: str, state: Mapping[str, Tensor]) -> torch.dtype:
     return state[f"{key.rpartition('.')[0]}.weight"].dtype
 
 

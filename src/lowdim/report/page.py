@@ -55,7 +55,7 @@ def render(comparison: Mapping[str, Any]) -> str:
             _rates(record),
             sections.section("left-out", "Not compared", sections.left_out(record)),
             sections.section("use", _use_title(record), sections.load(record)),
-            sections.section("circumstances", "Circumstances", _circumstances(record)),
+            sections.section("circumstances", "Circumstances", _details(record)),
         )
     )
     made = " · ".join(part for part in ("lowdim compare", date(record.created)) if part)
@@ -140,7 +140,7 @@ def _use_title(record: Comparison) -> str:
     return f"Use {record.chosen.label}" if record.chosen else "Use the winner"
 
 
-def _circumstances(record: Comparison) -> str:
+def _details(record: Comparison) -> str:
     data = {key: value for key, value in record.data.items() if key != "notes"}
     data["notes"] = record.data.get("notes")
     notes = "".join(f"<li>{esc(note)}</li>" for note in record.notes)

@@ -56,7 +56,7 @@ def key_figures(comparison: Comparison) -> str:
         return ""
     base = comparison.baseline if comparison.baseline is not chosen else None
 
-    def beside(key: str) -> str:
+    def against_baseline(key: str) -> str:
         times = ratio(getattr(chosen, key), getattr(base, key)) if base else None
         return f"{times} of {base.label}" if times and base else ""
 
@@ -68,10 +68,10 @@ def key_figures(comparison: Comparison) -> str:
     memory = "Peak memory" if chosen.measured_peak_bytes is not None else "Peak memory, forecast"
     tiles = [
         (comparison.metric, comparison.score(chosen.mean), f"{interval}\n{difference}".strip()),
-        (memory, size(chosen.peak_bytes), beside("peak_bytes")),
-        ("Time per step", duration(chosen.seconds_per_step), beside("seconds_per_step")),
-        ("Trained parameters", count(chosen.trained_parameters), beside("trained_parameters")),
-        ("Saved file", size(chosen.file_bytes), beside("file_bytes")),
+        (memory, size(chosen.peak_bytes), against_baseline("peak_bytes")),
+        ("Time per step", duration(chosen.seconds_per_step), against_baseline("seconds_per_step")),
+        ("Trained parameters", count(chosen.trained_parameters), against_baseline("trained_parameters")),
+        ("Saved file", size(chosen.file_bytes), against_baseline("file_bytes")),
     ]
     return tile_list(tiles, f"Numbers of {chosen.label}")
 

@@ -40,7 +40,7 @@ def run(context: Context) -> Outcome:
     )
     _discarding(context, outcome)
     _training(context, outcome)
-    _beside_peft(context, outcome)
+    _compare_with_peft(context, outcome)
     outcome.notes.append("That CorDA forgets less in knowledge mode was not run.")
     return outcome
 
@@ -96,7 +96,7 @@ def _training(context: Context, outcome: Outcome) -> None:
     ]
 
 
-def _beside_peft(context: Context, outcome: Outcome) -> None:
+def _compare_with_peft(context: Context, outcome: Outcome) -> None:
     rank, threads = 32, torch.get_num_threads()
     _, x, names = four_layers()
     ours, theirs = _both(lambda: four_layers()[0], x, names, rank)

@@ -135,7 +135,7 @@ def _train(model: nn.Module, data: Data, seed: int, **how: Any) -> float:
     """Seconds. With `how` (options of MaestroTraining) the model is Maestro's; with a lasso it shrinks after each epoch."""
     x, y = data[:2]
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
-    beside = MaestroTraining(model, optimizer, threshold=THRESHOLD, seed=seed, **how) if how else None
+    companion = MaestroTraining(model, optimizer, threshold=THRESHOLD, seed=seed, **how) if how else None
     order, start = stream(seed, "maestro", "order"), time.perf_counter()
     with torch.enable_grad():
         for factor in SCHEDULE:
@@ -144,15 +144,15 @@ def _train(model: nn.Module, data: Data, seed: int, **how: Any) -> float:
             for rows in torch.randperm(len(x), generator=order).split(BATCH):
                 logits = model(x[rows])
                 loss = F.cross_entropy(logits, y[rows])
-                if beside is not None:
-                    loss = loss + beside.extra_loss(lambda rows=rows: model(x[rows]), logits)
+                if companion is not None:
+                    loss = loss + companion.extra_loss(lambda rows=rows: model(x[rows]), logits)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                if beside is not None:
-                    beside.step()
-            if beside is not None and beside.lasso > 0:
-                beside.shrink()
+                if companion is not None:
+                    companion.step()
+            if companion is not None and companion.lasso > 0:
+                companion.shrink()
     return round(time.perf_counter() - start, 1)
 
 

@@ -35,7 +35,7 @@ __all__ = ["load_run", "run_recipe"]
 def run_recipe(
     recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] = lambda line: None, callbacks: tuple[Any, ...] = ()
 ) -> dict[str, Any]:
-    """Train as the recipe says; returns the record that `run.json` holds (`lowdim.records.RunRecord`).
+    """Train a recipe; returns the record that is written to `run.json` (`lowdim.records.RunRecord`).
 
     Writes `recipe.yaml`, `run.json`, `adapter/` (or `model/` for methods without an adapter) and, with `save_steps`,
     `checkpoints/`. Resuming from a checkpoint gives the same bits as a run that was never interrupted.
@@ -53,7 +53,7 @@ def run_recipe(
 
 @dataclass(frozen=True)
 class _Run:
-    """A recipe that has been checked, and whose folder is claimed."""
+    """A checked recipe and its claimed folder."""
 
     recipe: Recipe
     strategy: Strategy
@@ -66,14 +66,14 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Start:
-    """A model made ready, and what it is trained on."""
+    """A prepared model, and its data."""
 
     task: Task
     tokenizer: Any
     applied: Applied
     lr: float
     before: float
-    trained: int  # counted now: some methods train less and less
+    trained: int  # counted at the start: some methods train fewer parameters over time
 
 
 def _prepare(recipe: Recipe, resume: bool, say: Callable[[str], None]) -> _Run:
@@ -89,7 +89,7 @@ def _prepare(recipe: Recipe, resume: bool, say: Callable[[str], None]) -> _Run:
 
 
 def _load(run: _Run) -> _Start:
-    """Read data and model, score the model as it is, and make it ready for the method."""
+    """Read data and model, score the untrained model, and prepare it for the method."""
     recipe, strategy = run.recipe, run.strategy
     tokenizer = recipe_tokenizer(recipe.model, recipe.tokenizer, recipe.data, recipe.text)
     task = load_task(recipe, tokenizer)

@@ -42,9 +42,9 @@ def task_vector(
     if isinstance(pretrained, nn.Module) != isinstance(finetuned, nn.Module):  # a state dict also holds buffers and ties
         module = set(before if isinstance(pretrained, nn.Module) else after)
         before, after = ({name: t for name, t in part.items() if name in module} for part in (before, after))
-    lonely = sorted(set(before) ^ set(after))
-    if lonely:
-        raise ValueError(f"block {lonely[0]} is only in the {'pretrained' if lonely[0] in before else 'finetuned'} model")
+    unpaired = sorted(set(before) ^ set(after))
+    if unpaired:
+        raise ValueError(f"block {unpaired[0]} is only in the {'pretrained' if unpaired[0] in before else 'finetuned'} model")
     found = {}
     for name, tensor in before.items():
         if after[name].shape != tensor.shape:

@@ -294,7 +294,7 @@ class Adapted(Companion):
         changes = []
         config: Any = getattr(self.model, "config", None)
         self._merged = _Merged(
-            self.layers, self.shared, {p: p.requires_grad for p in self.model.parameters()}, _ties_words(config)
+            self.layers, self.shared, {p: p.requires_grad for p in self.model.parameters()}, _ties_embeddings(config)
         )
         for name, layer in self.layers.items():
             plain, change = merged_layer(name, layer)
@@ -304,7 +304,7 @@ class Adapted(Companion):
             parameter.requires_grad_(True)
         self.drop_shared()
         self._fused.restore()
-        if _ties_words(config) and self._head_stands_alone():
+        if _ties_embeddings(config) and self._head_stands_alone():
             config.tie_word_embeddings = False
         self.merge_report = MergeReport(tuple(changes), tuple(name for name in self.layers if name in self.tied))
         self.layers = {}
@@ -369,5 +369,5 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _ties_words(config: Any) -> bool:
+def _ties_embeddings(config: Any) -> bool:
     return bool(getattr(config, "tie_word_embeddings", False))

@@ -104,7 +104,7 @@ class AdapterSet:
         made = cls.__new__(cls)
         made.model, made.adapters, made._strengths, made._merged = model, {}, {}, None
         for name, adapted in adapters.items():
-            made._take(name, adapted)
+            made._register(name, adapted)
         return made
 
     @property
@@ -118,7 +118,7 @@ class AdapterSet:
         return {name: strength for name, strength in self._strengths.items() if strength}
 
     def __getitem__(self, name: str) -> Adapted:
-        return self.adapters[self._known(name)]
+        return self.adapters[self._check_known(name)]
 
     def __contains__(self, name: object) -> bool:
         return name in self.adapters
@@ -133,7 +133,7 @@ class AdapterSet:
         Raises:
             ValueError: the name is in use or empty, the set is merged, or the method acts on the whole model.
         """
-        self._free(name)
+        self._check_new(name)
         kind = type(source) if isinstance(source, Method) else _saved_kind(Path(source))
         if kind is not None and issubclass(kind, ModelMethod):
             raise ValueError(f"{kind.__name__} acts on the model as a whole and cannot share it with other adapters")
@@ -141,7 +141,7 @@ class AdapterSet:
             adapted = adapt(self.model, source, **options)
         else:
             adapted = load_adapter(self.model, source, **options)
-        return self._take(name, adapted)
+        return self._register(name, adapted)
 
     def activate(self, *names: str, train: bool = True, **strengths: float) -> None:
         """Activate these adapters, and deactivate all others.
@@ -157,9 +157,9 @@ class AdapterSet:
         """
         wanted = {**dict.fromkeys(names, 1.0), **strengths}
         for name, strength in wanted.items():
-            self._known(name)
+            self._check_known(name)
             check_float(f"strength of {name!r}", strength)
-        self._unmerged("activate")
+        self._check_unmerged("activate")
         for name, adapted in self.adapters.items():
             strength = float(wanted.get(name, 0.0))
             self._strengths[name] = strength
@@ -171,7 +171,7 @@ class AdapterSet:
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:
         """The pre-trained model, inside the `with` block."""
-        with self._as_it_was():
+        with self._restoring_choice():
             for layer in self._layers():
                 layer.strength = 0.0
             yield self.model
@@ -183,8 +183,8 @@ class AdapterSet:
         Only layers whose input has the batch dimension first apply the choice; the batch must have `len(choice)` rows.
         """
         for name in {name for name in choice if name is not None}:
-            self._known(name)
-        with self._as_it_was():
+            self._check_known(name)
+        with self._restoring_choice():
             for name, adapted in self.adapters.items():
                 rows = torch.tensor([i for i, chosen in enumerate(choice) if chosen == name], dtype=torch.int64)
                 for layer in adapted.layers.values():
@@ -193,7 +193,7 @@ class AdapterSet:
 
     def delete(self, name: str) -> None:
         """Remove an adapter from the model; the others stay. Its own copy of a base weight is removed too."""
-        self._unmerged("delete")
+        self._check_unmerged("delete")
         gone = self[name]
         for place, layer in gone.layers.items():
             self._unwrap(place, layer)
@@ -207,7 +207,7 @@ class AdapterSet:
             ValueError: another method, other layers or other ranks; nothing is changed. Use `delete` and `add`.
         """
         mine = self[name]
-        other = source if isinstance(source, Adapted) else self._read_beside(mine, source)
+        other = source if isinstance(source, Adapted) else self._load_detached(mine, source)
         ours, theirs = mine.state_dict(), other.state_dict()
         wrong = sorted(set(ours) ^ set(theirs)) or [k for k in ours if ours[k].shape != theirs[k].shape]
         if wrong or type(mine.method) is not type(other.method):
@@ -243,11 +243,11 @@ class AdapterSet:
         Raises:
             UnknownNameError, ValueError: an unknown adapter, no adapter, a factor that is not finite, rank below 1.
         """
-        self._free(name)
+        self._check_new(name)
         if not weights:
             raise ValueError("weights must name at least one adapter; got {}")
         for part, factor in weights.items():
-            self._known(part)
+            self._check_known(part)
             check_float(f"weight of {part!r}", factor)
         if rank is not None:
             check_int("rank", rank, 1)
@@ -259,13 +259,13 @@ class AdapterSet:
         largest = max(A.shape[0] for A, _, _ in factors.values())
         # One LoRA method serves all layers: shorter factors are padded with zeros, which changes nothing.
         method = method_class("LoRA")(rank=largest, alpha=largest, target_modules=list(factors))
-        self._take(name, _blank_lora(self.model, method, factors, dtype))
+        self._register(name, _blank_lora(self.model, method, factors, dtype))
         return Combination({p: len(A) for p, (A, _, _) in factors.items()}, {p: e for p, (_, _, e) in factors.items()})
 
     @torch.no_grad()
     def merge(self) -> MergeReport:
         """Put plain layers with the active adapters' `W_eff` into the model; `unmerge()` restores everything bit for bit."""
-        self._unmerged("merge")
+        self._check_unmerged("merge")
         outer = {place: self.model.get_submodule(place) for adapted in self.adapters.values() for place in adapted.layers}
         changes: list[LayerChange] = []
         self._merged = (outer, {p: p.requires_grad for p in self.model.parameters()})
@@ -288,24 +288,24 @@ class AdapterSet:
             parameter.requires_grad_(flag)
         self._merged = None
 
-    def _take(self, name: str, adapted: Adapted) -> Adapted:
+    def _register(self, name: str, adapted: Adapted) -> Adapted:
         self.adapters[name] = adapted
         self.activate(name)
         return adapted
 
-    def _free(self, name: str) -> None:
-        self._unmerged("add")
+    def _check_new(self, name: str) -> None:
+        self._check_unmerged("add")
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be a non-empty string; got {name!r}")
         if name in self.adapters:
             raise ValueError(f"adapter {name!r} already exists; delete it first, or replace its numbers with swap()")
 
-    def _known(self, name: str) -> str:
+    def _check_known(self, name: str) -> str:
         if name not in self.adapters:
             raise unknown("adapter", name, self.adapters)
         return name
 
-    def _unmerged(self, what: str) -> None:
+    def _check_unmerged(self, what: str) -> None:
         if self._merged is not None:
             raise ValueError(f"the adapters are merged: call unmerge() before {what}()")
 
@@ -313,8 +313,8 @@ class AdapterSet:
         return (layer for adapted in self.adapters.values() for layer in adapted.layers.values())
 
     @contextmanager
-    def _as_it_was(self) -> Iterator[None]:
-        self._unmerged("a switch")
+    def _restoring_choice(self) -> Iterator[None]:
+        self._check_unmerged("disabled() or rows")
         before = [(layer, layer.strength, layer.rows) for layer in self._layers()]
         try:
             yield
@@ -336,7 +336,7 @@ class AdapterSet:
         assert isinstance(layer, AdaptedLayer)
         layer.base = gone.base
 
-    def _read_beside(self, mine: Adapted, folder: str | Path) -> Adapted:
+    def _load_detached(self, mine: Adapted, folder: str | Path) -> Adapted:
         """The adapter in `folder`, attached to placeholders for the layers that `mine` adapts."""
         bare = nn.Module()
         for place, layer in mine.layers.items():

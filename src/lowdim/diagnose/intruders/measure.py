@@ -16,13 +16,13 @@ from lowdim.results import Result
 
 __all__ = ["IntruderResult", "LayerIntruders", "find_intruders", "intruder_dimensions", "paired_weights", "scale_intruders"]
 
-_GAP = 1e-6  # of the largest singular value: closer neighbours have no vectors of their own
+_GAP = 1e-6  # relative to the largest singular value: closer neighbours have no well-defined vectors
 _SHOWN = 64  # rows and columns of |Uᵀ U0| that are kept for the heat map
 
 
 @dataclass(frozen=True)
 class LayerIntruders(Result):
-    """One layer's measurement. Tensors lie on the CPU, in float32 or better."""
+    """One layer's measurement. Tensors are on the CPU, in float32 or better."""
 
     left_out: ClassVar[tuple[str, ...]] = ("overlap",)
 
@@ -58,7 +58,7 @@ class IntruderResult(Result):
 
     @property
     def doubtful(self) -> dict[str, list[int]]:
-        """Layers with intruders that near-equal singular values make arbitrary."""
+        """Layers with intruders that are arbitrary because of near-equal singular values."""
         return {name: layer.doubtful for name, layer in self.layers.items() if layer.doubtful}
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class IntruderResult(Result):
         ]
 
     def _table(self) -> list[dict[str, Any]]:
-        """What is shown: a row for each layer."""
+        """The rows to show: one for each layer."""
         return [
             {"layer": name, "intruders": layer.count, "least similar": float(layer.similarity.min())}
             for name, layer in self.layers.items()
@@ -94,7 +94,7 @@ class IntruderResult(Result):
         return f"{self.total} intruder dimensions among the first {self.k} of {len(self.layers)} matrices"
 
     def plot(self, name: str | None = None, *, ax: Any = None) -> Any:
-        """Heat map of `|Uᵀ U0|` for one layer (the one with most intruders unless named); gives the matplotlib axes."""
+        """Heat map of `|Uᵀ U0|` for one layer (by default the one with the most intruders); returns the matplotlib axes."""
         if not self.layers:
             raise ValueError("nothing to plot: no layer was measured")
         if name is None:
@@ -126,11 +126,11 @@ def intruder_dimensions(
 
     Args:
         base, tuned: two matrices `(out, in)`, two mappings name -> weight, two modules, or paths (a safetensors file or a
-            checkpoint folder), mixed as you like. Adapters (PEFT's and lowdim's) are merged in a copy, layer by layer. Where
-            both are one adapted model, `base` means its weights from before adapting.
-        k: how many of the strongest singular vectors are looked at, >= 1.
+            checkpoint folder), in any combination. Adapters (PEFT's and lowdim's) are merged in a copy, layer by layer. If
+            both are the same adapted model, `base` means its weights before adapting.
+        k: number of strongest singular vectors to measure, >= 1.
         threshold: similarity below which a vector is an intruder, in (0, 1].
-        names: only these weights; None takes every 2-D weight of `base`.
+        names: only these weights; None means every 2-D weight of `base`.
 
     Returns:
         IntruderResult: `.layers[name]` with `.similarity`, `.indices`, `.singular_values`, `.count`, and `.degenerate`,
@@ -148,9 +148,9 @@ def intruder_dimensions(
         >>> intruder_dimensions(base, tuned, k=2).layers[""].indices
         [0]
 
-    Weights are compared as they are stored: keep base and tuned in one precision. Only left singular vectors are looked at, so
+    Weights are compared as stored: keep base and tuned in one precision. Only left singular vectors are compared, so
     a layer with `out > in` can show a vector outside the base's column space for any change there. A flat spectrum
-    (a random matrix) gives false intruders: look at `.doubtful`.
+    (a random matrix) gives false intruders: see `.doubtful`.
 
     Source: Shuttleworth, Andreas, Torralba, Sharma, "LoRA vs Full Fine-tuning: An Illusion of Equivalence", arXiv 2410.21228.
     """
@@ -176,7 +176,7 @@ def scale_intruders(
 
     Args:
         base, tuned: `(out, in)`.
-        scale: multiplier of the intruders: 1 changes nothing, 0 removes them, above 1 enlarges.
+        scale: multiplier of the intruders: 1 changes nothing, 0 removes them, above 1 enlarges them.
         k, threshold: as in intruder_dimensions.
 
     Returns:
@@ -215,7 +215,7 @@ def find_intruders(
     threshold: float,
     name: str = "",
 ) -> tuple[LayerIntruders, tuple[Tensor, Tensor, Tensor]]:
-    """One layer's measurement, and the thin SVD of the tuned weight that it rests on."""
+    """One layer's measurement, and the thin SVD of the tuned weight on which it is based."""
     where = f"layer {name}: " if name else ""
     if base.ndim != 2 or base.shape != tuned.shape:
         raise ValueError(
@@ -246,7 +246,7 @@ def find_intruders(
 
 def paired_weights(base: Any, tuned: Any, names: Iterable[str] | None) -> tuple[Weights, Weights, list[str]]:
     """Both models' weights with one layout, and the names to measure; every name must be in both."""
-    # PEFT and lowdim adapt in place: a base that is the tuned model itself means its weights from before.
+    # PEFT and lowdim adapt in place: if the base is the tuned model itself, use its weights before adapting.
     models = isinstance(base, nn.Module) and isinstance(tuned, nn.Module)
     same = models and plain_model(base) is plain_model(tuned)
     base_weights, tuned_weights = weights_of(base, merged=not same), weights_of(tuned)

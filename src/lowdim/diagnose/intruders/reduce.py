@@ -20,11 +20,11 @@ __all__ = ["Reduction", "reduce_intruders", "scale_intruders_lora"]
 
 @dataclass(frozen=True, eq=False)  # equal to any mapping with the same items
 class Reduction(Result, Mapping[str, float]):
-    """What scaling intruders changed: a read-only mapping from layer to relative change.
+    """The changes from scaling intruders: a read-only mapping from layer to relative change.
 
     Attributes:
-        changes: layer -> `‖W_new - W‖_F / ‖W‖_F` of its effective weight; 0 where there was no intruder.
-        truncation: layer -> `‖D - B_new A_new‖_F / ‖D‖_F`, with D the update that was wanted: what LoRA factors of this rank
+        changes: layer -> `‖W_new - W‖_F / ‖W‖_F` of its effective weight; 0 without intruders.
+        truncation: layer -> `‖D - B_new A_new‖_F / ‖D‖_F`, with D the exact update: the part that LoRA factors of this rank
             cannot hold. LoRA layers only.
     """
 
@@ -74,7 +74,7 @@ def scale_intruders_lora(
         scale, k, threshold: as in scale_intruders.
 
     Returns:
-        `(A_new, B_new)` of the same shapes and dtypes; plain copies where there is no intruder. D can have rank up to r plus
+        `(A_new, B_new)` of the same shapes and dtypes; plain copies if there is no intruder. D can have rank up to r plus
         the number of intruders, so this truncates; reduce_intruders reports by how much.
 
     Raises:
@@ -113,10 +113,10 @@ def reduce_intruders(
         base_model: module, mapping or path, as in intruder_dimensions.
         tuned_model: a module (plain, or wrapped by PEFT with one active LoRA adapter, not merged) or a dict of tensors.
         scale, k, threshold: as in scale_intruders.
-        names: only these weights; None takes every 2-D weight of the base.
+        names: only these weights; None means every 2-D weight of the base.
 
     Returns:
-        Reduction: name -> relative change of the effective weight (0 where there was no intruder); `.truncation` for LoRA
+        Reduction: name -> relative change of the effective weight (0 without intruders); `.truncation` for LoRA
         layers. Names, shapes and adapters are checked before anything is changed; NaN in a layer stops at that layer.
 
     Raises:
@@ -149,7 +149,7 @@ def reduce_intruders(
     changes, truncation, done = dict[str, float](), dict[str, float](), dict[int, str]()
     for name in wanted:
         target = targets[name]
-        if id(target) in done:  # a tied weight, changed already under its other name
+        if id(target) in done:  # a tied weight, already changed under its other name
             changes[name] = changes[done[id(target)]]
             continue
         done[id(target)] = name
@@ -215,7 +215,7 @@ def _scale_pair(
 
 
 def _pad(factor: Tensor, rank: int, dim: int) -> Tensor:
-    """Zeros up to the rank, where the layer has fewer rows or columns than that."""
+    """Pad with zeros up to the rank, if the layer has fewer rows or columns."""
     missing = rank - factor.shape[dim]
     if missing <= 0:
         return factor
@@ -229,7 +229,7 @@ def _change(s: Tensor, j: list[int], scale: float) -> float:
 
 
 def _targets(model: Any) -> dict[str, Any]:
-    """What must be written for each weight: a tensor, a PEFT LoRA layer, or the reason why it cannot be (str)."""
+    """The object to change for each weight: a tensor, a PEFT LoRA layer, or the reason why it cannot be changed (str)."""
     if isinstance(model, Mapping):
         return {str(name): tensor for name, tensor in model.items() if isinstance(tensor, Tensor)}
     if not isinstance(model, nn.Module):

@@ -161,8 +161,8 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if about.get("digest") != digest_of(tensors):
         raise CheckpointError(f"{folder / TENSORS} is damaged: its tensors do not match its digest")
     if (folder / DESCRIPTION).exists():
-        beside = read_json(folder / DESCRIPTION)
-        if not isinstance(beside, dict) or beside.get("digest") != about["digest"]:
+        readable = read_json(folder / DESCRIPTION)
+        if not isinstance(readable, dict) or readable.get("digest") != about["digest"]:
             raise CheckpointError(
                 f"{folder / DESCRIPTION} does not belong to {TENSORS} (an interrupted save?); "
                 "remove it to load the tensors as they are"

@@ -61,7 +61,7 @@ def _unfit(adapted: Any, name: str, layer: AdaptedLayer, target: str) -> str:
     if layer.kind == "embedding" and inputs is not layer:
         return f"embeddings other than the tokens', for which {program} does not support LoRA"
     ends = layer is inputs or layer is outputs
-    if target == "llamacpp" and ends and (name in adapted.tied or _ties_words(adapted.model)):
+    if target == "llamacpp" and ends and (name in adapted.tied or _ties_embeddings(adapted.model)):
         return "an embedding and a head that share their weight, which llama.cpp stores once"
     return ""
 
@@ -74,7 +74,7 @@ def _end(model: nn.Module, side: str) -> nn.Module | None:
         return None  # a transformers model without it
 
 
-def _ties_words(model: Any) -> bool:
+def _ties_embeddings(model: Any) -> bool:
     return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
 
 

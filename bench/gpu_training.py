@@ -1,11 +1,11 @@
-"""LLaMA-7B in little memory on one GPU: peak bytes, tokens a second and the time of a refresh, beside torch's AdamW.
+"""LLaMA-7B in little memory on one GPU: peak bytes, tokens per second and the time of a refresh, compared with torch's AdamW.
 
     python bench/gpu_training.py [--methods adamw,galore-8bit,q-galore] [--layers 32] [--out results/bench-gpu-training.json]
 
 Needs torch and the source tree only: the model is written out here (shapes of `lowdim.models.architectures`, bfloat16, batch 1
-of 256 tokens, checkpointing, random tokens: what is measured does not depend on them). Every method runs in its own process, so
-that none inherits another's memory. A method that does not fit is reported as such. On a CPU the sizes are cut down
-(`--device cpu`): that shows that it runs, and no more; peak memory is then not known.
+of 256 tokens, checkpointing, random tokens: the measurements do not depend on them). Every method runs in its own process, so
+that none inherits another's memory. A method that does not fit is reported as such. On a CPU (`--device cpu`) the sizes are
+reduced, which only shows that it runs; peak memory is then unknown.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ REFRESH = 6.0
 
 
 class Block(nn.Module):
-    """A LLaMA block: attention and a gated perceptron, each behind an RMS norm."""
+    """A LLaMA block: attention and a gated perceptron, each after an RMS norm."""
 
     def __init__(self, width: int, inner: int, heads: int, **place: Any):
         super().__init__()
@@ -88,7 +88,7 @@ class Llama(nn.Module):
 
 
 def build(method: str, model: nn.Module, rank: int, interval: int) -> Any:
-    """The optimizer; its low-rank part takes no refresh of its own within the steps that are timed."""
+    """The optimizer; its low-rank part does not refresh by itself within the timed steps."""
     if method == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=model.embed.weight.is_cuda)
     usual: dict[str, Any] = {"lr": 1e-3, "update_interval": interval, "layerwise": True}
@@ -113,7 +113,7 @@ def clock(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def one(given: argparse.Namespace) -> dict[str, Any]:
-    """One method: the first step (with the state, and the first subspaces), usual steps, and a step that refreshes all."""
+    """One method: the first step (with the state, and the first subspaces), ordinary steps, and a step that refreshes all."""
     device = torch.device(given.device)
     width, inner, layers, heads, _ = SHAPES[given.model]
     layers = min(layers, given.layers or layers)
@@ -162,8 +162,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(SHAPES), default="llama-7b")
     parser.add_argument("--methods", default="adamw,galore,galore-8bit,q-galore,fira")
-    parser.add_argument("--method", help="run this one in this process and print its row")
-    parser.add_argument("--layers", type=int, help="fewer blocks than the model has")
+    parser.add_argument("--method", help="run only this method, in this process, and print its row")
+    parser.add_argument("--layers", type=int, help="number of blocks, fewer than the model has")
     parser.add_argument("--rank", type=int, default=1024)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=32_000)
@@ -186,7 +186,7 @@ def main() -> None:
         "environment": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if given.device.startswith("cuda") else "cpu (cut down: shows that it runs)",
+            "device": torch.cuda.get_device_name() if given.device.startswith("cuda") else "cpu (reduced sizes: only shows that it runs)",
         },
         "rows": [],
     }

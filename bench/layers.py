@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python bench/layers.py [--quick] [--out results/bench-layers.json]
 
-All variants of a shape run in one process, turn by turn, so that other load on the machine falls on all of them; a ratio is the
-median of the ratios within a turn. Shapes are (tokens, in, out), float32. torch-structured's Monarch product is loaded from
-its file where the package can be found (its own __init__ asks for triton); it also needs einops. It has no bias, so the
-products are compared without. The same formula as two einsums is measured in any case.
+All variants of a shape run in one process and alternate, so that other load on the machine affects all of them; a ratio is the
+median of the ratios within a round. Shapes are (tokens, in, out), float32. torch-structured's Monarch product is loaded from
+its file if the package is installed (its own __init__ imports triton); it also needs einops. It has no bias, so the
+products are compared without. The same formula as two einsums is always measured.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Forecasts against what training takes: `python bench/plan.py` writes results/plan.json and prints the table.
+"""Forecasts compared with measured training: `python bench/plan.py` writes results/plan.json and prints the table.
 
 For each model and method, in a process of its own: the forecast, the allocator's peak over the first two steps, and the time
 and the growth of the process's resident memory over one further step.
@@ -79,7 +79,7 @@ def one(name: str, task: str, method: str) -> dict:
 
 
 def resident(step, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Seconds of one step, and by how much the process grew in it beyond what the allocator gave out (Linux only)."""
+    """Seconds of one step, and by how much the process grew in it beyond what the allocator handed out (Linux only)."""
     start = time.perf_counter()
     step()
     seconds = time.perf_counter() - start

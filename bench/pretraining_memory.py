@@ -1,10 +1,10 @@
-"""What pretraining takes: forecasts for LLaMA-7B, and forecasts beside measurements for a model that fits here.
+"""Memory of pretraining: forecasts for LLaMA-7B, and forecasts next to measurements for a model that fits here.
 
     OMP_NUM_THREADS=1 python bench/pretraining_memory.py [--out results/bench-pretraining-memory.json]
 
-LLaMA-7B: bfloat16, one block of 256 tokens, gradient checkpointing, rank 1024, layer-wise updates where the method has them;
-nothing of it is allocated. LLaMA-60M: float32, one block of 256 tokens, rank 128; measured is the allocator's peak over three
-steps, with a refresh among them, of a model with random weights.
+LLaMA-7B: bfloat16, one block of 256 tokens, gradient checkpointing, rank 1024, layer-wise updates if the method has them;
+nothing is allocated. LLaMA-60M: float32, one block of 256 tokens, rank 128; the measurement is the allocator's peak over three
+steps including a refresh, with random weights.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def large(chosen: Variant) -> dict[str, Any]:
 
 
 def small(chosen: Variant, each_layer: bool) -> dict[str, Any]:
-    gc.collect()  # what the run before left would be freed in the middle of this one
+    gc.collect()  # or garbage of the previous run would be freed in the middle of this one
     variant = at_rank(chosen, 128)
     predicted = forecast("llama-60m", variant, task="pretrain", batch_size=1, sequence_length=256, layerwise=each_layer)
     options = dict(variant.options)
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     record: dict[str, Any] = {
-        "what": "forecasts for LLaMA-7B (bfloat16, 1 x 256, checkpointing, rank 1024), and of LLaMA-60M beside measurements",
+        "what": "forecasts for LLaMA-7B (bfloat16, 1 x 256, checkpointing, rank 1024), and of LLaMA-60M next to measurements",
         "environment": {"python": platform.python_version(), "torch": torch.__version__},
         "llama-7b": [],
         "llama-60m": [],

@@ -1,4 +1,4 @@
-"""Measures retrieval, intruder dimensions and matrix completion against their peers; one JSON on stdout or in --out.
+"""Measures retrieval, intruder dimensions and matrix completion against other libraries; one JSON on stdout or in --out.
 
 OMP_NUM_THREADS=1 python bench/represent_diagnose_solve.py --out results/bench-solve.json
 """
@@ -57,7 +57,7 @@ def completion() -> list[dict[str, Any]]:
                     "observed": rate,
                     "inner": name,
                     "gflop_per_round": round(result.flops / 4e9, 3),
-                    "seconds_per_round": round((four - one) / 3, 3),  # without the start
+                    "seconds_per_round": round((four - one) / 3, 3),  # without the initialisation
                     "inner_steps": round(result.inner_steps, 2),
                     "hidden_relative_error": round(float(np.linalg.norm(misfit) / np.linalg.norm(truth[~seen])), 5),
                 }

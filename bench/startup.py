@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     seconds: dict[str, list[float]] = {name: [] for name in CASES}
-    for turn in range(options.runs + 1):  # the first turn warms the disk cache and is not counted
+    for turn in range(options.runs + 1):  # the first run warms the disk cache and is not counted
         for name, command in CASES.items():
             begun = time.perf_counter()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -1,12 +1,12 @@
-"""Training in little memory: optimizer steps beside their peers', and layers beside nn.Linear, in one process, in turns.
+"""Training in little memory: optimizer steps compared with other packages', and layers with nn.Linear, alternating in one process.
 
     python bench/training.py [--quick] [--threads 1 2] [--out results/bench-training.json]
 
-Optimizers: one step on one float32 matrix, rank 128, no refresh in it: milliseconds (median), the median of the ratios within
-each turn to the peer and to torch's fused AdamW, and bytes of state beside the formula of the spec. A refresh: time and
-captured energy of a warm-started sketch beside an exact decomposition. Layers: forward and backward, time and bytes that
-autograd keeps, as ratios to nn.Linear, with the operations that the layer states. The load average tells how busy the machine
-was with other things.
+Optimizers: one step on one float32 matrix, rank 128, without a refresh: milliseconds (median), the median of the ratios within
+each round to the peer and to torch's fused AdamW, and bytes of state compared with the paper's formula. A refresh: time and
+captured energy of a warm-started sketch compared with an exact decomposition. Layers: forward and backward, time and bytes
+that autograd keeps, as ratios to nn.Linear, with the operations that the layer states. The load average shows how busy the
+machine was.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def peers(m: int, n: int) -> dict[str, tuple[Any, nn.Parameter]]:
     from galore_torch import GaLoreAdamW, GaLoreAdamW8bit
 
     if not torch.cuda.is_available():
-        torch.cuda.synchronize = lambda device=None: None  # galore-torch's 8-bit class synchronises a GPU that is not there
+        torch.cuda.synchronize = lambda device=None: None  # galore-torch's 8-bit class synchronises a GPU even without one
     made = {}
 
     def add(name: str, build: Callable[[nn.Parameter], Any]) -> None:
@@ -101,7 +101,7 @@ PEER = {"GaLore": "galore-torch", "GaLore 8-bit": "galore-torch 8-bit", "Fira": 
 
 
 def give(optimizer: Any, p: nn.Parameter, grad: torch.Tensor) -> None:
-    """INT8 weights have their gradient beside them."""
+    """Set the gradient; INT8 weights keep theirs in a separate attribute."""
     if hasattr(p, "float_grad"):
         p.float_grad = grad
     else:
@@ -109,7 +109,7 @@ def give(optimizer: Any, p: nn.Parameter, grad: torch.Tensor) -> None:
 
 
 def formula(name: str, m: int, n: int) -> int | None:
-    """Bytes of state by the specs: basis and moments in float32, or bytes with a scale for 256 of them."""
+    """Bytes of state by the papers' formulas: basis and moments in float32, or bytes with a scale for every 256."""
     s, long = min(m, n), max(m, n)
     moments8 = 2 * long * RANK * (1 + 4 / 256)
     return {
@@ -173,7 +173,7 @@ def optimizers(m: int, n: int, repeats: int) -> dict[str, Any]:
 
 
 def refresh(m: int, n: int, repeats: int) -> dict[str, Any]:
-    """The gradient has moved since the basis was chosen: half of its energy lies in new directions."""
+    """The gradient has changed since the basis was chosen: half of its energy is in new directions."""
     before, now = gradient(m, n), (gradient(m, n) + gradient(m, n, 1)) / 2**0.5
     start, _ = leading_vectors(before, RANK, method="randomized", generator=stream(0, "cold"))
     calls: dict[str, Callable[[], Any]] = {
@@ -241,14 +241,14 @@ def cpu_name() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of optimizers and refreshes; layers run on one")
-    parser.add_argument("--quick", action="store_true", help="small matrices: shows that it runs")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="threads for optimizers and refreshes; layers run on one")
+    parser.add_argument("--quick", action="store_true", help="small matrices: only shows that it runs")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     version = importlib.metadata.version
     names = ("galore-torch", "fira", "apollo-torch")
     record: dict[str, Any] = {
-        "what": f"one step on float32 matrices, rank {RANK}, median of {given.repeats}, in turns; layers on {LAYERS}",
+        "what": f"one step on float32 matrices, rank {RANK}, median of {given.repeats}, alternating; layers on {LAYERS}",
         "environment": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -43,7 +43,7 @@ class Row:
 
     make: Callable[[int, int], Any]
     peft: Callable[[], Any] | None = None
-    decomposes: bool = False  # slow to initialise at large shapes, where it is filled at random: a step takes as long either way
+    decomposes: bool = False  # slow to initialise at large shapes: filled at random there, a step takes as long
     impossible: str = ""  # why the formula cannot meet the target against LoRA
 
 

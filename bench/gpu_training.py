@@ -186,7 +186,7 @@ def main() -> None:
         "environment": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if given.device.startswith("cuda") else "cpu (reduced sizes: only shows that it runs)",
+            "device": torch.cuda.get_device_name() if given.device.startswith("cuda") else "cpu (reduced: shows that it runs)",
         },
         "rows": [],
     }

@@ -1,4 +1,4 @@
-"""Training in little memory: optimizer steps compared with other packages', and layers with nn.Linear, alternating in one process.
+"""Training in little memory: optimizer steps against other packages', and layers against nn.Linear, alternating in one process.
 
     python bench/training.py [--quick] [--threads 1 2] [--out results/bench-training.json]
 
@@ -241,7 +241,7 @@ def cpu_name() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="threads for optimizers and refreshes; layers run on one")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="for optimizers and refreshes; layers: one")
     parser.add_argument("--quick", action="store_true", help="small matrices: only shows that it runs")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()

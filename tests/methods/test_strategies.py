@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -240,6 +241,7 @@ def test_a_kind_fits_its_class():
         "adapter": lambda cls: issubclass(cls, Method),
         "optimizer": lambda cls: issubclass(cls, ProjectedOptimizer),
         "layer": lambda cls: issubclass(cls, torch.nn.Module) and callable(cls.from_linear),
+        "compress": lambda function: "config" in inspect.signature(function).parameters,
     }
     assert set(STRATEGIES) == {"probe", "full", *fits}
     for name in METHODS:

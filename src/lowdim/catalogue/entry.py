@@ -12,7 +12,7 @@ __all__ = ["BASELINES", "FAMILIES", "KINDS", "Entry", "Variant"]
 
 FAMILIES = ("adapters", "optim", "layers", "compress", "represent", "diagnose", "solve", "train")
 #: How the systems of a family are trained, unless a row gives another `kind`.
-KINDS = {"adapters": "adapter", "optim": "optimizer", "layers": "layer"}
+KINDS = {"adapters": "adapter", "optim": "optimizer", "layers": "layer", "compress": "compress"}
 
 
 #: Learning rates tried for most methods, in this order.
@@ -40,8 +40,8 @@ class Variant:
         scratch_rates: the same for training from random weights; empty if `rates` are used for both.
         companion: `"module:attribute"` of its `Companion`, in a row the class's name alone. It is built as
             `companion(model, optimizer, **options)` with the options in its constructor (`lowdim.methods`). Empty for most.
-        kind: how a model is trained with it: `"probe"`, `"full"`, `"adapter"`, `"optimizer"` or `"layer"` (`lowdim.methods`). A
-            row omits it if it is its family's (`KINDS`).
+        kind: how a model is trained with it: `"probe"`, `"full"`, `"adapter"`, `"optimizer"`, `"layer"` or `"compress"`
+            (`lowdim.methods`). A row omits it if it is its family's (`KINDS`).
     """
 
     name: str

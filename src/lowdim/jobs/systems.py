@@ -138,7 +138,7 @@ def described_system(name: str) -> tuple[Entry | None, dict[str, dict[str, Optio
         raise UnknownNameError(f"no family, system or method is called {name!r}; nearest: {', '.join(nearest(name, known))}")
     if not row.available:
         return row, {}
-    if row.family == "compress":
+    if row.family == "compress" and name == row.slug:
         return row, {name: compressor(name).options}
     if row.family == "diagnose":
         return row, {name: diagnostic(name).options}
@@ -151,11 +151,12 @@ def variant_options(variant: Variant) -> dict[str, Option]:
         return {}
     from lowdim.methods import strategy_for
 
-    parts = [variant.build(), *([variant.build_companion()] if variant.companion else [])]
+    strategy = strategy_for(variant)
+    parts = strategy.option_sources()
     known = {name: option for part in parts for name, option in options_of(part).items()}
     texts = _COMMON | {name: text for part in parts for name, text in described(part).items()}
     found = {}
-    for name in strategy_for(variant).option_names():
+    for name in strategy.option_names():
         option = known.get(name) or Option(name, Any, None, "")
         found[name] = dataclasses.replace(
             option, default=variant.options.get(name, option.default), help=option.help or texts.get(name, "")

@@ -16,6 +16,7 @@ from lowdim.companion import Companion
 from lowdim.errors import UnknownNameError, check_choice, nearest
 from lowdim.methods.adapter import AdapterStrategy
 from lowdim.methods.applied import Applied, Losses
+from lowdim.methods.compression import CompressionStrategy
 from lowdim.methods.full import FullStrategy
 from lowdim.methods.layer import LayerStrategy
 from lowdim.methods.optimizer import OptimizerStrategy
@@ -38,7 +39,8 @@ __all__ = [
 
 #: The class for each `Variant.kind`.
 STRATEGIES: dict[str, type[Strategy]] = {
-    cls.kind: cls for cls in (ProbeStrategy, FullStrategy, AdapterStrategy, OptimizerStrategy, LayerStrategy)
+    cls.kind: cls
+    for cls in (ProbeStrategy, FullStrategy, AdapterStrategy, OptimizerStrategy, LayerStrategy, CompressionStrategy)
 }
 
 
@@ -47,6 +49,7 @@ def strategy_for(variant: Variant) -> Strategy:
 
     Raises:
         UnknownNameError: its `kind` is not one of `STRATEGIES`.
+        TypeError: its `target` is not of that kind.
 
     Example:
         >>> from lowdim.catalogue import variant

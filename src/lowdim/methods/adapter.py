@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lowdim.adapters import LoRA, ModelMethod, adapt
+from lowdim.adapters import LoRA, Method, ModelMethod, adapt
 from lowdim.adapters.core.attach import target_layers
 from lowdim.adapters.core.layer import kind_of
 from lowdim.catalogue import Variant
 from lowdim.methods.applied import Applied
 from lowdim.methods.setup import Setup
-from lowdim.methods.strategy import Strategy, adamw
+from lowdim.methods.strategy import Strategy, adamw, names_subclass
 
 __all__ = ["AdapterStrategy"]
 
@@ -22,6 +22,11 @@ class AdapterStrategy(Strategy):
     """Trains a `lowdim.adapters` method."""
 
     kind: ClassVar[str] = "adapter"
+    target: ClassVar[str] = "a lowdim.adapters Method"
+
+    def fits(self) -> bool:
+        """A subclass of `Method`."""
+        return names_subclass(self.variant, Method)
 
     def option_names(self) -> list[str]:
         """The fields of the method's dataclass."""

@@ -12,7 +12,7 @@ from lowdim.companion import Companion
 from lowdim.layers import swap_linear
 from lowdim.methods.applied import Applied
 from lowdim.methods.setup import Setup
-from lowdim.methods.strategy import Strategy, adamw, hyperparameters
+from lowdim.methods.strategy import Strategy, adamw, hyperparameters, names_subclass
 from lowdim.surgery import find_layers, is_linear, matrix_shape, without_tied
 
 __all__ = ["LayerStrategy"]
@@ -24,6 +24,11 @@ class LayerStrategy(Strategy):
     """Trains a model whose linear layers are `lowdim.layers` ones, with the layers' companion if they have one."""
 
     kind: ClassVar[str] = "layer"
+    target: ClassVar[str] = "an nn.Module with from_linear"
+
+    def fits(self) -> bool:
+        """A module that can be made from a linear layer."""
+        return names_subclass(self.variant, nn.Module) and callable(getattr(self.variant.build(), "from_linear", None))
 
     def option_names(self) -> list[str]:
         """Which layers, the layer's hyperparameters, and the companion's."""

@@ -11,8 +11,8 @@ from torch import nn
 
 from lowdim.methods.applied import Applied
 from lowdim.methods.setup import Setup
-from lowdim.methods.strategy import Strategy, hyperparameters
-from lowdim.optim import param_groups
+from lowdim.methods.strategy import Strategy, hyperparameters, names_subclass
+from lowdim.optim import ProjectedOptimizer, param_groups
 
 __all__ = ["OptimizerStrategy"]
 
@@ -25,6 +25,11 @@ class OptimizerStrategy(Strategy):
     """Trains all parameters with a `lowdim.optim` optimizer."""
 
     kind: ClassVar[str] = "optimizer"
+    target: ClassVar[str] = "a lowdim.optim ProjectedOptimizer"
+
+    def fits(self) -> bool:
+        """A subclass of `ProjectedOptimizer`."""
+        return names_subclass(self.variant, ProjectedOptimizer)
 
     def option_names(self) -> list[str]:
         """The hyperparameters of the optimizer; the learning rate is a training option."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lowdim.methods.applied import Applied
     from lowdim.methods.setup import Setup
 
-__all__ = ["Strategy", "adamw", "hyperparameters"]
+__all__ = ["Strategy", "adamw", "hyperparameters", "names_subclass"]
 
 
 class Strategy(ABC):
@@ -26,16 +26,36 @@ class Strategy(ABC):
 
     Attributes:
         kind: the `Variant.kind` of the rows that this class handles.
+        target: what `Variant.target` must name in those rows, in words; empty if it must be empty.
+
+    Raises:
+        TypeError: the row's target is something else.
     """
 
     kind: ClassVar[str]
+    target: ClassVar[str] = ""
 
     def __init__(self, variant: Variant):
         self.variant = variant
+        if not self.fits():
+            wanted = self.target or "empty"
+            raise TypeError(
+                f"target of method {variant.name} must be {wanted}, as its kind is {self.kind!r}; got {variant.target!r}"
+            )
+
+    def fits(self) -> bool:
+        """Whether this class can train the row's target."""
+        return not self.variant.target
 
     def option_names(self) -> list[str]:
         """The hyperparameters that a user may set."""
         return []
+
+    def option_sources(self) -> list[Any]:
+        """The classes whose constructors and docstrings describe the options."""
+        if not self.variant.target:
+            return []
+        return [self.variant.build(), *([self.variant.build_companion()] if self.variant.companion else [])]
 
     def check(self) -> None:  # noqa: B027  (most have nothing to refuse)
         """Raise ValueError or TypeError for options that are invalid for every model."""
@@ -91,6 +111,12 @@ def hyperparameters(cls: Any) -> list[str]:
     place = {"device", "dtype"}
     named = inspect.signature(cls).parameters.values()
     return [p.name for p in named if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in place]
+
+
+def names_subclass(variant: Variant, base: type) -> bool:
+    """Whether the row's target is a subclass of `base`."""
+    target = variant.build() if variant.target else None
+    return isinstance(target, type) and issubclass(target, base)
 
 
 def adamw(parameters: Any, lr: float) -> torch.optim.Optimizer:

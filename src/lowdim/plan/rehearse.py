@@ -66,6 +66,7 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
     with fake_mode():
         model = subject.build(depth)
         weight_bytes = unique_bytes([*model.parameters(), *model.buffers()])
+        plain_bytes = unique_bytes(model.state_dict().values())
         head = _head(model, subject.task)
         scratch = subject.task == "pretrain"
         setup = Setup(lr=plan.lr, steps=plan.steps, head=head, initialise=False, scratch=scratch, layerwise=plan.layerwise)
@@ -94,7 +95,7 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
         amounts = {
             "trained": applied.trained(),
             "weight_bytes": weight_bytes,
-            "file_bytes": _file_bytes(applied, head),
+            "file_bytes": _file_bytes(applied, head, plain_bytes),
             "flops": work.flops,
             "seconds": work.seconds,
         }
@@ -199,8 +200,10 @@ def _checkpoint(model: nn.Module) -> None:
     enable({"use_reentrant": False})
 
 
-def _file_bytes(applied: Applied, head: tuple[str, ...]) -> int:
+def _file_bytes(applied: Applied, head: tuple[str, ...], plain_bytes: int) -> int:
     """Bytes saved at the end: the adapter with its head, the head alone, or all weights."""
+    if applied.kind == "compress":
+        return plain_bytes  # the layers are plain again, with exact zeros
     if applied.adapted is not None:
         return unique_bytes(applied.adapted.state_dict().values())
     if applied.kind == "probe":

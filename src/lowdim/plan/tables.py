@@ -129,7 +129,7 @@ def shows(
         if applied.adapted is not None:
             composed = {name.rpartition(".")[0] for name in getattr(applied.adapted, "names", ())}  # SAID: any parameter
             names = {*applied.adapted.layers, *composed, *head}
-        elif applied.kind == "layer":
+        elif applied.kind in ("layer", "compress"):
             names = {n for n, m in built.named_modules() if n in before and type(m).__name__ != before[n][0]}
         elif applied.kind == "optimizer":
             projected = {id(p) for g in applied.make_optimizer(1e-3).param_groups if g.get("rank") for p in g["params"]}

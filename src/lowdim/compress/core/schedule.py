@@ -45,7 +45,8 @@ class Scheduled(nn.Module):
         """Register the counter, at 0, as a buffer of the layer."""
         like = next(self.parameters())
         self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=like.device))
-        self._read: tuple[Tensor, int, int] | None = None
+        # The buffer, its version and its number; the number is known here, so that a forecast need not read it.
+        self._read: tuple[Tensor, int, int] = (self.count, self.count._version, 0)
 
     @property
     def finished(self) -> int:
@@ -53,7 +54,7 @@ class Scheduled(nn.Module):
         count = self.count
         if count.is_meta:
             return 0  # a forecast, or a layer whose tensors are not loaded yet
-        if self._read is None or self._read[0] is not count or self._read[1] != count._version:
+        if self._read[0] is not count or self._read[1] != count._version:
             self._read = (count, count._version, int(count))
         return self._read[2]
 

@@ -95,7 +95,7 @@ class RateFactor:
         ]
 
     def remove(self) -> None:
-        """Leave the optimizer as it was."""
+        """Remove the hooks from the optimizer."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -27,7 +27,7 @@ _POOLING_FILES = ("modules.json", "config_sentence_transformers.json", "sentence
 
 @dataclass(frozen=True)
 class ExportResult(Result):
-    """What was written, what it lost, and how to load it.
+    """The result of an export: the files, their errors, and how to load them.
 
     Attributes:
         how_to_load: Python that loads the folder without lowdim.
@@ -50,7 +50,7 @@ class ExportResult(Result):
     notes: tuple[str, ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each layer of an adapter: its rank and what was lost; none for a merged model."""
+        """A row for each layer of an adapter: its rank and its error; no rows for a merged model."""
         return [{"layer": name, "rank": self.ranks.get(name), "error": error} for name, error in self.errors.items()]
 
     @property
@@ -231,7 +231,7 @@ def _head_lines(folder: Path, base: str) -> str:
 
 
 def _code(note: str) -> str:
-    """A note as it is, a command in backticks."""
+    """A note unchanged, a command in backticks."""
     return f"`{note}`" if note.startswith(("vllm ", "python ")) else note
 
 

@@ -144,8 +144,8 @@ def welore(
         raise ValueError("singular_values must hold a layer with more than one singular value; all have one")
     pool = torch.cat(counted).sort().values
     steps = torch.arange(1, math.floor(1 / grid + 1e-9) + 1, dtype=torch.float64)
-    thresholds = (steps * grid).round(decimals=12).clamp_max(1.0)  # 0.205, not a hair above
-    removed = torch.searchsorted(pool, thresholds)  # how many z lie below each
+    thresholds = (steps * grid).round(decimals=12).clamp_max(1.0)  # exactly 0.205
+    removed = torch.searchsorted(pool, thresholds)  # the number of z below each
     enough = removed.double() / len(pool) >= target
     if not bool(enough.any()):
         most = int(removed[-1]) / len(pool)

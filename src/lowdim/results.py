@@ -106,7 +106,7 @@ def json_value(value: Any, where: str = "value") -> Any:
     """The value in JSON types: tensors and arrays become lists, dataclasses dicts, infinity and NaN None.
 
     Args:
-        where: what the value is, for the error.
+        where: the name of the value, for the error.
 
     Raises:
         TypeError: JSON cannot represent it; the error names the place.

@@ -77,7 +77,7 @@ class ALLoRAUpdate(ThinUpdate):
         self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=device))
         # For "step": the coefficients and B from the first forward after a step, kept until the next step.
         self._seen: tuple[Tensor, Tensor] | None = None
-        # B after the last step, or as it was loaded: what `_seen` rounds where forward runs in a narrower dtype (FSDP2).
+        # B after the last step, or as loaded: unrounded, unlike `_seen` where forward runs in a narrower dtype (FSDP2).
         self._exact: Tensor | None = None
 
     def coefficients(self) -> Tensor:

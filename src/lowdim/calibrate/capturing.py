@@ -83,7 +83,7 @@ def capture(
 ) -> Iterator[dict[str, Tensor]]:
     """The outputs (or inputs) of the named modules on each batch, one batch at a time, without gradients.
 
-    The model runs in evaluation mode and is left as it was after each batch: mode, gradients and hooks. Only one batch's values
+    The model runs in evaluation mode and is restored after each batch: mode, gradients and hooks. Only one batch's values
     are held, so a caller that sums or samples needs no more memory than that.
 
     Args:

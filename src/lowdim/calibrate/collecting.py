@@ -29,7 +29,7 @@ def collect(
     batches: Iterable[Any] | None,
     loss_fn: LossFn | None = None,
 ) -> dict[str, Stats]:
-    """Collect statistics of the named layers in one pass; the model is left as it was (mode, gradients, hooks).
+    """Collect statistics of the named layers in one pass; the model is unchanged afterwards (mode, gradients, hooks).
 
     Padding positions are left out where a batch has an `attention_mask` (an entry, or a named tuple's field) of the shape of
     the layer's rows, or as many entries as the layer has rows in one dimension. Sums run in float64 on the CPU and CUDA, in

@@ -32,7 +32,7 @@ def compare(
     time_limit: Annotated[str | None, typer.Option("--time-limit", help="E.g. 90s, 10m, 2h: fewer seeds if needed.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the split and of everything that is drawn.")] = 0,
     out: Annotated[str, typer.Option("--out", help="Folder of the results.")] = "lowdim-compare",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue what is in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the comparison in --out.")] = False,
 ) -> None:
     """Which method is best for this model, this data and this memory? Forecast, train fairly, export the winner."""
     from lowdim.compare import compare as run

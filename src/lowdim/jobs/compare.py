@@ -1,4 +1,4 @@
-"""Fill in what a comparison leaves open."""
+"""Default settings of a comparison."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def _check_use(settings: CompressSettings, method: Compressor) -> None:
     """Reject settings that would be ignored."""
     name = settings.method
     if settings.tune_steps is not None and not method.entry.tuned:
-        raise ValueError(f"--tune-steps: {name} leaves nothing to tune by itself; fine-tune the model that it writes")
+        raise ValueError(f"--tune-steps: {name} leaves no parameters to tune; fine-tune the model that it writes")
     if settings.samples is not None and settings.tune_steps is None and not method.needs_batches:
         raise ValueError(f"--samples is only used for tuning, since {name} needs no samples; add --tune-steps")
 

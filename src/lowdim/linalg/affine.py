@@ -148,7 +148,7 @@ def dequantize_affine(
     source, target = codes.reshape(-1, group_size), out.view(-1, group_size)
     for rows in _pieces(target, group_size, all_at_once=True):
         part = target[rows]
-        part.copy_(source[rows])  # integers up to 255 are exact in every floating dtype, and so is their difference
+        part.copy_(source[rows])  # integers up to 255 and their differences are exact in every floating dtype
         part.sub_(zeros[rows]).mul_(scales[rows])
     return out
 

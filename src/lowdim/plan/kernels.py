@@ -1,7 +1,7 @@
 """Memory that CPU kernels allocate and free inside one operation, which no tensor shows.
 
 Measured by the allocator's record for torch 2.13 (`tests/plan/test_kernels.py` repeats it): a decomposition copies its
-input; a convolution keeps a second, blocked layout of what it writes, and in the backward pass of what it reads. Attention's
+input; a convolution keeps a second, blocked layout of its output, and in the backward pass of its inputs. Attention's
 buffers depend on the number of threads and not on the model; they are left out, as are bytes below a matrix's size.
 """
 

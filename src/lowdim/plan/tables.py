@@ -55,7 +55,7 @@ def table(forecasts: Sequence[Forecast], budget: int | str | None = None) -> Tab
 
 
 def _unit(largest: float) -> tuple[str, int, int]:
-    """The unit in which the largest size has one to four digits, its bytes, and how many decimals to show."""
+    """The unit in which the largest size has one to four digits, its bytes, and the number of decimals to show."""
     units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
     unit, scale = next((item for item in units.items() if largest < 1000 * item[1]), ("TiB", 2**40))
     return unit, scale, 2 if largest < 10 * scale else 1 if largest < 100 * scale else 0
@@ -88,7 +88,7 @@ def _caption(forecasts: Sequence[Forecast], limits: Iterable[int]) -> str:
 
 @dataclass(frozen=True)
 class Touched(Result):
-    """A module that a method changes or trains: its name, class, weight's shape, and how many of its numbers are trained."""
+    """A module that a method changes or trains: its name, class, weight's shape, and the number of its trained parameters."""
 
     name: str
     kind: str

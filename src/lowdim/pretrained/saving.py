@@ -142,7 +142,7 @@ def _factors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _read_back(model: Any, draft: Path) -> None:
-    """Load what was written and compare it with the model, tensor by tensor."""
+    """Load the written checkpoint and compare it with the model, tensor by tensor."""
     again, info = type(model).from_pretrained(draft, dtype="auto", output_loading_info=True)
     odd = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in sorted(map(str, info[kind]))]
     here, there = model.state_dict(), again.state_dict()

@@ -85,7 +85,7 @@ def footer(version: str, command: str) -> str:
 def document(title: str, made: str, body: str, bottom: str, view: dict[str, Any]) -> str:
     """The whole document; `body` and `bottom` are HTML, the rest is text."""
     style, script = _asset("page.css"), "".join(map(_asset, _SCRIPTS))
-    # Every "<" is escaped, so the element cannot be closed from inside, whatever the strings hold.
+    # Every "<" is escaped, so no string can close the element.
     data = json.dumps(_integral(view), allow_nan=False, separators=(",", ":"))
     data = data.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
     symbols = "".join(

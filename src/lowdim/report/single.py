@@ -34,7 +34,7 @@ def render_run(run: Mapping[str, Any]) -> str:
     Args:
         run: the record in `run.json`: `method`, `label`, `config`, `seed`, `versions`, `hardware` or `environment`,
             `losses` (numbers with their steps in `loss_steps`, or rows with `step` and `loss`), `score` or `test` and
-            `validation`, `failure`, and whatever else was kept; as tolerant as `render`.
+            `validation`, `failure`, and any other entries; as tolerant as `render`.
 
     Returns:
         One HTML document.

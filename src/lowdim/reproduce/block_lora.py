@@ -20,7 +20,7 @@ RATES = (1e-3, 3e-3, 1e-2)
 
 
 def run(context: Context) -> Outcome:
-    """MiniLM's last two layers on TREC with 2 and 8 blocks; ten SGD steps beside a LoRA of one block's rank; a step's cost."""
+    """MiniLM's last two layers on TREC with 2 and 8 blocks; ten SGD steps next to a LoRA of one block's rank; a step's cost."""
     rows: list[dict[str, Any]] = []
     checks: list[Check] = []
     notes: list[str] = []

@@ -174,7 +174,7 @@ def _difference(ours: Any, theirs: Any) -> float:
 
 
 def _off_the_projection(ours: Any, theirs: Any, x: Tensor) -> tuple[float, float]:
-    """How far `B A`, ours and PEFT's, is from the equal `U Uᵀ W` of the chosen left vectors, at most over layers."""
+    """The largest distance over layers of `B A`, ours and PEFT's, from the equal `U Uᵀ W` of the chosen left vectors."""
     model = four_layers()[0]
     layers = {name: model.get_submodule(name) for name in ours.layers}
     stats = collect(model, layers, {"context_covariance"}, [x])
@@ -248,7 +248,7 @@ def _without(model: nn.Module, parts: Mapping[str, Parts], r: int) -> nn.Module:
 
 @torch.no_grad()
 def _states(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Tensor:
-    """The states of all tokens that are there."""
+    """The states of all real tokens."""
     return torch.cat([call_model(model, batch).last_hidden_state[batch["attention_mask"].bool()] for batch in batches])
 
 

@@ -23,7 +23,7 @@ _SIDE = 2048
 
 
 def run(context: Context) -> Outcome:
-    """Energy captured by six kinds of columns; training beside GaLore; the time of a step beside an SVD."""
+    """Energy captured by six kinds of columns; training compared with GaLore; the time of a step compared with an SVD."""
     outcome = Outcome(
         "dct",
         f"Tiny Shakespeare by characters, 2 blocks of width 64, the 8 matrices at rank {_RANK}; energy in the gradients after"
@@ -178,7 +178,7 @@ class _CountSVD:
 
 
 def _time(outcome: Outcome, context: Context) -> None:
-    """One step on a large matrix, with a choice of columns in it, beside one SVD."""
+    """One step on a large matrix, including the choice of columns, compared with one SVD."""
     draw = stream(0, "dct", "time")
     p = nn.Parameter(torch.randn(_SIDE, _SIDE, generator=draw))
     p.grad = torch.randn(_SIDE, _SIDE, generator=draw)

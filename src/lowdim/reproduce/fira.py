@@ -97,7 +97,7 @@ def _others(model: nn.Module, hidden: list[nn.Parameter]) -> list[nn.Parameter]:
 
 
 def _time(outcome: Outcome, context: Context) -> None:
-    """One step on large matrices, between choices of subspaces, in turns with GaLore's and fused AdamW's: numbers only."""
+    """One step on large matrices, between choices of subspaces, alternating with GaLore and fused AdamW: numbers only."""
     for shape in _SHAPES:
         draw = stream(0, "fira", "time", *shape)
         grad = torch.randn(shape, generator=draw)

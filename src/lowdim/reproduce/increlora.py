@@ -27,7 +27,7 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Run:
-    """What one method reached on one seed."""
+    """The result of one method on one seed."""
 
     accuracy: float
     ranks: tuple[int, ...]

@@ -12,7 +12,7 @@ __all__ = ["run"]
 
 
 def run(context: Context) -> Outcome:
-    """MiniLM's last two layers on TREC: all 384 pivots of four weights against LoRA of rank 8; lower ranks beside it."""
+    """MiniLM's last two layers on TREC: all 384 pivots of four weights against LoRA of rank 8; and lower ranks."""
     setting = load_setting(context)
     lora = lora_baseline(context, setting)
     rates = (1e-3, 3e-3) if context.quick else (1e-3, 3e-3, 1e-2)

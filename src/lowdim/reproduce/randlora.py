@@ -21,7 +21,7 @@ SIZE = 96
 
 
 def run(context: Context) -> Outcome:
-    """Three parts; the peer comparison needs PEFT and is left out, with a note, where that is missing."""
+    """Three parts; the comparison with PEFT is left out, with a note, if PEFT is not installed."""
     rows: list[dict] = []
     checks: list[Check] = []
     notes: list[str] = []

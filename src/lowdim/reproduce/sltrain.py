@@ -134,7 +134,7 @@ class _Composed(SLTrainLinear):
 
 
 def _memory(outcome: Outcome) -> None:
-    """What is kept for the backward pass, and the time of a step, beside plain layers and autograd's own way."""
+    """Memory for the backward pass and the time of a step, compared with plain layers and plain autograd."""
     found: dict[str, tuple[int, int, float]] = {}
     for name, kind in (("SLTrain", SLTrainLinear), ("composed by autograd", _Composed)):
         plain, x, _ = four_layers()

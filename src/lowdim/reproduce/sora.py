@@ -1,4 +1,4 @@
-"""SoRA: gates that close by themselves, against LoRA at the rank where they start."""
+"""SoRA: gates that close during training, against LoRA of the same initial rank."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The shared test cases that every row of the catalogue passes; ours and third parties' systems alike."""
+"""The shared test cases that every row of the catalogue passes; for our systems and those of third parties."""

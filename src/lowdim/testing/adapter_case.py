@@ -1,4 +1,4 @@
-"""The behaviour that every adapter owes, tested against the formula of its paper.
+"""The behaviour required of every adapter, tested against the formula of its paper.
 
     class TestMine(AdapterCase):
         rank, alpha = 2, 4

@@ -20,7 +20,7 @@ __all__ = ["AdapterFormula"]
 
 
 class AdapterFormula(AdapterHooks):
-    """One layer at a time, of each kind that the method takes."""
+    """One layer at a time, of each kind that the method adapts."""
 
     @DTYPES
     def test_forward_is_that_of_the_formula(self, layer_name, dtype):

@@ -1,4 +1,4 @@
-"""What a test class says about its adapter, and what the shared tests make of it."""
+"""The attributes and methods of an adapter's test class, and helpers of the shared tests."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ gets all of these::
             u, s, vh = torch.linalg.svd(layer.weight, full_matrices=False)
             return inputs @ (u[:, :4] * s[:4] @ vh[:4]).T + layer.bias
 
-A check that a system cannot pass is switched off by name, with the reason: `test_lossless = None  # why`.
+A check that a system cannot pass is switched off by name, with a reason: `test_lossless = None  # why`.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ def small_net(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
 
 
 class CompressCase(ABC):
-    """Base of a compressor's test class: write `compress` and `expected`, set the attributes.
+    """Base of a compressor's test class: define `compress` and `expected`, and set the attributes.
 
     Attributes:
         options: hyperparameters with which `small_net` is compressed.
-        lossless: hyperparameters with which the outputs stay; None where there are none.
-        needs_data: the system looks at sample batches.
-        compressed: the classes that may stand where a linear layer stood.
+        lossless: hyperparameters that keep the outputs; None if there are none.
+        needs_data: whether the system needs sample batches.
+        compressed: the classes that may replace a linear layer.
         shrinks: the model has fewer numbers afterwards; False for masks, which keep all.
         frozen: parameters of a compressed layer, by their names in it, that get no gradient right after it was made.
-        tolerance: largest error of a compressed layer's answer, relative to the largest entry, in float64.
+        tolerance: largest error of a compressed layer's output, relative to the largest entry, in float64.
     """
 
     options: ClassVar[dict[str, Any]] = {}
@@ -83,14 +83,14 @@ class CompressCase(ABC):
 
     @abstractmethod
     def expected(self, layer: nn.Linear, inputs: Tensor, compressed: Any) -> Tensor:
-        """What the layer that took the place of `layer` must answer to `inputs`, with `options`.
+        """The required output for `inputs` of the layer that replaces `layer`, with `options`.
 
         Written out from the paper in plain torch: no function of the system, ranks and thresholds as the formula gives them.
 
         Args:
             layer: the dense layer, float64.
-            inputs: `(rows, in)`, all that the layer saw of `batches()` in the dense model.
-            compressed: what stands in its place, for what was drawn at random and cannot be computed.
+            inputs: `(rows, in)`, all inputs of the layer from `batches()` in the dense model.
+            compressed: the new layer, for random numbers that cannot be computed.
         """
 
     def reload(self, model: nn.Module, tensors: dict[str, Tensor], layers: dict[str, Any]) -> nn.Module:
@@ -105,7 +105,7 @@ class CompressCase(ABC):
         """Compress with the default options and batches."""
         return self.compress(model, self.batches(), **{**self.options, **options})
 
-    # What it does
+    # Behaviour
 
     @pytest.mark.parametrize("name", ["up", "down"])
     def test_each_layer_answers_as_the_formula_says(self, name: str) -> None:
@@ -122,7 +122,7 @@ class CompressCase(ABC):
         assert error <= self.tolerance, f"layer {name}: relative error {error:.3g} > {self.tolerance:.3g}"
 
     def test_swaps_in_place(self) -> None:
-        """The same object, finite outputs that are not those of before; the head stays."""
+        """The same object, finite outputs that differ from those before; the head stays."""
         model = small_net().eval()
         x = self.batches()[0]
         want = model(x).detach()
@@ -144,7 +144,7 @@ class CompressCase(ABC):
         assert sum(p.numel() for p in model.parameters()) < before
 
     def test_lossless(self) -> None:
-        """With enough freedom the function stays."""
+        """With enough freedom the function does not change."""
         if self.lossless is None:
             pytest.skip("no hyperparameters of this system leave the outputs as they were")
         model, x = small_net(dtype=torch.float64).eval(), self.batches(dtype=torch.float64)
@@ -160,7 +160,7 @@ class CompressCase(ABC):
         assert all(torch.equal(value, two[name]) for name, value in one.items())
 
     def test_names_select(self) -> None:
-        """Only what is asked for is touched, bit by bit."""
+        """Only the selected layers change; the rest is bit-identical."""
         model = small_net()
         before = copy.deepcopy(model.state_dict())
         self.run(model, target_modules=["down"])
@@ -170,7 +170,7 @@ class CompressCase(ABC):
 
     @pytest.mark.parametrize("training", [True, False])
     def test_model_is_otherwise_as_it_was(self, training: bool) -> None:
-        """Mode, gradients, buffers and hooks of the rest; the new layers take over the mode."""
+        """Mode, gradients, buffers and hooks of the rest; the new layers copy the mode."""
         model = small_net().train(training)
         model.classifier.bias.requires_grad_(False)
         model.norm.weight.grad = torch.ones(48)
@@ -196,7 +196,7 @@ class CompressCase(ABC):
             )
 
     def test_batches_are_consumed_once(self) -> None:
-        """A generator serves, and gives the same as a list."""
+        """A generator works, and gives the same as a list."""
         self._needs_data()
         drawn: list[int] = []
 
@@ -262,7 +262,7 @@ class CompressCase(ABC):
             self.compress(_Tied(), batches, **{**self.options, "target_modules": ["out"]})
 
     def test_transposed_layers_of_transformers(self) -> None:
-        """Conv1D is taken as the linear layer that it is."""
+        """Conv1D is treated as a linear layer."""
         conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
         plain, model = small_net().eval(), small_net().eval()
         for name in ("up", "down"):
@@ -276,7 +276,7 @@ class CompressCase(ABC):
         x = self.batches()[0]
         torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
 
-    # Wrong input: an error that says so, and a model that is still whole
+    # Wrong input: a clear error, and an unchanged model
 
     def test_wrong_name(self) -> None:
         """The nearest names are listed."""
@@ -337,6 +337,6 @@ class _Tied(nn.Module):
 
 def _answer(case: type[CompressCase], folder: str) -> None:
     tensors, _ = read_tensors(Path(folder) / "model.safetensors")
-    x = read_tensors(Path(folder) / "x.safetensors")[0]["x"].clone()  # aligned as a tensor of its own
+    x = read_tensors(Path(folder) / "x.safetensors")[0]["x"].clone()  # own memory, aligned
     model = case().reload(small_net(seed=99), tensors, read_json(Path(folder) / "layers.json")).eval()
     write_tensors(Path(folder) / "answer.safetensors", {"y": model(x).detach()})

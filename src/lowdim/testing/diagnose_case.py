@@ -1,7 +1,7 @@
-"""What every diagnostic of weights owes: what every result owes, and the same answer from a module, a dict or files.
+"""Tests of every diagnostic of weights: those of every result, and the same result from a module, a dict or files.
 
 A diagnostic that reads no weights (a function of numbers, of a measure, of one layer's input) has a `ResultCase`, or a
-`ValueCase` where it returns plain numbers.
+`ValueCase` if it returns plain numbers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def save_sharded(tensors: dict[str, torch.Tensor], folder: Path, shards: int = 2
 
 
 class DiagnoseCase(ResultCase):
-    """Subclass in a test file: name the models that are measured and the measurement, and write `expected` as a formula."""
+    """Subclass in a test file: define the models and the measurement, and write `expected` as a formula."""
 
     @abstractmethod
     def models(self) -> tuple[nn.Module, ...]:
@@ -49,7 +49,7 @@ class DiagnoseCase(ResultCase):
         return self.measure(*self.models())
 
     def test_module_dict_file_and_shards_agree(self, tmp_path: Path):
-        """Where the weights come from makes no difference."""
+        """The source of the weights makes no difference."""
         models = self.models()
         dicts = [model.state_dict() for model in models]
         want = self.measure(*models).to_dict()

@@ -1,6 +1,6 @@
-"""What every scikit-learn estimator owes: its formula, scikit-learn's own checks, pipelines, searches, files and tables.
+"""Tests of every scikit-learn estimator: its formula, scikit-learn's own checks, pipelines, searches, files and tables.
 
-A test says how to make one, gives it data and writes what comes out as a formula::
+A test defines how to make one, its data, and the output as a formula::
 
     class TestTopMeans(EstimatorCase):
         exceptions = {"check_fit2d_1feature": "there is nothing to reduce"}
@@ -18,8 +18,8 @@ A test says how to make one, gives it data and writes what comes out as a formul
         def grid(self):
             return {"rank": [1, 2]}
 
-`exceptions` names the checks of scikit-learn that the method cannot pass, each with its reason; one that passes after all is an
-error too, so the list cannot grow stale.
+`exceptions` names the checks of scikit-learn that the method cannot pass, each with its reason; a listed check that passes is
+an error too, so the list stays current.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["EstimatorCase"]
 
 
 class EstimatorCase(ABC):
-    """Subclass in a test file: name the estimator, its data, the formula of its output and a grid to search.
+    """Subclass in a test file: define the estimator, its data, the formula of its output and a grid to search.
 
     Attributes:
         exceptions: name of a check of scikit-learn -> why the method cannot pass it.
@@ -61,7 +61,7 @@ class EstimatorCase(ABC):
 
     @abstractmethod
     def expected(self, X: np.ndarray, y: np.ndarray) -> Any:
-        """What the output on `X` must be after fitting, as a formula of the data written with numpy."""
+        """The required output on `X` after fitting, as a formula of the data in numpy."""
 
     @abstractmethod
     def grid(self) -> dict[str, list[Any]]:
@@ -78,7 +78,7 @@ class EstimatorCase(ABC):
         return getattr(fitted, self.output)(X)
 
     def _size(self, fitted: Any, X: Any, y: Any) -> float:
-        """A score for those that have none: the mean size of the output."""
+        """A score for estimators without one: the mean size of the output."""
         return float(np.abs(self._out(fitted, X)).mean())
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
@@ -125,7 +125,7 @@ class EstimatorCase(ABC):
         agrees(self._out(twin.fit(X, y), X), self._out(fitted, X), 0.0)
 
     def test_in_a_pipeline(self):
-        """Behind a scaler it gives what scaling by hand gives."""
+        """After a scaler it gives the same as scaling by hand."""
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 

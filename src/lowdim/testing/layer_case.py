@@ -1,6 +1,6 @@
-"""What every structured linear layer owes, tested against the dense matrix that it stands for.
+"""Tests of every structured linear layer, against its equivalent dense matrix.
 
-A layer's test says how to make one and writes the dense weight as a formula of its parameters; it then gets all of these::
+A layer's test defines how to make one and the dense weight as a formula of its parameters; it then gets all tests::
 
     class TestLowRank(LayerCase):
         layer_class = LowRankLinear
@@ -35,12 +35,12 @@ __all__ = ["LayerCase"]
 
 
 class LayerCase(ABC):
-    """Base of a layer's test class: write `dense`, set the attributes, override the methods where a layer differs.
+    """Base of a layer's test class: define `dense`, set the attributes, override methods where a layer differs.
 
     Attributes:
         layer_class: the class under test.
         how: its hyperparameters.
-        lossless: hyperparameters with which `from_linear` is exact; None where there are none.
+        lossless: hyperparameters with which `from_linear` is exact; None if there are none.
         tolerances: largest error relative to the largest entry, by operation.
     """
 
@@ -69,7 +69,7 @@ class LayerCase(ABC):
         return self.layer_class(self.in_features, self.out_features, bias, dtype=dtype, device=device, **self.random(seed))
 
     def random(self, seed: int) -> dict[str, Any]:
-        """The hyperparameters, and where the layer's random numbers come from."""
+        """The hyperparameters, and the source of the layer's random numbers."""
         return {**self.how, "generator": torch.Generator().manual_seed(seed)}
 
     def from_linear(self, linear: Any, **how: Any) -> Any:
@@ -85,7 +85,7 @@ class LayerCase(ABC):
         return torch.randn(*lead, self.in_features, dtype=dtype)
 
     def exact(self, layer: Any, x: Tensor) -> Tensor:
-        """What the layer must answer, and with which gradients; to override where those are not the formula's, by design."""
+        """The required output and gradients; override if they differ from the formula by design."""
         return F.linear(x, self.dense(layer), layer.bias)
 
     def close(self, got: Tensor, want: Tensor, operation: str) -> None:
@@ -122,7 +122,7 @@ class LayerCase(ABC):
             self.close(a, b, "gradient")
 
     def test_forward_takes_strided_rows(self) -> None:
-        """A transposed or sliced input is no other input."""
+        """Transposed and sliced inputs give the same output."""
         layer = self.make()
         x = self.rows(4, 6)
         for view in (x.transpose(0, 1), x[:, ::2]):
@@ -142,7 +142,7 @@ class LayerCase(ABC):
             self.close(got, want, "gradient")
 
     def test_backward_keeps_no_dense_matrix(self) -> None:
-        """What the structure saves in weights is not lost in kept tensors."""
+        """The memory saved in weights is not lost in tensors kept for the backward pass."""
         layer, kept = self.make(), []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
             layer(self.rows(3).requires_grad_(True))
@@ -177,7 +177,7 @@ class LayerCase(ABC):
         want = self.dense(copy.deepcopy(layer).double()).detach()
         if dtype == torch.float64:
             self.close(linear.weight, want, "forward")
-        else:  # half of the last bit, and what float32 adds: a product that was rounded in between would be further off
+        else:  # half of the last bit, plus float32 rounding: a product rounded in between would be further off
             error = (linear.weight.detach().double() - want).abs()
             assert bool((error <= 2**-8 * want.abs() + 1e-6 * want.abs().max()).all())
         assert torch.equal(linear.bias, layer.bias)
@@ -185,7 +185,7 @@ class LayerCase(ABC):
         assert bool(layer.bias.any()) or not bool(self.make().bias.any()), "the bias must be copied, not shared"
 
     def test_weight_is_the_dense_equivalent(self) -> None:
-        """Code that looks at any linear layer's weight finds one."""
+        """Code that reads any linear layer's weight finds one."""
         layer = self.make()
         self.close(layer.weight, self.dense(layer), "forward")
         assert "weight" not in layer.state_dict()
@@ -217,7 +217,7 @@ class LayerCase(ABC):
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("bias", [True, False])
     def test_from_linear_leaves_the_given_layer(self, bias: bool, dtype: torch.dtype) -> None:
-        """Its numbers are not shared; dtype and mode are taken over."""
+        """Its tensors are not shared; dtype and mode are copied."""
         linear = self.linear(bias=bias, dtype=dtype).eval()
         before = copy.deepcopy(linear.state_dict())
         layer = self.from_linear(linear)
@@ -231,7 +231,7 @@ class LayerCase(ABC):
         assert all(torch.equal(value, before[name]) for name, value in linear.state_dict().items())
 
     def test_from_linear_refuses_other_layers(self) -> None:
-        """The message names what came."""
+        """The message names the given class."""
         with pytest.raises(TypeError, match="Conv2d"):
             self.from_linear(nn.Conv2d(2, 2, 1))
 
@@ -262,7 +262,7 @@ class LayerCase(ABC):
             assert float((got.grad - ref.grad).norm() / ref.grad.norm()) < 2 * self.tolerances[name]
 
     def test_autocast(self) -> None:
-        """Under autocast it answers as nn.Linear does: in the lower dtype, with gradients in the parameters'."""
+        """Under autocast it behaves like nn.Linear: output in the lower dtype, gradients in the parameters'."""
         layer, x = self.make(dtype=torch.float32), self.rows(5, dtype=torch.float32).requires_grad_(True)
         with torch.autocast("cpu", torch.bfloat16):
             y = layer(x)
@@ -273,7 +273,7 @@ class LayerCase(ABC):
         assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
 
     def test_deepcopy_is_independent(self) -> None:
-        """Equal at first, and then on its own."""
+        """Equal at first, independent afterwards."""
         layer, x = self.make(), self.rows(2)
         other = copy.deepcopy(layer)
         y = layer(x)
@@ -321,7 +321,7 @@ class LayerCase(ABC):
             self.layer_class(*sizes, **self.how)
 
     def test_bad_input(self) -> None:
-        """Another number of features is refused with both numbers."""
+        """Another number of features is an error that names both numbers."""
         layer = self.make()
         for x in (torch.zeros(2, self.in_features + 1, dtype=torch.float64), torch.zeros((), dtype=torch.float64)):
             with pytest.raises(ValueError, match=f"x must have {self.in_features} features"):

@@ -1,6 +1,6 @@
-"""What every token mixer owes: however a sequence is cut, the answer is the same, and it is the paper's formula.
+"""Tests of every token mixer: however a sequence is split, the output is the same, and it is the paper's formula.
 
-A mixer's test says how to make one and writes its output as a formula of its parameters; it then gets all of these::
+A mixer's test defines how to make one and its output as a formula of its parameters; it then gets all tests::
 
     class TestS4D(MixerCase):
         mixer_class = S4D
@@ -10,22 +10,23 @@ A mixer's test says how to make one and writes its output as a formula of its pa
         def reference(self, mixer, x):
             ...  # (batch, length, features) -> the output, token by token or as one dense matrix
 
-The interface that is asked for, with `x, y (batch, length, features)`:
+The required interface, with `x, y (batch, length, features)`:
 
 `mixer(x, state=None, *, attention_mask=None, return_state=False)`
     `y`, or `(y, state)` with the state after the last token. `state` is the one before the first token, None for
     `initial_state(batch)`. Tokens where `attention_mask (batch, length)` is 0 are not seen by any other, so that a row that is
-    padded on the left gives what the unpadded row gives; what comes out at masked places does not matter.
+    padded on the left gives the same as the unpadded row; outputs at masked positions do not matter.
 `mixer.initial_state(batch)`
     The state of sequences that have not begun: a tensor, or a tuple of tensors (a named one, too) with None for absent parts.
     The first dimension of each is the batch.
 `mixer.step(x_t, state)`
-    `(y_t, state)` for one token, `x_t, y_t (batch, features)`. The given state stays as it is; a search goes on from it twice.
+    `(y_t, state)` for one token, `x_t, y_t (batch, features)`. The given state is not modified; a beam search continues from it
+    more than once.
 `mixer.cost(batch, length, *, itemsize=4)`
     A `lowdim.linalg.Cost`.
 
 ValueError for inputs that are not `(batch, length, features)`, for a mask that is not `(batch, length)`, and for a state of
-another batch size. A mixer with a chunked form of its own overrides `chunked`. A check that a mixer cannot pass is switched off
+another batch size. A mixer with its own chunked form overrides `chunked`. A check that a mixer cannot pass is switched off
 by name, with the reason: `test_one_step_at_a_time_is_the_whole = None  # it looks into the future`.
 """
 
@@ -41,12 +42,12 @@ __all__ = ["MixerCase"]
 
 
 class MixerCase(MixerFiles):
-    """Base of a mixer's test class: write `reference`, set the attributes, override the methods where a mixer differs.
+    """Base of a mixer's test class: define `reference`, set the attributes, override methods where a mixer differs.
 
     See `MixerHooks` for the attributes.
     """
 
-    # One sequence, cut in every way.
+    # One sequence, split in every way.
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("length", [1, 2, LENGTH])
@@ -78,7 +79,7 @@ class MixerCase(MixerFiles):
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_two_halves_are_the_whole(self, dtype: torch.dtype) -> None:
-        """Wherever it is cut: the state that the first half leaves is all that the second half needs."""
+        """For every split: the second half needs only the state after the first half."""
         mixer, x = self.make(dtype=dtype), self.tokens(dtype)
         want, last = self.reference(mixer, x), mixer(x, return_state=True)[1]
         for cut in range(1, LENGTH):
@@ -106,7 +107,7 @@ class MixerCase(MixerFiles):
         self.close(mixer(x, state), self.reference(mixer, x), torch.float64)
 
     def test_a_state_is_left_as_it_is(self) -> None:
-        """By `step` and by `forward`; a beam search goes on from one state more than once."""
+        """By `step` and by `forward`; a beam search continues from one state more than once."""
         mixer, x = self.make(), self.tokens()
         _, state = mixer(x[:, :4], return_state=True)
         before = [part.detach().clone() for part in parts(state)]
@@ -114,7 +115,7 @@ class MixerCase(MixerFiles):
         mixer(x[:, 4:], state)
         assert all(torch.equal(a, b) for a, b in zip(parts(state), before, strict=True))
 
-    # What may see what.
+    # Dependence between tokens and rows.
 
     def test_the_past_does_not_see_the_future(self) -> None:
         """Another token from t on changes nothing before t, and something from there on."""
@@ -128,7 +129,7 @@ class MixerCase(MixerFiles):
             assert float((changed[:, t] - y[:, t]).abs().max()) > 1e-3 * float(y.abs().max())
 
     def test_rows_do_not_see_each_other(self) -> None:
-        """Each sequence of a batch gives what it gives alone."""
+        """Each sequence of a batch gives the same as alone."""
         mixer, x = self.make(), self.tokens()
         y = mixer(x)
         for row in range(BATCH):
@@ -179,7 +180,7 @@ class MixerCase(MixerFiles):
             self.close(got, want, "gradient")
 
     def test_gradients_flow_through_the_carried_state(self) -> None:
-        """Of what comes out after the cut, to the tokens before it; in two halves and token by token."""
+        """From outputs after the split to the tokens before it; in two halves and token by token."""
         mixer, cut = self.make(), 5
         found = []
         for way in ("formula", "halves", "steps"):

@@ -17,7 +17,7 @@ __all__ = ["MixerFiles"]
 
 
 class MixerFiles(MixerHooks):
-    """The same answer, up to rounding where the dtype is another, else bit by bit."""
+    """The same output, up to rounding in another dtype, else bit by bit."""
 
     def test_bfloat16_is_near_the_exact_answer(self) -> None:
         """Outputs and gradients in bfloat16, whole and step by step."""
@@ -48,7 +48,7 @@ class MixerFiles(MixerHooks):
         assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in mixer.parameters() if p.requires_grad)
 
     def test_strided_tokens(self) -> None:
-        """A transposed or sliced input is no other input."""
+        """Transposed and sliced inputs give the same output."""
         mixer, x = self.make(), self.tokens(length=2 * LENGTH)
         for view in (x[:, ::2], x.transpose(0, 1).contiguous().transpose(0, 1)):
             self.close(mixer(view), mixer(view.contiguous()), torch.float64)
@@ -63,7 +63,7 @@ class MixerFiles(MixerHooks):
         assert torch.equal(mixer(x), filled(x))
 
     def test_deepcopy_is_independent(self) -> None:
-        """Equal at first, and then on its own."""
+        """Equal at first, independent afterwards."""
         mixer, x = self.make(), self.tokens()
         other, y = copy.deepcopy(mixer), mixer(x)
         assert torch.equal(other(x), y)

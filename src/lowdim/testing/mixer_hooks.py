@@ -1,4 +1,4 @@
-"""What a mixer's test says about it, and how its answers are compared."""
+"""The attributes and methods of a mixer's test, and how its outputs are compared."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = [torch.float64, torch.float32]
 
 
 class MixerHooks(ABC):
-    """What the shared tests must know of a mixer: how to make one, and its output as a formula.
+    """What the shared tests need: how to make a mixer, and its output as a formula.
 
     Attributes:
         mixer_class: the class under test, made as `mixer_class(features, seed=…, device=…, dtype=…, **how)`.
@@ -49,7 +49,7 @@ class MixerHooks(ABC):
         return torch.randn(BATCH, length, self.features, generator=draw, dtype=torch.float64).to(dtype)
 
     def chunked(self, mixer: Any, x: Tensor, size: int) -> Tensor:
-        """The output where so many tokens are worked on at a time; by default one call a chunk, with the state carried over."""
+        """The output in chunks of `size` tokens; by default one call per chunk, passing on the state."""
         state, out = None, []
         for piece in x.split(size, dim=1):
             y, state = mixer(piece, state, return_state=True)
@@ -57,7 +57,7 @@ class MixerHooks(ABC):
         return torch.cat(out, 1)
 
     def expected_cost(self, batch: int, length: int) -> Cost | None:
-        """The cost, by its formula; None where the test gives none."""
+        """The cost, by its formula; None if the test gives none."""
         return None
 
     def close(self, got: Tensor, want: Tensor, operation: str | torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Running a function in another process: what was saved there must be enough to go on from."""
+"""Running a function in another process, to check that saved files are sufficient."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["run_in_new_process"]
 def run_in_new_process(function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)` in a fresh interpreter, which is started once and kept for later calls.
 
-    The function must be importable by name, arguments and result must pickle: hand over files, not tensors.
+    The function must be importable by name, arguments and result must pickle: pass files, not tensors.
     """
     return _pool().submit(function, *args).result(timeout=120)
 

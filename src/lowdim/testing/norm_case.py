@@ -1,6 +1,6 @@
-"""What every normalisation owes: its formula in training and in evaluation, running statistics, and files.
+"""Tests of every normalisation: its formula in training and in evaluation, running statistics, and files.
 
-A normalisation's test says how to make one and a batch, and writes output and statistics as formulas::
+A normalisation's test defines how to make one and a batch, and output and statistics as formulas::
 
     class TestBatchNorm(NormCase):
         norm_class = nn.BatchNorm1d
@@ -35,7 +35,7 @@ __all__ = ["NormCase"]
 
 
 class NormCase(ABC):
-    """Base of a normalisation's test class: write `batch` and `expected`, set the attributes.
+    """Base of a normalisation's test class: define `batch` and `expected`, and set the attributes.
 
     Attributes:
         norm_class: the class under test, made as `norm_class(features, device=…, dtype=…, **how)`.
@@ -55,14 +55,14 @@ class NormCase(ABC):
 
     @abstractmethod
     def expected(self, norm: Any, x: Tensor, training: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """The output as a formula of parameters and buffers, differentiable, and what each buffer holds afterwards.
+        """The output as a formula of parameters and buffers, differentiable, and the value of each buffer afterwards.
 
         Written out from the paper: no method of the norm, hyperparameters as the test states them. Statistics that carry no
         gradient by design are detached here, too.
         """
 
     def refusals(self) -> list[Refusal]:
-        """Wrong input: exception type, a word of its message, what raises it."""
+        """Wrong input: exception type, a word of its message, and the call that raises it."""
         return []
 
     def make(self, dtype: torch.dtype = torch.float64, device: Any = None) -> Any:
@@ -73,13 +73,13 @@ class NormCase(ABC):
         return norm
 
     def disturb(self, norm: Any) -> None:
-        """Move the parameters a little, so that one that is left out is missed; to override where they must stay in a set."""
+        """Change the parameters a little, so that ignoring one is noticed; override if they must stay in a set."""
         with torch.no_grad():
             for index, p in enumerate(norm.parameters()):
                 p.add_(torch.linspace(-0.2, 0.3, p.numel(), dtype=p.dtype).view(p.shape) + 0.1 * index)
 
     def trained(self, **options: Any) -> Any:
-        """One that has seen two batches: its running statistics are not those of a new one. In training mode."""
+        """A norm after two batches, so that its running statistics are not those of a new one. In training mode."""
         norm = self.make(**options).train()
         for seed in (1, 2):
             norm(self.batch(seed).to(next(norm.parameters()).dtype))
@@ -114,14 +114,14 @@ class NormCase(ABC):
         assert all(torch.equal(value, before[name]) for name, value in norm.named_buffers())
 
     def test_evaluation_takes_rows_one_by_one(self) -> None:
-        """A row gives what it gives in a batch."""
+        """A single row gives the same as in a batch."""
         norm, x = self.trained().eval(), self.batch(3)
         y = norm(x)
         for row in range(len(x)):
             self.close(norm(x[row : row + 1]), y[row : row + 1], "formula")
 
     def test_training_looks_at_the_batch(self) -> None:
-        """Other rows beside it change what a row gives."""
+        """The other rows of the batch change the output of a row."""
         norm, x, other = self.make().train(), self.batch(0), self.batch(1)
         mixed = torch.cat([x[:1], other[1:]])
         assert float((norm(mixed)[0] - norm(x)[0]).detach().abs().max()) > 1e-3 * float(x.abs().max())
@@ -141,7 +141,7 @@ class NormCase(ABC):
             self.close(got, want, "gradient")
 
     def test_running_statistics_hold_no_graph(self) -> None:
-        """Else memory would grow with every batch; and without autograd they move as well."""
+        """Otherwise memory would grow with every batch; they are also updated without autograd."""
         norm, other = self.make().train(), self.make().train()
         for seed in range(2):
             x = self.batch(seed).requires_grad_(True)
@@ -162,7 +162,7 @@ class NormCase(ABC):
         assert torch.equal(read_tensors(tmp_path / "answer.safetensors")[0]["y"], norm(x).detach())
 
     def test_training_goes_on_from_a_state_dict(self) -> None:
-        """The same outputs and statistics as without the stop, bit by bit."""
+        """The same outputs and statistics as without the interruption, bit by bit."""
         norm, again = self.trained(), self.make().train()
         again.load_state_dict(norm.state_dict())
         for seed in (3, 4):
@@ -212,7 +212,7 @@ class NormCase(ABC):
     # Wrong input.
 
     def test_wrong_input_is_refused(self) -> None:
-        """Each with a word that helps."""
+        """Each with a helpful message."""
         if not (refusals := self.refusals()):
             pytest.skip("the test names no wrong input")
         refuses(refusals)

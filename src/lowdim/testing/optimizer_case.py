@@ -1,4 +1,4 @@
-"""What every optimizer of `lowdim.optim` owes, as one test case: plain asserts, no test framework needed.
+"""Tests of every optimizer of `lowdim.optim`, as one test case: plain asserts, no test framework needed.
 
     class TestMine(OptimizerCase):
         def make(self, params, **options):
@@ -24,7 +24,7 @@ __all__ = ["OptimizerCase"]
 
 
 class OptimizerCase(OptimizerFiles):
-    """Subclass it, write `make` and `reference_step`, and every test here runs for the new optimizer.
+    """Subclass it, define `make` and `reference_step`, and every test here runs for the new optimizer.
 
     See `OptimizerHooks` for the attributes.
     """
@@ -136,7 +136,7 @@ class OptimizerCase(OptimizerFiles):
     # torch's protocol.
 
     def test_closure(self) -> None:
-        """`step(closure)` runs it with gradients on and gives its loss."""
+        """`step(closure)` runs it with gradients on and returns its loss."""
         net = self.model()
         optimizer = self.make(self.groups(net))
 
@@ -166,7 +166,7 @@ class OptimizerCase(OptimizerFiles):
         self.same(after[0], after[2])
 
     def test_named_parameters(self) -> None:
-        """Pairs `(name, parameter)` are taken as in torch; errors then carry the name."""
+        """Pairs `(name, parameter)` are accepted as in torch; errors then include the name."""
         net = self.model()
         pairs = [(name, p) for name, p in net.named_parameters() if p.ndim == 2]
         optimizer = self.make(pairs)
@@ -225,7 +225,7 @@ class OptimizerCase(OptimizerFiles):
     # Forecasts.
 
     def test_runs_on_fake_tensors(self) -> None:
-        """`lowdim plan` steps the optimizer without numbers: no value may be looked at, and the state has its true size."""
+        """`lowdim plan` steps the optimizer without numbers: no value may be read, and the state has its true size."""
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         net = self.model()

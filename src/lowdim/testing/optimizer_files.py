@@ -1,4 +1,4 @@
-"""An optimizer's state: what it holds, and how a run goes on from it."""
+"""An optimizer's state: its content, and resuming from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["OptimizerFiles"]
 
 
 class OptimizerFiles(OptimizerHooks):
-    """Checkpoints and copies: the same bits as without the stop, or a refusal that says what is wrong."""
+    """Checkpoints and copies: the same bits as without the interruption, or a clear error."""
 
     def test_exact_resume(self) -> None:
         """Through torch.save and torch.load(weights_only=True), in the middle of an interval: the same bits."""
@@ -62,7 +62,7 @@ class OptimizerFiles(OptimizerHooks):
         assert state_bytes(optimizer) == forecast
 
     def test_loading_does_not_share_memory(self) -> None:
-        """Stepping one optimizer leaves the state of the other."""
+        """Stepping one optimizer does not change the state of the other."""
         net, other = self.model(), self.model()
         optimizer, again = self.make(self.groups(net)), self.make(self.groups(other))
         self.run(net, optimizer, range(1))

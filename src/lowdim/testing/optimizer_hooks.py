@@ -1,4 +1,4 @@
-"""What an optimizer's test says about it."""
+"""The attributes and methods of an optimizer's test."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def raises(error: type[Exception], pattern: str) -> Iterator[None]:
 
 
 class OptimizerHooks(OptimizerProblem, ABC):
-    """What the shared tests must know of an optimizer: how to make one, and its step as a formula.
+    """What the shared tests need: how to make an optimizer, and its step as a formula.
 
     Attributes:
-        update_interval: steps between subspaces in what `make` builds; tests run across at least one refresh.
+        update_interval: steps between subspaces of the optimizer from `make`; tests run across at least one refresh.
         decay: the weight decay with which steps are compared with the formula.
         formula: allowed difference from the formula, relative to how far a parameter has moved (float64).
         rounding: allowed relative difference where only the order of sums differs (float64).
@@ -57,5 +57,5 @@ class OptimizerHooks(OptimizerProblem, ABC):
             weight, grad: of one parameter, in float64.
             state: the formula's own memory of this parameter, empty at step 0; it changes in place.
             step: steps done before this one.
-            projected: it lies in the group with a rank (matrices do, vectors do not).
+            projected: whether it is in the group with a rank (matrices are, vectors are not).
         """

@@ -1,4 +1,4 @@
-"""A small network with a regression that optimizers are tested on, and how two runs are compared."""
+"""A small regression network for testing optimizers, and comparisons of two runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class OptimizerProblem:
         return [{"params": matrices}, {"params": [p for p in net.parameters() if p.ndim != 2], "rank": None}]
 
     def batch(self, index: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Inputs and a target that a linear map of low rank gives."""
+        """Inputs and targets of a linear map of low rank."""
         draw = stream(0, "case", "map")
         target = torch.randn(6, 2, generator=draw) @ torch.randn(2, 5, generator=draw)
         x = torch.randn(32, 6, generator=stream(0, "case", "batch", index))
@@ -82,7 +82,7 @@ class OptimizerProblem:
             assert torch.equal(a, b), f"largest difference {float((a - b).abs().max()):.3g}"
 
     def close(self, left: list[Tensor], right: list[Tensor], tolerance: float) -> None:
-        """Equal but for rounding."""
+        """Equal up to rounding."""
         for a, b in zip(left, right, strict=True):
             error = float((a - b).norm() / b.norm().clamp_min(1e-30))
             assert error <= tolerance, f"relative difference {error:.3g} > {tolerance:.3g}"

@@ -14,7 +14,7 @@ __all__ = ["in_processes"]
 
 
 def in_processes(function: Callable[..., Any], world: int = 2, *arguments: Any) -> Any:
-    """What `function(rank, world, *arguments)` gives in the first of `world` processes that form a process group.
+    """The result of `function(rank, world, *arguments)` in the first of `world` processes that form a process group.
 
     The function must be importable by name in a fresh interpreter, and its result must pickle: numpy arrays, not tensors.
     An exception in any of them is raised here.

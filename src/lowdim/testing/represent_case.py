@@ -1,6 +1,6 @@
-"""What every module of `lowdim.represent` owes: its formula, saving, repeating, training in float32 and bfloat16, and errors.
+"""Tests of every module of `lowdim.represent`: its formula, saving, repeating, training in float32 and bfloat16, and errors.
 
-A test says how to make the module and how to reduce it to one number, and writes that number as a formula of the parameters::
+A test defines how to make the module, how to reduce it to one number, and that number as a formula of the parameters::
 
     class TestScaledHead(RepresentCase):
         def make(self):
@@ -15,7 +15,7 @@ A test says how to make the module and how to reduce it to one number, and write
             logits = 2.0 * x @ module.weight.T
             return (logits.logsumexp(1) - logits[range(len(y)), y]).mean()
 
-A system that is not a module takes `ResultCase`, `ValueCase` or, for a scikit-learn estimator, `EstimatorCase`. A check that
+A system that is not a module uses `ResultCase`, `ValueCase` or, for a scikit-learn estimator, `EstimatorCase`. A check that
 does not apply is switched off by name, with its reason: `test_bfloat16_is_close_and_the_loss_is_wide = None  # float64`.
 """
 
@@ -35,7 +35,7 @@ __all__ = ["RepresentCase"]
 
 
 class RepresentCase(ABC):
-    """Subclass in a test file; name how to make the module, how to reduce it to one number, and that number's formula.
+    """Subclass in a test file; define how to make the module, how to reduce it to one number, and that number's formula.
 
     Attributes:
         tolerances: largest relative error, by operation.

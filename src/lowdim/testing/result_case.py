@@ -1,6 +1,6 @@
-"""What every function with an answer owes (the formula, the same bits again, errors), and every result beyond that.
+"""Tests of every function that returns something (formula, reproducibility, errors), and more for every result.
 
-A test says how to get the answer and writes, as a formula of the same input, what it must be::
+A test defines how to get the answer, and the required answer as a formula of the same input::
 
     class TestSpectralNorm(ValueCase):  # a function that returns numbers or arrays
         def result(self):
@@ -43,7 +43,7 @@ class ValueCase(ABC):
 
     Attributes:
         tolerance: largest error relative to the largest entry.
-        unchecked: field of the result -> why no formula can say it.
+        unchecked: field of the result -> why it has no formula.
     """
 
     tolerance: ClassVar[float] = 1e-10
@@ -55,7 +55,7 @@ class ValueCase(ABC):
 
     @abstractmethod
     def expected(self) -> Any:
-        """The answer by its formula, written out from the paper with numpy or torch and no function of the system.
+        """The answer by its formula, written out from the paper in numpy or torch, without functions of the system.
 
         For a result a dict from each field (and any property) to its value; nested dataclasses are dicts too.
         """
@@ -65,7 +65,7 @@ class ValueCase(ABC):
         """Wrong uses: the error, a word of its message, the call."""
 
     def answer(self, result: Any) -> Any:
-        """What is compared with `expected()`."""
+        """The value to compare with `expected()`."""
         return result
 
     def test_it_is_what_the_formula_says(self):
@@ -73,7 +73,7 @@ class ValueCase(ABC):
         agrees(self.answer(self.result()), self.expected(), self.tolerance, self.unchecked)
 
     def test_a_second_call_gives_the_same_bits(self):
-        """Whatever is drawn comes from a seed."""
+        """All random numbers come from a seed."""
         first, second = self.answer(self.result()), self.answer(self.result())
         pair = (first.to_dict(), second.to_dict()) if isinstance(first, Result) else (first, second)
         assert repr(pair[0]) == repr(pair[1])
@@ -88,7 +88,7 @@ class ResultCase(ValueCase):
     """Base of the test class of a function that returns a `Result`.
 
     Attributes:
-        plots: whether a picture is promised.
+        plots: whether the result has a plot.
     """
 
     plots: ClassVar[bool] = False
@@ -115,7 +115,7 @@ class ResultCase(ValueCase):
         assert all(list(row) == list(frame.columns) for row in rows)
 
     def test_a_plot_where_one_is_promised(self):
-        """It draws on the axes that are given; a result without a picture says so."""
+        """It draws on the given axes; a result without a plot raises a clear error."""
         result = self.result()
         if not self.plots:
             with pytest.raises(TypeError, match="has no plot"):

@@ -1,4 +1,4 @@
-"""One layer of each kind that `lowdim.surgery` knows, an input for it, and its output at another weight."""
+"""One layer of each kind that `lowdim.surgery` supports, an input for it, and its output with another weight."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _build(name: str) -> nn.Module:
 
 
 def make_input(layer: nn.Module, dtype: torch.dtype = torch.float64, seed: int = 5) -> Tensor:
-    """Something that `layer` takes."""
+    """A valid input of `layer`."""
     generator = torch.Generator().manual_seed(seed)
     if isinstance(layer, nn.Embedding):
         return torch.randint(layer.num_embeddings, (2, 6), generator=generator)

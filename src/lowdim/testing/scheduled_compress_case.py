@@ -1,7 +1,7 @@
-"""What a compression owes that goes on while the model is trained: a step after each optimizer step, plain layers at the end.
+"""Tests of compression during training: a step after each optimizer step, and plain layers at the end.
 
-A system's test says how to prepare a model, and writes the weight that a layer uses after so many steps as a formula of the
-layer's tensors; it then gets all of `CompressCase` and these::
+A system's test defines how to prepare a model, and the weight that a layer uses after a number of steps as a formula of the
+layer's tensors; it then gets the tests of `CompressCase` and these::
 
     class TestGradual(ScheduledCompressCase):
         options = {"total_steps": 6, "sparsity": 0.5}
@@ -37,7 +37,7 @@ __all__ = ["ScheduledCompressCase"]
 
 
 class ScheduledCompressCase(CompressCase):
-    """Base of a test class: write `compress` and `effective`; `options` must hold `total_steps`.
+    """Base of a test class: define `compress` and `effective`; `options` must hold `total_steps`.
 
     Attributes:
         sparsity: share of exact zeros in each layer's weight at the end.
@@ -52,11 +52,11 @@ class ScheduledCompressCase(CompressCase):
         """The weight `(out, in)` that `layer` uses after `step` finished steps, as a formula of its tensors."""
 
     def final(self, layer: Any) -> Tensor:
-        """The weight of the plain layer at the end; to override where it is not what the last step used."""
+        """The weight of the plain layer at the end; override if it is not the weight of the last step."""
         return self.effective(layer, self.total_steps)
 
     def expected(self, layer: nn.Linear, inputs: Tensor, compressed: Any) -> Tensor:
-        """What a layer answers before the first step."""
+        """The output of a layer before the first step."""
         assert layer.bias is not None
         return inputs @ self.effective(compressed, 0).T + layer.bias
 
@@ -70,7 +70,7 @@ class ScheduledCompressCase(CompressCase):
         return self.run(small_net(seed, dtype)).eval()
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Plain SGD on what is trained."""
+        """Plain SGD on the trained parameters."""
         return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
 
     def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, index: int) -> None:
@@ -90,7 +90,7 @@ class ScheduledCompressCase(CompressCase):
     # The schedule
 
     def test_swaps_in_place(self) -> None:
-        """The same object with layers that follow a schedule; the head stays. Nothing need change before the first step."""
+        """The same object with scheduled layers; the head stays. Outputs may be unchanged before the first step."""
         model = small_net().eval()
         assert self.run(model) is model
         assert isinstance(model.up, self.compressed)
@@ -100,7 +100,7 @@ class ScheduledCompressCase(CompressCase):
         assert bool(torch.isfinite(model(self.batches()[0])).all())
 
     def test_each_step_uses_the_weight_of_its_count(self) -> None:
-        """From the first forward to one past the end, while the weights move."""
+        """From the first forward to one after the end, while the weights change."""
         model = self.prepared()
         optimizer = self.optimizer(model)
         for index in range(self.total_steps + 2):
@@ -116,7 +116,7 @@ class ScheduledCompressCase(CompressCase):
             step(model)
 
     def test_the_weight_moves_with_the_count(self) -> None:
-        """A schedule that stands still would pass any comparison with itself."""
+        """A constant schedule would pass any comparison with itself."""
         layer: Any = self.prepared().up
         with torch.no_grad():
             assert not torch.equal(self.effective(layer, 0), self.effective(layer, self.total_steps))
@@ -124,7 +124,7 @@ class ScheduledCompressCase(CompressCase):
     # The end
 
     def test_finalize_leaves_plain_layers_with_exact_zeros(self) -> None:
-        """Of the class that stood there, with the final weight; a dense model loads their state."""
+        """Of the original class, with the final weight; a dense model loads their state."""
         model = self.prepared()
         self.train(model, range(self.total_steps))
         with torch.no_grad():
@@ -144,7 +144,7 @@ class ScheduledCompressCase(CompressCase):
         assert torch.equal(plain(x), model(x))
 
     def test_what_is_finalized_has_no_schedule(self) -> None:
-        """A second end, or a step after it, is an error that says so."""
+        """A second finalize, or a step after it, raises a clear error."""
         model = finalize(self.prepared())
         for call in (finalize, step, SparseTraining):
             with pytest.raises(LowdimError, match="no layer that follows a schedule"):
@@ -185,7 +185,7 @@ class ScheduledCompressCase(CompressCase):
 
     @pytest.mark.parametrize("companion", [True, False])
     def test_a_checkpoint_resumes_to_the_same_bits(self, companion: bool) -> None:
-        """From the model's tensors alone; a companion's state says the same."""
+        """From the model's tensors alone; a companion's state agrees."""
         whole, first = self.prepared(), self.prepared()
         self.train(whole, range(self.total_steps))
         half = self.total_steps // 2
@@ -201,7 +201,7 @@ class ScheduledCompressCase(CompressCase):
         _same(whole.state_dict(), again.state_dict())
 
     def test_it_is_rebuilt_in_the_middle_of_its_schedule(self) -> None:
-        """From a file's tensors and descriptions: the same outputs, the same parameters trained, and it goes on as before."""
+        """From a file's tensors and descriptions: the same outputs, the same trained parameters, and the schedule continues."""
         model = self.prepared()
         half = self.total_steps // 2
         self.train(model, range(half))

@@ -1,4 +1,4 @@
-"""Training spread over processes equals training in one: what every optimizer and layer owes under FSDP2.
+"""Sharded training equals training in one process: tests of every optimizer and layer under FSDP2.
 
     SHARDED = {"mine": Subject(net=uneven_net, optimizer=lambda net: Mine(param_groups(net, rank=3), lr=0.05))}
 
@@ -6,8 +6,8 @@
     def test_two_processes_equal_one():
         check_sharded(SHARDED["mine"])
 
-The functions must be importable by name in a fresh interpreter, so they stand at the top level of a test module; a lambda
-inside a top-level dictionary is found through that module.
+The functions must be importable by name in a fresh interpreter, so they are at the top level of a test module; a lambda in
+a top-level dictionary is found through that module.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HALF = 6  # where a checkpoint is taken
 
 @dataclass(frozen=True)
 class Subject:
-    """What is trained, and how.
+    """The network to train, and how.
 
     Attributes:
         net: builds the network in float64, with the same numbers each time; takes rows of `features` numbers. Each of its
@@ -103,7 +103,7 @@ class _Training:
         return copy.deepcopy({"model": model, "optimizer": optimizer, "companion": acting})
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Into this number of processes, whatever it was saved from."""
+        """Into this number of processes, however many saved it."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
         options = StateDictOptions(full_state_dict=True)
@@ -125,7 +125,7 @@ def uneven_net() -> nn.Module:
 
 
 def sharded_numbers(rank: int, world: int, names: list[tuple[str, str]]) -> dict[str, Any]:
-    """For each `(module, key)`: weights after ten steps, trained through and through checkpoints in the middle."""
+    """For each `(module, key)`: weights after ten steps, trained without interruption and through checkpoints in the middle."""
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (world,))
@@ -167,8 +167,8 @@ def check_sharded(subject: Subject, numbers: Any = None, *, module: str = "", ke
     """Two gloo processes against one: trained through, resumed in two from one, resumed in one from two.
 
     Args:
-        numbers: what `sharded_numbers` gave for the subject, where one pair of processes served many.
-        module, key: where the subject is found; by default searched for in the modules that are loaded.
+        numbers: the result of `sharded_numbers` for the subject, if one pair of processes ran several.
+        module, key: where to find the subject; by default the loaded modules are searched.
     """
     if numbers is None:
         import sys

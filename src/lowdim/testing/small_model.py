@@ -1,4 +1,4 @@
-"""Small models with fixed numbers, and what one answers with a saved adapter in it: the same in every process."""
+"""Small models with fixed numbers, and the output of one with a saved adapter: the same in every process."""
 
 from __future__ import annotations
 

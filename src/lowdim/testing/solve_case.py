@@ -1,4 +1,4 @@
-"""What every solver owes: the known solution, the kind of array that came in, and why it stopped.
+"""Tests of every solver: the known solution, the input's kind of array, and the reason for stopping.
 
 A test makes a problem whose solution it knows (a matrix of bounded condition, so that a failure is a bug and not bad luck)::
 
@@ -19,7 +19,7 @@ A test makes a problem whose solution it knows (a matrix of bounded condition, s
         def residual(self, A, b, x):
             return np.linalg.norm(b - A @ x)
 
-A function in scipy's shape, `(x, info)`, takes `ScipySolveCase`.
+A function in scipy's style, `(x, info)`, uses `ScipySolveCase`.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ def conditioned(rows: int, columns: int, *, condition: float = 10.0, seed: int =
 
 
 class SolutionCase(ValueCase):
-    """What both shapes of solver owe: name the problem, the solver and the solution.
+    """Tests of both styles of solver: define the problem, the solver and the solution.
 
     Attributes:
-        kinds: what the arrays of the problem may be: `"numpy"`, `"torch"`, `"sparse"` (scipy.sparse matrices; numpy comes out).
+        kinds: the kinds of arrays that the solver accepts: `"numpy"`, `"torch"`, `"sparse"` (scipy.sparse matrices; numpy comes
+            out).
         tolerance: of the solution, relative to its largest entry.
         kinds_tolerance: between kinds of dense arrays 0: the same bits; a sparse product may sum in another order.
     """
@@ -67,18 +68,18 @@ class SolutionCase(ValueCase):
 
     @abstractmethod
     def solution(self) -> Any:
-        """What the answer must be: known before, not computed by the solver."""
+        """The required answer: known in advance, not computed by the solver."""
 
     @abstractmethod
     def residual(self, *problem_and_answer: Any) -> float:
         """The formula of the residual that the result states, of the problem (numpy) and the answer."""
 
     def answer(self, result: Any) -> Any:
-        """What is compared with the solution; by default the field `x`."""
+        """The value to compare with the solution; by default the field `x`."""
         return result.x
 
     def arrays(self, result: Any) -> list[Any]:
-        """The arrays of a result, which keep the kind that came in."""
+        """The arrays of a result, which keep the input's kind."""
         return [self.answer(result)]
 
     def result(self) -> Any:
@@ -93,7 +94,7 @@ class SolutionCase(ValueCase):
         return tuple(_as_kind(value, kind) if isinstance(value, np.ndarray) else value for value in self.problem())
 
     def test_the_kind_of_array_is_kept(self):
-        """The same numbers, in the kind that came in and in float64."""
+        """The same numbers, in the input's kind and in float64."""
         want = self.arrays(self.solve(*self._given("numpy")))
         assert want
         assert all(isinstance(a, np.ndarray) and a.dtype == np.float64 for a in want)
@@ -111,7 +112,7 @@ class SolveCase(SolutionCase, ResultCase):
     """A solver that returns a `Result`: subclass in a test file.
 
     Attributes:
-        rounding: by how much two ways of computing the same residual may differ.
+        rounding: allowed difference between two ways of computing the same residual.
     """
 
     rounding: ClassVar[float] = 1e-12
@@ -132,7 +133,7 @@ class SolveCase(SolutionCase, ResultCase):
 
 
 class ScipySolveCase(SolutionCase):
-    """A solver in scipy's shape: it returns `(x, info)`, and `info` is 0 where it converged.
+    """A solver in scipy's style: it returns `(x, info)`, and `info` is 0 if it converged.
 
     Attributes:
         stated: largest residual that an answer with `info == 0` may have.
@@ -145,7 +146,7 @@ class ScipySolveCase(SolutionCase):
         return result[0]
 
     def test_it_says_how_far_it_came_and_why_it_stopped(self):
-        """`info` is scipy's, and tells the truth."""
+        """`info` follows scipy, and is correct."""
         problem = self.problem()
         x, info = self.solve(*problem)
         assert isinstance(info, int)

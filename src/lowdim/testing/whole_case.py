@@ -1,4 +1,4 @@
-"""The behaviour that every method owes which acts on the model as a whole, tested against the formula of its paper.
+"""The behaviour required of every method that acts on the whole model, tested against the formula of its paper.
 
     class TestMine(WholeModelCase):
         def method(self, model, **changes):

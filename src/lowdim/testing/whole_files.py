@@ -21,7 +21,7 @@ __all__ = ["WholeFiles"]
 
 
 class WholeFiles(WholeHooks):
-    """What is saved gives the same model again, or is refused with what is wrong."""
+    """A saved adapter gives the same model again, or is rejected with a clear error."""
 
     def test_another_process_loads_the_same_bits(self, tmp_path):
         model = small_model()

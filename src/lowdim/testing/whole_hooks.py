@@ -1,4 +1,4 @@
-"""What a test class says about a method that acts on the whole model, and what the shared tests make of it."""
+"""The attributes and methods of the test class of a whole-model method, and helpers of the shared tests."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class WholeHooks(ABC):
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.add_((0.3 * noise).to(parameter.dtype))
 
-    # What the tests use
+    # Helpers of the tests
 
     def adapt(self, model: nn.Module, *, disturbed: bool = True, **options: Any) -> Any:
         """The method on a model, away from its start."""
@@ -73,7 +73,7 @@ class WholeHooks(ABC):
         return adapted, torch.optim.AdamW(adapted.param_groups(self.lr), weight_decay=0.0)
 
     def run_steps(self, adapted: Any, optimizer: torch.optim.Optimizer, first: int, last: int) -> list[float]:
-        """Steps `first` to `last` of a run whose batches depend on the step alone; gives the losses."""
+        """Steps `first` to `last` of a run whose batches depend only on the step; returns the losses."""
         losses = []
         for step in range(first, last):
             x = sample_input(16, seed=100 + step)
@@ -86,7 +86,7 @@ class WholeHooks(ABC):
         return losses
 
     def train(self, adapted: Any, steps: int, dtype: torch.dtype = torch.float32) -> list[float]:
-        """Train towards the output of a disturbed model; gives the losses."""
+        """Train towards the output of a disturbed model; returns the losses."""
         x = sample_input(32, seed=4, dtype=dtype)
         other = self.adapt(small_model(), disturbed=False)
         self.disturb(other, seed=12)

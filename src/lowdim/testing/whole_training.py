@@ -1,4 +1,4 @@
-"""A model whose parameters are composed: what is trained, seeds, resuming, compiling, copies, low precision."""
+"""A model with composed parameters: trained numbers, seeds, resuming, compiling, copies, low precision."""
 # ruff: noqa: D102 (a test's name is its docstring)
 
 from __future__ import annotations

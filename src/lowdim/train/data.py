@@ -21,7 +21,7 @@ _LABEL_NAMES = ("label", "labels", "class", "category", "sentiment", "target", "
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts with their labels as class indices; `notes` count what was left out."""
+    """Texts with their labels as class indices; `notes` count the rows that were left out."""
 
     texts: tuple[str, ...]
     labels: tuple[int, ...]

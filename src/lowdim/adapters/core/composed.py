@@ -195,7 +195,7 @@ def _reduce(self: Any, protocol: Any) -> Any:
     if "_composed_base" not in own.__dict__ or not isinstance(found, tuple) or found[1] != (own,):
         return found
     state = found[2]
-    if isinstance(self, nn.RNNBase):  # it remembers what it last computed with
+    if isinstance(self, nn.RNNBase):  # it remembers the tensors of its last call
         state = {**state, "_flat_weights": [self._parameters.get(name) for name in self._flat_weights_names]}
     return (_blank, (own._composed_base, own._composed_names), state, *found[3:])
 

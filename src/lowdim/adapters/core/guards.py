@@ -65,7 +65,7 @@ def fingerprint(weight: Tensor) -> str:
 
 
 def pristine_matrix(layer: nn.Module) -> Tensor:
-    """A layer's pre-trained weight `(out, in)`, under whatever adapters it has; a quantized one in float32."""
+    """A layer's pre-trained weight `(out, in)`, without any of its adapters; a quantized one in float32."""
     pristine = getattr(layer, "pristine_weight", None)
     return dense_matrix(layer) if pristine is None else pristine()
 

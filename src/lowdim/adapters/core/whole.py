@@ -123,7 +123,7 @@ class WholeAdapted(Adapted):
         """After the first backward pass: the trained numbers must have a gradient.
 
         Raises:
-            NoGradientError: none of them has one.
+            NoGradientError: they have none.
         """
         self._awaits_gradient = False
         own = [p for p in self.composition.parameters() if p.requires_grad]

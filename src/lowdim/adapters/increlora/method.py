@@ -46,7 +46,7 @@ class IncreLoRA(Method):
         target_total: sum of all ranks at the end; None means `target_rank` times the number of layers.
         weight_decay: of the parameters that are added during training.
         target_modules: which layers (see `lowdim.surgery.find_layers`).
-        total_steps: optimizer steps of the training, for what is None above; `lowdim.train` fills it in.
+        total_steps: optimizer steps of the training, for the values left None above; `lowdim.train` fills it in.
 
     Raises:
         ValueError: a hyperparameter out of range (here), a rank beyond the layer (at attach), or `step()` without an optimizer.

@@ -88,7 +88,7 @@ class LoRAMUpdate(LoRAUpdate):
 
     @torch.no_grad()
     def exact(self) -> Tensor:
-        """`delta()` and the pruned part, whatever the mode."""
+        """`delta()` and the pruned part, in both modes."""
         return self.delta() if self.pruned is None else self.delta() + wide(self.pruned)
 
     def saved(self) -> dict[str, Tensor]:
@@ -254,7 +254,7 @@ class LoRAM(Method):
         object.__setattr__(self, "groups", tuple(groups))
         object.__setattr__(self, "masks", None if self.masks is None else Masks(self.masks))
         if self.ratio and (groups or self.masks):
-            raise ValueError(f"ratio={self.ratio} prunes by itself; give groups or masks, or ratio, not both")
+            raise ValueError(f"ratio={self.ratio} already prunes; give groups or masks, or ratio, not both")
         for field in ("producers", "consumers"):
             names = [name for group in groups for name in getattr(group, field)]
             twice = [name for name in names if names.count(name) > 1]

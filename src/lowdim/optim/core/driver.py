@@ -127,7 +127,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                     self._handles.append(handle)
 
     def remove_hooks(self) -> None:
-        """Stop updating in the backward pass (layerwise only), for instance before another optimizer takes over."""
+        """Stop updating in the backward pass (layerwise only), for instance before switching to another optimizer."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -87,7 +87,7 @@ class Projector:
         return {}
 
     def nbytes(self, shape: tuple[int, ...], rank: Any, dtype: torch.dtype) -> int:
-        """Bytes of what it keeps at this rank."""
+        """Bytes of its state at this rank."""
         from dataclasses import is_dataclass, replace
 
         projector: Any = replace(self, rank=rank) if is_dataclass(self) and hasattr(self, "rank") else self  # type: ignore[type-var]
@@ -126,7 +126,7 @@ class InnerRule:
         raise NotImplementedError
 
     def nbytes(self, low_shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        """Bytes of what it keeps."""
+        """Bytes of its state."""
         return layout_bytes(self.layout(low_shape, dtype))
 
 

@@ -97,7 +97,7 @@ class SVDProjector(Projector):
         return True
 
     def kept(self, basis: Tensor, like: Tensor) -> Tensor:
-        """The basis as it is kept between steps."""
+        """The basis as stored between steps."""
         return basis.to(like.dtype)
 
     def _choose(self, matrix: Tensor, old: Tensor | None, step: int, side: Side, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,7 @@ def adaptive_retrieve(
         retrieval_dim: size of the first search, in [1, D].
         rerank_dim: size of the reordering, in [1, D].
         shortlist: candidates kept by the first search, at most N.
-        k: how many of them to return, at most `shortlist`; None returns the whole list.
+        k: number of results, at most `shortlist`; None returns the whole list.
 
     Returns:
         RetrievalResult with `indices (Q, k)`, `distances (Q, k)` in float32 or better, `mflops`. Memory stays at

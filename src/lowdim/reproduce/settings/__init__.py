@@ -1,1 +1,1 @@
-"""What several experiments share: data, models, timing, outcomes."""
+"""Shared by the experiments: data, models, timing, outcomes."""

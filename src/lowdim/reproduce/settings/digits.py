@@ -102,7 +102,7 @@ def fit(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, classes: Sequence[int] | None = None) -> float:
-    """Share of right answers; with `classes` only those compete."""
+    """Share of correct answers; with `classes` only among those."""
     logits = model(x)
     if classes is not None:
         barred = torch.ones(logits.shape[1], dtype=torch.bool)

@@ -2,7 +2,7 @@
 
 The lower four layers are frozen in every run, so their output is computed once. The head is a logistic regression on the
 features of the first 200 questions, frozen, so only the adapters learn. Rates are picked on 500 further training questions; the
-test questions are only looked at for the picked rate.
+test questions are used only for the picked rate.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Top(nn.Module):
         self.layer, self.classifier = layers, head
 
     def pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Mean over the tokens that are there."""
+        """Mean over the real tokens."""
         seen = mask[:, None, None, :]
         for layer in self.layer:
             out = layer(hidden, attention_mask=seen)
@@ -64,7 +64,7 @@ class Top(nn.Module):
 
 @dataclass(frozen=True)
 class Score:
-    """What one method reached: means over seeds at the rate that the development questions chose."""
+    """The result of one method: means over seeds at the rate chosen on the development questions."""
 
     method: str
     lr: float
@@ -98,7 +98,7 @@ class Setting:
         return self.train.hidden[:count], self.train.mask[:count], self.train.labels[:count]
 
     def run(self, method: Method, lr: float, seed: int, steps: int = STEPS) -> tuple[Adapted, float]:
-        """Train one adapter; gives it and the mean number of updated parameters per step."""
+        """Train one adapter; returns it and the mean number of updated parameters per step."""
         model = copy.deepcopy(self.top).eval()
         with torch.enable_grad():
             adapted = lowdim.adapt(model, method, seed=seed, batches=[self.batch(64)], loss_fn=_loss)
@@ -122,7 +122,7 @@ def load_setting(context: Context) -> Setting:
 
     Raises:
         MissingExtraError: transformers, scikit-learn or the MiniLM package is missing.
-        DataError: the TREC files are not there.
+        DataError: the TREC files do not exist.
     """
     try:
         from sklearn.linear_model import LogisticRegression
@@ -161,7 +161,7 @@ def load_setting(context: Context) -> Setting:
 
 
 def best_rate(context: Context, setting: Setting, name: str, make: Callable[[float], Method], rates: Sequence[float]) -> Score:
-    """Train at each rate and seed, pick the rate by the development loss, and look at the test questions there."""
+    """Train at each rate and seed, pick the rate by the development loss, and test at that rate."""
     seeds, steps = (range(1), 8) if context.quick else (range(3), STEPS)
     tried: list[tuple[float, float, list[tuple[Adapted, float]]]] = []
     for lr in rates:

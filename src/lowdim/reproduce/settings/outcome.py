@@ -1,4 +1,4 @@
-"""What a reproduction is given and what it gives back."""
+"""The input and the output of a reproduction."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Outcome:
 
     @property
     def claim(self) -> str:
-        """What the paper says it achieves."""
+        """The paper's main claim."""
         return find(self.slug).claim
 
     @property
@@ -60,7 +60,7 @@ class Outcome:
 
 @dataclass
 class Context:
-    """Where a reproduction finds its data and says how far it is."""
+    """The context of a reproduction: its data, and progress messages."""
 
     data: Path | None = None
     quick: bool = False  # fewer seeds and steps: shows that it runs, proves nothing
@@ -70,7 +70,7 @@ class Context:
         """The path of a data file under `--data` (or `$LOWDIM_DATA`).
 
         Raises:
-            DataError: the file is not there; `source` says where to get it.
+            DataError: the file does not exist; `source` says where to get it.
         """
         root = self.data or (Path(os.environ["LOWDIM_DATA"]) if os.environ.get("LOWDIM_DATA") else None)
         if root is None:

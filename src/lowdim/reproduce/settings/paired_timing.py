@@ -1,4 +1,4 @@
-"""A training step of two models, turn by turn, so that other load on the machine falls on both."""
+"""Alternating training steps of two models, so that other load on the machine affects both."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def four_layers() -> tuple[nn.Sequential, Tensor, list[str]]:
 
 
 def step_pairs(first: nn.Module, second: nn.Module, x: Tensor, count: int, warm: int = 3) -> Pairs:
-    """Seconds of `count` pairs of steps (forward, backward, AdamW) after `warm` that do not count."""
+    """Seconds of `count` pairs of steps (forward, backward, AdamW) after `warm` pairs of warm-up."""
     with torch.enable_grad():
         a, b = _stepper(first, x), _stepper(second, x)
         return Pairs([(a(), b()) for _ in range(warm + count)][warm:])

@@ -1,7 +1,7 @@
 """The small language model on which several reproductions compare optimizers and layers ("the LM set-up").
 
 Tiny Shakespeare by characters, the last 100,000 for validation; a pre-norm transformer with 2 blocks, width 64, 4 heads,
-context 48; batches of 16, 300 steps, 40 of warmup, then a cosine down to a tenth; the metric is the validation loss in nats a
+context 48; batches of 16, 300 steps, 40 of warmup, then a cosine down to a tenth; the metric is the validation loss in nats per
 character.
 """
 
@@ -81,7 +81,7 @@ class Block(nn.Module):
 
 
 class TinyTransformer(nn.Module):
-    """The model; weights are drawn from `seed` alone."""
+    """The model; all weights are drawn from `seed`."""
 
     def __init__(self, vocabulary: int, settings: Settings, seed: int):
         super().__init__()
@@ -109,7 +109,7 @@ def load_corpus(context: Context) -> Corpus:
     """Tiny Shakespeare as numbers, characters in alphabetical order.
 
     Raises:
-        DataError: the text is not there.
+        DataError: the text file does not exist.
     """
     text = tiny_shakespeare(context)
     letters = {c: i for i, c in enumerate(sorted(set(text)))}
@@ -130,7 +130,7 @@ def _loss(model: nn.Module, text: Tensor, starts: Tensor, context: int) -> Tenso
 
 @torch.no_grad()
 def validate(model: nn.Module, corpus: Corpus, settings: Settings) -> float:
-    """Mean loss in nats a character over the same six batches for everyone."""
+    """Mean loss in nats per character over six fixed batches."""
     draw = stream(0, "tiny_lm", "valid")
     losses = []
     for _ in range(settings.valid_batches):

@@ -60,8 +60,8 @@ def complete_matrix(
         seed: for sketches, partition and the start of large matrices.
 
     Returns:
-        CompletionResult in float64, with errors, iterations, converged, reason, flops, and how many rows and columns have fewer
-        entries than the rank. It is not an error if it does not converge.
+        CompletionResult in float64, with errors, iterations, converged, reason, flops, and the numbers of rows and columns with
+        fewer entries than the rank. It is not an error if it does not converge.
 
     Raises:
         ValueError: lengths that differ, a rank outside [1, min(m, n)], indices outside the shape, duplicates, NaN or infinity,

@@ -239,7 +239,7 @@ def _targets(adapted: Adapted) -> list[str] | str:
 
 
 def task_type(model: nn.Module) -> str | None:
-    """PEFT's name for what the model does, from its transformers class; None for any other model."""
+    """PEFT's name of the model's task, from its transformers class; None for any other model."""
     name = type(model).__name__
     endings: Mapping[str, str] = {
         "ForSequenceClassification": "SEQ_CLS",

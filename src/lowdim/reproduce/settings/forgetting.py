@@ -35,7 +35,7 @@ def over_seeds(
 def learn_new(
     adapted: Sequence[Any], data: Digits, seed: int, steps: int, lr: float, samples: int | None = None
 ) -> tuple[float, float, int]:
-    """Train all adapters of one model on (the first `samples` of) 5-9; returns accuracies and the number of trained parameters."""
+    """Train all adapters of a model on (the first `samples` of) 5-9; returns accuracies and the number of parameters."""
     new = data.only(NEW)
     trained = {name: p for one in adapted for name, p in one.trainable().items()}
 

@@ -298,10 +298,10 @@ def test_gradients_of_each_sample_by_itself():
 
 def test_grouped_convolutions_are_for_steps_only():
     layer = make_layer("conv2d_grouped")
-    with pytest.raises(TypeError, match="ALLoRA takes"):
+    with pytest.raises(TypeError, match="ALLoRA adapts"):
         ALLoRA(rank=2).attach(layer)
     adapted = ALLoRA(rank=2, apply_to="step").attach(layer)
-    with pytest.raises(TypeError, match="ALLoRA takes"):
+    with pytest.raises(TypeError, match="ALLoRA adapts"):
         ALLoRA(rank=2).attach(adapted)
 
 

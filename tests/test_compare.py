@@ -24,7 +24,8 @@ from lowdim.compare.live import LiveTable
 from lowdim.compare.result import mark, sampling_error
 from lowdim.compare.runner import _contest, _task
 from lowdim.compare.winner import export_winner, restore
-from lowdim.errors import BudgetError, LowdimError
+from lowdim.errors import BudgetError, CheckpointError, LowdimError
+from lowdim.records import ComparedRun, MethodRecord
 from lowdim.train.metrics import METRICS
 from lowdim.train.tasks import Task
 from lowdim.train.tokenizers import byte_tokenizer
@@ -182,9 +183,10 @@ def test_whoever_wins_is_exported_and_reloads_with_the_same_logits(method, whole
     folder = shutil.copytree(whole[0], tmp_path / "out")
     settings = make()
     bench, tokenizer = rebuilt(settings, folder)
-    winner = export_winner(bench, settings, tokenizer, by_name(whole[1])[method], folder)
-    assert winner["format"] == ("PEFT adapter" if method in ("lora", "lamda") else "merged model")
-    assert winner["largest_difference"] < 1e-5
+    best = MethodRecord.from_dict(by_name(whole[1])[method], folder)
+    winner = export_winner(bench, settings, tokenizer, best, folder)
+    assert winner.format == ("PEFT adapter" if method in ("lora", "lamda") else "merged model")
+    assert winner.largest_difference < 1e-5
     model = restore(bench, folder / "runs" / method / "seed-0")
     score = bench.task.evaluate(getattr(model, "model", model), bench.task.test, ACCURACY)
     assert score == by_name(whole[1])[method]["scores"][0], "it is the model that was scored"
@@ -428,10 +430,15 @@ def test_a_record_is_what_is_on_the_disk(make, tmp_path):
         one = runs.Run(catalogue.variant(chosen), "trial", 0, lr, 0)
         record = runs.perform(bench, one)
         assert runs.finished_record(bench, one) == record
-        assert not any(isinstance(v, float) and math.isnan(v) for v in record.values())
+        assert not any(isinstance(v, float) and math.isnan(v) for v in vars(record).values())
     other = dataclasses.replace(bench, fingerprint="other")
     assert runs.finished_record(other, one) is None
     assert runs.finished_record(bench, dataclasses.replace(one, lr=1.0)) is None
+    file = tmp_path / "runs" / one.name / "run.json"
+    for content, part in (("[]", "it holds a list, not an object"), ('{"schema": 1}', "`fingerprint` is missing")):
+        file.write_text(content)
+        with pytest.raises(CheckpointError, match=rf"run\.json is not the record of a comparison's run: {part}"):
+            runs.finished_record(bench, one)
 
 
 def test_the_shared_model_is_never_trained(make, tmp_path):
@@ -474,10 +481,11 @@ def test_a_classifier_of_transformers(bert_folder, make, tmp_path):
 
 
 def row(name, scores, memory, hits=(), status="ok", forecast=None):
-    return {
-        "name": name, "status": status, "scores": list(scores), "mean": sum(scores) / len(scores) if scores else None,
-        "hits": list(hits), "measured_peak_bytes": memory, "forecast_peak_bytes": forecast,
-    }  # fmt: skip
+    mean = sum(scores) / len(scores) if scores else None
+    return MethodRecord(
+        name=name, status=status, scores=list(scores), mean=mean, hits=list(hits), measured_peak_bytes=memory,
+        forecast_peak_bytes=forecast,
+    )  # fmt: skip
 
 
 def test_the_pareto_front():
@@ -491,29 +499,29 @@ def test_the_pareto_front():
         row("failed", [], 1, status="failed"),
     ]
     best = mark(rows, ACCURACY)
-    assert best["name"] == "best"
-    assert {r["name"] for r in rows if r["pareto"]} == {"best", "lean", "forecast only"}
+    assert best.name == "best"
+    assert {r.name for r in rows if r.pareto} == {"best", "lean", "forecast only"}
 
 
 def test_equals_are_both_on_the_front():
     rows = [row("a", [0.9, 0.9], 10), row("b", [0.9, 0.9], 10)]
     mark(rows, ACCURACY)
-    assert all(r["pareto"] for r in rows)
+    assert all(r.pareto for r in rows)
 
 
 def test_lower_is_better_for_perplexity():
     rows = [row("a", [9.0, 9.1], 10), row("b", [5.0, 5.1], 20), row("c", [6.0, 6.1], 30)]
-    assert mark(rows, PERPLEXITY)["name"] == "b"
-    assert [r["pareto"] for r in rows] == [True, True, False]
+    assert mark(rows, PERPLEXITY).name == "b"
+    assert [r.pareto for r in rows] == [True, True, False]
 
 
 def test_noise_is_of_the_best_only():
     rows = [row("a", [0.90, 0.92, 0.91], 1), row("b", [0.92, 0.90, 0.905], 1), row("c", [0.70, 0.72, 0.71], 1)]
-    assert mark(rows, ACCURACY)["name"] == "a"
-    assert [r["within_noise"] for r in rows] == [False, True, False]
+    assert mark(rows, ACCURACY).name == "a"
+    assert [r.within_noise for r in rows] == [False, True, False]
     alone = [row("a", [0.9], 1), row("b", [0.1], 1)]
     mark(alone, ACCURACY)
-    assert [r["within_noise"] for r in alone] == [False, True], "one seed says nothing"
+    assert [r.within_noise for r in alone] == [False, True], "one seed says nothing"
     assert mark([row("x", [], 1, status="failed")], ACCURACY) is None
 
 
@@ -536,7 +544,7 @@ def test_the_error_of_a_finite_test_set():
         b = "1" * (texts - 2 * gap) + "0" * 2 * gap
         rows = [row("a", [0.98, 0.98], 1, [a, a]), row("b", [0.96, 0.96], 1, [b, b])]
         mark(rows, ACCURACY)
-        assert rows[1]["within_noise"] is noise
+        assert rows[1].within_noise is noise
 
 
 def test_the_shipped_default_methods_are_built():
@@ -551,9 +559,13 @@ def test_the_live_table_shows_brackets_as_they_are():
     said = io.StringIO()
     console = Console(file=said, force_terminal=True, width=120)
     one = runs.Run(catalogue.variant("lora"), "trial", 0, 1e-3, 0)
+    failed = ComparedRun(
+        fingerprint="", method="lora", label="LoRA", phase="trial", seed=0, lr=1e-3, steps=3, batch_size=1, metric="accuracy",
+        environment={}, failure="rank must be in [/1, 2] of [red]q_proj[/]",
+    )  # fmt: skip
     with LiveTable(console, ACCURACY, [one.variant], 3) as live:
         live.start(one)
-        live.finish(one, {"failure": "rank must be in [/1, 2] of [red]q_proj[/]"})
+        live.finish(one, failed)
         console.print(live._view())
     assert "[/1, 2] of [red]q_proj[/]" in said.getvalue()
 
@@ -564,6 +576,9 @@ def test_a_folder_that_cannot_be_a_comparison(make, tmp_path):
         run(make(), tmp_path / "file")
     with pytest.raises(FileExistsError, match="is not empty and holds no comparison"):
         run(make(), Path(tmp_path))
+    (tmp_path / "settings.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"settings\.json is not the settings of a comparison"):
+        run(make(), tmp_path, resume=True)
 
 
 def test_pretraining_from_random_weights(tmp_path):

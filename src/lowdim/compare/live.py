@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from lowdim.catalogue import Variant
 from lowdim.compare.runs import Run
+from lowdim.records import ComparedRun
 from lowdim.train.metrics import Metric
 
 __all__ = ["LiveTable"]
@@ -64,24 +64,23 @@ class LiveTable:
         self.bar.advance(self.task)
         self._refresh()
 
-    def finish(self, run: Run, record: Mapping[str, Any], *, cached: bool = False) -> None:
+    def finish(self, run: Run, record: ComparedRun, *, cached: bool = False) -> None:
         """A run has ended (or was already finished)."""
         name = run.variant.name
         self.done += 1
         self.todo[name] -= 1
         if not cached:
             self.spent[name].append(time.monotonic() - self.begun)
-        if record.get("failure"):
-            self.state[name] = f"failed: {record['failure']}"
+        if record.failure:
+            self.state[name] = f"failed: {record.failure}"
         else:
             self.state[name] = "done" if not self.todo[name] else "waiting"
             kept = self.test if run.phase == "seed" else self.validation
-            kept[name].append(float(record["test" if run.phase == "seed" else "validation"]))
+            kept[name].append(_known(record))
         self.bar.update(self.task, completed=self.done * self.steps)
         self._refresh()
         if self.live is None:
-            score = record.get("test", record.get("validation"))
-            shown = record["failure"] if record.get("failure") else f"{self.metric.name} {score:.4f}"
+            shown = record.failure or f"{self.metric.name} {_known(record):.4f}"
             kind = "test" if run.phase == "seed" else "validation"
             again = " (finished before)" if cached else ""
             self.console.print(
@@ -126,6 +125,11 @@ class LiveTable:
                 label, _scores(self.validation[name], self.metric), _mean(self.test[name]), f"[{style}]{escape(state)}[/]"
             )
         return Group(table, self.bar)
+
+
+def _known(record: ComparedRun) -> float:
+    """The score of a run that did not fail."""
+    return math.nan if record.score is None else record.score
 
 
 def _scores(values: list[float], metric: Metric) -> str:

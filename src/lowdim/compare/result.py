@@ -1,16 +1,16 @@
-"""From run records to a table: means, intervals, the Pareto front, and ties within noise."""
+"""From the records of runs to a table: means, intervals, the Pareto front, and ties within noise."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from lowdim.catalogue import BASELINES, Variant
+from lowdim.records import ComparedRun, LossCurve, MethodRecord, Trial
 from lowdim.train.metrics import Metric, difference_is_noise, interval
 
-__all__ = ["mark", "summarise"]
+__all__ = ["mark", "remarks", "summarise"]
 
 _FAMILY = {"probe": "baseline", "full": "baseline", "adapter": "adapters", "optimizer": "optim", "layer": "layers"}
 
@@ -18,58 +18,60 @@ _FAMILY = {"probe": "baseline", "full": "baseline", "adapter": "adapters", "opti
 def summarise(
     variant: Variant,
     metric: Metric,
-    trials: Sequence[Mapping[str, Any]],
-    seeds: Sequence[Mapping[str, Any]],
+    trials: Sequence[ComparedRun],
+    seeds: Sequence[ComparedRun],
     forecast: int | None,
     reason: str | None,
-) -> dict[str, Any]:
-    """One method's row, from its run records."""
-    good = [r for r in seeds if r.get("failure") is None]
-    scores = [float(r["test"]) for r in good]
+) -> MethodRecord:
+    """One method's row, from its runs.
+
+    Args:
+        forecast: its peak memory in bytes, where it could be forecast.
+        reason: why it was left out; None where it was run.
+    """
+    good = [run for run in seeds if run.failure is None]
+    every = [*trials, *seeds]
+    scores = [run.test for run in good if run.test is not None]
     spread = interval(scores, low=metric.low, high=metric.high)
-    times = [r["seconds_per_step"] for r in (*trials, *seeds) if r.get("seconds_per_step")]
-    peaks = [r["measured_peak_bytes"] for r in (*trials, *seeds) if r.get("measured_peak_bytes")]
-    failures = [r["failure"] for r in (*trials, *seeds) if r.get("failure")]
-    status = "skipped" if reason else "ok" if scores else "failed"
-    row: dict[str, Any] = {
-        "name": variant.name,
-        "label": variant.label,
-        "family": _FAMILY[variant.kind],
-        "baseline": variant.name in {b.name for b in BASELINES},
-        "status": status,
-        "reason": reason or (failures[0] if failures else None),
-        "lr": good[0]["lr"] if good else None,
-        "trials": [{"lr": r["lr"], "score": r.get("validation")} for r in trials],
-        "scores": scores,
-        "mean": statistics.fmean(scores) if scores else None,
-        "interval": list(spread) if spread else None,
-        "trained_parameters": next((r["trained_parameters"] for r in (*seeds, *trials) if r.get("trained_parameters")), None),
-        "forecast_peak_bytes": forecast,
-        "measured_peak_bytes": max(peaks) if peaks else None,
-        "seconds_per_step": statistics.median(times) if times else None,
-        "file_bytes": next((r["file_bytes"] for r in good if r.get("file_bytes") is not None), None),
-        "hits": [r.get("hits", "") for r in good],
-        "config": next((r.get("config") for r in (*seeds, *trials) if r.get("config")), {}),
-        "curves": [{"seed": r["seed"], "step": r["loss_steps"], "loss": r["losses"]} for r in good],
-    }
-    if status == "ok" and failures:
-        row["reason"] = f"{len(failures)} of {len(trials) + len(seeds)} runs failed: {failures[0]}"
+    times = [run.seconds_per_step for run in every if run.seconds_per_step]
+    failures = [run.failure for run in every if run.failure]
+    row = MethodRecord(
+        name=variant.name,
+        label=variant.label,
+        family=_FAMILY[variant.kind],
+        baseline=variant.name in {b.name for b in BASELINES},
+        status="skipped" if reason else "ok" if scores else "failed",
+        reason=reason or (failures[0] if failures else None),
+        lr=good[0].lr if good else None,
+        trials=[Trial(run.lr, run.validation) for run in trials],
+        scores=scores,
+        mean=statistics.fmean(scores) if scores else None,
+        interval=list(spread) if spread else None,
+        trained_parameters=next((run.trained_parameters for run in (*seeds, *trials) if run.trained_parameters), None),
+        forecast_peak_bytes=forecast,
+        measured_peak_bytes=max((run.measured_peak_bytes for run in every if run.measured_peak_bytes), default=None),
+        seconds_per_step=statistics.median(times) if times else None,
+        file_bytes=next((run.file_bytes for run in good if run.file_bytes is not None), None),
+        hits=[run.hits or "" for run in good],
+        config=next((run.config for run in (*seeds, *trials) if run.config), {}),
+        curves=[LossCurve(run.seed, run.loss_steps or [], run.losses or []) for run in good],
+    )
+    if row.status == "ok" and failures:
+        row.reason = f"{len(failures)} of {len(every)} runs failed: {failures[0]}"
     return row
 
 
-def mark(rows: list[dict[str, Any]], metric: Metric) -> dict[str, Any] | None:
+def mark(rows: Sequence[MethodRecord], metric: Metric) -> MethodRecord | None:
     """Mark the Pareto front of score and memory, and the methods within noise of the best; returns the best row."""
-    done = [row for row in rows if row["status"] == "ok"]
-    for row in rows:
-        row["pareto"], row["within_noise"] = False, False
+    done = [row for row in rows if row.status == "ok"]
     if not done:
         return None
     sign = 1.0 if metric.higher_is_better else -1.0
-    best = max(done, key=lambda row: sign * row["mean"])
+    best = max(done, key=lambda row: sign * _mean(row))
     for row in done:
-        error = sampling_error(best["hits"], row["hits"])
-        row["within_noise"] = row is not best and difference_is_noise(best["scores"], row["scores"], error)
-        row["pareto"] = not any(_dominates(other, row, sign) for other in done if other is not row)
+        error = sampling_error(best.hits, row.hits)
+        row.within_noise = row is not best and difference_is_noise(best.scores, row.scores, error)
+        row.pareto = not any(_dominates(other, row, sign) for other in done if other is not row)
     return best
 
 
@@ -87,11 +89,49 @@ def sampling_error(best: Sequence[str], other: Sequence[str]) -> float:
     return statistics.stdev(gaps) / math.sqrt(count) if count > 1 else 0.0
 
 
-def _dominates(a: Mapping[str, Any], b: Mapping[str, Any], sign: float) -> bool:
+def remarks(best: MethodRecord | None, rows: Sequence[MethodRecord], rounds: int) -> list[str]:
+    """Remarks on the table, in sentences; `rounds` is the number of seeds of each method."""
+    if best is None:
+        return []
+    notes = []
+    near = [row for row in rows if row.within_noise]
+    if near:
+        names = ", ".join(row.label for row in near)
+        notes.append(f"the difference to {best.label} is within noise for: {names} ({_seeds(rounds)})")
+    peaks = [(row.measured_peak_bytes, row.label) for row in near if row.measured_peak_bytes]
+    if peaks and best.measured_peak_bytes:
+        least, label = min(peaks, key=lambda pair: pair[0])
+        share = least / best.measured_peak_bytes
+        if share < 0.9:
+            notes.append(f"{label} does as well, within noise, at {share:.2f} x the memory of {best.label}")
+    if rounds < 3:
+        notes.append(f"{_seeds(rounds)} can say little of the spread; --seeds 3 or more is better")
+    edge = [row.label for row in rows if row.status == "ok" and len(row.trials) > 2 and row.lr in _ends(row)]
+    if edge:
+        notes.append(f"the chosen rate is at the edge of those tried for: {', '.join(edge)}; more --trials may help them")
+    return notes
+
+
+def _dominates(a: MethodRecord, b: MethodRecord, sign: float) -> bool:
     memory_a, memory_b = _memory(a), _memory(b)
-    score_a, score_b = sign * a["mean"], sign * b["mean"]
+    score_a, score_b = sign * _mean(a), sign * _mean(b)
     return score_a >= score_b and memory_a <= memory_b and (score_a > score_b or memory_a < memory_b)
 
 
-def _memory(row: Mapping[str, Any]) -> float:
-    return float(row["measured_peak_bytes"] or row["forecast_peak_bytes"] or math.inf)
+def _mean(row: MethodRecord) -> float:
+    """The mean of a method that has scores."""
+    return statistics.fmean(row.scores)
+
+
+def _memory(row: MethodRecord) -> float:
+    return float(row.measured_peak_bytes or row.forecast_peak_bytes or math.inf)
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def _ends(row: MethodRecord) -> tuple[float, float]:
+    """The smallest and the largest rate that were tried."""
+    rates = [trial.lr for trial in row.trials]
+    return min(rates), max(rates)

@@ -6,6 +6,8 @@ import hashlib
 import json
 import shlex
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,14 @@ import lowdim
 from lowdim import models
 from lowdim.catalogue import Variant, methods
 from lowdim.compare.live import LiveTable
-from lowdim.compare.result import mark, summarise
+from lowdim.compare.result import mark, remarks, summarise
 from lowdim.compare.runs import Contest, Run, finished_record, perform
 from lowdim.compare.settings import DEFAULT_METHODS, TRAINING_METHODS, CompareSettings
 from lowdim.compare.winner import export_winner
-from lowdim.errors import DataError, LowdimError
+from lowdim.errors import CheckpointError, DataError, LowdimError
 from lowdim.files import read_json, write_json
 from lowdim.linalg import derive_seed
-from lowdim.records import claim
+from lowdim.records import ComparedRun, ComparisonRecord, MetricRecord, ModelRecord, claim
 from lowdim.train.data import locate
 from lowdim.train.environment import environment
 from lowdim.train.garbage import isolated_gc
@@ -88,56 +90,50 @@ def compare(
     able = [v for v in chosen if v.name not in skipped]
     rates = {v.name: v.rates_for(bench.scratch)[: settings.trials] for v in able}
     trials = [Run(v, "trial", i, rate, settings.seed) for v in able for i, rate in enumerate(rates[v.name])]
-    records, rounds, notes = _run_all(settings, bench, able, trials, begun, console)
+    done = _run_all(settings, bench, able, trials, begun=begun, console=console)
     rows = [
-        summarise(
-            v,
-            metric,
-            records["trial"].get(v.name, []),
-            records["seed"].get(v.name, [])[:rounds],
-            forecasts.get(v.name),
-            skipped.get(v.name),
-        )
+        summarise(v, metric, done.trials(v), done.seeds(v), forecast=forecasts.get(v.name), reason=skipped.get(v.name))
         for v in chosen
     ]
     best = mark(rows, metric)
-    result: dict[str, Any] = {
-        "schema": 1,
-        "title": f"{task.name}: {models.resolve(settings.model).label}",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "lowdim": lowdim.__version__,
-        "command": command,
-        "environment": environment(),
-        "task": settings.task,
-        "metric": {"name": metric.name, "higher_is_better": metric.higher_is_better},
-        "model": {
-            "name": models.resolve(settings.model).label,
-            "parameters": sum(p.numel() for p in bench.model.parameters()),
-            "dtype": str(next(bench.model.parameters()).dtype).removeprefix("torch."),
-        },
-        "data": {"name": task.name, **task.sizes(), "labels": list(task.classes), "notes": list(task.notes)},
-        "settings": settings.to_dict(),
-        "budget_bytes": settings.budget,
-        "methods": rows,
-        "winner": None,
-        "notes": [*notes, *_remarks(best, rows, metric, rounds)],
-    }
+    result = ComparisonRecord(
+        title=f"{task.name}: {models.resolve(settings.model).label}",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        lowdim=lowdim.__version__,
+        command=command,
+        environment=environment(),
+        task=settings.task,
+        metric=MetricRecord(metric.name, metric.higher_is_better),
+        model=ModelRecord(
+            models.resolve(settings.model).label,
+            parameters=sum(p.numel() for p in bench.model.parameters()),
+            dtype=str(next(bench.model.parameters()).dtype).removeprefix("torch."),
+        ),
+        data={"name": task.name, **task.sizes(), "labels": list(task.classes), "notes": list(task.notes)},
+        settings=settings.to_dict(),
+        budget_bytes=settings.budget,
+        methods=rows,
+        notes=[*done.notes, *remarks(best, rows, done.rounds)],
+    )
     if best is not None:
-        result["winner"] = export_winner(bench, settings, tokenizer, best, folder)
-    _finish(result, folder, console, begun)
+        result.winner = export_winner(bench, settings, tokenizer, best, folder)
+    result.seconds = round(time.monotonic() - begun, 1)
+    _finish(result, folder, console)
     if best is None:
-        reasons = "; ".join(f"{r['label']}: {r['reason']}" for r in rows)
+        reasons = "; ".join(f"{row.label}: {row.reason}" for row in rows)
         raise LowdimError(f"no method finished ({reasons}); the runs are in {folder / 'runs'}")
-    return result
+    return result.to_dict()
 
 
 def _claim(folder: Path, settings: CompareSettings, resume: bool) -> None:
     earlier = claim(folder, "settings.json", "comparison", resume)
     if earlier is None:
         return
-    differs = settings.differs_from(read_json(earlier))
+    old = read_json(earlier)
+    if not isinstance(old, dict):
+        raise CheckpointError(f"{earlier} is not the settings of a comparison; name another folder with --out")
+    differs = settings.differs_from(old)
     if differs:
-        old = read_json(earlier)
         shown = ", ".join(f"--{key.replace('_', '-')} was {old.get(key)!r}" for key in differs)
         raise ValueError(f"--resume: {folder} was made with different settings: {shown}")
 
@@ -242,35 +238,56 @@ def _contest(settings: CompareSettings, task: Task, metric: Metric, folder: Path
     return Contest(model, task, head, metric, *sizes, folder, fingerprint, scratch=scratch)
 
 
+@dataclass
+class _Done:
+    """The finished runs in order, the number of rounds of seeds, and notes for the report."""
+
+    runs: list[ComparedRun] = field(default_factory=list)
+    rounds: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def trials(self, variant: Variant) -> list[ComparedRun]:
+        """The method's trials, which choose its rate."""
+        return self._of(variant, "trial")
+
+    def seeds(self, variant: Variant) -> list[ComparedRun]:
+        """The method's seeds, which are scored on the test part."""
+        return self._of(variant, "seed")
+
+    def _of(self, variant: Variant, phase: str) -> list[ComparedRun]:
+        return [run for run in self.runs if run.method == variant.name and run.phase == phase]
+
+
 def _run_all(
-    settings: CompareSettings, bench: Contest, able: list[Variant], trials: list[Run], begun: float, console: Console
-) -> tuple[dict[str, dict[str, list[dict[str, Any]]]], int, list[str]]:
+    settings: CompareSettings, bench: Contest, able: list[Variant], trials: list[Run], *, begun: float, console: Console
+) -> _Done:
     """All trials, then rounds of one seed per method, so that all methods have as many seeds at a time limit."""
-    records: dict[str, dict[str, list[dict[str, Any]]]] = {"trial": {}, "seed": {}}
-    notes: list[str] = []
+    done = _Done()
     planned = [*(run.variant for run in trials), *able * settings.seeds]
     with LiveTable(console, bench.metric, planned, bench.steps) as live:
         for run in trials:
-            _one(bench, run, live, records)
-        rates = {v.name: _best_rate(records["trial"][v.name], bench.metric) for v in able}
-        rounds = 0
+            done.runs.append(_one(bench, run, live))
+        rates = {v.name: _best_rate(done.trials(v), bench.metric) for v in able}
         for index in range(settings.seeds):
             ready = [v for v in able if rates[v.name] is not None]
             left = live.seconds_left()
             spent = time.monotonic() - begun
             if index and settings.time_limit and left and spent + left / (settings.seeds - index) > settings.time_limit:
-                notes.append(f"the time limit of {settings.time_limit:.0f} s left room for {index} of {settings.seeds} seeds")
+                done.notes.append(
+                    f"the time limit of {settings.time_limit:.0f} s left room for {index} of {settings.seeds} seeds"
+                )
                 break
             for v in ready:
                 rate = rates[v.name]
                 assert rate is not None
                 # The same seed for every method: same order of data, so differences are paired.
-                _one(bench, Run(v, "seed", index, rate, derive_seed(settings.seed, "run", index) % 2**31), live, records)
-            rounds += 1
-    return records, rounds, notes
+                run = Run(v, "seed", index, rate, derive_seed(settings.seed, "run", index) % 2**31)
+                done.runs.append(_one(bench, run, live))
+            done.rounds += 1
+    return done
 
 
-def _one(bench: Contest, run: Run, live: LiveTable, records: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
+def _one(bench: Contest, run: Run, live: LiveTable) -> ComparedRun:
     live.start(run)
     record = finished_record(bench, run)
     cached = record is not None
@@ -278,69 +295,33 @@ def _one(bench: Contest, run: Run, live: LiveTable, records: dict[str, dict[str,
         with isolated_gc():
             record = perform(bench, run, on_step=live.tick)
     live.finish(run, record, cached=cached)
-    records[run.phase].setdefault(run.variant.name, []).append(record)
+    return record
 
 
-def _best_rate(trials: list[dict[str, Any]], metric: Metric) -> float | None:
-    good = [r for r in trials if r.get("failure") is None]
-    if not good:
-        return None
-    best = good[0]
-    for record in good[1:]:
-        if metric.better(record["validation"], best["validation"]):
-            best = record
-    return float(best["lr"])
+def _best_rate(trials: Sequence[ComparedRun], metric: Metric) -> float | None:
+    """The rate of the first trial with the best validation score; None where all failed."""
+    best, found = None, None
+    for run in trials:
+        if run.validation is not None and run.failure is None and (best is None or metric.better(run.validation, best)):
+            best, found = run.validation, run.lr
+    return found
 
 
-def _remarks(best: dict[str, Any] | None, rows: list[dict[str, Any]], metric: Metric, rounds: int) -> list[str]:
-    if best is None:
-        return []
-    notes = []
-    near = [row for row in rows if row["within_noise"]]
-    if near:
-        names = ", ".join(row["label"] for row in near)
-        notes.append(f"the difference to {best['label']} is within noise for: {names} ({_seeds(rounds)})")
-    lean = [r for r in near if (r["measured_peak_bytes"] or 0) < 0.9 * (best["measured_peak_bytes"] or 0)]
-    if lean:
-        least = min(lean, key=lambda r: r["measured_peak_bytes"])
-        share = least["measured_peak_bytes"] / best["measured_peak_bytes"]
-        notes.append(f"{least['label']} does as well, within noise, at {share:.2f} x the memory of {best['label']}")
-    if rounds < 3:
-        notes.append(f"{_seeds(rounds)} can say little of the spread; --seeds 3 or more is better")
-    edge = [
-        row["label"]
-        for row in rows
-        if row["status"] == "ok" and len(row["trials"]) > 2 and row["lr"] in (_extreme(row, min), _extreme(row, max))
-    ]
-    if edge:
-        notes.append(f"the chosen rate is at the edge of those tried for: {', '.join(edge)}; more --trials may help them")
-    return notes
-
-
-def _seeds(count: int) -> str:
-    return "1 seed" if count == 1 else f"{count} seeds"
-
-
-def _extreme(row: dict[str, Any], pick: Any) -> float:
-    return pick(t["lr"] for t in row["trials"])
-
-
-def _finish(result: dict[str, Any], folder: Path, console: Console, begun: float) -> None:
+def _finish(result: ComparisonRecord, folder: Path, console: Console) -> None:
     from lowdim.report import table, write
 
-    result["seconds"] = round(time.monotonic() - begun, 1)
-    write_json(folder / "comparison.json", result)
-    write(result, folder / "report.html")
-    console.print(table(result, width=console.width))
-    for note in result["notes"]:
+    result.write(folder)
+    write(result.to_dict(), folder / "report.html")
+    console.print(table(result.to_dict(), width=console.width))
+    for note in result.notes:
         console.print(f"[dim]-[/] {escape(note)}", highlight=False)
-    winner = result["winner"]
-    if winner:
-        console.print(f"[bold]{escape(winner['why'])}[/]", highlight=False)
-        place = f"winner  {folder / winner['folder']} ({winner['format']})"
+    winner = result.winner
+    if winner is not None:
+        console.print(f"[bold]{escape(winner.why)}[/]", highlight=False)
+        place = f"winner  {folder / winner.folder} ({winner.format})"
         console.print(place, highlight=False, markup=False, soft_wrap=True)
     console.print(f"report  {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"took    {result['seconds']:.0f} s", highlight=False)
+    console.print(f"took    {result.seconds:.0f} s", highlight=False)
 
 
 def quote(arguments: list[str]) -> str:

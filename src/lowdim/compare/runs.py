@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from lowdim.catalogue import Variant
-from lowdim.files import read_json, write_json, write_tensors
+from lowdim.files import write_tensors
 from lowdim.methods import Applied, Setup, strategy_for
+from lowdim.records import ComparedRun
 from lowdim.train.environment import environment
 from lowdim.train.loop import FitSettings, fit
 from lowdim.train.metrics import Metric
@@ -56,24 +57,23 @@ class Contest:
     scratch: bool = False
 
 
-def perform(bench: Contest, run: Run, *, on_step: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def perform(bench: Contest, run: Run, *, on_step: Callable[[], None] = lambda: None) -> ComparedRun:
     """Train, score and write `run.json`; returns its record. A run that diverges is recorded with its reason, not raised."""
     from lowdim.train.trainer import Tick
 
     model = copy.deepcopy(bench.model)
-    record: dict[str, Any] = {
-        "schema": 1,
-        "fingerprint": bench.fingerprint,
-        "method": run.variant.name,
-        "label": run.variant.label,
-        "phase": run.phase,
-        "seed": run.seed,
-        "lr": run.lr,
-        "steps": bench.steps,
-        "batch_size": bench.batch_size,
-        "metric": bench.metric.name,
-        "environment": environment(),
-    }
+    record = ComparedRun(
+        fingerprint=bench.fingerprint,
+        method=run.variant.name,
+        label=run.variant.label,
+        phase=run.phase,
+        seed=run.seed,
+        lr=run.lr,
+        steps=bench.steps,
+        batch_size=bench.batch_size,
+        metric=bench.metric.name,
+        environment=environment(),
+    )
     torch.manual_seed(run.seed)
     try:
         strategy = strategy_for(run.variant)
@@ -90,8 +90,8 @@ def perform(bench: Contest, run: Run, *, on_step: Callable[[], None] = lambda: N
             max_norm=FitSettings.max_grad_norm,
         )
         applied = strategy.apply(model, setup)
-        record["config"] = {key: _jsonable(value) for key, value in applied.options.items()}
-        record["trained_parameters"] = applied.trained()
+        record.config = {key: _jsonable(value) for key, value in applied.options.items()}
+        record.trained_parameters = applied.trained()
         settings = FitSettings(
             steps=bench.steps,
             batch_size=bench.batch_size,
@@ -108,38 +108,45 @@ def perform(bench: Contest, run: Run, *, on_step: Callable[[], None] = lambda: N
                 measure_memory=run.phase == "trial" and run.index == 0,
                 callbacks=(Tick(on_step),),
             )
-        record.update(
-            losses=result.losses,
-            loss_steps=result.steps,
-            **({"penalties": result.penalties} if result.penalties else {}),
-            seconds_per_step=result.seconds_per_step,
-            measured_peak_bytes=result.peak_bytes,
-            failure=result.failure,
-        )
-        if result.failure is None:
-            record["validation"] = bench.task.evaluate(model, bench.task.validation, bench.metric)
-            if run.phase == "seed":
-                score = bench.task.score(model, bench.task.test, bench.metric)
-                record["test"] = score.value
-                record["hits"] = "".join(map(str, score.hits))  # right or wrong for each text: paired comparisons need it
-            if not math.isfinite(record.get("test", record["validation"])):
-                record["failure"] = "the trained model's outputs are not finite"
-        if run.phase == "seed" and record["failure"] is None:
-            record["file_bytes"] = _save(applied, run, bench)
+        record.losses, record.loss_steps = list(result.losses), result.steps
+        record.penalties = list(result.penalties) or None
+        record.seconds_per_step, record.measured_peak_bytes = result.seconds_per_step, result.peak_bytes
+        record.failure = result.failure
+        if record.failure is None:
+            _score(record, model, bench)
+        if run.phase == "seed" and record.failure is None:
+            record.file_bytes = _save(applied, run, bench)
     except (ValueError, TypeError, RuntimeError) as error:  # the last: out of memory, a decomposition that did not converge
-        record["failure"] = str(error).strip() or type(error).__name__
+        record.failure = str(error).strip() or type(error).__name__
     # Use the written record, so that a resumed comparison reads the same.
-    return read_json(write_json(bench.folder / "runs" / run.name / "run.json", record))
+    folder = bench.folder / "runs" / run.name
+    record.write(folder)
+    return ComparedRun.read(folder)
 
 
-def finished_record(bench: Contest, run: Run) -> dict[str, Any] | None:
-    """The record of a run that was finished before, or None; records of other settings are ignored."""
-    path = bench.folder / "runs" / run.name / "run.json"
-    if not path.is_file():
+def finished_record(bench: Contest, run: Run) -> ComparedRun | None:
+    """The record of a run that was finished before, or None; records of other settings are ignored.
+
+    Raises:
+        CheckpointError: the file is damaged, or another kind of file.
+    """
+    folder = bench.folder / "runs" / run.name
+    if not (folder / ComparedRun.file).is_file():
         return None
-    record = read_json(path)
-    same = record.get("fingerprint") == bench.fingerprint and record.get("lr") == run.lr and record.get("seed") == run.seed
+    record = ComparedRun.read(folder)
+    same = (record.fingerprint, record.lr, record.seed) == (bench.fingerprint, run.lr, run.seed)
     return record if same else None
+
+
+def _score(record: ComparedRun, model: nn.Module, bench: Contest) -> None:
+    """Score the model on the validation part, and that of a seed on the test part."""
+    value = record.validation = bench.task.evaluate(model, bench.task.validation, bench.metric)
+    if record.phase == "seed":
+        score = bench.task.score(model, bench.task.test, bench.metric)
+        value = record.test = score.value
+        record.hits = "".join(map(str, score.hits))
+    if not math.isfinite(value):
+        record.failure = "the trained model's outputs are not finite"
 
 
 def _save(applied: Applied, run: Run, bench: Contest) -> int:

@@ -16,38 +16,36 @@ from lowdim.catalogue import variant
 from lowdim.compare.runs import Contest
 from lowdim.compare.settings import CompareSettings
 from lowdim.export import ExportResult, export
-from lowdim.files import read_json, read_tensors
+from lowdim.files import read_tensors
 from lowdim.methods import Setup, strategy_for
+from lowdim.records import ComparedRun, MethodRecord, WinnerRecord
 
 __all__ = ["export_winner", "restore"]
 
 
-def export_winner(
-    bench: Contest, settings: CompareSettings, tokenizer: Any, best: dict[str, Any], folder: Path
-) -> dict[str, Any]:
+def export_winner(bench: Contest, settings: CompareSettings, tokenizer: Any, best: MethodRecord, folder: Path) -> WinnerRecord:
     """Export the best method's model (of its first seed) to `winner/`; returns its entry in the report.
 
     An adapter with a low-rank update (or that PEFT has itself) is exported as a PEFT folder, everything else merged.
     """
-    runs = folder / "runs" / best["name"]
-    index = next(i for i in range(len(best["scores"]) + 8) if _usable(runs / f"seed-{i}"))
+    runs = folder / "runs" / best.name
+    index = next(i for i in range(len(best.scores) + 8) if _usable(runs / f"seed-{i}"))
     run = runs / f"seed-{index}"
     model = restore(bench, run)
     kind = "peft" if _exact_in_peft(model) else "merged"
     shutil.rmtree(folder / "winner", ignore_errors=True)  # an earlier winner, before there were more seeds
     result = export(model, folder / "winner", kind, tokenizer=tokenizer, source=models.resolve(settings.model))
-    where = "seed " + str(index + 1)
-    spread, count = best["interval"], len(best["scores"])
+    spread, count = best.interval, len(best.scores)
     shown = f" [{spread[0]:.3f}, {spread[1]:.3f}]" if spread else ""
-    return {
-        "method": best["name"],
-        "why": f"{best['label']} is best: {bench.metric.name} {best['mean']:.3f}{shown} over {count} seed{'s' * (count > 1)}",
-        "folder": "winner",
-        "format": "PEFT adapter" if kind == "peft" else "merged model",
-        "exported": where,
-        "largest_difference": _check(model, bench, settings, result, folder / "winner"),
-        "how_to_load": result.how_to_load,
-    }
+    return WinnerRecord(
+        method=best.name,
+        why=f"{best.label} is best: {bench.metric.name} {best.mean:.3f}{shown} over {count} seed{'s' * (count > 1)}",
+        folder="winner",
+        format="PEFT adapter" if kind == "peft" else "merged model",
+        exported=f"seed {index + 1}",
+        largest_difference=_check(model, bench, settings, result, folder / "winner"),
+        how_to_load=result.how_to_load,
+    )
 
 
 def restore(bench: Contest, run: Path) -> Any:
@@ -56,22 +54,21 @@ def restore(bench: Contest, run: Path) -> Any:
     if (run / "adapter").is_dir():
         return load_adapter(base, run / "adapter")
     tensors, _ = read_tensors(run / "weights.safetensors")
-    record = read_json(run / "run.json")
-    _swap_back(base, record, bench.scratch)
+    _swap_back(base, ComparedRun.read(run), bench.scratch)
     missing = base.load_state_dict(tensors, strict=False).unexpected_keys
     if missing:
         raise ValueError(f"{run} does not fit the model: {', '.join(missing[:3])}")
     return base
 
 
-def _swap_back(model: nn.Module, record: dict[str, Any], scratch: bool) -> None:
+def _swap_back(model: nn.Module, record: ComparedRun, scratch: bool) -> None:
     """Swap the structured layers in again before their weights are loaded."""
-    setup = Setup(lr=record["lr"], steps=record["steps"], seed=record["seed"], scratch=scratch)
-    strategy_for(variant(record["method"])).restore(model, setup)
+    setup = Setup(lr=record.lr, steps=record.steps, seed=record.seed, scratch=scratch)
+    strategy_for(variant(record.method)).restore(model, setup)
 
 
 def _usable(run: Path) -> bool:
-    if not (run / "run.json").is_file() or read_json(run / "run.json").get("failure") is not None:
+    if not (run / ComparedRun.file).is_file() or ComparedRun.read(run).failure is not None:
         return False
     return (run / "adapter").is_dir() or (run / "weights.safetensors").is_file()
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lowdim.errors import LowdimError, check_float, check_int
 from lowdim.jobs.folders import check_free
 from lowdim.jobs.systems import Compressor, compressor
+from lowdim.records import CompressionRecord
 from lowdim.results import Result, json_value
 
 if TYPE_CHECKING:
@@ -106,12 +107,22 @@ class CompressOutcome(Result):
     data: tuple[str, ...]
     folder: Path
 
+    @property
+    def record(self) -> CompressionRecord:
+        """The content of `compression.json`."""
+        return CompressionRecord(
+            method=self.method,
+            settings=json_value({**self.options, **self.report.details}),
+            ranks={layer.name: layer.rank for layer in self.report.replaced},
+            **json_value(self.tuning),
+            parameters=list(self.parameters),
+            perplexity=json_value(self.perplexity),
+            data=list(self.data),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The content of `compression.json`."""
-        ranks = {layer.name: layer.rank for layer in self.report.replaced}
-        found = {**self.options, **self.report.details, "ranks": ranks, **self.tuning}
-        measured = {"parameters": list(self.parameters), "perplexity": list(self.perplexity), "data": list(self.data)}
-        return json_value({"method": self.method, **found, **measured})
+        return self.record.to_dict()
 
     @property
     def summary(self) -> str:

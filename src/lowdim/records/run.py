@@ -1,0 +1,127 @@
+"""The record of one training run: `run.json` of `lowdim run`, and that of each run of `lowdim compare`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from lowdim.records.base import Record
+
+__all__ = ["RUN", "ComparedRun", "RunRecord"]
+
+RUN = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(Record):
+    """A finished run of a recipe. A score, loss or time that is not finite is read as None.
+
+    Attributes:
+        method, label: its name, and its name in tables.
+        recipe: all keys of the recipe.
+        config: the method's hyperparameters with all defaults filled in.
+        trained_parameters: number of trained parameters at the start.
+        metric, before, validation, test: its name, and the scores of the three.
+        data: name, sizes of the parts, notes, labels.
+        losses, loss_steps: of each logged step, without penalties.
+        evaluations: `[step, loss]` of the validation part during training.
+        subspaces, spikes: the log of a projected optimizer, and the steps whose loss jumped.
+        seconds_per_step, measured_peak_bytes: the median, and the peak of one step.
+        environment, lowdim: versions and hardware.
+        penalties: the terms that the method added to the losses, if any.
+        ranks: layer -> rank at the end, if the method chooses them.
+
+    Example:
+        >>> import dataclasses
+        >>> from lowdim.records import RunRecord
+        >>> [f.name for f in dataclasses.fields(RunRecord)][:3]
+        ['schema', 'method', 'label']
+    """
+
+    file: ClassVar[str] = RUN
+    what: ClassVar[str] = "the record of a recipe run"
+
+    schema: int = 1
+    method: str
+    label: str
+    recipe: dict[str, Any]
+    config: dict[str, Any]
+    lr: float
+    seed: int
+    trained_parameters: int
+    metric: str
+    before: float | None
+    validation: float | None
+    test: float | None
+    data: dict[str, Any]
+    losses: list[float | None]
+    loss_steps: list[int]
+    evaluations: list[list[float | None]]
+    subspaces: list[dict[str, float | None]]
+    spikes: list[int]
+    seconds_per_step: float | None
+    measured_peak_bytes: int | None
+    environment: dict[str, Any]
+    lowdim: str
+    penalties: list[float | None] = field(default_factory=list)
+    ranks: dict[str, int] = field(default_factory=dict)
+
+    def left_out(self) -> set[str]:
+        """Penalties and ranks of a method that has none."""
+        return {name for name in ("penalties", "ranks") if not getattr(self, name)}
+
+
+@dataclass(kw_only=True)
+class ComparedRun(Record):
+    """One run of a comparison. It is filled in during the run, so the fields after a failure are None.
+
+    Attributes:
+        fingerprint: of the settings and the data that decide the numbers.
+        method, label: its name, and its name in tables.
+        phase: "trial" (scored on the validation part) or "seed" (scored on the test part, once).
+        steps, batch_size: optimizer steps, and examples in each.
+        config: the method's hyperparameters with all defaults filled in.
+        losses, loss_steps, penalties: of each logged step; the losses are without the penalties that the method added.
+        seconds_per_step, measured_peak_bytes: the median (None: too few steps), and the peak of one step (None: not measured).
+        failure: why it failed; None if it did not.
+        validation, test: scores (None: not scored, or not finite).
+        hits: "1" or "0" for each text of the test part, classified right or wrong: paired comparisons need it.
+        file_bytes: size of the trained tensors.
+    """
+
+    file: ClassVar[str] = RUN
+    what: ClassVar[str] = "the record of a comparison's run"
+
+    schema: int = 1
+    fingerprint: str
+    method: str
+    label: str
+    phase: str
+    seed: int
+    lr: float
+    steps: int
+    batch_size: int
+    metric: str
+    environment: dict[str, Any]
+    config: dict[str, Any] | None = None
+    trained_parameters: int | None = None
+    losses: list[float | None] | None = None
+    loss_steps: list[int] | None = None
+    penalties: list[float | None] | None = None
+    seconds_per_step: float | None = None
+    measured_peak_bytes: int | None = None
+    failure: str | None = None
+    validation: float | None = None
+    test: float | None = None
+    hits: str | None = None
+    file_bytes: int | None = None
+
+    @property
+    def score(self) -> float | None:
+        """The score on the test part for a seed, on the validation part for a trial."""
+        return self.test if self.phase == "seed" else self.validation
+
+    def left_out(self) -> set[str]:
+        """Fields that the run did not reach. Time and memory of a run that trained are written even if they are unknown."""
+        kept = {"failure"} if self.losses is None else {"failure", "seconds_per_step", "measured_peak_bytes"}
+        return {name for name, value in vars(self).items() if value is None and name not in kept}

@@ -134,7 +134,7 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
 def with_matrix(layer: nn.Module, matrix: Tensor) -> nn.Module:
     """A layer like `layer` with another weight matrix `(out, in)`; the given layer is unchanged.
 
-    The new weight takes the old one's dtype, device, layout and `requires_grad`. Bias and hooks are shared. A
+    The new weight has the old one's dtype, device, layout and `requires_grad`. Bias and hooks are shared. A
     quantized layer becomes a plain nn.Linear in the dtype that it computed in.
 
     Raises:

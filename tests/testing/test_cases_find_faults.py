@@ -278,7 +278,7 @@ def test_an_estimator_that_is_wrong():
     estimator_checks = pytest.importorskip("sklearn.utils.estimator_checks", reason="the checks are scikit-learn's")
     fails(WithUncentred, FORMULA)
     fails(WithRewrites, "test_scikit_learn", partial(estimator_checks.check_estimators_overwrite_params, "Rewrites"))
-    with pytest.raises(pytest.fail.Exception, match="take it out"):
+    with pytest.raises(pytest.fail.Exception, match="remove it"):
         Excused().test_scikit_learn(partial(estimator_checks.check_fit2d_1feature, "LeadingDirections"))
     fails(Misspelt, "test_declared_exceptions_are_checks")
 

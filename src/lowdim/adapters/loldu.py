@@ -78,7 +78,7 @@ class LoLDUUpdate(DiagonalUpdate):
 
     @torch.no_grad()
     def initialise_from(self, weight: Tensor, generator: torch.Generator | None) -> None:
-        """Choose the pivots, take the factors and set the start."""
+        """Choose the pivots, compute the factors and set the start."""
         weight = widest(weight)
         perm, _, d, upper = ldu(weight[:, : self.rank])  # only these columns decide the pivots
         pivot = (d * upper.diagonal()).abs()  # where d was set to 1 the pivot is still in U

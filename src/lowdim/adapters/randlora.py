@@ -256,7 +256,7 @@ class RandLoRA(Method):
         return {name: {"bases": bases} for name in layers}
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> RandLoRAUpdate:
-        """Allocate `lam` and `gamma`; take the shared bases, or make some of this layer's size."""
+        """Allocate `lam` and `gamma`; use the shared bases, or make some of this layer's size."""
         rank = check_rank(self.rank, out_features, in_features)
         d, D = sorted((out_features, in_features))
         terms = math.ceil(d / rank)

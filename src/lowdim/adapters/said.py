@@ -239,8 +239,8 @@ class SAID(WholeMethod):
     Args:
         dimension: `d`, scales included.
         structure_aware: with a learned scale for each tensor (SAID); False is DID.
-        parameters: substrings of parameter names; None takes all that require gradients. Modules in `modules_to_save` are left
-            to them.
+        parameters: substrings of parameter names; None means all that require gradients. Modules in `modules_to_save` are
+            excluded.
 
     Raises:
         ValueError: dimension below 1 (here); above the number of parameters, or not above the number of tensors with scales, or
@@ -321,7 +321,7 @@ def said(
     Args:
         model: frozen, and composed in place: it computes with the sum from now on.
         structure_aware: with a learned scale for each tensor (SAID); False is DID.
-        parameters: substrings of parameter names; None takes all that require gradients.
+        parameters: substrings of parameter names; None means all that require gradients.
 
     Returns:
         A `SubspaceModel` around `model`.

@@ -71,8 +71,8 @@ def _is(cls: Any, base: type) -> bool:
 #: Name -> capability, in the order in which they are shown.
 CAPABILITIES: dict[str, Capability] = {
     "merge": Capability("becomes a plain layer or model again", _merges),
-    "conv": Capability("takes convolutions", _converts),
-    "embedding": Capability("takes embeddings", _embeds),
+    "conv": Capability("adapts or replaces convolutions", _converts),
+    "embedding": Capability("adapts embeddings", _embeds),
     "int8": Capability("trains over, or in, weights of 8 bits", _trains_int8),
     "int4": Capability("trains over weights of 4 bits", _layerwise_adapter),
     "peft": Capability("is exported as a PEFT adapter", _layerwise_adapter),

@@ -23,15 +23,15 @@ def compare_settings(
     methods: Iterable[str] = (),
     **given: Any,
 ) -> CompareSettings:
-    """The settings of `lowdim.compare.compare`, with None replaced by what suits the task.
+    """The settings of `lowdim.compare.compare`, with None replaced by the task's defaults.
 
     Without data, sentences with two labels are classified in a run of a few minutes; language models get the shipped text.
 
     Args:
-        given: fields of `CompareSettings`; None leaves one open.
+        given: fields of `CompareSettings`; None means the default.
 
     Raises:
-        UnknownNameError, ValueError: what `CompareSettings` refuses.
+        UnknownNameError, ValueError: from `CompareSettings`.
 
     Example:
         >>> from lowdim.jobs import compare_settings

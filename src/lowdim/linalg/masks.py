@@ -51,7 +51,7 @@ def nm_mask(
 
 @torch.no_grad()
 def smallest_mask(scores: Tensor, count: int) -> Tensor:
-    """True at the `count` smallest entries of the whole tensor; of equal ones the lower index is taken first.
+    """True at the `count` smallest entries of the whole tensor; of equal ones the lower index comes first.
 
     A selection, not a sort: its time grows linearly with the number of entries.
 
@@ -84,7 +84,7 @@ def largest_mask(
     scores: Tensor,  # (..., k)
     count: int,
 ) -> Tensor:
-    """True at the `count` largest entries of each row, the last dimension; of equal ones any may be taken.
+    """True at the `count` largest entries of each row, the last dimension; of equal ones any may be chosen.
 
     Raises:
         ValueError: `count` outside [0, k].

@@ -58,7 +58,7 @@ def quantize_blockwise(
 ) -> tuple[Tensor, Tensor]:
     """The nearest code of each entry, after dividing every `block` consecutive entries by their largest magnitude.
 
-    Formula: `q_i = argmin_j |x_i / a_b - code_j|`, `a_b = max_{i in block b} |x_i|`; a tie takes the lower code.
+    Formula: `q_i = argmin_j |x_i / a_b - code_j|`, `a_b = max_{i in block b} |x_i|`; a tie gives the lower code.
 
     Args:
         x: floating, any shape; blocks run over the flattened tensor, the last may be short.

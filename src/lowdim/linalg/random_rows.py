@@ -57,7 +57,7 @@ def combine_rows(
 
     The rows are those of `random_rows(seed, ...)` rounded to the dtype of the coefficients, drawn in chunks here and again in
     the backward pass; no more than one chunk is ever held, and autograd keeps nothing. With `rows` they are read from there,
-    with the same bits. Sums are taken in float32 or better.
+    with the same bits. Sums are computed in float32 or better.
 
     Example:
         >>> import torch

@@ -69,7 +69,7 @@ def tucker(
 ) -> tuple[Tensor, list[Tensor]]:
     """Orthonormal factors and core of a low multilinear rank approximation, by HOSVD and then HOOI.
 
-    Formula: `T ≈ C ×_0 F_0 … ×_k F_k`, `C = T ×_i F_iᵀ`. HOSVD takes the leading left singular vectors of each unfolding; a
+    Formula: `T ≈ C ×_0 F_0 … ×_k F_k`, `C = T ×_i F_iᵀ`. HOSVD uses the leading left singular vectors of each unfolding; a
     sweep of HOOI recomputes them from the tensor projected on all other modes; it ends when the norm of the core, relative to
     the tensor's, grows by less than `tolerance`.
 

@@ -1,4 +1,4 @@
-"""Compression while training: layers follow a schedule, and plain ones with the final mask stand there at the end."""
+"""Compression during training: layers follow a schedule, and become plain ones with the final mask at the end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["CompressionStrategy"]
 
 
 class CompressionStrategy(Strategy):
-    """Trains a model that a scheduled function of `lowdim.compress` has prepared, with `SparseTraining` beside the steps."""
+    """Trains a model that a scheduled function of `lowdim.compress` has prepared, with `SparseTraining` as companion."""
 
     kind: ClassVar[str] = "compress"
     target: ClassVar[str] = "a function of lowdim.compress whose argument config is annotated with its dataclass"
@@ -48,13 +48,13 @@ class CompressionStrategy(Strategy):
         self.config_class(**self.filled(Setup(lr=1e-3, steps=1000)))
 
     def filled(self, setup: Setup) -> dict[str, Any]:
-        """The options, with `total_steps` and `seed` from the training where they are fields and left open."""
+        """The options, with `total_steps` and `seed` from the training if they are fields and not set."""
         names, options = self.option_names(), dict(self.variant.options)
         training = {"total_steps": setup.steps, "seed": setup.seed}
         return options | {n: value for n, value in training.items() if n in names and options.get(n) is None}
 
     def apply(self, model: nn.Module, setup: Setup) -> Applied:
-        """Prepare the model; what the function leaves trainable is trained, and the head.
+        """Prepare the model; trains the parameters that the function leaves trainable, and the head.
 
         Raises:
             LowdimError: the function left no layer that follows a schedule.
@@ -73,7 +73,7 @@ class CompressionStrategy(Strategy):
         model = function(model, config, **{name: value for name, value in data.items() if name in taken})
         for name in setup.head:
             model.get_submodule(name).requires_grad_(True)
-        SparseTraining(model)  # a function that compresses once is refused now, not when the training begins
+        SparseTraining(model)  # a one-shot compression raises now, not when training begins
         return Applied(
             model,
             self.variant,

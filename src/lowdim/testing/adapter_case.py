@@ -28,7 +28,7 @@ __all__ = ["AdapterCase"]
 
 
 class AdapterCase(AdapterFormula, AdapterTraining, AdapterFiles):
-    """Subclass and define `method` and `dense`, and `start` and `taken` where the paper gives them (see `AdapterHooks`)."""
+    """Subclass and define `method` and `dense`, and `start` and `taken` if the paper gives them (see `AdapterHooks`)."""
 
     def test_errors_name_the_layer(self):
         model = small_model()

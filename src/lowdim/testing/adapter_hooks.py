@@ -64,7 +64,7 @@ class AdapterHooks(ABC):
         return {}
 
     def taken(self, weight: Tensor, stats: Mapping[str, Tensor]) -> Tensor | None:
-        """What the update takes over from W₀ at attach, so that the base keeps `W₀ − taken`; None where the base keeps W₀."""
+        """The part of W₀ that the update replaces at attach, so that the base keeps `W₀ − taken`; None if the base keeps W₀."""
         return None
 
     def stats(self, layer: nn.Module) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ class AdapterHooks(ABC):
         return model
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Tests that ask for a `layer_name` run for each kind of layer that the method takes."""
+        """Tests that ask for a `layer_name` run for each kind of layer that the method adapts."""
         if "layer_name" in metafunc.fixturenames:
             takes = self.method().takes
             metafunc.parametrize("layer_name", [name for name, kind in LAYERS.items() if kind in takes])

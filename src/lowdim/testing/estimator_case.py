@@ -98,7 +98,7 @@ class EstimatorCase(ABC):
             check(estimator)
         except Exception:  # noqa: BLE001 (whatever it fails with is what was declared)
             pytest.skip(f"declared: {self.exceptions[name]}")
-        pytest.fail(f"{name} passes: take it out of `exceptions`")
+        pytest.fail(f"{name} passes: remove it from `exceptions`")
 
     def test_declared_exceptions_are_checks(self):
         """A misspelt exception would declare nothing."""
@@ -174,7 +174,7 @@ class EstimatorCase(ABC):
     def test_random_state_decides(self):
         """One `random_state` gives the same bits, another one other numbers."""
         if not self.random:
-            assert "random_state" not in self.estimator().get_params(), "it takes random_state: set `random = True`"
+            assert "random_state" not in self.estimator().get_params(), "it has random_state: set `random = True`"
             pytest.skip("it draws no random numbers")
         X, _ = self.data()
         one, same, other = (self._out(self._fitted(random_state=seed), X) for seed in (0, 0, 1))

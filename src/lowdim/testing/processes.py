@@ -41,4 +41,4 @@ def _work(rank: int, world: int, port: int, queue: Any, function: Callable[..., 
         queue.put(result)
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # gloo's threads now and then abort an interpreter that takes itself apart
+    os._exit(0)  # gloo's threads sometimes abort an interpreter at shutdown

@@ -122,7 +122,7 @@ class DiffoRA(Method):
         alpha: numerator of the scale.
         dropout: on the update's input, while training.
         select_ratio: share of a block's modules that keep a pair of their own, in (0, 1].
-        unrolled: differentiate through one step of the weights (exact, by double backward; twice the memory); False takes the
+        unrolled: differentiate through one step of the weights (exact, by double backward; twice the memory); False uses the
             gradient at the weights as they are.
         share: modules that were not selected use one common pair for each column; False leaves them without an update.
         target_modules: required: names or dotted suffixes, one for each column. `"all-linear"`, a regular expression, and
@@ -138,7 +138,7 @@ class DiffoRA(Method):
         >>> adapted = lowdim.adapt(model, lowdim.adapters.DiffoRA(rank=1, target_modules=["q", "v"]))
         >>> adapted.grid
         [['0.q', '0.v'], ['1.q', '1.v']]
-        >>> adapted.discretize().tolist()  # nothing was searched: all logits are equal, and the first column is taken
+        >>> adapted.discretize().tolist()  # nothing was searched: all logits are equal, and the first column is chosen
         [[True, False], [True, False]]
         >>> adapted.layers["0.v"].update.A is adapted.layers["1.v"].update.A
         True

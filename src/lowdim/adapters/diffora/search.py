@@ -290,7 +290,7 @@ def _select(dam: Tensor, absent: Tensor, ratio: float) -> Tensor:
 
 
 def _pairs(dam: Tensor, selected: Tensor, grid: Grid, kinds: Mapping[str, tuple[Any, ...]], share: bool) -> Tensor:
-    """The row from which each cell takes its pair, -1 for none."""
+    """The row whose pair each cell uses, -1 for none."""
     values, chosen = dam.tolist(), selected.tolist()
     pair = [[-1] * len(row) for row in grid]
     for j in range(len(grid[0])):

@@ -139,7 +139,7 @@ class AdaptedLoRAM(Adapted):
         if not self.layers:
             raise ValueError("there is no adapter to recover: the model has been merged")
         if any(isinstance(module, AdaptedLayer) for module in model.modules()):
-            raise ValueError("the whole model has an adapter already; merge it first, or take a fresh copy")
+            raise ValueError("the whole model already has an adapter; merge it first, or use a fresh copy")
         factors = self.recovered(model)
         plain = method_class("LoRA")(self.method.rank, self.method.alpha, target_modules=list(factors))
         heads = {name: self._head(model, name) for name in self.modules_to_save}

@@ -83,7 +83,7 @@ def weights_of(
 
     Args:
         source: a module; a mapping name -> tensor; one matrix (its name is `""`); a `.safetensors` file; a Hugging Face
-            checkpoint folder (`model.safetensors`, or shards with an index); or a Weights, given back as it is. Names
+            checkpoint folder (`model.safetensors`, or shards with an index); or a Weights, returned unchanged. Names
             are those of `state_dict`. A PEFT-wrapped model, or one adapted by lowdim, gives its plain model's names.
         merged: with adapters merged (in a copy of one layer at a time); False gives the weights from before adapting.
 

@@ -17,7 +17,7 @@ ROWS = (
         name="FARMS",
         paper="Eigenspectrum Analysis of Neural Networks without Aspect Ratio Bias",
         arxiv="2506.06280",
-        claim="Tail exponents freed of aspect ratio set better pruning ratios: LLaMA-7B at 17.3 % lower perplexity.",
+        claim="Tail exponents corrected for aspect ratio give better pruning ratios: LLaMA-7B at 17.3 % lower perplexity.",
     ),
     Entry(
         number=16,

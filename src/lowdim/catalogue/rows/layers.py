@@ -22,7 +22,7 @@ ROWS = (
         slug="monarch",
         paper="Monarch: Expressive Structured Matrices for Efficient and Accurate Training",
         arxiv="2204.00595",
-        claim="Two block-diagonal factors train ViT and GPT-2 2x faster at like quality and tune BERT 1.7x faster.",
+        claim="Two block-diagonal factors train ViT and GPT-2 2x faster at similar quality and tune BERT 1.7x faster.",
         target="Monarch",
         variants=(Variant("monarch", options={"nblocks": 4}),),
     ),
@@ -49,7 +49,7 @@ ROWS = (
         name="S4D",
         paper="On the Parameterization and Initialization of Diagonal State Space Models",
         arxiv="2206.11893",
-        claim="A diagonal state space, rightly initialised, performs like S4: 85 % average on Long Range Arena.",
+        claim="A diagonal state space, properly initialised, performs like S4: 85 % average on Long Range Arena.",
     ),
     Entry(
         number=26,
@@ -57,7 +57,7 @@ ROWS = (
         name="Maestro",
         paper="Maestro: Uncovering Low-Rank Structures via Trainable Decomposition",
         arxiv="2308.14929",
-        claim="Ordered dropout finds each layer's rank in training, at kept accuracy; on linear maps it recovers SVD and PCA.",
+        claim="Ordered dropout finds each layer's rank in training without losing accuracy; on linear maps it gives SVD and PCA.",
         target="MaestroLinear",
         variants=(
             Variant(

@@ -66,7 +66,7 @@ ROWS = (
         name="DRS",
         paper="Mitigating the Curse of Dimensionality for Certified Robustness via Dual Randomized Smoothing",
         arxiv="2404.09586",
-        claim="Smoothing half-images raises the bound on the certified l2 radius by up to √2 at like accuracy (93.9, 94.0).",
+        claim="Smoothing half-images raises the bound on the certified l2 radius by up to √2 at similar accuracy (93.9, 94.0).",
     ),
     Entry(
         number=60,

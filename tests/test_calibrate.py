@@ -102,7 +102,7 @@ def test_gradients_are_summed_and_divided_by_the_batch_size(net):
     torch.testing.assert_close(got, want)
 
 
-def test_gradients_beside_other_statistics(net):
+def test_gradients_together_with_other_statistics(net):
     x = rows(8)
     stats = collect(net, layers(net, "down"), {"gradient", "norms"}, [x], lambda m, b: m(b).square().mean())["down"]
     assert set(stats) == {"gradient", "norms", "count"}
@@ -160,7 +160,7 @@ def context_of(*samples):
     return sum((s / s.max().abs()).T @ (s / s.max().abs()) for s in samples) / len(samples)
 
 
-def test_context_covariance_weighs_samples_alike(net):
+def test_context_covariance_weights_samples_equally(net):
     x = rows(30).view(5, 6, 4) * torch.tensor([1.0, 100.0, 1e-3, 7.0, 1.0])[:, None, None]
     stats = collect(net, layers(net, "up", "down"), {"context_covariance"}, [x[:2], x[2:]])
     torch.testing.assert_close(stats["up"]["covariance"], context_of(*x))
@@ -216,7 +216,7 @@ def test_context_covariance_of_rows_pictures_and_repeated_layers(net):
     torch.testing.assert_close(got["covariance"], context_of(*F.unfold(pictures, 3).transpose(1, 2)))
 
 
-def test_context_covariance_beside_norms(net):
+def test_context_covariance_together_with_norms(net):
     x = rows(40).view(5, 8, 4)
     stats = collect(net, layers(net, "up"), {"context_covariance", "norms"}, [x])["up"]
     assert set(stats) == {"covariance", "norms", "count", "samples"}

@@ -33,7 +33,7 @@ def test_commands_parse(where, arguments):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
+def test_links_have_a_target(page):
     broken = []
     for target in links(page):
         if target.startswith(("http:", "https:", "mailto:")):

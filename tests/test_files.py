@@ -10,7 +10,7 @@ from lowdim.errors import CheckpointError
 from lowdim.files import read_json, read_tensors, whole_folder, write_bytes, write_json, write_tensors, write_text
 
 
-def test_folders_are_made_and_nothing_is_left_beside(tmp_path):
+def test_folders_are_made_and_nothing_else_is_left(tmp_path):
     path = write_bytes(tmp_path / "a/b/c.bin", b"123")
     assert path.read_bytes() == b"123"
     write_text(path, "größer")
@@ -133,7 +133,7 @@ def test_a_folder_that_could_not_be_finished_is_as_it_was(tmp_path, there, error
     assert [p.name for p in tmp_path.iterdir()] == (["b"] if there else [])
 
 
-def test_a_file_that_could_not_be_written_is_told_once(tmp_path, monkeypatch):
+def test_a_file_that_could_not_be_written_is_reported_once(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -28,7 +28,7 @@ def assert_close(got, want):
 
 
 @pytest.mark.parametrize("name", adapters.CASES)
-def test_a_stored_adapter_answers_and_goes_on_as_it_did(name):
+def test_a_stored_adapter_answers_and_continues_as_before(name):
     adapted, batch, want = adapters.load(name)
     assert_close(adapters.answers(adapted, batch, adapters.CASES[name].merges), want)
 
@@ -54,7 +54,7 @@ def test_every_adapter_of_the_catalogue_has_a_stored_one():
 
 
 @pytest.mark.parametrize("name", optimizers.CASES)
-def test_a_stored_optimizer_goes_on_as_it_did(name):
+def test_a_stored_optimizer_continues_as_before(name):
     assert_close(*optimizers.load(name))
 
 
@@ -92,7 +92,7 @@ def test_a_short_run_gives_the_stored_numbers(name):
 
 
 @pytest.mark.parametrize("name", runs.RESUMED)
-def test_an_interrupted_run_goes_on_as_it_did(name):
+def test_an_interrupted_run_continues_as_before(name):
     assert_same_run(*runs.resume(name))
 
 

@@ -200,7 +200,7 @@ def test_no_unfinished_business():
     assert not bad
 
 
-def test_the_version_is_said_once_and_everywhere_alike():
+def test_the_version_is_the_same_everywhere():
     version = project()["project"]["version"]
     assert lowdim.__version__ == version
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)

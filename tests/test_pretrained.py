@@ -383,7 +383,7 @@ def test_what_does_not_read_back_is_not_left_behind(tmp_path, monkeypatch):
     assert not (tmp_path / "small").exists()
 
 
-def test_the_record_and_the_tokenizer_are_written_beside(tmp_path):
+def test_the_record_and_the_tokenizer_are_written_too(tmp_path):
     tiny.save_tokenizer(tmp_path / "tokenizer", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     save_compressed(compressed(), tmp_path / "small", tokenizer, record={"method": "lord", "perplexity": [1.0, float("inf")]})
@@ -431,7 +431,7 @@ class Fading(MaskedLinear, Scheduled):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_schedule_goes_on_after_loading(dtype, tmp_path):
+def test_a_schedule_continues_after_loading(dtype, tmp_path):
     tiny.llama().save_pretrained(tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype)
     name = "model.layers.0.mlp.up_proj"

@@ -282,7 +282,7 @@ RECORDS = {
 }
 
 
-def test_every_result_stands_on_the_base():
+def test_every_result_is_a_subclass_of_the_base():
     source = Path(lowdim.__file__).parent
     found = {
         node.name: [ast.unparse(base) for base in node.bases]

@@ -305,7 +305,7 @@ def test_functions_answer_there_as_on_the_cpu(function):
     torch.testing.assert_close(numbers(got), want, rtol=1e-4, atol=1e-5)
 
 
-def test_matrix_completion_says_that_it_takes_the_cpu():
+def test_matrix_completion_says_that_it_uses_the_cpu():
     from lowdim.solve import complete_matrix
 
     index = torch.arange(6)
@@ -401,7 +401,7 @@ class TestATensorLeftOnTheCPUIsFound:
         with pytest.raises(FakeTensorDeviceMismatchError):
             self.run("lora")
 
-    def test_what_acts_beside_the_steps(self, monkeypatch):
+    def test_what_acts_between_the_steps(self, monkeypatch):
         def step(adapted, optimizer=None):
             for p in adapted.trainable().values():
                 p.data.mul_(torch.full(p.shape, 0.5))

@@ -117,7 +117,7 @@ def test_start_and_coefficients():
     assert bool((update.coefficients() < 2.5).all())
 
 
-def test_coefficients_are_taken_in_float32_whatever_the_dtype():
+def test_coefficients_are_computed_in_float32_whatever_the_dtype():
     update = TestStep().attach(make_layer("linear", torch.bfloat16)).update
     got = update.coefficients()
     assert got.dtype == torch.float32

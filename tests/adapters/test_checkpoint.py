@@ -188,7 +188,7 @@ def test_a_float32_base_takes_an_adapter_of_its_bfloat16_self(tmp_path):
 
 
 @pytest.mark.parametrize("method", [LaMDA(rank=2), SVFit(rank=3)])
-def test_residuals_are_made_anew_from_the_base_model(tmp_path, method):
+def test_residuals_are_recomputed_from_the_base_model(tmp_path, method):
     adapted = lowdim.adapt(small_model(), method)
     adapted.save(tmp_path)
     tensors, _ = read_tensors(tmp_path / "adapter.safetensors")
@@ -245,7 +245,7 @@ def test_peft_takes_a_rank_for_each_layer_and_a_head(tmp_path):
     assert relative_error(loaded(sample_input()), model(sample_input())) < 1e-5
 
 
-def test_a_rank_for_one_layer_does_not_spread_to_names_that_end_alike(tmp_path):
+def test_a_rank_for_one_layer_does_not_spread_to_names_with_the_same_ending(tmp_path):
     peft = pytest.importorskip("peft")
     model = Named()
     adapted = lowdim.adapt(model, LoRA(rank=2))

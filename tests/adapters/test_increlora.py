@@ -278,7 +278,7 @@ def test_the_regularizer_counts_the_reserve():
 
 @pytest.mark.parametrize("advance", [True, False])
 @pytest.mark.parametrize("cut", [1, 3, 6])
-def test_a_saved_adapter_goes_on_growing(advance, cut, tmp_path):
+def test_a_saved_adapter_keeps_growing(advance, cut, tmp_path):
     options = {"target_rank": 3, "rank_step": 1, "advance_learn": advance}
     whole, part = line(**options), line(**options)
     base = {name: layer.base.state_dict() for name, layer in part.layers.items()}

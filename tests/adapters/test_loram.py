@@ -246,7 +246,7 @@ def test_channels_and_a_mask_on_one_layer():
     assert not small[0].weight.any()
 
 
-def test_the_small_adapter_goes_on_after_a_save(tmp_path):
+def test_the_small_adapter_continues_after_a_save(tmp_path):
     model = deep()
     mask = torch.rand(3, 12, generator=torch.Generator().manual_seed(0)) < 0.5
     method = LoRAM(rank=2, groups=GROUPS[:1], masks={"4": mask})
@@ -487,7 +487,7 @@ def test_bad_selections():
         gqa_channels([2], 4, 2, 2)
 
 
-def test_shapes_that_do_not_fit_on_the_way_back():
+def test_shapes_that_do_not_fit_when_going_back():
     A, B = torch.ones(2, 3), torch.ones(4, 2)
     for args in (
         (A, torch.ones(4, 3), 3, 4),

@@ -124,7 +124,7 @@ def test_the_factors_are_divided_by_the_root_of_how_many_bases():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_drawing_again_gives_the_bits_of_holding(dtype):
+def test_drawing_again_gives_the_same_bits_as_caching(dtype):
     layer, x = make_layer("linear", dtype), torch.randn(4, 12).to(dtype)
     runs = []
     for materialize in ("recompute", "cache"):

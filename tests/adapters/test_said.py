@@ -171,7 +171,7 @@ def test_parameters_by_name():
     assert lowdim.adapt(model, SAID(12, parameters="score")).names == ["score.weight", "score.bias"]
 
 
-def test_a_file_holds_the_numbers_and_the_seed_alone(tmp_path):
+def test_a_file_holds_only_the_numbers_and_the_seed(tmp_path):
     adapted = lowdim.adapt(small_model(), SAID(30), seed=9)
     adapted.save(tmp_path)
     tensors, _ = read_tensors(tmp_path / "adapter.safetensors")

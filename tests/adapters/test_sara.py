@@ -271,7 +271,7 @@ def test_select_and_restore_by_hand():
     assert bool(single().model(x).isfinite().all())
 
 
-def test_the_selection_goes_on_after_saving_and_after_a_trainers_checkpoint(tmp_path):
+def test_the_selection_continues_after_saving_and_after_a_trainers_checkpoint(tmp_path):
     def go(adapted, optimizer, first, last):
         for step in range(first, last):
             x = sample_input(16, seed=step)
@@ -362,7 +362,7 @@ def test_one_eligible_layer_is_drawn_for_each_step():
     assert drawn != [name == "0" for name in seen]
 
 
-def test_the_draw_goes_on_after_a_resume(tmp_path):
+def test_the_draw_continues_after_a_resume(tmp_path):
     method = SaRA(0.05, lambda_rank=0.5)
 
     def values(adapted, count):
@@ -411,7 +411,7 @@ def test_what_is_not_eligible_gives_zero():
 
 
 @pytest.mark.parametrize("name", ON_LAYERS)
-def test_the_entries_in_the_weight_and_beside_it_agree(name, monkeypatch):
+def test_the_entries_in_the_weight_and_next_to_it_agree(name, monkeypatch):
     layer = make_layer(name)
     adapted = moved(SaRA(threshold=0.2).attach(layer))
     adapted.update.select(0.15)

@@ -161,7 +161,7 @@ def test_swapping_keeps_parameters_and_optimizer(adapters, tmp_path):
         adapters.swap("lora", tmp_path / "three")
 
 
-def test_saved_beside_others_and_loaded_beside_others(adapters, tmp_path):
+def test_saved_and_loaded_together_with_others(adapters, tmp_path):
     for name in METHODS:
         adapters[name].save(tmp_path / name)
     again = AdapterSet(small_model(dtype=torch.float64))

@@ -107,7 +107,7 @@ def test_releasing_gives_every_module_its_class_back():
     assert not is_composed(model)
 
 
-def test_an_error_inside_is_not_taken_for_a_missing_attribute():
+def test_an_error_inside_is_not_mistaken_for_a_missing_attribute():
     class Broken(Shift):
         def offset(self, index):
             return self.nothing_of_this_name

@@ -36,7 +36,7 @@ def test_settings_are_checked_at_once(changes, part, tmp_path):
         CompressSettings(**{**SMALL, "out": tmp_path, **changes})
 
 
-def test_diagnose_says_which_inputs_it_takes():
+def test_diagnose_says_which_inputs_it_accepts():
     with pytest.raises(ValueError, match="intruders measures --base and --tuned; missing: --base and --tuned"):
         diagnose(DiagnoseSettings(diagnostic="intruders"))
     with pytest.raises(ValueError, match="intruders does not take --model; it measures --base and --tuned"):

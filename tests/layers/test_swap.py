@@ -83,7 +83,7 @@ def test_lossless_swap_and_densify_keep_the_function():
     torch.testing.assert_close(model(IDS), want)
 
 
-def test_reverse_sparsification_goes_on_where_it_was():
+def test_reverse_sparsification_continues_where_it_was():
     torch.manual_seed(1)
     model = nn.Sequential(Monarch(6, 8, nblocks=2), nn.Tanh(), Monarch(8, 3, nblocks=2))
     x, target = torch.randn(32, 6), torch.randn(32, 3)
@@ -171,7 +171,7 @@ def test_inside_torchs_own_transformer_layer():
         torch.testing.assert_close(layer.eval()(x), want, rtol=1e-4, atol=1e-5)  # the fused path reads `.weight`
 
 
-def test_a_parametrized_weight_is_approximated_as_it_stands():
+def test_a_parametrized_weight_is_approximated_as_it_is_now():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)))
     x = torch.randn(3, 8)
     want = model(x)

@@ -72,7 +72,7 @@ def test_any_order_of_pivots_is_followed():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_numbers_that_are_none(bad):
+def test_numbers_that_are_not_finite(bad):
     a = matrix(3, 3)
     a[1, 2] = bad
     with pytest.raises(ValueError, match="NaN or infinite"):

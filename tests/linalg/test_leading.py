@@ -63,7 +63,7 @@ def test_same_seed_same_bits():
     assert torch.equal(one, two)
 
 
-def test_auto_takes_the_sketch_for_large_matrices_only():
+def test_auto_uses_the_sketch_for_large_matrices_only():
     """A tall matrix with short side 512 is exact; beyond it the sketch differs in the last bits at least."""
     for size, same in ((64, True), (600, False)):
         a = torch.randn(size, size, generator=stream(4))

@@ -79,7 +79,7 @@ def test_gradients_are_right_by_finite_differences():
     assert torch.autograd.gradcheck(lambda c: combine_rows(c, 9, seed=2), coefficients)
 
 
-def test_bfloat16_rounds_the_rows_and_the_sum_but_not_on_the_way():
+def test_bfloat16_rounds_the_rows_and_the_sum_but_nothing_between():
     coefficients = torch.linspace(-1, 1, 300).bfloat16()
     rows = random_rows(4, 0, 300, 50).bfloat16()
     got = combine_rows(coefficients, 50, seed=4)

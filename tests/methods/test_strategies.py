@@ -255,7 +255,7 @@ def test_a_kind_fits_its_class():
         strategy_for(dataclasses.replace(variant("lora"), kind="adaptor"))
 
 
-def test_what_acts_beside_the_steps_is_a_companion_with_a_state():
+def test_what_acts_between_the_steps_is_a_companion_with_a_state():
     for name in METHODS:
         if variant(name).kind == "probe":
             continue
@@ -268,7 +268,7 @@ def test_what_acts_beside_the_steps_is_a_companion_with_a_state():
             assert {"step", "state_dict", "load_state_dict"} <= set(own), name
 
 
-def test_a_state_of_an_adapter_is_taken_back():
+def test_a_state_of_an_adapter_is_restored():
     for name in METHODS:
         if variant(name).kind != "adapter":
             continue

@@ -313,7 +313,7 @@ def test_state_is_a_small_share_of_adamw():
         assert state_bytes(optimizer) == want + 8
 
 
-def test_a_second_moment_in_bfloat16_goes_on_growing():
+def test_a_second_moment_in_bfloat16_keeps_growing():
     """Rounded to the nearest it would stop at a quarter of what it should reach."""
     rule = AdamW16bitRule()
     low, state, exact = torch.ones(40, 50), {}, 0.0

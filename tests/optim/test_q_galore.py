@@ -214,7 +214,7 @@ def lazy_run(grads, **options):
     return optimizer.state[p]
 
 
-def test_interval_grows_only_while_the_first_vector_stands():
+def test_interval_grows_only_while_the_first_vector_is_stable():
     steady = torch.randn(8, 6, generator=stream(0, "steady"))
     noise = [torch.randn(8, 6, generator=stream(k, "noise")) for k in range(40)]
     still = lazy_run([steady + 0.01 * n for n in noise], update_interval=2, queue_size=3)
@@ -341,7 +341,7 @@ def test_rounding_noise_is_fresh_in_every_step_and_for_every_weight():
     assert not torch.equal(*(p.detach() for p in pair))
 
 
-def test_same_bits_twice_and_other_bits_with_another_seed():
+def test_same_bits_with_the_same_seed_and_other_bits_with_another():
     ends = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(ends))

@@ -310,7 +310,7 @@ def test_flattened_parameters():
         GaLore([cut], rank=None)
 
 
-def test_a_parameter_twice():
+def test_a_duplicate_parameter():
     p = nn.Parameter(torch.zeros(8, 6))
     with pytest.raises(ValueError, match="more than one parameter group"):
         GaLore([{"params": [p]}, {"params": [p], "rank": None}], rank=2)

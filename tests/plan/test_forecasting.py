@@ -51,7 +51,7 @@ def pairs() -> list:
 
 
 @pytest.mark.parametrize(("config", "chosen"), pairs())
-def test_forecast_is_what_training_takes(config, chosen):
+def test_forecast_is_what_training_needs(config, chosen):
     got = predict(config, chosen)
     real, applied = train(config, chosen)
     from_data = chosen.name in RANK_FROM_DATA

@@ -132,7 +132,7 @@ def test_distances_have_no_cancellation_in_float32():
     assert torch.allclose(got, brute(q.double(), d.double(), 16).sort(1).values, rtol=5e-3)
 
 
-def test_lists_longer_than_the_database_are_cut_and_numpy_is_taken():
+def test_lists_longer_than_the_database_are_cut_and_numpy_is_accepted():
     q, d = data(n=6)
     result = adaptive_retrieve(q.numpy(), d.numpy(), retrieval_dim=4, rerank_dim=8)
     assert result.indices.shape == (7, 6)

@@ -66,7 +66,7 @@ def test_sketched_meets_its_tolerance(condition):
     assert (sketched(A, b) - want).norm() <= 1e-7 * want.norm()
 
 
-def test_looser_tolerance_takes_fewer_steps_and_max_inner_bounds_them():
+def test_looser_tolerance_needs_fewer_steps_and_max_inner_bounds_them():
     A, b = systems(l=400, k=20)
     steps = []
     for tol in (1e-1, 1e-4, 1e-10):

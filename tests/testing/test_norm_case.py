@@ -98,7 +98,7 @@ class ForgetsOnSaving(nn.BatchNorm1d):
         (AlwaysTheRunning, ("test_training_is_the_formula",)),
         (DetachedStatistics, ("test_gradients_are_those_of_the_formula", True)),
         (KeepsTheGraph, ("test_running_statistics_hold_no_graph",)),
-        (ForgetsOnSaving, ("test_training_goes_on_from_a_state_dict",)),
+        (ForgetsOnSaving, ("test_training_continues_from_a_state_dict",)),
     ],
 )
 def test_a_wrong_norm_fails_its_case(wrong, found_by):

@@ -140,7 +140,7 @@ def test_columns_by_name_and_the_nearest_one(tmp_path):
         read_examples([file], text="bodi")
 
 
-def test_columns_that_cannot_be_told_apart_are_asked_for(tmp_path):
+def test_columns_that_are_ambiguous_are_asked_for(tmp_path):
     file = put(tmp_path / "a.csv", table([("a", "b", "c")] * 3, header=("one", "two", "three")))
     with pytest.raises(
         UnknownNameError, match=r"which column holds the label\? name it with --label; columns: one, two, three"

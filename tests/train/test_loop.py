@@ -64,7 +64,7 @@ def test_step_is_called_once_after_each_optimizer_step(tmp_path, accumulation):
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_companion_is_called_beside_every_step_and_finished_once(tmp_path, accumulation):
+def test_a_companion_is_called_in_every_step_and_finished_once(tmp_path, accumulation):
     calls = []
 
     class Noted(Companion):
@@ -280,7 +280,7 @@ def test_bf16_trains(tmp_path):
     assert result.losses == pytest.approx(run(ready(), tmp_path).losses, rel=0.02)
 
 
-def test_a_checkpoint_that_was_not_finished_is_not_taken(tmp_path):
+def test_an_unfinished_checkpoint_is_not_used(tmp_path):
     from lowdim.train.trainer import newest_checkpoint
 
     assert newest_checkpoint(tmp_path / "none") is None

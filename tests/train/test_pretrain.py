@@ -135,7 +135,7 @@ def test_characters(text, shape, tmp_path):
     assert record["data"]["train"] == 64
 
 
-def test_scores_on_the_way_and_what_is_watched(text, shape, tmp_path):
+def test_evaluations_during_training_and_what_is_monitored(text, shape, tmp_path):
     told = []
     out = recipe(tmp_path / "out", text, shape, options=small("galore"), eval_steps=3, save_steps=0)
     record = run_recipe(out, say=told.append)
@@ -155,7 +155,7 @@ def test_scores_on_the_way_and_what_is_watched(text, shape, tmp_path):
     assert 0 < record["subspaces"][3]["overlap"] <= 1
 
 
-def test_a_spike_is_told(text, shape, tmp_path, monkeypatch):
+def test_a_spike_is_reported(text, shape, tmp_path, monkeypatch):
     from lowdim.train import trainer
 
     monkeypatch.setattr(trainer, "SpikeAlarm", lambda: SpikeAlarm(patience=2))
@@ -225,7 +225,7 @@ def test_as_an_optimizer_of_a_plain_trainer(method, text, shape, tmp_path):
 
 @pytest.mark.parametrize("file", ["companion.pt", "optimizer.pt", "model.safetensors", "rng_state.pth"])
 @pytest.mark.parametrize("harm", ["cut", "gone"])
-def test_a_damaged_checkpoint_says_how_to_go_on(file, harm, text, shape, tmp_path):
+def test_a_damaged_checkpoint_says_how_to_continue(file, harm, text, shape, tmp_path):
     """And going on from the one before gives what an uninterrupted run gives."""
     how = {"options": {"rank": 8, "steps_per_iteration": 3}, "save_steps": 2}
     with pytest.raises(KeyboardInterrupt):
@@ -244,7 +244,7 @@ def test_a_damaged_checkpoint_says_how_to_go_on(file, harm, text, shape, tmp_pat
     assert same(trained(tmp_path / "cut"), trained(tmp_path / "whole"))
 
 
-def test_layers_that_stay_dense_are_told(text, tmp_path):
+def test_layers_that_stay_dense_are_reported(text, tmp_path):
     """A key projection of 8 rows has no factors of rank 8 that would be smaller."""
     from transformers import LlamaConfig
 

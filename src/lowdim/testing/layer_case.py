@@ -121,7 +121,7 @@ class LayerCase(ABC):
             assert bool(b.any()), f"{name} gets no gradient: nothing is tested"
             self.close(a, b, "gradient")
 
-    def test_forward_takes_strided_rows(self) -> None:
+    def test_forward_accepts_strided_rows(self) -> None:
         """Transposed and sliced inputs give the same output."""
         layer = self.make()
         x = self.rows(4, 6)

@@ -161,7 +161,7 @@ class NormCase(ABC):
         run_in_new_process(_answer, self.norm_class, self.features, self.how, str(tmp_path))
         assert torch.equal(read_tensors(tmp_path / "answer.safetensors")[0]["y"], norm(x).detach())
 
-    def test_training_goes_on_from_a_state_dict(self) -> None:
+    def test_training_continues_from_a_state_dict(self) -> None:
         """The same outputs and statistics as without the interruption, bit by bit."""
         norm, again = self.trained(), self.make().train()
         again.load_state_dict(norm.state_dict())

@@ -150,7 +150,7 @@ ROWS = (
         slug="increlora",
         paper="IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning",
         arxiv="2308.12043",
-        claim="Growing ranks by importance beats pruning them and fixed LoRA on GLUE at equal budget, above all with little data.",
+        claim="Growing ranks by importance beats pruning them and fixed LoRA on GLUE at equal budget, mostly with little data.",
         target="IncreLoRA",
         variants=(
             Variant(

@@ -43,7 +43,7 @@ ROWS = (
         name="LoRD",
         paper="LORD: Low Rank Decomposition Of Monolingual Code LLMs For One-Shot Compression",
         arxiv="2309.14021",
-        claim="Ranks fall by up to 39.58 % for under 1 % higher perplexity; StarCoder 16B to 13.2B in 10 minutes at equal pass@1.",
+        claim="Ranks fall by up to 39.58 % at under 1 % more perplexity; StarCoder 16B to 13.2B in 10 minutes, equal pass@1.",
         target="lord",
         options={"param_ratio": 0.7},
     ),

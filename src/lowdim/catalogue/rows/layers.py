@@ -57,7 +57,7 @@ ROWS = (
         name="Maestro",
         paper="Maestro: Uncovering Low-Rank Structures via Trainable Decomposition",
         arxiv="2308.14929",
-        claim="Ordered dropout finds each layer's rank in training without losing accuracy; on linear maps it gives SVD and PCA.",
+        claim="Ordered dropout finds each layer's rank in training at equal accuracy; on linear maps it recovers SVD and PCA.",
         target="MaestroLinear",
         variants=(
             Variant(

@@ -20,9 +20,9 @@ from transformers.trainer_callback import PrinterCallback
 from lowdim.errors import CheckpointError
 from lowdim.files import read_json
 from lowdim.methods import Applied, Losses
-from lowdim.train.loop import PENALTY, SUBSPACE, FitResult, FitSettings
 from lowdim.train.metrics import metric_for
 from lowdim.train.rehearsing import rehearse_saving
+from lowdim.train.settings import PENALTY, SUBSPACE, FitResult, FitSettings
 from lowdim.train.spikes import SpikeAlarm
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ import gc
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ import torch
 from torch import nn
 
 import lowdim
-from lowdim import adapters
 from lowdim.adapters import LoRA
 from lowdim.plan.kept import kept_tensors
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from methods import ADAPTERS, large, row
 
 TOKENS = 512
 SHAPES = [(768, 768), (3072, 768), (2048, 2048), (11008, 4096)]  # (out, in)
@@ -35,16 +37,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SECONDS, PAIRS = 3.0, 25  # of one row, at most; three pairs at least
 #: Targets: time and bytes against PEFT if it has the method, otherwise time against our LoRA with as many trained parameters.
 AGAINST_PEFT, AGAINST_LORA = 1.0, 1.15
-
-
-@dataclass(frozen=True)
-class Row:
-    """How a system is built, and what it is compared with."""
-
-    make: Callable[[int, int], Any]
-    peft: Callable[[], Any] | None = None
-    decomposes: bool = False  # slow to initialise at large shapes: filled at random there, a step takes as long
-    impossible: str = ""  # why the formula cannot meet the target against LoRA
 
 
 def peft_lora() -> Any:
@@ -59,36 +51,30 @@ def peft_randlora() -> Any:
     return peft.RandLoraConfig(r=32, randlora_alpha=64, target_modules=["0"])
 
 
-def a(name: str, **options: Any) -> Callable[[int, int], Any]:
-    return lambda out, n: getattr(adapters, name)(**options)
+#: The same method in PEFT, by the name of ours.
+IN_PEFT: dict[str, Callable[[], Any]] = {"LoRA": peft_lora, "RandLoRA": peft_randlora, "CorDA": peft_lora}
+#: Further ways to use one of them: its name, and options.
+FURTHER = {"NOLA cached": ("NOLA", {"materialize": "cache"})}
+#: Every adapter of the table, then the further ways.
+NAMES = [*ADAPTERS, *FURTHER]
 
 
-DENSE = "it trains entries of the dense weight: its gradient costs a third product of the layer's size"
-ROWS = {
-    "LoRA": Row(a("LoRA", rank=8), peft_lora),
-    "RandLoRA": Row(a("RandLoRA", rank=32), peft_randlora),
-    "CorDA": Row(a("CorDA", rank=8), peft_lora, decomposes=True),
-    "LaMDA": Row(a("LaMDA", rank=32), decomposes=True),
-    "LoRASB": Row(a("LoRASB", rank=32), decomposes=True),
-    "LoRAXS": Row(a("LoRAXS", rank=32), decomposes=True),
-    "SVFit": Row(a("SVFit", rank=64), decomposes=True),
-    "LoLDU": Row(a("LoLDU", rank=64), decomposes=True),
-    "BlockLoRA": Row(a("BlockLoRA", rank=8, blocks=4, dropout=0.0)),
-    "DiffoRA": Row(a("DiffoRA", rank=8, target_modules=["0"])),
-    "SaRA": Row(lambda out, n: adapters.SaRA(threshold=0.02 * n**-0.5), impossible=DENSE),
-    "SoRA": Row(a("SoRA", rank=8)),
-    "NOLA": Row(a("NOLA", rank=8, num_bases=64), impossible="it draws 64 random bases again in each pass"),
-    "NOLA cached": Row(a("NOLA", rank=8, num_bases=64, materialize="cache")),
-    "ALLoRA": Row(a("ALLoRA", rank=8)),
-    "IncreLoRA": Row(
-        a("IncreLoRA", rank=8, target_rank=9, dropout=0.0),
-        impossible="its score needs the gradient of the dense update, a third product of the layer's size",
-    ),
-    "LoRAM": Row(a("LoRAM", rank=8, dropout=0.0)),
-    "S2FT": Row(a("S2FT", ratio=0.02)),
-    "FLoRA": Row(a("FLoRA", ranks=8, dropout=0.0)),
-    "SAID": Row(a("SAID", dimension=2000), impossible="two Hadamard transforms over all entries of the weight in each pass"),
-}
+def method_of(name: str, n: int) -> Any:
+    """The method as it is measured on a layer with `n` inputs."""
+    system, options = FURTHER.get(name, (name, {}))
+    if name == "SaRA":
+        options = {"threshold": 0.02 * n**-0.5}  # two per cent of the standard deviation of a weight of this width
+    return large(system, **options)
+
+
+def decomposes(name: str) -> bool:
+    """Whether its start takes long on a large layer and does not change a step's time: its tensors are then drawn at random."""
+    return name in ADAPTERS and row(ADAPTERS[name]).decomposes
+
+
+def slow_by_formula(name: str) -> str:
+    """Why its formula cannot meet the target against LoRA; empty if it can."""
+    return row(ADAPTERS[name]).slow_by_formula if name in ADAPTERS else ""
 
 
 def network(out: int, n: int, dtype: torch.dtype) -> nn.Module:
@@ -96,9 +82,9 @@ def network(out: int, n: int, dtype: torch.dtype) -> nn.Module:
     return nn.Sequential(nn.Linear(n, out, dtype=dtype))
 
 
-def ours(row: Row, out: int, n: int, dtype: torch.dtype) -> Any:
-    model, method = network(out, n, dtype), row.make(out, n)
-    cheap = not row.decomposes
+def ours(name: str, out: int, n: int, dtype: torch.dtype) -> Any:
+    model, method = network(out, n, dtype), method_of(name, n)
+    cheap = not decomposes(name)
     x = torch.randn(64, n, dtype=dtype)
     sample = {"batches": [x], "loss_fn": lambda m, b: m(b).square().mean()} if method.needs and cheap else {}
     adapted = lowdim.adapt(model, method, initialise=cheap, **sample)
@@ -150,15 +136,15 @@ def compare(mine: Any, other: nn.Module, x: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def measure(name: str, row: Row, out: int, n: int, dtype_name: str) -> dict[str, Any]:
+def measure(name: str, out: int, n: int, dtype_name: str) -> dict[str, Any]:
     dtype = DTYPES[dtype_name]
     x = torch.randn(TOKENS, n, dtype=dtype).requires_grad_()
-    adapted = ours(row, out, n, dtype)
+    adapted = ours(name, out, n, dtype)
     trained = sum(p.numel() for p in adapted.trainable().values())
-    if row.peft is not None:
+    if name in IN_PEFT:
         import peft
 
-        other: nn.Module = peft.get_peft_model(network(out, n, dtype), row.peft()).to(dtype)
+        other: nn.Module = peft.get_peft_model(network(out, n, dtype), IN_PEFT[name]()).to(dtype)
         against, rank = "peft " + ("RandLoRA" if name == "RandLoRA" else "LoRA"), None
     else:
         rank = max(1, min(round(trained / (out + n)), min(out, n)))
@@ -176,7 +162,7 @@ def run(names: list[str], shapes: list[tuple[int, int]], dtypes: list[str]) -> l
     for dtype in dtypes:
         for out, n in shapes:
             for name in names:
-                rows.append(measure(name, ROWS[name], out, n, dtype))
+                rows.append(measure(name, out, n, dtype))
                 gc.collect()
                 line = {k: v for k, v in rows[-1].items() if k not in ("config", "pairs", "other_trained")}
                 print(line, flush=True)
@@ -185,17 +171,17 @@ def run(names: list[str], shapes: list[tuple[int, int]], dtypes: list[str]) -> l
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
     out = []
-    for row in rows:
-        who = f"{row['method']} {row['out']}x{row['in']} {row['dtype']}"
-        if row["against"].startswith("peft"):
+    for one in rows:
+        who = f"{one['method']} {one['out']}x{one['in']} {one['dtype']}"
+        if one["against"].startswith("peft"):
             for key in ("time", "kept"):
-                met = "met" if row[f"{key}_ratio"] <= AGAINST_PEFT else "MISSED"
-                out.append(f"{who}: {key} {row[f'{key}_ratio']} x {row['against']} (target {AGAINST_PEFT}): {met}")
+                met = "met" if one[f"{key}_ratio"] <= AGAINST_PEFT else "MISSED"
+                out.append(f"{who}: {key} {one[f'{key}_ratio']} x {one['against']} (target {AGAINST_PEFT}): {met}")
         else:
-            met = "met" if row["time_ratio"] <= AGAINST_LORA else "MISSED"
-            why = ROWS[row["method"]].impossible
+            met = "met" if one["time_ratio"] <= AGAINST_LORA else "MISSED"
+            why = slow_by_formula(one["method"])
             why = f" ({why})" if met == "MISSED" and why else ""
-            out.append(f"{who}: time {row['time_ratio']} x {row['against']} (target {AGAINST_LORA}): {met}{why}")
+            out.append(f"{who}: time {one['time_ratio']} x {one['against']} (target {AGAINST_LORA}): {met}{why}")
     return out
 
 
@@ -211,12 +197,12 @@ def attach() -> list[dict[str, Any]]:
 
     base = models.load_model("smollm2-135m", "causal-lm")
     rows = []
-    for name, row in ROWS.items():
-        method = row.make(0, 576)
+    for name in NAMES:
+        method = method_of(name, 576)
         if method.needs or name in ("SAID", "NOLA cached"):
             continue
         if name == "DiffoRA":
-            method = adapters.DiffoRA(rank=8, target_modules=["q_proj", "v_proj"])  # type: ignore[attr-defined]
+            method = large(name, target_modules=["q_proj", "v_proj"])
         start = time.perf_counter()
         adapted = lowdim.adapt(base, method)
         seconds = time.perf_counter() - start
@@ -241,7 +227,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     start = time.time()
-    names = [name for name in args.only.split(",") if name] or list(ROWS)
+    names = [name for name in args.only.split(",") if name] or NAMES
     if args.attach:
         result: dict[str, Any] = {"what": "Seconds to attach to SmolLM2-135M (data-free methods)", "rows": attach()}
         result["verdicts"] = [

@@ -6,55 +6,16 @@ import torch.distributed as dist
 from torch import nn
 
 import lowdim
-from lowdim.adapters import (
-    NOLA,
-    S2FT,
-    ALLoRA,
-    BlockLoRA,
-    CorDA,
-    DiffoRA,
-    FLoRA,
-    IncreLoRA,
-    LaMDA,
-    LoLDU,
-    LoRA,
-    LoRAM,
-    LoRASB,
-    LoRAXS,
-    ModelMethod,
-    RandLoRA,
-    SaRA,
-    SoRA,
-    SVFit,
-    registered_methods,
-)
+from lowdim.adapters import ModelMethod, registered_methods
 from lowdim.linalg import gather, stream
 from lowdim.testing.processes import in_processes
 from lowdim.testing.small_model import small_model
+from methods import LAYERED, tiny
 
 STEPS = 8
-#: One row for each method; a method that is missing here fails a test.
-METHODS = {
-    "LoRA": LoRA(rank=2),
-    "LaMDA": LaMDA(rank=3, total_steps=12),
-    "LoRASB": LoRASB(rank=2),
-    "LoRAXS": LoRAXS(rank=2, init_std=0.1),
-    "RandLoRA": RandLoRA(rank=3),
-    "SVFit": SVFit(rank=3),
-    "LoLDU": LoLDU(rank=4, alpha=4.0),
-    "BlockLoRA": BlockLoRA(rank=4, blocks=2, dropout=0.0),
-    "CorDA": CorDA(rank=2),
-    "DiffoRA": DiffoRA(rank=2, share=False, target_modules=["first", "second"]),  # FSDP2 by layer has no shared parameters
-    "SaRA": SaRA(threshold=0.1, progressive_iter=4, lambda_rank=1e-2, nuclear_min_dim=4, nuclear_min_count=2),
-    "SoRA": SoRA(rank=3, threshold=2e-2),
-    "NOLA": NOLA(rank=2, num_bases=12),
-    "ALLoRA": ALLoRA(rank=2),
-    "ALLoRA step": ALLoRA(rank=2, apply_to="step"),
-    "IncreLoRA": IncreLoRA(rank=1, target_rank=2, rank_step=1, alpha=8, top_h=2, init_warmup=1, update_interval=2),
-    "LoRAM": LoRAM(rank=2, dropout=0.0, ratio=0.5),
-    "S2FT": S2FT(ratio=0.4),
-    "FLoRA": FLoRA(ranks=3, dropout=0.0),
-}
+METHODS = {name: tiny(name) for name in LAYERED}
+#: Further ways to train one of them that processes must agree on, too.
+METHODS["ALLoRA step"] = tiny("ALLoRA", apply_to="step")
 #: Smoothed scores of one process's share of the batch, by definition.
 OWN = ("lowdim_shared.I", "lowdim_shared.U")
 

@@ -19,7 +19,7 @@ from lowdim.catalogue import entries, variant
 from lowdim.errors import CheckpointError, LowdimError, UnknownNameError
 from lowdim.train.recipes import Recipe
 from lowdim.train.run import _settings, load_run, run_recipe
-from methods import METHODS, busy
+from methods import METHODS, busy, row
 
 #: Language models have no head to probe; for `lamda++` it is LaMDA that is resumed.
 RESUMED = [name for name in METHODS if name not in ("linear-probe", "lamda++")]
@@ -93,7 +93,7 @@ def test_every_adapter_is_killed_and_resumed():
 
 
 #: Layers that start from an approximation of the model, and not from the model.
-APPROXIMATE = {"monarch", "sltrain", "low-rank", "low-rank-restart"}
+APPROXIMATE = {name for name in METHODS if variant(name).kind == "layer" and row(name).start is None}
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW)) for m in RESUMED])

@@ -1,6 +1,7 @@
 """Small hyperparameters for every method of the catalogue: the one table that tests over all methods, and `bench`, use.
 
-Most methods need no entry: `row(name)` derives what their kind needs. An entry holds what differs, and says why if its options do not.
+Most methods need no entry: `row(name)` derives what their kind needs. An entry holds what differs, and `why` if its
+options do not say it.
 
 `small(name)` is the method for layers of width 16 or more; `busy(name)` lets its schedule act within eight steps as well;
 `tiny(name)` is its class for layers of width 8 that several processes train; `large(name)` is what `bench` measures.

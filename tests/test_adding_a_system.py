@@ -239,9 +239,90 @@ BLOCKS = Toy(
         "tests/test_second_device.py", "tests/train/test_run_resume.py",
     ),
 )  # fmt: skip
+#: The adapter that the docs show, trained by name.
+ADAPTER, ADAPTER_TEST = (ROOT / "docs/examples/adding_an_adapter.py").read_text("utf-8").split("\n\nclass Test", 1)
+ADAPTER_CASE = "from lowdim.testing.adapter_case import AdapterCase\n"
+#: A system imports its family's core, and not the family.
+ADAPTER_BASES = "from lowdim.adapters import Method, WeightUpdate\n"
+ADAPTER_CORE = "from lowdim.adapters.core.method import Method\nfrom lowdim.adapters.core.update import WeightUpdate\n"
+KRONA = Toy(
+    slug="krona",
+    family="adapters",
+    names=("KronA",),
+    row='slug="krona", target="KronA", arxiv="2212.10650", '
+    'paper="KronA: Parameter Efficient Tuning with Kronecker Adapter", variants=(Variant("krona"),)',
+    files={
+        "src/lowdim/adapters/krona.py": ADAPTER.replace(ADAPTER_CASE, "").replace(ADAPTER_BASES, ADAPTER_CORE),
+        "src/lowdim/reproduce/krona.py": '''
+            """KronA trains few numbers in an update of full rank."""
+
+            from __future__ import annotations
+
+            import torch
+            from torch import nn
+
+            from lowdim.adapters import KronA, adapt
+            from lowdim.reproduce.settings.outcome import Check, Context, Outcome
+
+            __all__ = ["run"]
+
+
+            def run(context: Context) -> Outcome:
+                """Count the numbers of one layer."""
+                torch.manual_seed(0)
+                adapted = adapt(nn.Sequential(nn.Linear(16, 16)), KronA(blocks=4))
+                share = sum(p.numel() for p in adapted.trainable().values()) / 256
+                return Outcome("krona", "One layer.", checks=[Check("share of the weights", share, "<=", 0.25)])
+        ''',
+        "tests/adapters/test_krona.py": '''
+            from pathlib import Path
+
+            import torch
+
+            from lowdim.adapters import KronA
+            from lowdim.files import read_tensors
+            from lowdim.testing.adapter_case import AdapterCase
+
+
+            def test_vectors():
+                tensors, _ = read_tensors(Path(__file__).parents[1] / "vectors" / "krona" / "layer.safetensors")
+                update = KronA(blocks=2).blank(6, 4, stats={}, dtype=torch.float64, device=None)
+                update.load_state_dict({"P": tensors["P"], "Q": tensors["Q"]})
+                assert torch.allclose(update.dense(), tensors["dense"])
+
+
+            class Test''' + ADAPTER_TEST.replace("\n", "\n" + " " * 12),
+        "docs/systems/krona.md": """
+            # KronA
+
+            The update is a Kronecker product of two small matrices.
+
+            ```console
+            $ lowdim plan --model stories260k --methods krona
+            ```
+        """,
+    },
+    vectors="p = torch.arange(4.0, dtype=torch.float64).view(2, 2); q = torch.arange(6.0, dtype=torch.float64).view(3, 2); "
+    "tensors = {'P': p, 'Q': q, 'dense': torch.kron(p, q)}",
+    tests=(
+        "tests/adapters/test_krona.py", "tests/adapters/test_distributed.py", "tests/methods", "tests/jobs/test_capabilities.py",
+        "tests/test_second_device.py", "tests/train/test_run_resume.py",
+    ),
+)  # fmt: skip
 #: Both are written by `make tables`.
 OTHERS = {"README.md", "docs/choosing.md"}
-TESTS = ("tests/test_catalogue.py", "tests/test_house.py", "tests/test_public_names.py", "tests/jobs/test_options.py")
+#: Tests of the whole catalogue, which fail if a system lacks something.
+TESTS = (
+    "tests/test_catalogue.py",
+    "tests/test_house.py",
+    "tests/test_public_names.py",
+    "tests/jobs/test_options.py",
+    "tests/adapters/test_distributed.py::test_every_method_has_a_row",
+    "tests/methods/test_strategies.py::test_a_kind_fits_its_class",
+    "tests/methods/test_strategies.py::test_the_table_names_methods_only",
+    "tests/test_golden.py::test_every_stored_adapter_is_read",
+    "tests/train/test_run_resume.py::test_every_adapter_is_killed_and_resumed",
+)
 #: The library has sixty systems today, and the toy is one more; that is not the toy's doing.
 COUNTS_SIXTY = "tests/test_catalogue.py::test_sixty_rows_in_order"
 
@@ -255,7 +336,7 @@ def _files(root):
     return [name for name in listed.stdout.decode().split("\0") if name and (root / name).is_file()]
 
 
-@pytest.fixture(scope="module", params=[SVD, BLOCKS], ids=lambda toy: toy.slug)
+@pytest.fixture(scope="module", params=[SVD, BLOCKS, KRONA], ids=lambda toy: toy.slug)
 def copy(request, tmp_path_factory):
     """The repository with the toy in it, and how to run a command there."""
     toy = request.param
@@ -332,10 +413,11 @@ def test_the_commands_know_it(copy, tmp_path):
     slug = copy.toy.slug
     assert slug in copy("-m", "lowdim", "list", copy.toy.family)
     shown = copy("-m", "lowdim", "list", slug)
-    if copy.toy is BLOCKS:
-        assert "nblocks = 2   " in shown
+    if copy.toy is not SVD:
+        option, name = ("nblocks = 2   ", "Block-diagonal") if copy.toy is BLOCKS else ("blocks = 16   ", "KronA")
+        assert option in shown
         forecast = copy("-m", "lowdim", "plan", "--model", "stories260k", "--methods", slug, "--length", "16")
-        assert "Block-diagonal" in forecast
+        assert name in forecast
         return
     assert "rank = 4   a whole number >= 1" in shown
     data = ["--model", "stories260k", "--data", "lowdim:shakespeare", "--max-length", "32"]

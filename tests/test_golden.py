@@ -7,7 +7,6 @@ import torch
 
 from golden import adapters, curves, exports, functions, layers, optimizers, runs
 from lowdim import report
-from lowdim.catalogue import entries
 from lowdim.cli import main
 from lowdim.files import read_json, read_tensors
 
@@ -47,10 +46,9 @@ def test_a_stored_adapter_is_saved_as_it_was(name, tmp_path, monkeypatch):
     assert description == {**before, "lowdim": description["lowdim"]}
 
 
-def test_every_adapter_of_the_catalogue_has_a_stored_one():
-    systems = {row.slug for row in entries() if row.family == "adapters" and row.available}
-    variants = {v.name for row in entries() if row.slug in systems for v in row.variants} | {"lora"}
-    assert systems | variants <= {path.name for path in adapters.FOLDER.iterdir()}
+def test_every_stored_adapter_is_read():
+    """An adapter that is newer than the stored files has none: an earlier lowdim could not write it."""
+    assert {path.name for path in adapters.FOLDER.iterdir()} == set(adapters.CASES)
 
 
 @pytest.mark.parametrize("name", optimizers.CASES)

@@ -37,6 +37,8 @@ class KronA(Method):
         alpha: scale of the update.
         dropout: on the update's input, while training.
         target_modules: which layers (see `lowdim.surgery.find_layers`).
+
+    Source: Edalati et al., "KronA: Parameter Efficient Tuning with Kronecker Adapter", arXiv 2212.10650.
     """
 
     blocks: int = 16

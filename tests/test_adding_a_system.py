@@ -305,8 +305,8 @@ KRONA = Toy(
     vectors="p = torch.arange(4.0, dtype=torch.float64).view(2, 2); q = torch.arange(6.0, dtype=torch.float64).view(3, 2); "
     "tensors = {'P': p, 'Q': q, 'dense': torch.kron(p, q)}",
     tests=(
-        "tests/adapters/test_krona.py", "tests/adapters/test_distributed.py", "tests/methods", "tests/jobs/test_capabilities.py",
-        "tests/test_second_device.py", "tests/train/test_run_resume.py",
+        "tests/adapters/test_krona.py", "tests/adapters/test_distributed.py", "tests/methods",
+        "tests/jobs/test_capabilities.py", "tests/test_second_device.py", "tests/train/test_run_resume.py",
     ),
 )  # fmt: skip
 #: Both are written by `make tables`.

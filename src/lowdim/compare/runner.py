@@ -234,8 +234,17 @@ def _contest(settings: CompareSettings, task: Task, metric: Metric, folder: Path
             continue
         digest.update(locate(name).read_bytes())  # a changed file gives other runs
     fingerprint = digest.hexdigest()
-    sizes = settings.steps, settings.batch_size, settings.max_length
-    return Contest(model, task, head, metric, *sizes, folder, fingerprint, scratch=scratch)
+    return Contest(
+        model=model,
+        task=task,
+        head=head,
+        metric=metric,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        folder=folder,
+        fingerprint=fingerprint,
+        scratch=scratch,
+    )
 
 
 @dataclass

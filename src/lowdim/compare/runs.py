@@ -41,7 +41,7 @@ class Run:
         return f"{self.variant.name}/{self.phase}-{self.index}"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Contest:
     """Shared by all runs: the model to copy, the data, and the length of training."""
 
@@ -51,7 +51,6 @@ class Contest:
     metric: Metric
     steps: int
     batch_size: int
-    max_length: int
     folder: Path
     fingerprint: str
     scratch: bool = False

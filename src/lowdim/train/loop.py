@@ -50,7 +50,7 @@ def fit(
     """
     check_tracker(settings.report_to)
     with isolated_gc():
-        return _fit(applied, task, settings, folder, resume, measure_memory, callbacks, say)
+        return _fit(applied, task, settings, folder, resume=resume, measure_memory=measure_memory, callbacks=callbacks, say=say)
 
 
 def _fit(
@@ -58,6 +58,7 @@ def _fit(
     task: Task,
     settings: FitSettings,
     folder: Path,
+    *,
     resume: bool,
     measure_memory: bool,
     callbacks: tuple[Any, ...],

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowdim.optim import ProjectedOptimizer
 from lowdim.units import format_bytes
 
 __all__ = ["rehearse_saving"]
@@ -57,7 +58,7 @@ def _existing(folder: Path) -> Path:
 
 def _layouts(optimizer: Any) -> Iterable[tuple[int, Any, Any, int]]:
     """For each parameter of a projected optimizer: its number, the parameter, the layout of its state, and bytes."""
-    if not hasattr(optimizer, "parts"):
+    if not isinstance(optimizer, ProjectedOptimizer):
         return
     number = 0
     for group in optimizer.param_groups:

@@ -308,11 +308,12 @@ def save_plain(model: Any, folder: Path, tokenizer: Any, whole: dict[str, Any] |
         LowdimError: a sharded model has structured layers, which can be made plain only in one process.
     """
     from lowdim.export import export
+    from lowdim.layers.core.swap import structured_layers
 
     if whole is None:
         export(model, folder, "merged", tokenizer=tokenizer)
         return
-    structured = next((name for name, m in model.named_modules() if hasattr(m, "to_linear") or hasattr(m, "to_conv")), None)
+    structured = next(iter(structured_layers(model)), None)
     if structured is not None:
         raise LowdimError(
             f"layer {structured} is structured and sharded over processes, so no plain model is written; "

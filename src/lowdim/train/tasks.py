@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +63,7 @@ class Task:
 
     def sizes(self) -> dict[str, int]:
         """Rows in each part; a stream is not counted."""
-        train = {"train": len(self.train)} if hasattr(self.train, "__len__") else {}
+        train = {"train": len(self.train)} if isinstance(self.train, Sized) else {}
         return {**train, "validation": len(self.validation), "test": len(self.test)}
 
     def sample_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:

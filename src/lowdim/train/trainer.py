@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -20,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from lowdim.errors import CheckpointError
 from lowdim.files import read_json
 from lowdim.methods import Applied, Losses
+from lowdim.optim import ProjectedOptimizer
 from lowdim.train.metrics import metric_for
 from lowdim.train.rehearsing import rehearse_saving
 from lowdim.train.settings import PENALTY, SUBSPACE, FitResult, FitSettings
@@ -88,7 +90,7 @@ class MethodTrainer(Trainer):
 
     def plain_optimizer(self) -> Any:
         """The optimizer without accelerate's wrapper."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        return self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log also the method's penalty, and a projected optimizer's numbers if they are watched."""
@@ -96,9 +98,9 @@ class MethodTrainer(Trainer):
             if self._penalty is not None:
                 logs[PENALTY] = self._penalty / max(1, self.state.global_step - self._logged_step)
             self._penalty, self._logged_step = None, self.state.global_step
-            numbers = getattr(self.plain_optimizer(), "log", None)
-            if numbers is not None and self.watch:
-                logs.update({f"{SUBSPACE}{name}": value for name, value in _unclipped(numbers(), logs).items()})
+            optimizer = self.plain_optimizer()
+            if self.watch and isinstance(optimizer, ProjectedOptimizer):
+                logs.update({f"{SUBSPACE}{name}": value for name, value in _unclipped(optimizer.log(), logs).items()})
         super().log(logs, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -202,7 +204,7 @@ class RunMonitor(TrainerCallback):
         trainer, settings = self.trainer, self.settings
         self._follow(args, state, kwargs["lr_scheduler"])
         optimizer = trainer.plain_optimizer()
-        if hasattr(optimizer, "watcher"):
+        if isinstance(optimizer, ProjectedOptimizer):
             optimizer.watcher.on = settings.watch
         self.alarm.recall(float(entry["loss"]) for entry in state.log_history if "loss" in entry)
         if settings.save_steps and not state.global_step and not trainer.is_fsdp_enabled and state.is_world_process_zero:
@@ -328,7 +330,7 @@ def _reading(checkpoint: str | None) -> Iterator[None]:
 
 def _seen(optimizer: Any) -> str:
     """A projected optimizer's numbers of the last step, as text."""
-    numbers = optimizer.log() if hasattr(optimizer, "watcher") else {}
+    numbers = optimizer.log() if isinstance(optimizer, ProjectedOptimizer) else {}
     return "".join(f"; {words} {numbers[name]:.3g}" for name, words in _WORDS.items() if name in numbers)
 
 

@@ -54,7 +54,7 @@ def summarise(
         file_bytes=next((run.file_bytes for run in good if run.file_bytes is not None), None),
         hits=[run.hits or "" for run in good],
         config=next((run.config for run in (*seeds, *trials) if run.config), {}),
-        curves=[LossCurve(run.seed, run.loss_steps or [], run.losses or []) for run in good],
+        curves=[LossCurve(run.seed, list(run.loss_steps or ()), run.losses or []) for run in good],
     )
     if row.status == "ok" and failures:
         row.reason = f"{len(failures)} of {len(every)} runs failed: {failures[0]}"

@@ -22,9 +22,14 @@ class Trial(Record):
 class LossCurve(Record):
     """The training loss of one seed, step by step; None where it was not finite."""
 
-    seed: int
-    step: list[int]
+    seed: int | None
+    step: list[float]
     loss: list[float | None]
+
+    @property
+    def lost(self) -> bool:
+        """Whether the loss was not finite somewhere."""
+        return None in self.loss
 
 
 @dataclass(kw_only=True)
@@ -42,7 +47,7 @@ class MethodRecord(Record):
         hits: of each seed, right or wrong text by text.
         curves: the losses of each seed.
         pareto: whether no other method is better in score and memory.
-        within_noise: whether it differs from the best by no more than noise.
+        within_noise: whether it differs from the best by no more than noise (None: not known).
     """
 
     name: str
@@ -65,7 +70,7 @@ class MethodRecord(Record):
     config: dict[str, Any] = field(default_factory=dict)
     curves: list[LossCurve] = field(default_factory=list)
     pareto: bool = False
-    within_noise: bool = False
+    within_noise: bool | None = False
 
 
 @dataclass(frozen=True)

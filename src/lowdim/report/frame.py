@@ -71,7 +71,7 @@ def method_view(candidate: Candidate, shape: str, chosen: bool) -> dict[str, Any
         "forecast": candidate.measured_peak_bytes is None,
         "lr": candidate.lr,
         "edge": candidate.at_edge,
-        "trials": candidate.trials,
+        "trials": [(trial.lr, trial.score) for trial in candidate.trials],
         "curves": [{"step": line.step, "loss": line.loss} for line in candidate.curves],
     }
 

@@ -118,9 +118,9 @@ def _rates(record: Comparison) -> str:
     if not drawn:
         return ""
     rows = [
-        (candidate.label, rate(lr), record.score(score), "chosen" if lr == candidate.lr else "")
+        (candidate.label, rate(trial.lr), record.score(trial.score), "chosen" if trial.lr == candidate.lr else "")
         for candidate in drawn
-        for lr, score in candidate.trials
+        for trial in candidate.trials
     ]
     table = _numbers(("Method", "Learning rate", f"Trial {record.metric}", ""), rows)
     hint = "One trial for each learning rate; the large marker is the rate that was chosen. All panels share their axes."

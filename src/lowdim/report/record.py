@@ -11,50 +11,18 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from lowdim.records import LossCurve, MethodRecord, Trial
 from lowdim.report.text import number, plain
 
-__all__ = ["Candidate", "Comparison", "Curve", "curve", "mapping", "read", "thin"]
+__all__ = ["Candidate", "Comparison", "curve", "mapping", "read", "thin"]
 
 POINTS = 60_000  # maximum number of loss values on a page; about 0.7 MB
 
 
-@dataclass(frozen=True)
-class Curve:
-    """The training loss of one seed; None where it was not finite."""
+@dataclass(kw_only=True)
+class Candidate(MethodRecord):
+    """One method of the comparison, and its look on the page."""
 
-    seed: str
-    step: tuple[float, ...]
-    loss: tuple[float | None, ...]
-
-    @property
-    def lost(self) -> bool:
-        """Whether the loss was not finite somewhere."""
-        return None in self.loss
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One method of the comparison."""
-
-    name: str
-    label: str
-    family: str = ""
-    status: str = "ok"
-    reason: str = ""
-    baseline: bool = False
-    lr: float | None = None
-    trials: tuple[tuple[float, float], ...] = ()  # (learning rate, score)
-    scores: tuple[float, ...] = ()
-    mean: float | None = None
-    interval: tuple[float, float] | None = None
-    trained_parameters: float | None = None
-    forecast_peak_bytes: float | None = None
-    measured_peak_bytes: float | None = None
-    seconds_per_step: float | None = None
-    file_bytes: float | None = None
-    pareto: bool = False
-    within_noise: bool | None = None  # of the best; None: not known
-    curves: tuple[Curve, ...] = ()
     colour: str = "c0"  # class that names its colour on the page
     dash: int = 0
 
@@ -71,7 +39,7 @@ class Candidate:
     @property
     def at_edge(self) -> bool:
         """Whether the chosen learning rate is the smallest or largest of several that were tried."""
-        tried = sorted({lr for lr, _ in self.trials})
+        tried = sorted({trial.lr for trial in self.trials})
         return len(tried) > 1 and self.lr is not None and (self.lr <= tried[0] or self.lr >= tried[-1])
 
 
@@ -151,7 +119,7 @@ def items(value: Any) -> Sequence[Any]:
     return value if isinstance(value, (list, tuple)) else ()
 
 
-def curve(value: Any, seed: Any = "") -> Curve | None:
+def curve(value: Any, seed: Any = None) -> LossCurve | None:
     """A loss curve from `{"step": [..], "loss": [..]}`, `[0.7, 0.6, ..]` or `[{"step": 1, "loss": 0.7}, ..]`."""
     if isinstance(value, Mapping):
         loss, step = list(items(value.get("loss"))), list(items(value.get("step")))
@@ -165,20 +133,20 @@ def curve(value: Any, seed: Any = "") -> Curve | None:
     known = [s for s in steps if s is not None]
     if len(known) < len(steps) or any(b <= a for a, b in pairwise(known)):
         known = [float(i + 1) for i in range(len(loss))]
-    return Curve(plain(seed, 40), tuple(known), tuple(number(v) for v in loss)) if loss else None
+    return LossCurve(_whole(seed), known, [number(v) for v in loss]) if loss else None
 
 
-def thin(line: Curve, most: int) -> Curve:
+def thin(line: LossCurve, most: int) -> LossCurve:
     """`line` with at most `most` points, each the mean of its neighbours (None if one of them was not finite)."""
     length = len(line.loss)
     if length <= most:
-        return replace(line, loss=tuple(_short(v) for v in line.loss))
+        return replace(line, loss=[_short(v) for v in line.loss])
     edges = [round(i * length / most) for i in range(most + 1)]
     loss: list[float | None] = []
     for a, b in pairwise(edges):
         part = [v for v in line.loss[a:b] if v is not None]
         loss.append(_short(sum(part) / len(part)) if len(part) == b - a else None)
-    return Curve(line.seed, tuple(line.step[b - 1] for b in edges[1:]), tuple(loss))
+    return LossCurve(line.seed, [line.step[b - 1] for b in edges[1:]], loss)
 
 
 def read(comparison: Any) -> Comparison:
@@ -189,7 +157,7 @@ def read(comparison: Any) -> Comparison:
     candidates = [_candidate(m, i) for i, m in enumerate(items(record.get("methods"))) if isinstance(m, Mapping)]
     most = max(30, min(600, POINTS // max(1, sum(len(c.curves) for c in candidates))))
     ordered = sorted(candidates, key=lambda c: _order(c, higher))
-    thinned = [replace(c, curves=tuple(thin(line, most) for line in c.curves)) for c in ordered]
+    thinned = [replace(c, curves=[thin(line, most) for line in c.curves]) for c in ordered]
     return Comparison(
         title=plain(record.get("title"), 300) or "Comparison",
         created=plain(record.get("created"), 80),
@@ -211,7 +179,7 @@ def read(comparison: Any) -> Comparison:
 
 def _candidate(record: Mapping[str, Any], index: int) -> Candidate:
     name = plain(record.get("name"), 120) or f"method-{index + 1}"
-    scores = tuple(s for s in map(number, items(record.get("scores"))) if s is not None)
+    scores = [s for s in map(number, items(record.get("scores"))) if s is not None]
     mean = number(record.get("mean"))
     mean = sum(scores) / len(scores) if mean is None and scores else mean
     status = plain(record.get("status"), 40) or ("ok" if mean is not None else "skipped")
@@ -223,6 +191,9 @@ def _candidate(record: Mapping[str, Any], index: int) -> Candidate:
         value = number(record.get(key))
         return value if value is not None and value >= 0 else None
 
+    def whole(key: str) -> int | None:
+        return _whole(amount(key))
+
     return Candidate(
         name=name,
         label=plain(record.get("label"), 120) or name,
@@ -231,19 +202,25 @@ def _candidate(record: Mapping[str, Any], index: int) -> Candidate:
         reason=plain(record.get("reason"), 4000),
         baseline=record.get("baseline") is True,
         lr=number(record.get("lr")),
-        trials=tuple(sorted((lr, score) for lr, score in pairs if lr is not None and score is not None)),
+        trials=[Trial(lr, score) for lr, score in sorted((r, s) for r, s in pairs if r is not None and s is not None)],
         scores=scores,
         mean=mean,
-        interval=(min(ends), max(ends)) if len(ends) == 2 else None,
-        trained_parameters=amount("trained_parameters"),
-        forecast_peak_bytes=amount("forecast_peak_bytes"),
-        measured_peak_bytes=amount("measured_peak_bytes"),
+        interval=[min(ends), max(ends)] if len(ends) == 2 else None,
+        trained_parameters=whole("trained_parameters"),
+        forecast_peak_bytes=whole("forecast_peak_bytes"),
+        measured_peak_bytes=whole("measured_peak_bytes"),
         seconds_per_step=amount("seconds_per_step"),
-        file_bytes=amount("file_bytes"),
+        file_bytes=whole("file_bytes"),
         pareto=record.get("pareto") is True,
         within_noise=record["within_noise"] if isinstance(record.get("within_noise"), bool) else None,
-        curves=tuple(line for line in lines if line is not None),
+        curves=[line for line in lines if line is not None],
     )
+
+
+def _whole(value: Any) -> int | None:
+    """`value` as an integer, or None for everything that is not a number."""
+    known = number(value)
+    return None if known is None else round(known)
 
 
 def _order(candidate: Candidate, higher: bool) -> tuple[int, float]:

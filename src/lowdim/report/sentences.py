@@ -46,7 +46,7 @@ def caveats(comparison: Comparison) -> list[str]:
     if edge:
         word = "its best learning rate was" if len(edge) == 1 else "the best learning rate was"
         lines.append(f"{_some(edge)}: {word} the smallest or largest one tried. A wider search could change the ranking.")
-    lines += [f"{c.label}: {c.reason.strip().splitlines()[0]}" for c in comparison.finished if c.reason.strip()]
+    lines += [f"{c.label}: {c.reason.strip().splitlines()[0]}" for c in comparison.finished if c.reason and c.reason.strip()]
     lost = [c.label for c in comparison.finished if any(line.lost for line in c.curves)]
     if lost:
         lines.append(f"{_some(lost)}: the training loss was not finite at some steps.")

@@ -79,7 +79,7 @@ def render_run(run: Mapping[str, Any]) -> str:
             sections.section("circumstances", "Circumstances", circumstances),
         )
     )
-    only = Candidate(name, name, curves=(line,) if line else ())
+    only = Candidate(name=name, label=name, within_noise=None, curves=[line] if line else [])
     view = {"kind": "run", "metric": {"name": metric}, "costs": [], "methods": [method_view(only, "circle", False)]}
     made = " · ".join(part for part in ("lowdim run", date(run.get("created"))) if part)
     version = mapping(run.get("versions")).get("lowdim") or mapping(run.get("environment")).get("lowdim")

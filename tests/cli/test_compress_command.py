@@ -80,7 +80,7 @@ def test_compress_then_tune(call, tmp_path):
         (["--option", "centered=2"], "option centered of lord must be true or false; got 2"),
         (["--option", "rank"], "--option must be name=value; got 'rank'"),
         (["--option", "rank={"], "option rank of lord: '{' is not YAML"),
-        (["--tune-steps", "5"], "--tune-steps: lord leaves nothing to tune by itself"),
+        (["--tune-steps", "5"], "--tune-steps: lord leaves no parameters to tune"),
         (["--method", "welore", "--target", "0.5", "--threshold", "0.2"], "exactly one of target and threshold must be given"),
         (["--method", "welore", "--target", "1"], "option target of welore must be a number in (0, 1) or null; got 1"),
         (["--method", "welore", "--threshold", "2"], "option threshold of welore must be a number in [0, 1] or null"),

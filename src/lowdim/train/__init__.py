@@ -8,9 +8,10 @@ from lowdim.lazy import lazy_names
 
 if TYPE_CHECKING:
     from lowdim.train.callbacks import AdaptedCallback
-    from lowdim.train.loop import FitResult, FitSettings, fit
+    from lowdim.train.loop import fit
     from lowdim.train.recipes import Recipe, load_recipe
     from lowdim.train.run import run_recipe
+    from lowdim.train.settings import FitResult, FitSettings
     from lowdim.train.tasks import Task, classification, language_modelling
     from lowdim.train.tokenizers import byte_tokenizer, character_tokenizer
 
@@ -31,8 +32,8 @@ __all__ = [
 
 _HOMES = {
     "AdaptedCallback": "callbacks",
-    "FitResult": "loop",
-    "FitSettings": "loop",
+    "FitResult": "settings",
+    "FitSettings": "settings",
     "fit": "loop",
     "Task": "tasks",
     "classification": "tasks",

@@ -46,6 +46,36 @@ def test_a_stored_adapter_is_saved_as_it_was(name, tmp_path, monkeypatch):
     assert description == {**before, "lowdim": description["lowdim"]}
 
 
+#: The adapters of the first stored files, by slug and by method. A newer adapter need not be here: an earlier lowdim had none.
+FIRST_STORED = {
+    "allora",
+    "atlas",
+    "block-lora",
+    "corda",
+    "diffora",
+    "flora",
+    "increlora",
+    "lamda",
+    "lamda++",
+    "loldu",
+    "lora",
+    "lora-sb",
+    "lora-xs",
+    "loram",
+    "nola",
+    "randlora",
+    "s2ft",
+    "said",
+    "sara",
+    "sora",
+    "svfit",
+}
+
+
+def test_no_stored_adapter_is_lost():
+    assert {path.name for path in adapters.FOLDER.iterdir()} >= FIRST_STORED
+
+
 def test_every_stored_adapter_is_read():
     """An adapter that is newer than the stored files has none: an earlier lowdim could not write it."""
     assert {path.name for path in adapters.FOLDER.iterdir()} == set(adapters.CASES)

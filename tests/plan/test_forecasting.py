@@ -92,6 +92,7 @@ def deep() -> list:
 
 
 #: How far amounts are from a line in the number of layers, for methods in which layers are not independent of each other.
+# Those of diffora and maestro are read off the code and were not isolated by a measurement.
 BENDS = {
     "said": 1e-3,  # theta is one number shorter for each tensor, so the work on it grows by a square as well
     "diffora": 1e-3,  # each gate hands back a gradient of the whole matrix of gates

@@ -58,3 +58,22 @@ def test_check_float_open_ends():
     for value in (0.0, 1.0):
         with pytest.raises(ValueError, match=r"\(0, 1\)"):
             check_float("x", value, 0, 1, low_open=True, high_open=True)
+
+
+@pytest.mark.parametrize("limit", [20, 80, 200])
+def test_a_shown_value_is_short_whatever_it_holds(limit):
+    endless: list = []
+    endless.append(endless)
+    nested = "x"
+    for _ in range(12):
+        nested = [nested] * 9  # 9 ** 12 elements in all
+    for value in ("x" * 10_000, 10**6000, endless, nested, {str(i): "y" * 99 for i in range(1000)}, object()):
+        assert len(errors.shown(value, limit)) <= limit
+    assert errors.shown({"lr": [1, "a"]}) == "{'lr': [1, 'a']}"
+
+
+def test_messages_cut_the_value():
+    for check in (lambda: check_int("rank", "9" * 10_000, 1), lambda: check_choice("task", "t" * 10_000, ["a"])):
+        with pytest.raises(ValueError) as caught:
+            check()
+        assert len(str(caught.value)) < 300

@@ -7,7 +7,16 @@ import torch
 
 from lowdim import files
 from lowdim.errors import CheckpointError
-from lowdim.files import read_json, read_tensors, whole_folder, write_bytes, write_json, write_tensors, write_text
+from lowdim.files import (
+    read_json,
+    read_json_object,
+    read_tensors,
+    whole_folder,
+    write_bytes,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 
 def test_folders_are_made_and_nothing_else_is_left(tmp_path):
@@ -164,3 +173,19 @@ def test_safetensors_own_error_of_a_full_disk_is_one_of_the_system(tmp_path):
     with pytest.raises(OSError, match=r"could not write .*\(I/O error: No space left"), whole_folder(tmp_path / "b"):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000 + "]" * 200_000, '{"a":' * 100_000, "9" * 5000, "\x00", "nul"])
+def test_json_that_cannot_be_read_is_one_error(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"a\.json is damaged: it is not complete JSON"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(("text", "kind"), [("[1]", "list"), ('"a"', "str"), ("null", "NoneType")])
+def test_a_file_that_must_hold_an_object(tmp_path, text, kind):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(CheckpointError, match=f"must hold a JSON object; got {kind}"):
+        read_json_object(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    assert read_json_object(tmp_path / "a.json") == {"a": 1}

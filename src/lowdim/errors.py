@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -47,6 +48,29 @@ class MissingExtraError(LowdimError, ImportError):
         super().__init__(f"{purpose} needs the package {package!r}: pip install 'lowdim[{extra}]'")
 
 
+def shown(value: object, limit: int = 80) -> str:
+    """`repr(value)` for a message: at most `limit` characters, whatever the value holds.
+
+    Nested lists and numbers without end are cut while they are read, so a small file cannot produce a long message.
+
+    Example:
+        >>> from lowdim.errors import shown
+        >>> shown("x" * 1000, 20)
+        "'xxxxxxx...xxxxxxxx'"
+    """
+    brief = reprlib.Repr()
+    brief.maxlevel, brief.maxlist, brief.maxtuple, brief.maxdict = 4, 10, 10, 10
+    brief.maxstring = brief.maxother = limit
+    try:
+        text = brief.repr(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        text = f"a value of type {type(value).__name__} that is too long to print"
+    if len(text) <= limit:
+        return text
+    tail = max(0, (limit - 3) // 2)
+    return f"{text[: limit - 3 - tail]}...{text[len(text) - tail :]}"
+
+
 def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
     """The `count` options closest to `name`, best first; the first few options if none is close."""
     names = list(options)
@@ -58,7 +82,7 @@ def unknown(argument: str, value: object, options: Iterable[str]) -> UnknownName
     """The error for a `value` that is not one of `options`, with the nearest names."""
     names = list(options)
     close = ", ".join(nearest(str(value), names))
-    return UnknownNameError(f"{argument} must be one of {', '.join(names)}; got {value!r} (nearest: {close})")
+    return UnknownNameError(f"{argument} must be one of {', '.join(names)}; got {shown(value)} (nearest: {close})")
 
 
 def check_choice(argument: str, value: str, allowed: Iterable[str]) -> None:
@@ -73,7 +97,7 @@ def check_int(argument: str, value: Any, minimum: int, maximum: int | None = Non
     bound = f">= {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
     good = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
     if not good or (maximum is not None and value > maximum):
-        raise ValueError(f"{argument} must be an int {bound}; got {value!r}")
+        raise ValueError(f"{argument} must be an int {bound}; got {shown(value)}")
 
 
 def check_float(
@@ -90,4 +114,4 @@ def check_float(
     ok = ok and (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
     if not ok:
         left, right = "(" if low_open else "[", ")" if high_open else "]"
-        raise ValueError(f"{argument} must be a finite number in {left}{low:g}, {high:g}{right}; got {value!r}")
+        raise ValueError(f"{argument} must be a finite number in {left}{low:g}, {high:g}{right}; got {shown(value)}")

@@ -17,7 +17,17 @@ from lowdim.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["read_json", "read_tensors", "whole_folder", "write_bytes", "write_json", "write_tensors", "write_text"]
+__all__ = [
+    "parse_json",
+    "read_json",
+    "read_json_object",
+    "read_tensors",
+    "whole_folder",
+    "write_bytes",
+    "write_json",
+    "write_tensors",
+    "write_text",
+]
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:
@@ -104,6 +114,18 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n")
 
 
+def parse_json(text: str) -> Any:
+    """The value of JSON text.
+
+    Raises:
+        ValueError: not JSON, nested too deeply, or a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
@@ -112,11 +134,23 @@ def read_json(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is damaged: it is not complete JSON ({error})") from error
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object, as every file of ours does.
+
+    Raises:
+        CheckpointError: it is missing, not JSON, or holds another type.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged: it must hold a JSON object; got {type(value).__name__}")
+    return value
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowdim.errors import MissingExtraError, UnknownNameError, check_choice, nearest
-from lowdim.files import read_json
+from lowdim.files import read_json_object
 from lowdim.models.architectures import SHAPES, llama_config
 from lowdim.models.sentence_classifier import SentenceClassifier
 from lowdim.surgery import HEAD_NAMES
@@ -288,7 +288,7 @@ def encoder_options(config: Any) -> dict[str, Any]:
 def _mean_pooled(source: Source) -> bool:
     """Whether the folder is a sentence-transformers model that averages its token states."""
     path = Path(source.path) / "1_Pooling" / "config.json"
-    return path.is_file() and bool(read_json(path).get("pooling_mode_mean_tokens"))
+    return path.is_file() and bool(read_json_object(path).get("pooling_mode_mean_tokens"))
 
 
 def _new_modules(model: Any, missing: Iterable[str]) -> tuple[str, ...]:

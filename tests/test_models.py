@@ -1,5 +1,6 @@
 """Models by name, and everything that can be wrong with a folder."""
 
+import contextlib
 import importlib.util
 import json
 import shutil
@@ -7,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from transformers import LlamaConfig
 
 import tiny
 from lowdim import models
@@ -38,7 +41,7 @@ def test_resolve_knows_the_shipped_names_and_folders(bert_folder, tmp_path, monk
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     want = models.Source(str(tmp_path), "a", "a.gguf")
     assert models.resolve(str(tmp_path / "a.gguf")) == models.resolve(str(tmp_path)) == want
-    assert want.options == {"gguf_file": "a.gguf"}
+    assert want.options == {"trust_remote_code": False, "gguf_file": "a.gguf"}
 
 
 @pytest.mark.parametrize(
@@ -75,13 +78,13 @@ def test_a_hub_that_does_not_answer_is_not_asked_again_and_again(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", nowhere)
     for variable in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(variable, raising=False)
-    assert models.resolve("owner/name").options == {"local_files_only": True}
+    assert models.resolve("owner/name").options == {"trust_remote_code": False, "local_files_only": True}
     with pytest.raises(
         UnknownNameError, match="--model owner/name: no such folder, and from the hub its configuration cannot be read"
     ):
         models.load_config("owner/name")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:1")
-    assert models.resolve("owner/name").options == {}
+    assert models.resolve("owner/name").options == {"trust_remote_code": False}
 
 
 def test_a_classifier_is_drawn_from_its_seed_and_the_rest_is_the_checkpoint(bert_folder):
@@ -156,9 +159,9 @@ def test_a_pooler_that_the_checkpoint_lacks_is_trained(bert_folder, tmp_path):
     [
         (lambda f: halve(f / "model.safetensors"), "cannot be loaded for classify .*incomplete"),
         (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded for classify .*no file named model.safetensors"),
-        (lambda f: halve(f / "config.json"), "not a valid JSON"),
+        (lambda f: halve(f / "config.json"), "config.json is damaged: it is not complete JSON"),
         (lambda f: (f / "config.json").write_text("{}"), "Unrecognized model"),
-        (lambda f: (f / "config.json").write_text("[]"), "Unrecognized model"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json is damaged: it must hold a JSON object; got list"),
         (lambda f: rewrite(f, model_type="no-such-model"), "does not recognize this architecture"),
         (
             lambda f: rewrite(f, hidden_size=64),
@@ -224,3 +227,68 @@ def test_loading_says_nothing(bert_folder, capfd):
 def test_unknown_task(task, bert_folder):
     with pytest.raises(UnknownNameError, match="task must be one of classify, causal-lm"):
         models.load_model(str(bert_folder), task)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", {"model_type": "other", "auto_map": {"AutoConfig": "own.Config"}}),
+        ("config.json", {"model_type": "other", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}),
+        ("tokenizer_config.json", {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}),
+    ],
+)
+def test_code_of_a_model_folder_never_runs(broken, monkeypatch, file, content):
+    import builtins
+
+    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("a question was asked"))
+    folder = broken
+    (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **content}))
+    (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nfrom transformers import BertConfig as Config\n")
+    reads = (
+        (models.load_tokenizer,) if "tokenizer" in file else (models.load_config, lambda f: models.load_model(f, "classify"))
+    )
+    for read in reads:
+        with contextlib.suppress(UnknownNameError):  # a tokenizer may be read by the class that transformers has for it
+            read(str(folder))
+            assert "tokenizer" in file
+        assert not (folder / "ran").exists()
+
+
+def test_a_folder_that_needs_its_code_is_refused_by_name(broken):
+    rewrite(broken, model_type="other", auto_map={"AutoConfig": "own.Config"})
+    (broken / "own.py").write_text("raise AssertionError\n")
+    with pytest.raises(UnknownNameError, match=r"auto_map names Python code in the folder, and lowdim runs no code"):
+        models.load_config(str(broken))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 2**64),
+        ("num_hidden_layers", 10**7),
+        ("num_labels", 2**40),
+        ("vocab_size", 2**62),
+        ("hidden_size", -(2**62)),
+        ("inner", {"deep": [{"n_layers": 2**33}]}),
+    ],
+)
+def test_a_configuration_with_numbers_that_no_model_has(broken, key, value):
+    rewrite(broken, **{key: value})
+    with pytest.raises(UnknownNameError, match=r"at most 1,0"):
+        models.load_config(str(broken))
+
+
+def test_a_configuration_that_names_code_to_download(broken):
+    rewrite(broken, attn_implementation="owner/kernel")
+    with pytest.raises(UnknownNameError, match="attn_implementation names code to download, 'owner/kernel'"):
+        models.load_config(str(broken))
+
+
+def test_a_model_of_too_many_modules_stops_while_it_is_built(monkeypatch):
+    from lowdim.models import limits
+
+    monkeypatch.setattr(limits, "_MOST_MODULES", 30)
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=900, num_attention_heads=2, vocab_size=32)
+    with pytest.raises(UnknownNameError, match="asks for more than 30 modules"):
+        models.build(config, "causal-lm")
+    nn.Sequential(*(nn.Linear(1, 1) for _ in range(50)))  # the bound ends with the building

@@ -143,7 +143,7 @@ def _peft(adapted: Adapted, folder: Path, source: Source | None, how: dict[str, 
         from peft import PeftModel
 
         with quiet():
-            bare = getattr(transformers, _auto(model)).from_pretrained(base, **options)
+            bare = getattr(transformers, _auto(model)).from_pretrained(base, trust_remote_code=False, **options)
             return _with_head(PeftModel.from_pretrained(bare, str(folder)), folder, model)
 
     errors = {name: error for name, error in written.errors.items() if error}
@@ -180,7 +180,9 @@ def _merged(model: nn.Module, folder: Path, tokenizer: Any, source: Source | Non
         import transformers
 
         with quiet():
-            return _with_head(getattr(transformers, _auto(model)).from_pretrained(folder, **options), folder, model)
+            return _with_head(
+                getattr(transformers, _auto(model)).from_pretrained(folder, trust_remote_code=False, **options), folder, model
+            )
 
     return ExportResult(folder, "merged", snippet, reload)
 

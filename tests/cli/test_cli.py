@@ -117,3 +117,48 @@ def test_debug_shows_the_whole(monkeypatch):
     monkeypatch.setenv("LOWDIM_DEBUG", "1")
     with pytest.raises(ValueError, match="no family, system or method is called"):
         main(["list", "nothing"])
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("torch", "lowdim needs the package torch, which is not installed: pip install torch"),
+        ("yaml", "lowdim needs the package pyyaml, which is not installed: pip install pyyaml"),
+        ("transformers", "lowdim needs the package transformers, which is not installed: pip install 'lowdim[train]'"),
+        ("sklearn.metrics", "lowdim needs the package scikit-learn, which is not installed: pip install 'lowdim[science]'"),
+    ],
+)
+def test_a_missing_package_is_named_with_how_to_install_it(call, monkeypatch, module, message):
+    from lowdim import catalogue
+
+    def entries():
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(catalogue, "entries", entries)
+    assert call("list")[::2] == (2, f"error: {message}\n")
+
+
+def test_a_module_of_our_own_that_is_missing_is_a_bug(monkeypatch):
+    from lowdim import catalogue
+
+    def entries():
+        raise ModuleNotFoundError("No module named 'lowdim.nothing'", name="lowdim.nothing")
+
+    monkeypatch.setattr(catalogue, "entries", entries)
+    with pytest.raises(ModuleNotFoundError):
+        main(["list"])
+
+
+def test_a_message_is_short_and_cannot_move_the_cursor(call, monkeypatch):
+    from lowdim import catalogue
+    from lowdim.errors import DataError
+
+    def entries():
+        raise DataError("\x1b[2Jcolumn " + "a" * 100_000 + " end")
+
+    monkeypatch.setattr(catalogue, "entries", entries)
+    code, _, err = call("list")
+    assert code == 2
+    assert err.startswith("error: \\x1b[2Jcolumn aaa")
+    assert err.endswith("aaa end\n")
+    assert len(err) <= 2010

@@ -8,6 +8,7 @@ from lowdim.errors import DataError, UnknownNameError
 from lowdim.methods import with_options
 from lowdim.train.metrics import metric_for
 from lowdim.train.recipes import Recipe, load_recipe
+from lowdim.train.safe_yaml import read_yaml
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 MINIMAL = "model: stories260k\ntask: causal-lm\ndata: lowdim:shakespeare\n"
@@ -114,3 +115,62 @@ def test_a_shipped_recipe_fits_its_method_and_task(path):
     fitted = with_options(dataclasses.replace(chosen, options={}), {**chosen.options, **recipe.options})
     assert set(recipe.options) <= set(fitted.options)
     metric_for(recipe.task, recipe.metric)
+
+
+def _bomb(depth):
+    levels = [f"  l{i}: &l{i} [{','.join([f'*l{i - 1}'] * 9)}]" for i in range(1, depth)]
+    return "\n".join(["  l0: &l0 [x,x,x,x,x,x,x,x,x]", *levels])
+
+
+@pytest.mark.parametrize("key", ["lr", "data", "options", "unknown"])
+@pytest.mark.parametrize("depth", [6, 9, 30])
+def test_aliases_that_grow_without_bound_are_refused(tmp_path, key, depth):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: stories260k\n{key}:\n{_bomb(depth)}\n")
+    with pytest.raises(DataError, match=r"recipe\.yaml is not YAML: it stands for more than 100,000 values") as caught:
+        load_recipe(path)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [*a]", "an alias contains itself"),
+        ("a: &a {b: *a}", "an alias contains itself"),
+        ("a: &a {x: 1}\nb: &b {<<: [" + "*a," * 50_000 + "*a]}", "more than 100,000 values"),
+        ("a: " + "[" * 60 + "]" * 60, "nested deeper than 50 levels"),
+        ("a: " + "[" * 3000, "nested too deeply"),
+        ("a: " + "{x: " * 5000, "nested too deeply"),
+        ("- " * 5000, "nested too deeply"),
+        ("x" * 1_000_001, "1,000,001 characters"),
+        ("seed: 2001-99-99", "month must be in 1..12"),
+        ("seed: !!bool maybe", "maybe"),
+        ("seed: !!int abc", "abc"),
+        ("seed: !!int ''", "index"),
+        ("seed: !!float xx", "xx"),
+        ("seed: " + "9" * 5000, "digit"),
+        ("seed: !!python/object:os.system x", "could not determine a constructor"),
+        ("{a: 1, a: 2}", "duplicate key"),
+        ("? [1]\n: 2", "unhashable"),
+    ],
+)
+def test_yaml_that_cannot_be_read_is_one_short_error(text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        read_yaml(text)
+    assert type(caught.value) is ValueError
+    assert len(str(caught.value)) < 500
+
+
+def test_a_number_of_a_million_digits_is_read_in_no_time():
+    with pytest.raises(ValueError, match="digit"):
+        read_yaml("1" * 999_999)
+    assert read_yaml("&a [1e-3, 2.E+3, .5e1, 1.5, 12]") == [0.001, 2000.0, 5.0, 1.5, 12]
+    assert read_yaml("{a: &a [1, 2], b: *a}") == {"a": [1, 2], "b": [1, 2]}
+    assert read_yaml("") is None
+
+
+def test_many_bad_values_are_one_short_message(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: stories260k\ndata: [" + "1, " * 2000 + "]\nlr: " + "x" * 5000)
+    with pytest.raises(ValueError, match="and 1996 more") as caught:
+        load_recipe(tmp_path / "recipe.yaml")
+    assert len(str(caught.value)) < 2000

@@ -11,6 +11,8 @@ from typing import Any
 
 __all__ = ["clear_errors", "short_warnings"]
 
+_LONGEST = 2000
+
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
@@ -28,7 +30,7 @@ def clear_errors() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("LOWDIM_DEBUG") or not _expected(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -54,10 +56,49 @@ def _expected(error: BaseException) -> bool:
     """Whether lowdim raised this on purpose, or the operating system for a file."""
     from lowdim.errors import LowdimError
 
-    if isinstance(error, (LowdimError, OSError)):
+    if isinstance(error, (LowdimError, OSError)) or _missing_package(error):
         return True
+    if not isinstance(error, (ValueError, TypeError, NotImplementedError, RuntimeError)):
+        return False  # a KeyError or an AttributeError in our own code is a bug
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     # A ValueError or TypeError raised in lowdim's own code is a check of an argument; one from other code is not.
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("lowdim")
+
+
+def _message(error: BaseException) -> str:
+    """The error in at most 2,000 characters, without control characters that a file may have put there."""
+    package = _missing_package(error)
+    text = _install(package) if package else str(error)
+    text = "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 500]} ... {text[-490:]}"
+
+
+def _missing_package(error: BaseException) -> str:
+    """The package of ours that an import did not find; empty for any other error."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return ""
+    package = error.name.partition(".")[0]
+    return package if package in _requirements() else ""
+
+
+def _install(module: str) -> str:
+    package, extra = _requirements()[module]
+    target = f"'lowdim[{extra}]'" if extra else package
+    return f"lowdim needs the package {package}, which is not installed: pip install {target}"
+
+
+def _requirements() -> dict[str, tuple[str, str]]:
+    """By the name of a module: the package that lowdim requires for it, and its extra (empty: always required)."""
+    import re
+    from collections import Counter
+    from importlib import metadata
+
+    modules = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
+    parts = [re.match(r"([\w.-]+)(?:.*extra == ['\"]([\w-]+))?", line) for line in metadata.requires("lowdim") or ()]
+    named = [(part[1].lower(), part[2] or "") for part in parts if part]
+    sizes = Counter(extra for _, extra in named)
+    sizes[""] = 0
+    named.sort(key=lambda pair: sizes[pair[1]], reverse=True)  # the smallest extra with a package comes last, and stays
+    return {modules.get(name, name.replace("-", "_")): (name, extra) for name, extra in named}

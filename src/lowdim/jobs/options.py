@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowdim.errors import UnknownNameError, nearest
+from lowdim.errors import UnknownNameError, nearest, shown
 
 __all__ = ["Option", "check_options", "described", "options_of", "parse_options"]
 
@@ -148,9 +148,7 @@ def parse_options(method: str, texts: Iterable[str]) -> dict[str, Any]:
         >>> parse_options("lord", ["rank=8", "centered=false", "exclude=[lm_head]", "param_ratio=5e-1"])
         {'rank': 8, 'centered': False, 'exclude': ['lm_head'], 'param_ratio': 0.5}
     """
-    import yaml
-
-    from lowdim.train.recipes import read_yaml
+    from lowdim.train.safe_yaml import read_yaml
 
     found: dict[str, Any] = {}
     for text in texts:
@@ -162,8 +160,8 @@ def parse_options(method: str, texts: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"option {name} of {method} is given more than once")
         try:
             found[name] = read_yaml(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"option {name} of {method}: {value!r} is not YAML: {' '.join(str(error).split())}") from None
+        except ValueError as error:
+            raise ValueError(f"option {name} of {method}: {shown(value)} is not YAML: {error}") from None
     return found
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from lowdim.errors import MissingExtraError, UnknownNameError, check_choice, nearest
 from lowdim.files import read_json_object
 from lowdim.models.architectures import SHAPES, llama_config
+from lowdim.models.limits import bounded_modules, check_configuration
 from lowdim.models.sentence_classifier import SentenceClassifier
 from lowdim.surgery import HEAD_NAMES
 
@@ -66,14 +67,18 @@ class Source:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Additional keywords of `from_pretrained`."""
+        """Additional keywords of `from_pretrained`. Code that a folder holds never runs, and nothing is asked."""
+        safe: dict[str, Any] = {"trust_remote_code": False}
         if self.hub and not _hub_answers():
-            return {"local_files_only": True}  # use the local cache; retrying for half a minute would not help
-        return {"gguf_file": self.gguf} if self.gguf else {}
+            return {**safe, "local_files_only": True}  # use the local cache; retrying for half a minute would not help
+        return {**safe, "gguf_file": self.gguf} if self.gguf else safe
 
     def failure(self, name: str, what: str, error: BaseException) -> UnknownNameError:
         """The error for a model that was found, or might be on the hub, but could not be read."""
-        reason = " ".join(str(error).split())[:240] or type(error).__name__
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "its auto_map names Python code in the folder, and lowdim runs no code of model folders"
+        reason = reason[:240] or type(error).__name__
         where = "no such folder, and from the hub " if self.hub else ""
         return UnknownNameError(f"--model {name}: {where}{what} ({reason})")
 
@@ -138,11 +143,22 @@ def load_config(name: str) -> Any:
     source = resolve(name)
     with quiet():
         try:
+            check_configuration(_configuration(source), f"--model {name}")
             config = transformers.AutoConfig.from_pretrained(source.path, **source.options)
+        except UnknownNameError:
+            raise
         except Exception as error:  # transformers raises various errors for a damaged folder
             raise source.failure(name, "its configuration cannot be read", error) from error
     config.mean_pooled = _mean_pooled(source)
     return config
+
+
+def _configuration(source: Source) -> dict[str, Any]:
+    """What the configuration file says, before any class is made of it."""
+    file = Path(source.path) / "config.json"
+    if file.is_file() and not source.gguf:
+        return read_json_object(file)
+    return _transformers().PretrainedConfig.get_config_dict(source.path, **source.options)[0]
 
 
 def load_tokenizer(name: str) -> Any:
@@ -194,9 +210,10 @@ def load_model(
         raise UnknownNameError(f"--model {name} is a shape without weights; it can be pretrained only (task pretrain)")
     pooled = task == "classify" and _mean_pooled(source)
     cls, options = (transformers.AutoModel, {}) if pooled else _auto(transformers, task, num_labels)
+    config = load_config(name)
     if pooled:
-        options = encoder_options(load_config(name))
-    with quiet(), torch.random.fork_rng(devices=[]):
+        options = encoder_options(config)
+    with quiet(), bounded_modules(f"--model {name}"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             model, info = cls.from_pretrained(
@@ -210,6 +227,8 @@ def load_model(
             absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
             new = _new_modules(model, absent)
             whole: Any = SentenceClassifier(model, num_labels) if pooled else model
+        except UnknownNameError:
+            raise
         except Exception as error:
             raise source.failure(name, f"cannot be loaded for {task}", error) from error
     broken = sorted(key for key in absent if task != "classify" or pooled or not key.startswith(new))
@@ -243,13 +262,16 @@ def build(config: Any, task: str, *, num_labels: int = 2) -> nn.Module:
     transformers = _transformers()
     own = copy.deepcopy(config)
     if task == "classify" and getattr(config, "mean_pooled", False):
-        return SentenceClassifier(transformers.AutoModel.from_config(own, **encoder_options(own)), num_labels)
+        with bounded_modules(f"--model {getattr(config, '_name_or_path', '') or type(config).__name__}"):
+            encoder = transformers.AutoModel.from_config(own, trust_remote_code=False, **encoder_options(own))
+        return SentenceClassifier(encoder, num_labels)
     cls, options = _auto(transformers, task, num_labels)
     for key, value in options.items():
         setattr(own, key, value)
     if getattr(own, "pad_token_id", None) is None:
         own.pad_token_id = 0
-    return cls.from_config(own)
+    with bounded_modules(f"--model {getattr(config, '_name_or_path', '') or type(config).__name__}"):
+        return cls.from_config(own, trust_remote_code=False)
 
 
 def fit_vocabulary(config: Any, tokenizer: Any) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from yaml.constructor import ConstructorError
 
-from lowdim.errors import DataError, UnknownNameError, nearest
+from lowdim.errors import DataError, UnknownNameError, nearest, shown
+from lowdim.train.safe_yaml import read_yaml
 
 __all__ = ["Recipe", "load_recipe"]
 
@@ -72,32 +70,6 @@ class Recipe(BaseModel):
         return [value] if isinstance(value, str) else value
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 where it matters here: `1e-3` is a number (1.1 requires `1.0e-3`), and duplicate keys are errors."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def read_yaml(text: str) -> Any:
-    """YAML as values; `1e-3` is a number.
-
-    Raises:
-        yaml.YAMLError: not YAML, or a duplicate key.
-    """
-    return yaml.load(text, _Loader)  # a SafeLoader
-
-
 def load_recipe(path: str | Path, **changes: Any) -> Recipe:
     """Read a recipe; `changes` that are not None replace its values.
 
@@ -111,16 +83,19 @@ def load_recipe(path: str | Path, **changes: Any) -> Recipe:
     path = Path(path)
     try:
         content = read_yaml(read_text(path))
-    except yaml.YAMLError as error:
-        raise DataError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not YAML: {error}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path} must hold keys and values; got {type(content).__name__}")
     known = list(Recipe.model_fields)
     for key in content:
         if key not in known:
-            raise UnknownNameError(f"{path}: no recipe has a key {key!r}; nearest: {', '.join(nearest(str(key), known))}")
+            raise UnknownNameError(
+                f"{path}: no recipe has a key {shown(key)}; nearest: {', '.join(nearest(shown(key), known))}"
+            )
     try:
         return Recipe(**{**content, **{key: value for key, value in changes.items() if value is not None}})
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
-        raise ValueError(f"{path}: {'; '.join(lines)}") from None
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {shown(e['input'])})" for e in error.errors()[:5]]
+        more = f"; and {error.error_count() - 5} more" if error.error_count() > 5 else ""
+        raise ValueError(f"{path}: {'; '.join(lines)}{more}") from None

@@ -43,7 +43,9 @@ def test_a_stored_adapter_is_saved_as_it_was(name, tmp_path, monkeypatch):
     assert all(tensors[key].dtype == stored[key].dtype and torch.equal(tensors[key], stored[key]) for key in stored)
     assert about.keys() == wanted.keys()
     description, before = (read_json(place / "adapter.json") for place in (folder, adapters.FOLDER / name))
-    assert description == {**before, "lowdim": description["lowdim"]}
+    new = {key: description[key] for key in ("lowdim", "version", "digest")}  # version 2 has a digest of the description, too
+    assert description == {**before, **new}
+    assert (before["version"], description["version"]) == (1, 2)
 
 
 #: The adapters of the first stored files, by slug and by method. A newer adapter need not be here: an earlier lowdim had none.

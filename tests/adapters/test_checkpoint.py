@@ -31,6 +31,7 @@ def _rewrite(folder, change, tensors=None):
     old, metadata = read_tensors(path)
     about = json.loads(metadata["lowdim"])
     change(about)
+    about["digest"] = layout.digest_of(old, about)
     write_tensors(path, old if tensors is None else tensors, {"lowdim": json.dumps(about)})
     (folder / "adapter.json").write_text(json.dumps(about))
 
@@ -117,14 +118,36 @@ def test_flipped_bits_are_noticed(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda about: about.update(version=2), "format version 2; this lowdim reads up to 1"),
+        (lambda about: about.update(version=3), "format version 3; this lowdim reads up to 2"),
         (lambda about: about.update(version="1"), "is not a lowdim adapter"),
         (lambda about: about.update(format="other"), "is not a lowdim adapter"),
         (lambda about: about.update(method="LoRB"), "no method 'LoRB' is registered .nearest: LoRA"),
         (lambda about: about["config"].update(rank=0), "the configuration of LoRA is not valid: rank"),
         (lambda about: about["config"].update(colour=1), "no field colour"),
         (lambda about: about.pop("layers"), "its description lacks layers"),
-        (lambda about: about["layers"].update({"body.third": {}}), r"adapts layer body\.third, which the model lacks"),
+        (
+            lambda about: about["layers"].update({"body.third": about["layers"]["body.first"]}),
+            r"adapts layer body\.third, which the model lacks",
+        ),
+        (lambda about: about.update(layers=[]), r"layers of its description: Input should be a valid dictionary"),
+        (
+            lambda about: about["layers"]["body.first"].pop("shape"),
+            r"layers\.body\.first\.shape of its description: Field required",
+        ),
+        (
+            lambda about: about["layers"]["body.first"].pop("meta"),
+            r"layers\.body\.first\.meta of its description: Field required",
+        ),
+        (lambda about: about["layers"]["body.first"].pop("fingerprint"), r"body\.first\.fingerprint of its description"),
+        (lambda about: about["layers"]["body.first"].update(shape=["a", 8]), r"body\.first\.shape\.0 of its description"),
+        (lambda about: about["layers"]["body.first"].update(fingerprint=7), r"body\.first\.fingerprint of its description"),
+        (lambda about: about.update(method=7), "method of its description: Input should be a valid string"),
+        (lambda about: about.update(seed="0"), "seed of its description: Input should be a valid integer"),
+        (lambda about: about.update(modules_to_save=[1]), r"modules_to_save\.0 of its description"),
+        (lambda about: about.update(version=0), "versions begin with 1"),
+        (lambda about: about["config"].update(alpha=10**400), "the configuration of LoRA is not valid"),
+        (lambda about: about["config"].update(alpha=[1]), "the configuration of LoRA is not valid"),
+        (lambda about: about["config"].update(target_modules=7, rank={}), "the configuration of LoRA is not valid"),
         (lambda about: about["layers"]["body.first"].update(shape=[9, 9]), r"of shape \(9, 9\); the model's is \(12, 8\)"),
         (lambda about: about["config"].update(rank=3), r"layer body\.first: LoRAUpdate does not fit the file: A"),
         (lambda about: about.update(modules_to_save=["tail"]), "holds module tail, which the model lacks"),
@@ -198,6 +221,152 @@ def test_residuals_are_recomputed_from_the_base_model(tmp_path, method):
     for name, layer in loaded.layers.items():
         assert torch.equal(layer.base.weight, adapted.layers[name].base.weight)
         assert torch.equal(layer.delta(), adapted.layers[name].delta())
+
+
+def test_every_flipped_bit_of_the_description_is_noticed(saved):
+    adapted, folder = saved
+    path = folder / "adapter.safetensors"
+    data = path.read_bytes()
+    start = data.index(b"config")
+    right = adapted.model(sample_input())
+    for place in range(start, start + 120):
+        for bit in range(8):
+            changed = bytearray(data)
+            changed[place] ^= 1 << bit
+            path.write_bytes(bytes(changed))
+            try:
+                model = small_model()
+                lowdim.load_adapter(model, folder)
+            except CheckpointError as error:
+                assert "adapter.safetensors" in str(error) or "adapter.json" in str(error)  # noqa: PT017
+            else:
+                assert torch.equal(model(sample_input()), right)
+
+
+def test_a_changed_word_in_the_description_for_people_is_noticed(saved):
+    _, folder = saved
+    text = (folder / "adapter.json").read_text()
+    assert '"alpha": 16' in text
+    (folder / "adapter.json").write_text(text.replace('"alpha": 16', '"alpha": 17'))
+    with pytest.raises(CheckpointError, match=r"adapter\.json does not belong .* remove it to load the tensors as they are"):
+        lowdim.load_adapter(small_model(), folder)
+
+
+def test_a_file_of_version_1_loads(saved):
+    """Its digest was of the tensors alone, and its fingerprints were digests alone."""
+    adapted, folder = saved
+    path = folder / "adapter.safetensors"
+    tensors, metadata = read_tensors(path)
+    about = json.loads(metadata["lowdim"])
+    about.update(version=1, digest=layout.digest_of(tensors))
+    for entry in about["layers"].values():
+        entry["fingerprint"] = entry["fingerprint"].split(":")[0]
+    write_tensors(path, tensors, {"lowdim": json.dumps(about)})
+    (folder / "adapter.json").write_text(json.dumps(about))
+    model = small_model()
+    lowdim.load_adapter(model, folder)
+    assert torch.equal(model(sample_input()), adapted.model(sample_input()))
+    with pytest.raises(CheckpointError, match=r"the weight of layer body\.first differs \(check_base"):
+        lowdim.load_adapter(small_model(seed=1), folder)
+    with pytest.raises(CheckpointError, match=r"it is float16 here: try the model in float32 or bfloat16"):
+        lowdim.load_adapter(small_model(seed=1).half(), folder)
+
+
+# Names
+
+
+def parts(**children):
+    """A module with children of any name; nn.ModuleDict has no `update`."""
+    made = nn.Module()
+    for name, child in children.items():
+        made.add_module(name, child)
+    return made
+
+
+class Deep(nn.Module):
+    """Modules of the user's with the names that lowdim uses itself."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = parts(update=parts(base=nn.Linear(8, 8)), lora_A=nn.Linear(8, 8))
+        self.update = parts(
+            update=parts(update=parts(A=nn.Linear(8, 8), update=nn.Linear(8, 8))), original_module=nn.Linear(8, 8)
+        )
+        self.lowdim_shared = parts(steps=nn.Linear(8, 8))
+        self.shared = nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = torch.tanh(self.base.lora_A(torch.tanh(self.base.update.base(x))))
+        x = self.update.original_module(x)
+        for layer in self.update.update.update.children():
+            x = torch.tanh(layer(x))
+        return self.shared(self.lowdim_shared.steps(x))
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2, target_modules=["base", "lora_A"]), LaMDA(rank=2, target_modules=["base"])])
+@pytest.mark.parametrize(
+    "kept", [["update.update"], ["original_module"], ["lowdim_shared", "shared"], ["update.update.update.update"]]
+)
+def test_any_name_of_a_module_survives(method, kept, tmp_path):
+    adapted = lowdim.adapt(Deep(), method, modules_to_save=kept)
+    with torch.no_grad():
+        for parameter in adapted.trainable().values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.step()
+    adapted.save(tmp_path)
+    twin, x = Deep(), torch.randn(3, 8)
+    loaded = lowdim.load_adapter(twin, tmp_path)
+    assert torch.equal(twin(x), adapted.model(x))
+    assert not torch.equal(twin(x), Deep()(x))
+    other = lowdim.adapt(Deep(), method, modules_to_save=kept)
+    other.load_state_dict(adapted.state_dict())
+    assert torch.equal(other.model(x), adapted.model(x))
+    assert {key: value.tolist() for key, value in loaded.state_dict().items()} == {
+        key: value.tolist() for key, value in adapted.state_dict().items()
+    }
+
+
+def test_a_module_whose_state_is_no_tensor_is_refused(tmp_path):
+    class Odd(nn.Linear):
+        def get_extra_state(self):
+            return {"scale": 2}
+
+        def set_extra_state(self, state):
+            pass
+
+    model = nn.Sequential(nn.Linear(4, 4), Odd(4, 4))
+    adapted = lowdim.adapt(model, LoRA(rank=1, target_modules=["0"]), modules_to_save=["1"])
+    with pytest.raises(ValueError, match="module 1 cannot be saved whole: _extra_state of its state is a dict"):
+        adapted.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# The base model's dtype
+
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("origin", FLOATS[:3], ids=str)
+@pytest.mark.parametrize("trained", FLOATS, ids=str)
+@pytest.mark.parametrize("loaded", FLOATS, ids=str)
+def test_the_base_model_in_any_dtype(origin, trained, loaded, tmp_path):
+    """A checkpoint in `origin`, loaded as `trained` for the training and as `loaded` afterwards."""
+    torch.manual_seed(3)
+    weights = (torch.randn(64, 48) * 0.02).to(origin)
+    weights[0, :8] *= 1e-4  # subnormal in float16
+
+    def base(dtype, change=0.0):
+        layer = nn.Linear(48, 64)
+        layer.weight = nn.Parameter((weights.float() * (1 + change)).to(origin).to(dtype))
+        return nn.Sequential(layer)
+
+    lowdim.adapt(base(trained), LoRA(rank=1)).save(tmp_path)
+    lowdim.load_adapter(base(loaded), tmp_path)
+    for change in (0.05, -0.02):
+        with pytest.raises(CheckpointError, match="the weight of layer 0 differs"):
+            lowdim.load_adapter(base(loaded, change), tmp_path)
 
 
 # PEFT

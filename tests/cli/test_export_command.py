@@ -28,7 +28,7 @@ def damage(folder, kind):
     ("kind", "part"),
     [
         ("truncated", "adapter.safetensors is damaged or not a safetensors file"),
-        ("flipped", "is damaged: its tensors do not match its digest"),
+        ("flipped", "is damaged: its tensors and description do not match its digest"),
         ("foreign", "was not written by lowdim"),
         ("missing", "adapter.safetensors does not exist"),
         ("peft", "already holds a PEFT adapter"),

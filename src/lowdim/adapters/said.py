@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.adapters.core.composed import Composition, compose, is_composed, places_of, refuse_spread
-from lowdim.adapters.core.guards import fingerprint
+from lowdim.adapters.core.fingerprints import digest_weight
 from lowdim.adapters.core.merging import MergeReport
 from lowdim.adapters.core.whole import WholeAdapted, WholeMethod, make_for_itself, merge_parameters, refuse_adapted
 from lowdim.errors import CheckpointError, NoMatchingModuleError, check_int, nearest
@@ -355,4 +355,4 @@ def _check_dimension(dimension: int, scales: int, total: int) -> None:
 def _digest(subspace: Subspace, index: int) -> str:
     parts = subspace._stored(index)
     step = (len(parts[0]) // 4096) | 1
-    return fingerprint(torch.cat([part[::step].float() for part in parts]))
+    return digest_weight(torch.cat([part[::step].float() for part in parts]))

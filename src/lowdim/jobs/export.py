@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +86,8 @@ def _load(settings: ExportSettings) -> tuple[str, Any]:
         return recipe.model, adapted
     if (folder / "adapter").is_dir():  # a run of a comparison
         folder = folder / "adapter"
-    about, labels = _description(folder)
-    name = settings.model or (about.get("base_model") or {}).get("name_or_path")
+    base, labels = _description(folder)
+    name = settings.model or base
     if not name:
         raise DataError(f"{folder} does not say which model it is for; name it with --model")
     kind = settings.task or ("classify" if labels else "causal-lm")
@@ -96,19 +95,14 @@ def _load(settings: ExportSettings) -> tuple[str, Any]:
     return name, load_adapter(models.load_model(name, kind, num_labels=labels or 2, pad_token_id=pad), folder)
 
 
-def _description(folder: Path) -> tuple[dict[str, Any], int]:
-    """The description in an adapter's file, and the number of classes of its head (0 without a head)."""
-    from lowdim.files import read_tensors
+def _description(folder: Path) -> tuple[str | None, int]:
+    """The base model that an adapter names, and the number of classes of its head (0 without a head)."""
+    from lowdim.adapters.core.files.layout import TENSORS, read_adapter
     from lowdim.surgery import HEAD_NAMES
 
-    file = folder / "adapter.safetensors"
-    if not file.is_file() and (folder / "adapter_config.json").is_file():
+    if not (folder / TENSORS).is_file() and (folder / "adapter_config.json").is_file():
         raise CheckpointError(f"{folder} already holds a PEFT adapter; load it with peft.PeftModel.from_pretrained")
-    tensors, metadata = read_tensors(file)
-    try:
-        about = json.loads(metadata["lowdim"])
-        heads = tuple(f"{name}." for name in about["modules_to_save"] if name.rpartition(".")[2] in HEAD_NAMES)
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{file} was not written by lowdim: its header has no description") from None
+    tensors, header = read_adapter(folder)
+    heads = tuple(f"{name}." for name in header.modules_to_save if name.rpartition(".")[2] in HEAD_NAMES)
     sizes = [len(t) for key, t in sorted(tensors.items()) if t.ndim == 2 and heads and key.startswith(heads)]
-    return about, sizes[-1] if sizes else 0  # the last matrix of a head gives the logits
+    return header.base, sizes[-1] if sizes else 0  # the last matrix of a head gives the logits

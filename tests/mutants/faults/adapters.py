@@ -312,8 +312,8 @@ FAULTS = [
     Fault(
         "a file for another base model is taken",
         "adapters/core/files/checkpoint.py",
-        'entry["fingerprint"] != fingerprint(pristine_matrix(layer))',
-        'entry["fingerprint"] == ""',
+        "layer_difference(entry.fingerprint, layer) if check_base and entry.fingerprint else None",
+        "None",
         formula("lora", "TestLoRA", "another_base"),
     ),
     Fault(

@@ -17,7 +17,7 @@ from lowdim.adapters.core.guards import FusedPaths, whole_parameters
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.merging import MergeReport, merged_layer
 from lowdim.adapters.core.method import Method
-from lowdim.adapters.core.shared import SHARED, free_name
+from lowdim.adapters.core.shared import SHARED, free_name, shared_prefix
 from lowdim.calibrate import LossFn
 from lowdim.companion import Companion
 from lowdim.errors import NoGradientError, check_choice
@@ -25,7 +25,10 @@ from lowdim.linalg import gather, is_sharded
 from lowdim.results import html_table
 from lowdim.surgery import replace_layer
 
-__all__ = ["EXPORTERS", "Adapted"]
+__all__ = ["EXPORTERS", "Adapted", "by_layer"]
+
+#: Between a layer's name and that of a tensor of its update.
+_UPDATE = ".update."
 
 #: Format -> `write(adapted, folder, **options)`. A module that writes a format registers itself here.
 EXPORTERS: dict[str, Callable[..., Any]] = {}
@@ -213,16 +216,27 @@ class Adapted(Companion):
         Tensors that FSDP2 has sharded are gathered, so every process must call it.
         """
         state = {
-            f"{name}.update.{key}": gather(value)
+            f"{name}{_UPDATE}{key}": gather(value)
             for name, layer in self.layers.items()
             for key, value in layer.update.saved().items()
         }
         if self.shared is not None:
-            state.update({f"{SHARED}.{key}": gather(value) for key, value in self.shared.state_dict().items()})
+            prefix = shared_prefix(self.modules_to_save)
+            state.update({f"{prefix}{key}": gather(value) for key, value in self.shared.state_dict().items()})
         for module in self.modules_to_save:
-            saved = self.model.get_submodule(module).state_dict()
-            state.update({f"{module}.{key}": gather(value) for key, value in saved.items()})
+            state.update({f"{module}.{key}": gather(value) for key, value in self._kept(module).items()})
         return state
+
+    def _kept(self, module: str) -> dict[str, Tensor]:
+        """The tensors of a module that is saved whole."""
+        saved = self.model.get_submodule(module).state_dict()
+        odd = [key for key, value in saved.items() if not isinstance(value, Tensor)]
+        if odd:
+            raise ValueError(
+                f"module {module} cannot be saved whole: {odd[0]} of its state is a {type(saved[odd[0]]).__name__}; adapter "
+                "files hold tensors only; name its parts in modules_to_save instead"
+            )
+        return saved
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the state of `state_dict`, in one process and on the same base model; schedules continue from there.
@@ -230,10 +244,11 @@ class Adapted(Companion):
         Raises:
             CheckpointError: tensors that are missing, unexpected or of the wrong shape.
         """
+        own = by_layer(state, self.layers)
         for name, layer in self.layers.items():
-            layer.update.restore(_below(state, f"{name}.update."), layer.pristine_weight())
+            layer.update.restore(own[name], layer.pristine_weight())
         if self.shared is not None:
-            self.shared.load_state_dict(_below(state, f"{SHARED}."))
+            self.shared.load_state_dict(_below(state, shared_prefix(self.modules_to_save)))
         for module in self.modules_to_save:
             self.model.get_submodule(module).load_state_dict(_below(state, f"{module}."))
 
@@ -363,6 +378,19 @@ class Adapted(Companion):
             for name, layer in self.layers.items()
         ]
         return html_table(f"{self.method}: {trained:,} parameters trained ({share:.2%}), {len(rows)} adapted layers", rows)
+
+
+def by_layer(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each layer's update in a checkpoint, under the names that they have in the update."""
+    own: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for key, value in state.items():
+        start = key.find(_UPDATE)
+        while start >= 0:  # a module of the user's may be called `update`, so the first one need not be ours
+            if key[:start] in own:
+                own[key[:start]][key[start + len(_UPDATE) :]] = value
+                break
+            start = key.find(_UPDATE, start + 1)
+    return own
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

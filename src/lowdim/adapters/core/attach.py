@@ -10,10 +10,9 @@ from torch import nn
 
 from lowdim.adapters.core.adapted import Adapted
 from lowdim.adapters.core.composed import is_composed
+from lowdim.adapters.core.fingerprints import layer_fingerprint
 from lowdim.adapters.core.guards import (
     error_context,
-    fingerprint,
-    pristine_matrix,
     saved_modules,
     tied_layers,
     unchanged_on_error,
@@ -80,7 +79,7 @@ def adapt(
         raise ValueError("a method that acts on the whole model (SAID, aTLAS) is already attached; merge() it first")
     layers = target_layers(model, method)
     kept = saved_modules(model, modules_to_save, layers)
-    fingerprints = {name: fingerprint(pristine_matrix(layer)) for name, layer in layers.items()} if initialise else {}
+    fingerprints = {name: layer_fingerprint(layer) for name, layer in layers.items()} if initialise else {}
     with torch.enable_grad():
         stats = collect(model, layers, method.needs, batches, loss_fn) if initialise else {name: {} for name in layers}
     prepared = method.prepare(layers, seed=seed, initialise=initialise)

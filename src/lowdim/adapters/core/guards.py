@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lowdim.errors import CheckpointError, NoMatchingModuleError, nearest
@@ -17,7 +15,6 @@ from lowdim.surgery import dense_matrix, describe, tied_parameters
 __all__ = [
     "FusedPaths",
     "error_context",
-    "fingerprint",
     "pristine_matrix",
     "saved_modules",
     "tied_layers",
@@ -54,14 +51,6 @@ def tied_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str,
     """Those of `layers` whose weight also has another name."""
     tied = {name for group in tied_parameters(model) for name in group}
     return tuple(name for name in layers if f"{name}.weight" in tied)
-
-
-def fingerprint(weight: Tensor) -> str:
-    """A digest of a weight that is the same in float32 and bfloat16: shape, and up to 65,536 rounded entries."""
-    flat = weight.detach().reshape(-1)
-    step = (flat.numel() // 65536) | 1  # odd: a power of two would sample only a few columns
-    sample = flat[::step].to(torch.bfloat16).cpu().view(torch.int16)
-    return hashlib.blake2b(repr(tuple(weight.shape)).encode() + sample.numpy().tobytes(), digest_size=12).hexdigest()
 
 
 def pristine_matrix(layer: nn.Module) -> Tensor:

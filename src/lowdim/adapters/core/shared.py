@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SHARED", "Shared", "StepCounter", "free_name"]
+__all__ = ["SHARED", "Shared", "StepCounter", "free_name", "shared_prefix"]
 
 #: Its name in the model.
 SHARED = "lowdim_shared"
@@ -17,6 +18,15 @@ def free_name(model: nn.Module) -> str:
     """`SHARED`, with a number if another adapter already uses that name."""
     taken = sum(name.startswith(SHARED) for name, _ in model.named_children())
     return SHARED if not taken else f"{SHARED}_{taken}"
+
+
+def shared_prefix(modules_to_save: Iterable[str]) -> str:
+    """What the names of the shared module's tensors begin with in a file.
+
+    A module of the user's that is saved whole may have the same name; two dots, which no module's name has, tell them apart.
+    """
+    taken = any(name.split(".")[0] == SHARED for name in modules_to_save)
+    return f"{SHARED}.." if taken else f"{SHARED}."
 
 
 class Shared(nn.Module):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lowdim.adapters.core.adapted import Adapted
 from lowdim.adapters.core.composed import Composition, Places, compose, is_composed, places_of, refuse_spread, release
-from lowdim.adapters.core.guards import fingerprint, saved_modules, unchanged_on_error, whole_parameters
+from lowdim.adapters.core.fingerprints import fingerprint
+from lowdim.adapters.core.guards import saved_modules, unchanged_on_error, whole_parameters
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.merging import LayerChange, MergeReport
 from lowdim.adapters.core.method import ModelMethod

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from lowdim.adapters.core.adapted import Adapted
 from lowdim.adapters.core.common import check_rank
-from lowdim.adapters.core.guards import fingerprint, tied_layers
+from lowdim.adapters.core.fingerprints import layer_fingerprint
+from lowdim.adapters.core.guards import tied_layers
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.low_rank import LoRAUpdate
 from lowdim.adapters.core.method import Method, Stats, method_class
@@ -144,7 +145,7 @@ class AdaptedLoRAM(Adapted):
         plain = method_class("LoRA")(self.method.rank, self.method.alpha, target_modules=list(factors))
         heads = {name: self._head(model, name) for name in self.modules_to_save}
         layers = {name: model.get_submodule(name) for name in factors}
-        prints = {name: fingerprint(weight_matrix(layer)) for name, layer in layers.items()}
+        prints = {name: layer_fingerprint(layer) for name, layer in layers.items()}
         tied = tied_layers(model, layers)
         for parameter in model.parameters():
             parameter.requires_grad_(False)

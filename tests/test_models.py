@@ -200,13 +200,14 @@ def test_a_damaged_tokenizer(broken):
         models.load_tokenizer(str(broken))
 
 
-def test_a_tokenizer_without_padding_pads_with_its_end(broken):
+def test_a_tokenizer_without_padding_pads_with_what_the_model_ignores(broken):
     file = broken / "tokenizer_config.json"
     config = json.loads(file.read_text())
     config.pop("pad_token")
     file.write_text(json.dumps({**config, "eos_token": "[SEP]"}))
-    tokenizer = models.load_tokenizer(str(broken))
-    assert tokenizer.pad_token == "[SEP]"
+    assert models.load_tokenizer(str(broken)).pad_token == "[PAD]"  # the model's id 0
+    rewrite(broken, pad_token_id=None)
+    assert models.load_tokenizer(str(broken)).pad_token == "[SEP]"
 
 
 def test_how_much_a_model_reads(bert_folder, broken, monkeypatch):

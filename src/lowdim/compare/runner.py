@@ -32,6 +32,7 @@ from lowdim.train.data import locate
 from lowdim.train.environment import environment
 from lowdim.train.garbage import isolated_gc
 from lowdim.train.metrics import Metric, metric_for
+from lowdim.train.neighbours import padding_note
 from lowdim.train.packing import is_source
 from lowdim.train.recipes import Recipe
 from lowdim.train.run import load_task, random_model, recipe_tokenizer
@@ -219,6 +220,9 @@ def _contest(settings: CompareSettings, task: Task, metric: Metric, folder: Path
     head = models.head_modules(model, settings.task)
     if torch.cuda.is_available():
         model.cuda()
+    if (note := padding_note(model, task)) is not None:
+        task.notes = (*task.notes, note)
+        console.print(f"  [yellow]note[/] {escape(note)}", highlight=False)
     score = fit_head(model, head, task)
     if score is not None:
         console.print(

@@ -16,6 +16,7 @@ from lowdim.models.load import (
     quiet,
     resolve,
 )
+from lowdim.models.padding import declare_padding
 
 __all__ = [
     "NAMES",
@@ -23,6 +24,7 @@ __all__ = [
     "Source",
     "assets",
     "build",
+    "declare_padding",
     "encoder_options",
     "fit_vocabulary",
     "head_modules",

@@ -22,6 +22,7 @@ from lowdim.errors import MissingExtraError, UnknownNameError, check_choice, nea
 from lowdim.files import read_json_object
 from lowdim.models.architectures import SHAPES, llama_config
 from lowdim.models.limits import bounded_modules, check_configuration
+from lowdim.models.padding import PADDING, declare_padding, model_padding, name_padding, set_padding
 from lowdim.models.sentence_classifier import SentenceClassifier
 from lowdim.surgery import HEAD_NAMES
 
@@ -161,8 +162,15 @@ def _configuration(source: Source) -> dict[str, Any]:
     return _transformers().PretrainedConfig.get_config_dict(source.path, **source.options)[0]
 
 
+def _config_or_none(name: str) -> Any:
+    try:
+        return load_config(name)
+    except UnknownNameError:  # a tokenizer's own folder
+        return None
+
+
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model, with a padding token (the end token if it has none).
+    """The tokenizer of a model, with the padding token that the model ignores (see `lowdim.models.padding`).
 
     Raises:
         UnknownNameError: the model cannot be found, or has no tokenizer that can be read.
@@ -178,8 +186,7 @@ def load_tokenizer(name: str) -> Any:
             raise source.failure(name, "its tokenizer cannot be read", error) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers returns an empty tokenizer if it finds no files
         raise UnknownNameError(f"--model {name}: it has no tokenizer (no vocabulary was found)")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    set_padding(tokenizer, _config_or_none(name))
     return tokenizer
 
 
@@ -197,6 +204,7 @@ def load_model(
     Args:
         task: `"classify"` (sequence classification with `num_labels` classes) or `"causal-lm"`.
         dtype: of the weights; None means float32.
+        pad_token_id: the id that batches are padded with, as `load_tokenizer` gives it; the model is told to ignore it.
 
     Raises:
         UnknownNameError: the model cannot be found or read, lacks weights, or has no such task.
@@ -213,6 +221,8 @@ def load_model(
     config = load_config(name)
     if pooled:
         options = encoder_options(config)
+    if model_padding(config) is None and (pad_token_id is not None or getattr(config, PADDING, None) is not None):
+        options = {**options, PADDING: pad_token_id}  # before it is built: an embedding of positions may count from it
     with quiet(), bounded_modules(f"--model {name}"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -240,8 +250,8 @@ def load_model(
     if source.gguf:
         _forget_quantization(model)
     whole.new_modules = tuple(sorted(new))
-    if pad_token_id is not None and getattr(whole.config, "pad_token_id", None) is None:
-        whole.config.pad_token_id = pad_token_id
+    if pad_token_id is not None:
+        declare_padding(model, pad_token_id)
     whole.config._name_or_path = source.path
     return whole
 
@@ -268,8 +278,8 @@ def build(config: Any, task: str, *, num_labels: int = 2) -> nn.Module:
     cls, options = _auto(transformers, task, num_labels)
     for key, value in options.items():
         setattr(own, key, value)
-    if getattr(own, "pad_token_id", None) is None:
-        own.pad_token_id = 0
+    if model_padding(own) is None:
+        name_padding(own, 0)
     with bounded_modules(f"--model {getattr(config, '_name_or_path', '') or type(config).__name__}"):
         return cls.from_config(own, trust_remote_code=False)
 
@@ -277,7 +287,7 @@ def build(config: Any, task: str, *, num_labels: int = 2) -> nn.Module:
 def fit_vocabulary(config: Any, tokenizer: Any) -> None:
     """Set a configuration's vocabulary, and its special tokens, to a tokenizer's."""
     config.vocab_size = len(tokenizer)
-    config.pad_token_id = tokenizer.pad_token_id
+    name_padding(config, tokenizer.pad_token_id)
     config.eos_token_id = tokenizer.eos_token_id
     config.bos_token_id = tokenizer.bos_token_id
 

@@ -26,6 +26,7 @@ from lowdim.records import RUN, RunRecord, claim
 from lowdim.train.environment import environment
 from lowdim.train.loop import FitResult, FitSettings, check_tracker, fit
 from lowdim.train.metrics import Metric, metric_for
+from lowdim.train.neighbours import padding_note
 from lowdim.train.recipes import Recipe, load_recipe
 from lowdim.train.tasks import Task, classification, language_modelling
 
@@ -108,6 +109,9 @@ def _load(run: _Run) -> _Start:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     model.to(device)
+    if (note := padding_note(model, task)) is not None:
+        task.notes = (*task.notes, note)
+        run.say(f"note: {note}")
     before = task.evaluate(model, task.validation, run.metric)
     run.say(f"before: validation {run.metric.name} {before:.4f}")
     setup = Setup(
@@ -254,7 +258,10 @@ def load_base(recipe: Recipe, num_labels: int, tokenizer: Any) -> nn.Module:
             recipe.model, recipe.task, num_labels=num_labels, seed=recipe.seed, dtype=dtype, pad_token_id=tokenizer.pad_token_id
         )
     fitted = tokenizer if recipe.tokenizer is not None else None
-    return random_model(recipe.model, recipe.task, recipe.seed, fitted, num_labels=num_labels).to(dtype)
+    model = random_model(recipe.model, recipe.task, recipe.seed, fitted, num_labels=num_labels)
+    if tokenizer.pad_token_id is not None:
+        models.declare_padding(model, tokenizer.pad_token_id)
+    return model.to(dtype)
 
 
 def random_model(name: str, task: str, seed: int, tokenizer: Any = None, *, num_labels: int = 2) -> nn.Module:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.errors import DataError, MissingExtraError
+from lowdim.models.padding import padding_side
 from lowdim.surgery import model_device
 from lowdim.train.data import Examples, read_examples, read_texts, split
 from lowdim.train.metrics import Metric, classification_score
@@ -158,7 +159,7 @@ def classification(
         tables["train"],
         tables["validation"],
         tables["test"],
-        _Pad(tokenizer.pad_token_id or 0, tokenizer.padding_side),
+        _Pad(tokenizer.pad_token_id or 0, padding_side(tokenizer)),
         length,
         examples.classes,
         tuple(notes),

@@ -77,6 +77,36 @@ def test_usage_errors_of_the_command_line_itself():
         assert result.exit_code == 2, arguments
 
 
+def options(kind):
+    """The options of all commands: those with one value, or those that may be repeated."""
+    return [
+        (name, option)
+        for name, command in typer.main.get_command(app).commands.items()
+        for option in command.params
+        if option.param_type_name == "option" and not option.is_flag and option.multiple == (kind == "repeatable")
+    ]
+
+
+@pytest.mark.parametrize("spelling", ["{0} 1 {0} 2", "{0}=1 {0}=1", "{0} 1 {0}=2 {0} 3"])
+def test_an_option_with_one_value_is_refused_a_second_time(spelling):
+    """The first value would be lost without a word."""
+    single = options("single")
+    assert len(single) > 45
+    for command, option in single:
+        result = CliRunner().invoke(app, [command, *spelling.format(option.opts[0]).split()], env={"COLUMNS": "200"})
+        assert result.exit_code == 2, (command, option.opts)
+        assert f"{option.opts[0]} is given {spelling.count('{0}')} times; it takes one value" in result.output
+
+
+def test_what_adds_up_is_repeatable():
+    """`--text` twice is a pair of texts; flags say the same twice."""
+    assert {(command, option.opts[0]) for command, option in options("repeatable")} == {
+        ("compare", "--data"), ("compare", "--text"), ("compress", "--data"), ("compress", "--option"),
+        ("diagnose", "--option"),
+    }  # fmt: skip
+    assert CliRunner().invoke(app, ["list", "--json", "--json"]).exit_code == 0
+
+
 def test_interrupted_and_bugs(call, monkeypatch):
     from lowdim import catalogue
 

@@ -19,7 +19,7 @@ def compare(
     evaluation: Annotated[str | None, typer.Option("--eval", help="A separate test file.")] = None,
     task: Annotated[str, typer.Option("--task", help="classify, causal-lm or pretrain.")] = "classify",
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="pretrain: bytes, characters or a folder.")] = None,
-    text: Annotated[str | None, typer.Option("--text", help="Name of the text column.")] = None,
+    text: Annotated[list[str] | None, typer.Option("--text", help="The text column; two of them for a pair of texts.")] = None,
     label: Annotated[str | None, typer.Option("--label", help="Name of the label column.")] = None,
     methods: Annotated[str | None, typer.Option("--methods", help="Names, families or all, with commas.")] = None,
     budget: Annotated[str | None, typer.Option("--budget", help="Memory, e.g. 8GiB; what does not fit is left out.")] = None,
@@ -41,7 +41,8 @@ def compare(
     from lowdim.units import parse_bytes
 
     settings = compare_settings(
-        model=model, data=data, evaluation=evaluation, task=task, tokenizer=tokenizer, text=text, label=label,
+        model=model, data=data, evaluation=evaluation, task=task, tokenizer=tokenizer,
+        text=",".join(text) if text else None, label=label,
         methods=methods.split(",") if methods else (), budget=None if budget is None else parse_bytes(budget), metric=metric,
         seeds=seeds, trials=trials, steps=steps, batch_size=batch_size, max_length=max_length, seed=seed,
         time_limit=None if time_limit is None else parse_seconds(time_limit),

@@ -15,6 +15,7 @@ from lowdim.cli.diagnose import diagnose
 from lowdim.cli.errors import clear_errors, short_warnings
 from lowdim.cli.export import export
 from lowdim.cli.list import list_systems
+from lowdim.cli.once import OnceCommand
 from lowdim.cli.plan import plan
 from lowdim.cli.report import report
 from lowdim.cli.reproduce import reproduce
@@ -30,9 +31,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     add_completion=False,
 )
-app.command("list")(list_systems)
+app.command("list", cls=OnceCommand)(list_systems)
 for command in (plan, compare, run, export, compress, diagnose, report, reproduce):
-    app.command()(command)
+    app.command(cls=OnceCommand)(command)
 
 
 def _version(show: bool) -> None:

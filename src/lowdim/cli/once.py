@@ -1,0 +1,29 @@
+"""Commands whose options may be given once: of a second value, the first would be lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+__all__ = ["OnceCommand"]
+
+
+class OnceCommand(TyperCommand):
+    """Refuses an option with one value that is given twice; flags may be repeated, and repeatable options add up."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments.
+
+        Raises:
+            typer.BadParameter: an option with one value is given more than once.
+        """
+        if not ctx.resilient_parsing:
+            _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+            single = [p for p in given if p.param_type_name == "option" and not (p.multiple or p.is_flag or p.count)]
+            for parameter in single:
+                if single.count(parameter) > 1:
+                    name = max(parameter.opts, key=len)
+                    raise typer.BadParameter(f"{name} is given {single.count(parameter)} times; it takes one value", ctx=ctx)
+        return super().parse_args(ctx, args)

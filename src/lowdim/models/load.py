@@ -182,6 +182,7 @@ def load_tokenizer(name: str) -> Any:
     with quiet():
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.path, **source.options)
+            tokenizer("a")  # a limit or a special token of another type is only noticed here
         except Exception as error:
             raise source.failure(name, "its tokenizer cannot be read", error) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers returns an empty tokenizer if it finds no files

@@ -48,8 +48,8 @@ def read_yaml(text: str) -> Any:
     """
     if len(text) > _MOST_CHARACTERS:
         raise ValueError(f"it has {len(text):,} characters; at most {_MOST_CHARACTERS:,} are read")
-    loader = _Loader(text)  # a SafeLoader
     try:
+        loader = _Loader(text)  # a SafeLoader
         node = loader.get_single_node()
         if node is None:
             return None
@@ -60,8 +60,6 @@ def read_yaml(text: str) -> Any:
     except (yaml.YAMLError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
         # PyYAML's constructors raise what Python raises for a date 2001-99-99, `!!bool maybe`, `!!int ''`.
         raise ValueError(" ".join(str(error).split())[:400] or type(error).__name__) from None
-    finally:
-        loader.dispose()
 
 
 def _check_size(root: yaml.Node) -> None:

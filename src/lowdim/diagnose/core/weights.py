@@ -7,7 +7,6 @@ adapters of a wrapped model are merged one layer at a time, in a copy.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lowdim.errors import CheckpointError, DataError, UnknownNameError, nearest
+from lowdim.files import read_json_object
 from lowdim.surgery import is_conv1d, with_matrix
 
 __all__ = ["Weights", "weights_of"]
@@ -248,10 +248,12 @@ def _files_in(folder: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json_object(index)["weight_map"].values()))
+        files = [index.parent / name for name in names]
+        if any(file.parent != index.parent for file in files):
+            raise ValueError("a shard lies in another folder")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index} is not an index of shards (weight_map is missing or damaged)") from error
-    files = [index.parent / name for name in names]
+        raise CheckpointError(f"{index} is not an index of shards (weight_map is missing or damaged): {error}") from error
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(f"{index} names shards that do not exist: {', '.join(missing)}")
@@ -275,8 +277,4 @@ def _is_conv1d_model(folder: Path) -> bool:
     config = folder / "config.json"
     if not config.is_file():
         return False
-    try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{config} is not a JSON object") from error
-    return kind in _CONV1D_MODELS
+    return str(read_json_object(config).get("model_type")) in _CONV1D_MODELS

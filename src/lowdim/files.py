@@ -138,7 +138,7 @@ def read_json(path: str | Path) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: it is not complete JSON ({error})") from error
+        raise CheckpointError(f"{path} is damaged: it is not complete JSON ({str(error)[:300]})") from error
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error})") from error
+        raise CheckpointError(f"{path} is damaged or not a safetensors file ({str(error)[:300]})") from error
 
 
 def _finite(value: Any) -> Any:

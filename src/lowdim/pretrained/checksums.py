@@ -81,7 +81,7 @@ def _read(path: Path) -> tuple[str | None, dict[str, str], dict[str, str]]:
             named = {str(name): str(value) for name, value in content["checksums"].items()}
             return str(content["layers"]), named, {name: _checksum(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error})") from error
+        raise CheckpointError(f"{path} is damaged or not a safetensors file ({str(error)[:300]})") from error
 
 
 def _of_json(value: Any) -> str:

@@ -270,7 +270,7 @@ def _file_entries(path: Path, turned: bool) -> Iterator[tuple[str, _Entry]]:
                 flip = turned and name.endswith(_CONV1D_LAYERS)
                 yield name, _Entry(_turned(shape) if flip else shape, lambda name=name: handle.get_tensor(name), flip)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {str(error)[:300]}") from error
 
 
 def _is_conv1d_model(folder: Path) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lowdim
-from lowdim.adapters import AdaptedLayer, LaMDA, LoRA, LoRASB, Method, SVFit, registered_methods
+from lowdim.adapters import AdaptedLayer, LaMDA, LoRA, LoRASB, LoRAXS, Method, SVFit, registered_methods
 from lowdim.adapters.core.fingerprints import digest_weight
 from lowdim.adapters.core.low_rank import LoRAUpdate
 from lowdim.errors import CheckpointError, NoMatchingModuleError
@@ -53,7 +53,7 @@ def test_modules_to_save_are_trained_and_written():
 @pytest.mark.parametrize(
     "fail",
     [
-        lambda model: lowdim.adapt(model, LoRA(rank=7)),  # fits the first layer, not the second
+        lambda model: lowdim.adapt(model, LoRAXS(rank=7)),  # fits the first layer, not the second
         lambda model: lowdim.adapt(model, LoRA(rank=1, target_modules=["nothing"])),
         lambda model: lowdim.adapt(model, LoRASB(rank=1)),
         lambda model: lowdim.adapt(model, LoRA(rank=1), modules_to_save=["nothing"]),

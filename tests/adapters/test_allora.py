@@ -44,8 +44,7 @@ class TestStep(AdapterCase):
         for bad in (0, -1, True, 1.5):
             with pytest.raises(ValueError, match="rank"):
                 self.method(rank=bad)
-        with pytest.raises(ValueError, match=r"body\.first.*\(12, 8\).*rank.*9"):
-            self.adapt(small_model(), method=self.method(rank=9))
+        self.adapt(small_model(), method=self.method(rank=9))
 
 
 class TestGradient(TestStep):

@@ -203,9 +203,9 @@ def test_options_are_added_and_the_catalogue_is_left_as_it_was():
     [
         (
             "lora",
-            {"rank": 33},
-            ValueError,
-            r"LoRA on layer model\.layers\.0\.self_attn\.q_proj .*rank must be at most .*32; got 33",
+            {"target_modules": ["model.norm"]},
+            NoMatchingModuleError,
+            r"'model.norm' matches",
         ),
         ("lora", {"target_modules": ["q_prj"]}, NoMatchingModuleError, r"'q_prj' matches no module.*q_proj"),
         ("lora", {"target_modules": []}, NoMatchingModuleError, "at least one module; got an empty list"),

@@ -6,7 +6,7 @@ FAULTS = [
     Fault(
         "LoRA's scale is alpha, not alpha / rank",
         "adapters/lora.py",
-        "scaling = self.alpha / (math.sqrt(rank) if self.rank_stabilized else rank)",
+        "scaling = self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)",
         "scaling = self.alpha",
         Tests(("adapters/test_lora.py::TestLoRA",), "formula", shared=True),
     ),

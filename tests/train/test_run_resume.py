@@ -246,7 +246,11 @@ def test_a_folder_is_not_written_over(whole, tmp_path):
         ({"metric": "accuracy"}, UnknownNameError, "metric for causal-lm"),
         ({"report_to": "tensorbord"}, UnknownNameError, "nearest: tensorboard"),
         ({"model": "./nowhere"}, UnknownNameError, "no such folder"),
-        ({"options": {"rank": 100}}, ValueError, r"LoRA on layer model\.layers\.0\.self_attn\.q_proj .*rank must be at most"),
+        (
+            {"method": "s2ft", "options": {"block": 7}},
+            ValueError,
+            r"S2FT on layer model\.layers\.0\.self_attn\.q_proj .*block must divide",
+        ),
         ({"options": {"target_modules": ["q_prj"]}}, ValueError, r"q_prj.*q_proj"),
         ({"method": "galore", "options": {"update_interval": 0}}, ValueError, "update_interval must be an int >= 1; got 0"),
         ({"method": "linear-probe", "options": {}}, ValueError, "linear-probe needs a head"),

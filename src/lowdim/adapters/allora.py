@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowdim.adapters.core.common import check_rank
-from lowdim.adapters.core.layer import AdaptedLayer
+from lowdim.adapters.core.convolution import is_grouped
 from lowdim.adapters.core.method import Method, Stats
 from lowdim.adapters.core.thin import ThinUpdate
 from lowdim.errors import check_choice, check_float, check_int
@@ -147,14 +146,14 @@ class ALLoRA(Method):
     previous step, so gradients may be accumulated.
 
     Args:
-        rank: inner size, in [1, min(out, in)].
+        rank: inner size; it may exceed the layer's sides.
         eta: the factor of the rate at the start, above 0.
         target_modules: which layers (see `lowdim.surgery.find_layers`).
         apply_to: `"gradient"` or `"step"`.
 
     Raises:
         TypeError: `alpha` or `dropout`, which it does not have (here); a grouped convolution with `"gradient"` (at attach).
-        ValueError: a hyperparameter out of range (here), or a rank beyond the layer (at attach).
+        ValueError: a hyperparameter out of range.
 
     Example:
         >>> import torch, lowdim
@@ -180,14 +179,11 @@ class ALLoRA(Method):
 
     def accepts(self, layer: nn.Module) -> bool:
         """Not grouped convolutions, which are computed through the dense kernel, where the gradient cannot be scaled."""
-        plain = layer.plain if isinstance(layer, AdaptedLayer) else layer
-        grouped = getattr(plain, "groups", 1) > 1
-        return super().accepts(layer) and not (grouped and self.apply_to == "gradient")
+        return super().accepts(layer) and not (is_grouped(layer) and self.apply_to == "gradient")
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> ALLoRAUpdate:
         """Allocate `A` and `B`."""
-        rank = check_rank(self.rank, out_features, in_features)
-        return ALLoRAUpdate(out_features, in_features, rank, self.eta, self.apply_to, dtype=dtype, device=device)
+        return ALLoRAUpdate(out_features, in_features, self.rank, self.eta, self.apply_to, dtype=dtype, device=device)
 
     def initialise(self, update: ALLoRAUpdate, weight: Tensor, stats: Stats, generator: torch.Generator | None) -> None:
         """Draw `A`; `B` is zero, so the output does not change."""

@@ -51,7 +51,7 @@ class BlockLoRA(Method):
     trains identically with fewer numbers; the blocks are kept because the paper counts them, and weight decay acts on each.
 
     Args:
-        rank: of all blocks together; the update's own rank is `rank / blocks`, in [1, min(out, in)].
+        rank: of all blocks together; the update's own rank is `rank / blocks`, which may exceed the layer's sides.
         blocks: the number of blocks; must divide `rank`.
         alpha: numerator of the scale, whose denominator is `rank`.
         dropout: on the update's input, while training; one mask for all blocks.
@@ -59,8 +59,7 @@ class BlockLoRA(Method):
             `nn.MultiheadAttention` packs these into one weight, which no pattern reaches: use transformers' CLIP.
 
     Raises:
-        ValueError: a hyperparameter out of range, `blocks` not a divisor of `rank` (here), or `rank / blocks` beyond the layer
-            (at attach).
+        ValueError: a hyperparameter out of range, or `blocks` not a divisor of `rank`.
 
     Example:
         >>> import torch, lowdim
@@ -91,12 +90,6 @@ class BlockLoRA(Method):
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> BlockLoRAUpdate:
         """Allocate `A` and the blocks of `B`."""
-        limit, own = min(out_features, in_features), self.rank // self.blocks
-        if own > limit:
-            raise ValueError(
-                f"rank / blocks must be at most min(out_features, in_features) = {limit}; "
-                f"got {own} from rank={self.rank}, blocks={self.blocks}"
-            )
         scaling = self.alpha / self.rank
         return BlockLoRAUpdate(out_features, in_features, self.rank, self.blocks, scaling, dtype=dtype, device=device)
 

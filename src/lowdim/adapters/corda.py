@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowdim.adapters.core.common import check_rank
+from lowdim.adapters.core.convolution import is_grouped
 from lowdim.adapters.core.low_rank import LoRAUpdate
 from lowdim.adapters.core.method import Method, Stats
 from lowdim.errors import check_choice, check_float, check_int
@@ -96,6 +97,7 @@ class CorDA(Method):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"context_covariance"})
+    bounded_rank: ClassVar[bool] = True
 
     rank: int = 128
     alpha: float | None = None
@@ -114,9 +116,13 @@ class CorDA(Method):
         check_float("damp", self.damp, 0.0, low_open=True)
         check_float("max_inverse_error", self.max_inverse_error, 0.0, low_open=True)
 
+    def accepts(self, layer: nn.Module) -> bool:
+        """Not grouped convolutions: each group has inputs, and so a covariance, of its own."""
+        return super().accepts(layer) and not is_grouped(layer)
+
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> CorDAUpdate:
         """Allocate `A`, `B` and their start."""
-        rank = check_rank(self.rank, out_features, in_features)
+        rank = check_rank(stats.get("rank", self.rank), out_features, in_features)
         scaling = 1.0 if self.alpha is None else self.alpha / rank
         return CorDAUpdate(out_features, in_features, rank, scaling, dtype=dtype, device=device)
 

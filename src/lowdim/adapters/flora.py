@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowdim.adapters.core.common import CAP
 from lowdim.adapters.core.convolution import Convolution
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.method import Method, Stats
 from lowdim.adapters.core.thin import ThinUpdate
 from lowdim.errors import check_float, check_int
 from lowdim.linalg import draw_normal, mode_products, tucker_reconstruct
+from lowdim.surgery import matrix_shape
 
 __all__ = ["FLoRA", "FLoRAUpdate"]
 
@@ -106,6 +108,7 @@ class FLoRA(Method):
     """
 
     takes: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
+    bounded_rank: ClassVar[bool] = True
 
     ranks: int | tuple[int, ...] = 8
     scale: float = 4.0
@@ -132,15 +135,24 @@ class FLoRA(Method):
     def attach(self, layer: nn.Module, *, stats: Stats | None = None, **kwargs: Any) -> AdaptedLayer:
         """Wrap one layer; the kernel's sizes, which the weight matrix does not have, are passed to `blank`."""
         if self.accepts(layer):
-            kernel = cast(Tensor, layer.weight).shape[2:]
-            stats = {**(stats or {}), "kernel": list(kernel)}
+            stats = {**(stats or {}), "kernel": list(_kernel(layer))}
         return super().attach(layer, stats=stats, **kwargs)
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> FLoRAUpdate:
         """Allocate `G` and one factor for each axis."""
-        kernel = tuple(stats.get("kernel", ()))
-        sizes = (in_features // math.prod(kernel), out_features, *kernel)
-        return FLoRAUpdate(sizes, self._ranks(sizes), self.scale, dtype=dtype, device=device)
+        sizes = _sizes(out_features, in_features, stats.get("kernel", ()))
+        ranks = tuple(stats["rank"]) if "rank" in stats else self._ranks(sizes)
+        for name, rank, size in zip(_axes(sizes), ranks, sizes):
+            if not 1 <= rank <= size:
+                raise ValueError(f"ranks: the rank of axis {name!r} must be an int in [1, {size}]; got {rank}; {CAP}")
+        return FLoRAUpdate(sizes, ranks, self.scale, dtype=dtype, device=device)
+
+    def capped_rank(self, layer: nn.Module, stats: Stats) -> Any:
+        """The ranks, each at most its axis, where one of them is above it."""
+        sizes = _sizes(*matrix_shape(layer), _kernel(layer))
+        ranks = self._ranks(sizes)
+        capped = [min(rank, size) for rank, size in zip(ranks, sizes)]
+        return None if capped == list(ranks) else capped
 
     def initialise(self, update: FLoRAUpdate, weight: Tensor, stats: Stats, generator: torch.Generator | None) -> None:
         """Draw the factors (Kaiming normal with a = √3, fan-in the rank); `G` is zero."""
@@ -148,13 +160,23 @@ class FLoRA(Method):
             draw_normal(factor, math.sqrt(0.5 / factor.shape[1]), generator)
 
     def _ranks(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        names = ["in", "out", *(f"kernel axis {i}" for i in range(len(sizes) - 2))]
         if isinstance(self.ranks, int):
             ranks = (self.ranks, self.ranks, *(min(KERNEL_RANK, size) for size in sizes[2:]))
         else:
             ranks = self.ranks
         if len(ranks) != len(sizes):
-            raise ValueError(f"ranks must have {len(sizes)} entries ({', '.join(names)}) for this weight; got {ranks}")
-        for name, rank, size in zip(names, ranks, sizes):
-            check_int(f"ranks: the rank of axis {name!r}", rank, 1, size)
+            raise ValueError(f"ranks must have {len(sizes)} entries ({', '.join(_axes(sizes))}) for this weight; got {ranks}")
         return ranks
+
+
+def _sizes(out_features: int, in_features: int, kernel: Sequence[int]) -> tuple[int, ...]:
+    """The sizes of the axes: in, out, kernel."""
+    return (in_features // math.prod(kernel), out_features, *kernel)
+
+
+def _kernel(layer: nn.Module) -> tuple[int, ...]:
+    return tuple(cast(Tensor, layer.weight).shape[2:])
+
+
+def _axes(sizes: Sequence[int]) -> list[str]:
+    return ["in", "out", *(f"kernel axis {i}" for i in range(len(sizes) - 2))]

@@ -149,7 +149,7 @@ class LaMDA(Method):
     frozen, with `w = warmup_steps`.
 
     Args:
-        rank: inner size, in [1, min(out, in)].
+        rank: inner size, with a spectral start in [1, min(out, in)].
         alpha: numerator of the scale; None means scale 1, which the spectral start needs.
         dropout: on the update's input, while training.
         target_modules: which layers (see `lowdim.surgery.find_layers`).
@@ -191,6 +191,11 @@ class LaMDA(Method):
     freeze_schedule: str = "paper"
     rank_choices: tuple[int, ...] | None = None
     warmup_steps: int | None = open_field()
+
+    @property
+    def bounded_rank(self) -> bool:  # type: ignore[override]  # which start decides
+        """A spectral start needs as many singular vectors; a random one takes any rank."""
+        return self.init == "spectral"
 
     @classmethod
     def at_rank(cls, options: Mapping[str, Any], rank: int) -> dict[str, Any]:
@@ -237,7 +242,9 @@ class LaMDA(Method):
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> LaMDAUpdate:
         """Allocate `A`, `S`, `B` and, for a spectral start, `C0`."""
-        rank = check_rank(stats.get("rank", self.rank), out_features, in_features)
+        rank = stats.get("rank", self.rank)
+        if self.bounded_rank:
+            check_rank(rank, out_features, in_features)
         scaling = 1.0 if self.alpha is None else self.alpha / rank
         span = math.inf if self.total_steps is None else self.freeze_fraction * self.total_steps
         rate = (rank if self.freeze_schedule == "paper" else 1) / span

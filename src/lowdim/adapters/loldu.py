@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +156,8 @@ class LoLDU(Method):
     arXiv 2410.13618.
     """
 
+    bounded_rank: ClassVar[bool] = True
+
     rank: int = 64
     alpha: float = 1.0
     target_modules: Any = None
@@ -171,7 +173,7 @@ class LoLDU(Method):
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> LoLDUUpdate:
         """Allocate `L`, `U`, `z0`, `z`, the scale and the pivots' rows."""
-        rank = check_rank(self.rank, out_features, in_features)
+        rank = check_rank(stats.get("rank", self.rank), out_features, in_features)
         how = {"alpha": self.alpha, "init": self.init, "train_scale": self.train_scale}
         return LoLDUUpdate(out_features, in_features, rank, **how, dtype=dtype, device=device)
 

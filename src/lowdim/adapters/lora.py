@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowdim.adapters.core.common import check_rank
 from lowdim.adapters.core.low_rank import LoRAUpdate
 from lowdim.adapters.core.method import Method, Stats
 from lowdim.errors import check_float, check_int
@@ -26,14 +25,14 @@ class LoRA(Method):
     `A ~ U(±1/√in)` (Kaiming uniform with a = √5), `B = 0`.
 
     Args:
-        rank: inner size, in [1, min(out, in)].
+        rank: inner size; it may exceed the layer's sides.
         alpha: numerator of the scale.
         dropout: on the update's input, while training.
         target_modules: which layers (see `lowdim.surgery.find_layers`); None selects every linear layer but the head.
         rank_stabilized: divide alpha by √rank, which keeps the update's size at high ranks.
 
     Raises:
-        ValueError: a hyperparameter out of range (here), or a rank beyond the layer (at attach).
+        ValueError: a hyperparameter out of range.
 
     Example:
         >>> import torch, lowdim
@@ -63,9 +62,8 @@ class LoRA(Method):
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> LoRAUpdate:
         """Allocate `A` and `B`."""
-        rank = check_rank(self.rank, out_features, in_features)
-        scaling = self.alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
-        return LoRAUpdate(out_features, in_features, rank, scaling, dtype=dtype, device=device)
+        scaling = self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+        return LoRAUpdate(out_features, in_features, self.rank, scaling, dtype=dtype, device=device)
 
     def initialise(self, update: LoRAUpdate, weight: Tensor, stats: Stats, generator: torch.Generator | None) -> None:
         """Draw `A`; `B` is zero, so the output does not change."""

@@ -80,6 +80,7 @@ class LoRASB(Method):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
+    bounded_rank: ClassVar[bool] = True
 
     rank: int = 96
     dropout: float = 0.0
@@ -96,7 +97,7 @@ class LoRASB(Method):
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> SquareUpdate:
         """Allocate `A`, `B`, `R`."""
-        rank = check_rank(self.rank, out_features, in_features)
+        rank = check_rank(stats.get("rank", self.rank), out_features, in_features)
         return SquareUpdate(out_features, in_features, rank, 1.0, dtype=dtype, device=device)
 
     def initialise(self, update: SquareUpdate, weight: Tensor, stats: Stats, generator: torch.Generator | None) -> None:
@@ -139,6 +140,8 @@ class LoRAXS(Method):
     Source: Bałazy et al., "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters", arXiv 2405.17604.
     """
 
+    bounded_rank: ClassVar[bool] = True
+
     rank: int = 64
     alpha: float = 16
     dropout: float = 0.0
@@ -153,7 +156,7 @@ class LoRAXS(Method):
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> SquareUpdate:
         """Allocate `A`, `B`, `R`."""
-        rank = check_rank(self.rank, out_features, in_features)
+        rank = check_rank(stats.get("rank", self.rank), out_features, in_features)
         return SquareUpdate(out_features, in_features, rank, self.alpha / rank, dtype=dtype, device=device)
 
     def initialise(self, update: SquareUpdate, weight: Tensor, stats: Stats, generator: torch.Generator | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -179,8 +179,8 @@ class RandLoRAUpdate(WeightUpdate):
 
     def _slice(self) -> None:
         terms, small = self.gamma.shape
-        self.A = self.bases.A[:, :small]
-        self.B = self.bases.B[: max(self.out_features, self.in_features), :terms]
+        self.A = self.bases.A[: self.rank, :small]
+        self.B = self.bases.B[: max(self.out_features, self.in_features), :terms, : self.rank]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # The views must not become separate copies: move the bases, which is done once, and slice them again.
@@ -233,6 +233,8 @@ class RandLoRA(Method):
     arXiv 2502.00987.
     """
 
+    bounded_rank: ClassVar[bool] = True
+
     rank: int = 32
     alpha: float = 64
     dropout: float = 0.0
@@ -257,7 +259,7 @@ class RandLoRA(Method):
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> RandLoRAUpdate:
         """Allocate `lam` and `gamma`; use the shared bases, or make some of this layer's size."""
-        rank = check_rank(self.rank, out_features, in_features)
+        rank = check_rank(stats.get("rank", self.rank), out_features, in_features)
         d, D = sorted((out_features, in_features))
         terms = math.ceil(d / rank)
         need, shared = (terms, d, D), stats.get("bases")
@@ -291,7 +293,8 @@ class RandLoRA(Method):
             update = layer.update
             assert isinstance(update, RandLoRAUpdate)
             fold = update.scaling * self.rank / self.alpha  # 1 / √n of this layer, or 1
-            tensors[f"base_model.model.{name}.randlora_lambda"] = update.lam.detach() * fold
+            lam = F.pad(update.lam.detach() * fold, (0, 0, 0, self.rank - update.rank))  # of a layer with a capped rank
+            tensors[f"base_model.model.{name}.randlora_lambda"] = lam
             tensors[f"base_model.model.{name}.randlora_gamma"] = update.gamma.detach()
         config = {
             "peft_type": "RANDLORA",

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.adapters.core.adapted import Adapted
-from lowdim.adapters.core.common import check_rank
 from lowdim.adapters.core.gated import GatedLoRAUpdate
 from lowdim.adapters.core.method import Method, Stats
 from lowdim.adapters.core.shared import StepCounter
@@ -121,7 +120,7 @@ class SoRA(Method):
     `sign(g) · max(|g| − t, 0)`). A closed gate still gets a gradient and may open again.
 
     Args:
-        rank: the largest rank, in [1, min(out, in)].
+        rank: the largest rank; it may exceed the layer's sides.
         alpha: numerator of the scale, which stays at `alpha / rank` when gates close.
         dropout: on the update's input, while training.
         sparse_lambda: weight of the gates' mean size in `adapted.regularizer()`.
@@ -133,7 +132,7 @@ class SoRA(Method):
         target_modules: which layers (see `lowdim.surgery.find_layers`).
 
     Raises:
-        ValueError: a hyperparameter out of range (here), or a rank beyond the layer (at attach).
+        ValueError: a hyperparameter out of range.
 
     Example:
         >>> import torch, lowdim
@@ -199,9 +198,8 @@ class SoRA(Method):
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> SoRAUpdate:
         """Allocate `A`, `B` and `gate`."""
-        rank = check_rank(self.rank, out_features, in_features)
-        scaling = self.alpha / rank
-        return SoRAUpdate(out_features, in_features, rank, scaling, proximal=self.proximal, dtype=dtype, device=device)
+        scaling = self.alpha / self.rank
+        return SoRAUpdate(out_features, in_features, self.rank, scaling, proximal=self.proximal, dtype=dtype, device=device)
 
     def initialise(self, update: SoRAUpdate, weight: Tensor, stats: Stats, generator: torch.Generator | None) -> None:
         """Draw `A` and `gate`; `B` is zero, so the output does not change."""

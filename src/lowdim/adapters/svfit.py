@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,8 @@ class SVFit(Method):
     Source: Sun et al., "SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values",
     arXiv 2409.05926.
     """
+
+    bounded_rank: ClassVar[bool] = True
 
     rank: int | None = None
     energy: float = 0.99

@@ -114,7 +114,7 @@ def compare(
         settings=settings.to_dict(),
         budget_bytes=settings.budget,
         methods=rows,
-        notes=[*done.notes, *remarks(best, rows, done.rounds)],
+        notes=[*done.notes, *done.of_methods(), *remarks(best, rows, done.rounds)],
     )
     if best is not None:
         result.winner = export_winner(bench, settings, tokenizer, best, folder)
@@ -266,6 +266,10 @@ class _Done:
     def seeds(self, variant: Variant) -> list[ComparedRun]:
         """The method's seeds, which are scored on the test part."""
         return self._of(variant, "seed")
+
+    def of_methods(self) -> list[str]:
+        """What the methods noted, such as layers with a smaller rank; each note once."""
+        return list(dict.fromkeys(f"{run.label}: {note}" for run in self.runs for note in run.notes or ()))
 
     def _of(self, variant: Variant, phase: str) -> list[ComparedRun]:
         return [run for run in self.runs if run.method == variant.name and run.phase == phase]

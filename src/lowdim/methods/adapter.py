@@ -13,7 +13,7 @@ from lowdim.adapters.core.layer import kind_of
 from lowdim.catalogue import Variant
 from lowdim.methods.applied import Applied
 from lowdim.methods.setup import Setup
-from lowdim.methods.strategy import Strategy, adamw, names_subclass
+from lowdim.methods.strategy import Strategy, adamw, capped_note, names_subclass
 
 __all__ = ["AdapterStrategy"]
 
@@ -72,12 +72,15 @@ class AdapterStrategy(Strategy):
             modules_to_save=setup.head,
             seed=setup.seed,
             initialise=setup.initialise,
+            cap_rank=True,  # one small layer must not stop a command
         )
         applied = Applied(model, self.variant, lambda lr: adamw(adapted.param_groups(lr), lr), adapted, options)
+        applied.capped_ranks = adapted.capped_ranks
+        applied.notes = capped_note(adapted.capped_ranks)
         if setup.initialise:
             applied.spent = adapted.before_training(samples or [], setup.loss_fn, setup.lr, setup.steps)
         if applied.spent:
-            applied.notes = (f"{applied.spent} of {setup.steps} steps go to the method's own search before the training",)
+            applied.notes += (f"{applied.spent} of {setup.steps} steps go to the method's own search before the training",)
         return applied
 
     def _columns(self, model: nn.Module, head: tuple[str, ...]) -> list[str]:

@@ -46,7 +46,8 @@ class Applied:
         adapted: for adapters.
         options: the hyperparameters with all defaults filled in.
         make_companion: `optimizer -> Companion`, or None if the method needs none besides `adapted`.
-        notes: messages about parts that were left unchanged.
+        notes: messages about parts that were left unchanged, or got a smaller rank than the others.
+        capped_ranks: layer -> its rank, where the method's is above what the layer allows.
         spent: number of steps that the method has already used in a search before the training.
         companion: made by `start` with `make_companion`. Its state is saved in checkpoints; that of `adapted` is in the model's
             own buffers.
@@ -59,6 +60,7 @@ class Applied:
     options: dict[str, Any] = field(default_factory=dict)
     make_companion: Callable[[torch.optim.Optimizer], Companion] | None = None
     notes: tuple[str, ...] = ()
+    capped_ranks: dict[str, Any] = field(default_factory=dict)
     spent: int = 0
     companion: Companion | None = field(default=None, init=False)
 

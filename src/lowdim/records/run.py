@@ -30,6 +30,8 @@ class RunRecord(Record):
         environment, lowdim: versions and hardware.
         penalties: the terms that the method added to the losses, if any.
         ranks: layer -> rank at the end, if the method chooses them.
+        capped_ranks: layer -> its rank, where the method's is above what the layer allows.
+        notes: what the method left out or changed, in sentences.
 
     Example:
         >>> import dataclasses
@@ -65,10 +67,12 @@ class RunRecord(Record):
     lowdim: str
     penalties: list[float | None] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
+    capped_ranks: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def left_out(self) -> set[str]:
-        """Penalties and ranks of a method that has none."""
-        return {name for name in ("penalties", "ranks") if not getattr(self, name)}
+        """Penalties, ranks and notes of a method that has none."""
+        return {name for name in ("penalties", "ranks", "capped_ranks", "notes") if not getattr(self, name)}
 
 
 @dataclass(kw_only=True)
@@ -87,6 +91,7 @@ class ComparedRun(Record):
         validation, test: scores (None: not scored, or not finite).
         hits: "1" or "0" for each text of the test part, classified right or wrong: paired comparisons need it.
         file_bytes: size of the trained tensors.
+        capped_ranks, notes: layers that got a smaller rank than the others, and what the method says of the model.
     """
 
     file: ClassVar[str] = RUN
@@ -115,6 +120,8 @@ class ComparedRun(Record):
     test: float | None = None
     hits: str | None = None
     file_bytes: int | None = None
+    capped_ranks: dict[str, Any] | None = None
+    notes: list[str] | None = None
 
     @property
     def score(self) -> float | None:

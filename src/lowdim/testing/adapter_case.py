@@ -35,7 +35,10 @@ class AdapterCase(AdapterFormula, AdapterTraining, AdapterFiles):
         for bad in (0, -1, True, 1.5):
             with pytest.raises(ValueError, match="rank"):
                 self.method(rank=bad)
-        with pytest.raises(ValueError, match=r"body\.first.*\(12, 8\).*rank.*9"):
+        if self.method().bounded_rank:
+            with pytest.raises(ValueError, match=r"body\.first.*\(12, 8\).*rank.*8.*9.*cap_rank=True"):
+                self.adapt(model, method=self.method(rank=9))
+        else:
             self.adapt(model, method=self.method(rank=9))
         with pytest.raises(ValueError, match="dropout"):
             self.method(dropout=1.0)

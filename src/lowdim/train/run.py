@@ -184,6 +184,8 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
         lowdim=lowdim.__version__,
         penalties=list(result.penalties),
         ranks=applied.ranks(),
+        capped_ranks=applied.capped_ranks,
+        notes=list(applied.notes),
     )
     whole = whole_state(applied.model)
     if run.first:

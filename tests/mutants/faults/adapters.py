@@ -17,8 +17,8 @@ FAULTS = [
     Fault(
         "rank-stabilized LoRA divides by the rank",
         "adapters/lora.py",
-        "(math.sqrt(rank) if self.rank_stabilized else rank)",
-        "rank",
+        "(math.sqrt(self.rank) if self.rank_stabilized else self.rank)",
+        "self.rank",
         formula("lora", "TestLoRAStabilized"),
     ),
     Fault(

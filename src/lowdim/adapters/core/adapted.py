@@ -56,6 +56,7 @@ class Adapted(Companion):
         tied: names of adapted layers whose weight was shared with another module before attaching.
         shared: the module that all layers share, if the method has one; in the model it is called `lowdim_shared`.
         merge_report: the changes of the last `merge()`.
+        capped_ranks: layer -> its own rank, where the method's is above what the layer allows (`adapt(..., cap_rank=True)`).
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Adapted(Companion):
         self._awaits_gradient = True
         self.allow_unused = False
         self.merge_report: MergeReport | None = None
+        self.capped_ranks: dict[str, Any] = {}
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Call once after each optimizer step: advances schedules, allocates ranks, applies proximal steps.
@@ -268,11 +270,14 @@ class Adapted(Companion):
                 name: {
                     "shape": [layer.out_features, layer.in_features],
                     "fingerprint": self.fingerprints.get(name),
-                    "meta": layer.update.meta(),
+                    "meta": {**layer.update.meta(), **self._capped(name)},
                 }
                 for name, layer in self.layers.items()
             },
         }
+
+    def _capped(self, name: str) -> dict[str, Any]:
+        return {"rank": self.capped_ranks[name], "capped": True} if name in self.capped_ranks else {}
 
     def save(self, folder: str | Path) -> Path:
         """Write `adapter.safetensors` and `adapter.json`, atomically; returns the folder.

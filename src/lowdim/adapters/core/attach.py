@@ -36,6 +36,7 @@ def adapt(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     initialise: bool = True,
+    cap_rank: bool = False,
 ) -> Adapted:
     """Freeze `model` and attach `method` to the layers it names, in place.
 
@@ -48,13 +49,15 @@ def adapt(
         seed: every random start is drawn from (seed, layer name), so it does not depend on the order of layers.
         dtype: of the trained tensors; None uses each weight's. float32 over a bfloat16 model trains more accurately.
         initialise: False allocates only (forecasts).
+        cap_rank: where the method needs a rank of at most min(out, in) and a layer's is smaller, adapt that layer at its own
+            limit; `capped_ranks` of the result lists these layers. Methods that take any rank (LoRA) are not changed.
 
     Returns:
         An `Adapted`.
 
     Raises:
         NoMatchingModuleError: a pattern of `target_modules` or `modules_to_save` matches nothing.
-        ValueError, TypeError: from the method, with the layer's name.
+        ValueError, TypeError: from the method, with the layer's name (a rank above its limit, unless `cap_rank`).
 
     Example:
         >>> import torch, lowdim
@@ -84,6 +87,8 @@ def adapt(
         stats = collect(model, layers, method.needs, batches, loss_fn) if initialise else {name: {} for name in layers}
     prepared = method.prepare(layers, seed=seed, initialise=initialise)
     shared = method.shared(layers, seed=seed, initialise=initialise)
+    limits = {name: method.capped_rank(layer, prepared[name]) for name, layer in layers.items()} if cap_rank else {}
+    capped = {name: rank for name, rank in limits.items() if rank is not None}
 
     def wrap() -> dict[str, AdaptedLayer]:
         attached = {}
@@ -92,16 +97,18 @@ def adapt(
                 attached[name] = method.attach(
                     layer,
                     # popped: a gradient or covariance is as large as the weight, so it is freed as soon as possible
-                    stats={**stats.pop(name), **prepared.pop(name)},
+                    stats={**stats.pop(name), **prepared.pop(name), **({"rank": capped[name]} if name in capped else {})},
                     generator=stream(seed, type(method).__name__, name),
                     dtype=dtype,
                     initialise=initialise,
                 )
         return attached
 
-    return put_in_place(
+    adapted = put_in_place(
         model, method, wrap, layers=layers, fingerprints=fingerprints, modules_to_save=kept, seed=seed, shared=shared
     )
+    adapted.capped_ranks = capped
+    return adapted
 
 
 def put_in_place(

@@ -5,20 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowdim.errors import check_int
 from lowdim.linalg import compute_dtype, svd, truncated_svd
 
-__all__ = ["check_rank", "top_triplets"]
+__all__ = ["CAP", "check_rank", "top_triplets"]
+
+
+#: The remedy that an error names.
+CAP = "lowdim.adapt(..., cap_rank=True) caps it there"
 
 
 def check_rank(rank: int, out_features: int, in_features: int) -> int:
-    """`rank`, if the layer allows it.
+    """`rank`, if a layer of this shape has as many singular vectors; for methods with `bounded_rank`.
 
     Raises:
         ValueError: rank above min(out, in).
     """
+    check_int("rank", rank, 1)
     limit = min(out_features, in_features)
     if rank > limit:
-        raise ValueError(f"rank must be at most min(out_features, in_features) = {limit}; got {rank}")
+        raise ValueError(f"rank must be at most min(out_features, in_features) = {limit}; got {rank}; {CAP}")
     return rank
 
 

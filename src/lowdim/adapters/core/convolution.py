@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lowdim.adapters.core.update import WeightUpdate
 
-__all__ = ["Convolution", "convolve", "convolve_thin"]
+__all__ = ["Convolution", "convolve", "convolve_thin", "is_grouped"]
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -32,6 +32,11 @@ def convolve(
         rows = x[(..., *(slice(None, None, step) for step in conv.stride))].movedim(-1 - spatial, -1)
         return update(rows).movedim(-1, -1 - spatial)
     return update(_patches(x, conv)).movedim(-1, -1 - spatial)
+
+
+def is_grouped(layer: nn.Module) -> bool:
+    """Whether the layer, or the one under its adapters, is a convolution whose channels are split into groups."""
+    return getattr(getattr(layer, "plain", layer), "groups", 1) > 1
 
 
 def convolve_thin(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lowdim.adapters.core.layer import AdaptedLayer, kind_of
 from lowdim.adapters.core.update import WeightUpdate
 from lowdim.errors import CheckpointError
-from lowdim.surgery import dense_matrix, describe, is_quantized
+from lowdim.surgery import dense_matrix, describe, is_quantized, matrix_shape
 
 __all__ = ["Method", "ModelMethod", "Stats", "method_class", "open_field", "registered_methods"]
 
@@ -35,6 +35,10 @@ class Method:
     needs: ClassVar[frozenset[str]] = frozenset()
     #: Layer kinds that the method adapts, out of "linear" (nn.Linear, Conv1D), "conv2d", "embedding".
     takes: ClassVar[frozenset[str]] = frozenset({"linear", "conv2d"})
+
+    #: Whether a layer's rank is at most min(out, in): its factors are singular vectors, or slices of shared bases. Factors that
+    #: are drawn at random (LoRA) take any rank, as in PEFT.
+    bounded_rank: ClassVar[bool] = False
 
     #: The class that `lowdim.adapt` returns, if the method acts on all layers together: a subclass of `Adapted`.
     adapted_type: ClassVar[type[Any] | None] = None
@@ -81,6 +85,12 @@ class Method:
         `WeightUpdate.connect`.
         """
         return None
+
+    def capped_rank(self, layer: nn.Module, stats: Stats) -> Any:
+        """The largest rank that `layer` allows, where the wanted one is above it; else None. `blank` finds it in `stats`."""
+        wanted = stats.get("rank", getattr(self, "rank", None))
+        limit = min(matrix_shape(layer))
+        return limit if self.bounded_rank and wanted is not None and wanted > limit else None
 
     def accepts(self, layer: nn.Module) -> bool:
         """Whether this kind of layer can be adapted by the method."""

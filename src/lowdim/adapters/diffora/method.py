@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.common import check_rank
 from lowdim.adapters.core.gated import GatedLoRAUpdate
 from lowdim.adapters.core.method import Method, Stats
 from lowdim.adapters.diffora.search import DifferentialMatrix, DiffoRAAdapted, Grid, search_steps
@@ -118,7 +117,7 @@ class DiffoRA(Method):
     one step of each in turn. Then in each row the `max(1, ⌈select_ratio · modules⌉)` cells with the largest `dam` are kept.
 
     Args:
-        rank: of each pair, in [1, min(out, in)].
+        rank: of each pair; it may exceed the layer's sides.
         alpha: numerator of the scale.
         dropout: on the update's input, while training.
         select_ratio: share of a block's modules that keep a pair of their own, in (0, 1].
@@ -183,9 +182,8 @@ class DiffoRA(Method):
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> DiffoRAUpdate:
         """Allocate `A` and `B`."""
-        rank = check_rank(self.rank, out_features, in_features)
-        own = stats.get("own", True)
-        return DiffoRAUpdate(out_features, in_features, rank, self.alpha / rank, own=own, dtype=dtype, device=device)
+        own, scaling = stats.get("own", True), self.alpha / self.rank
+        return DiffoRAUpdate(out_features, in_features, self.rank, scaling, own=own, dtype=dtype, device=device)
 
     def initialise(self, update: DiffoRAUpdate, weight: Tensor, stats: Stats, generator: torch.Generator | None) -> None:
         """Draw `A`; `B` is zero, so the output does not change."""

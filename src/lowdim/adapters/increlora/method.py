@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.common import check_rank
 from lowdim.adapters.core.method import Method, Stats, open_field
 from lowdim.adapters.increlora.growth import Allocator, IncreLoRAAdapted
 from lowdim.adapters.increlora.update import STD, IncreLoRAUpdate
@@ -31,7 +30,7 @@ class IncreLoRA(Method):
     1e-5`.
 
     Args:
-        rank: of every layer at the start, in [1, min(out, in)].
+        rank: of every layer at the start; it may exceed the layer's sides.
         target_rank: mean rank at the end.
         alpha: numerator of the scale; 0 or less means `rank`.
         dropout: on the update's input, while training.
@@ -49,7 +48,7 @@ class IncreLoRA(Method):
         total_steps: optimizer steps of the training, for the values left None above; `lowdim.train` fills it in.
 
     Raises:
-        ValueError: a hyperparameter out of range (here), a rank beyond the layer (at attach), or `step()` without an optimizer.
+        ValueError: a hyperparameter out of range, or `step()` without an optimizer.
 
     Example:
         >>> import torch, lowdim
@@ -138,7 +137,7 @@ class IncreLoRA(Method):
         update = IncreLoRAUpdate(
             out_features,
             in_features,
-            check_rank(self.rank, out_features, in_features),
+            self.rank,
             self.alpha,
             rank_step=self.ranks_at_a_time,
             advance=self.advance_learn,

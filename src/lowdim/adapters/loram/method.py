@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowdim.adapters.core.adapted import Adapted
-from lowdim.adapters.core.common import check_rank
 from lowdim.adapters.core.fingerprints import layer_fingerprint
 from lowdim.adapters.core.guards import tied_layers
 from lowdim.adapters.core.layer import AdaptedLayer
@@ -199,7 +198,7 @@ class LoRAM(Method):
     evaluation mode, so that merging, saving, exporting and scores are the whole model's.
 
     Args:
-        rank: inner size, in [1, min(out, in)] of the pruned layers.
+        rank: inner size; it may exceed the sides of the pruned layers.
         alpha: numerator of the scale.
         dropout: on the update's input, while training.
         groups: which channels stay, `ChannelGroup` each; a layer may be a producer in one and a consumer in another.
@@ -209,8 +208,7 @@ class LoRAM(Method):
             memory; it is for testing whether an update survives the recovery.
 
     Raises:
-        ValueError: a hyperparameter out of range, or a layer that two groups prune on the same side (here); a rank beyond the
-            layer (at attach).
+        ValueError: a hyperparameter out of range, or a layer that two groups prune on the same side.
 
     Example:
         >>> import torch, lowdim
@@ -290,9 +288,8 @@ class LoRAM(Method):
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> LoRAMUpdate:
         """Allocate `A`, `B` and the pruned part."""
-        rank = check_rank(self.rank, out_features, in_features)
-        scaling = self.alpha / rank
-        return LoRAMUpdate(out_features, in_features, rank, scaling, self.ratio, dtype=dtype, device=device)
+        scaling = self.alpha / self.rank
+        return LoRAMUpdate(out_features, in_features, self.rank, scaling, self.ratio, dtype=dtype, device=device)
 
     def initialise(self, update: LoRAMUpdate, weight: Tensor, stats: Stats, generator: torch.Generator | None) -> None:
         """Draw `A`; `B` is zero, so the whole model does not change."""

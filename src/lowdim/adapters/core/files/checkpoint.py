@@ -94,6 +94,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
     )
     for name, state in heads.items():
         model.get_submodule(name).load_state_dict(state)
+    adapted.capped_ranks = {name: entry.meta["rank"] for name, entry in header.layers.items() if entry.meta.get("capped")}
     return adapted
 
 

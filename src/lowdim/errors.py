@@ -41,6 +41,10 @@ class DataError(LowdimError, ValueError):
     """A data file cannot be read, or does not fit the task."""
 
 
+class InUseError(LowdimError, OSError):
+    """Another command works on the same output folder or file."""
+
+
 class MissingExtraError(LowdimError, ImportError):
     """An optional dependency is not installed."""
 

@@ -6,13 +6,13 @@ import contextlib
 import errno
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowdim.checksums import check_seal, seal
 from lowdim.errors import CheckpointError
+from lowdim.temporary import temporary_file, temporary_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,14 +38,16 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, temporary = temporary_file(path)
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+            os.chmod(temporary, 0o644)
+            if os.name == "nt":
+                stream.close()  # Windows renames closed files only; elsewhere it stays locked until it has its name
+            os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -77,31 +79,39 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
-    try:
-        yield draft
-        files = sorted(path for path in draft.rglob("*") if path.is_file())
-        for path in files:
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-        if not folder.exists():
+    with temporary_folder(folder) as draft:
+        try:
+            yield draft
+            _put_in_place(draft, folder)
+        except Exception as error:
+            # safetensors reports a full disk with an error of its own.
+            if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+                inner = error.__cause__ if isinstance(error.__cause__, OSError) else error  # raised by write_bytes
+                reason = getattr(inner, "strerror", None) or str(inner)
+                number = getattr(inner, "errno", None) or errno.EIO
+                raise OSError(number, f"could not write {folder} ({reason}); nothing was changed") from error
+            raise
+
+
+def _put_in_place(draft: Path, folder: Path) -> None:
+    """Rename the draft to the folder, or its files one by one into a folder that has others."""
+    files = sorted(path for path in draft.rglob("*") if path.is_file())
+    for path in files:
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    if not folder.exists():
+        os.chmod(draft, 0o755)
+        os.replace(draft, folder)
+        return
+    if not any(folder.iterdir()):
+        with contextlib.suppress(OSError):  # it may be a link or a mounted disk, and Windows replaces no folder
             os.chmod(draft, 0o755)
             os.replace(draft, folder)
-        else:
-            for path in files:
-                place = folder / path.relative_to(draft)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, place)
-    except Exception as error:
-        # safetensors reports a full disk with an error of its own.
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            inner = error.__cause__ if isinstance(error.__cause__, OSError) else error  # raised by write_bytes
-            reason = getattr(inner, "strerror", None) or str(inner)
-            number = getattr(inner, "errno", None) or errno.EIO
-            raise OSError(number, f"could not write {folder} ({reason}); nothing was changed") from error
-        raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+            return
+    for path in files:
+        place = folder / path.relative_to(draft)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -109,9 +119,14 @@ def write_text(path: str | Path, text: str) -> Path:
     return write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: str | Path, value: Any) -> Path:
-    """Write JSON atomically (infinity and NaN become null, as JSON cannot represent them)."""
-    return write_text(path, json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n")
+def write_json(path: str | Path, value: Any, *, sealed: bool = False) -> Path:
+    """Write JSON atomically (infinity and NaN become null, as JSON cannot represent them).
+
+    Args:
+        sealed: add a checksum of the object's content, which `read_json` checks and leaves out.
+    """
+    value = _finite(value)
+    return write_text(path, json.dumps(seal(value) if sealed else value, indent=1, ensure_ascii=False) + "\n")
 
 
 def parse_json(text: str) -> Any:
@@ -130,11 +145,13 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        CheckpointError: it is missing, truncated or not JSON.
+        CheckpointError: it is missing, truncated, not JSON, or does not match its checksum.
     """
     path = Path(path)
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        return check_seal(parse_json(path.read_text(encoding="utf-8")), path)
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except ValueError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowdim.errors import LowdimError, check_float, check_int
-from lowdim.jobs.folders import check_free
+from lowdim.jobs.folders import new_folder
 from lowdim.jobs.systems import Compressor, compressor
 from lowdim.records import CompressionRecord
 from lowdim.results import Result, json_value
@@ -145,6 +145,7 @@ def compress(settings: CompressSettings, *, say: Callable[[str], None] = lambda 
     Raises:
         UnknownNameError, ValueError: see `CompressSettings` and `lowdim list METHOD`.
         FileExistsError: the folder is not empty.
+        InUseError: another command works on it.
         LowdimError: the loss of the tuning is not finite, or the folder does not read back; nothing is left in it.
 
     Example:
@@ -157,8 +158,14 @@ def compress(settings: CompressSettings, *, say: Callable[[str], None] = lambda 
     method = compressor(settings.method)
     config = method.build(settings.options)
     _check_use(settings, method)
-    out = Path(settings.out)
-    check_free(out)
+    with new_folder(settings.out) as out:
+        return _compress(settings, method, config, out, say)
+
+
+def _compress(
+    settings: CompressSettings, method: Compressor, config: Any, out: Path, say: Callable[[str], None]
+) -> CompressOutcome:
+    """Measure, compress, tune, measure again, and write."""
     from lowdim import models
     from lowdim.compress import last_report
     from lowdim.pretrained import save_compressed

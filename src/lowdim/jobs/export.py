@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowdim.errors import CheckpointError, DataError, check_choice
-from lowdim.jobs.folders import check_free
+from lowdim.jobs.folders import new_folder
 
 __all__ = ["ExportSettings", "export"]
 
@@ -46,6 +46,7 @@ def export(settings: ExportSettings) -> Any:
     Raises:
         CheckpointError, DataError: there is no adapter, it is damaged, or its model is unknown.
         FileExistsError: the folder is not empty.
+        InUseError: another command works on it.
         ValueError: the model cannot be exported this way.
     """
     from lowdim import models
@@ -56,18 +57,18 @@ def export(settings: ExportSettings) -> Any:
     check_choice("--format", settings.format, FORMATS)
     if settings.target is not None:
         check_choice("--for", settings.target, TARGETS)
-    check_free(settings.out)
-    name, adapted = _load(settings)
-    return write(
-        adapted,
-        settings.out,
-        settings.format,
-        tokenizer=models.load_tokenizer(name),
-        source=models.resolve(name),
-        rank=settings.rank,
-        max_error=settings.max_error,
-        target=settings.target,
-    )
+    with new_folder(settings.out):
+        name, adapted = _load(settings)
+        return write(
+            adapted,
+            settings.out,
+            settings.format,
+            tokenizer=models.load_tokenizer(name),
+            source=models.resolve(name),
+            rank=settings.rank,
+            max_error=settings.max_error,
+            target=settings.target,
+        )
 
 
 def _load(settings: ExportSettings) -> tuple[str, Any]:

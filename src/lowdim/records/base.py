@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 from lowdim.errors import CheckpointError
 from lowdim.files import read_json, write_json
+from lowdim.temporary import clear_temporaries, is_temporary
 
 __all__ = ["Record", "claim"]
 
@@ -55,8 +56,8 @@ class Record:
         return {name: _plain(getattr(self, name)) for name in _types(type(self)) if name not in without}
 
     def write(self, folder: Path) -> Path:
-        """Write the file into a folder, atomically; returns its path."""
-        return write_json(folder / self.file, self.to_dict())
+        """Write the file into a folder, atomically and with a checksum; returns its path."""
+        return write_json(folder / self.file, self.to_dict(), sealed=True)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -150,14 +151,17 @@ def _shown(value: Any) -> str:
 def claim(folder: Path, marker: str, what: str, resume: bool) -> Path | None:
     """The file `marker` of an earlier `what` (a run, a comparison) to continue in the folder, or None in a new folder.
 
+    What a killed command has left is removed first, so call it with the folder locked (`lowdim.locking.exclusive`).
+
     Raises:
         FileExistsError: the folder is a file, holds something else, or holds an earlier one and `resume` is False.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder with --out")
+    clear_temporaries(folder)
     earlier = folder / marker
     if not earlier.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and not all(map(is_temporary, folder.iterdir())):
             raise FileExistsError(f"{folder} is not empty and holds no {what}; name another folder with --out")
         return None
     if not resume:

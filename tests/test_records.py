@@ -15,7 +15,7 @@ from lowdim.records import RUN, ComparedRun, ComparisonRecord, CompressionRecord
 def test_a_record_is_read_as_it_was_written(tmp_path):
     record = RunRecord.read(runs.FOLDER / "lora")
     record.write(tmp_path)
-    assert json.loads((tmp_path / RUN).read_text()) == json.loads((runs.FOLDER / "lora" / RUN).read_text())
+    assert read_json(tmp_path / RUN) == read_json(runs.FOLDER / "lora" / RUN)
     assert RunRecord.read(tmp_path) == record
 
 
@@ -47,7 +47,8 @@ STORED = [
 def test_a_stored_file_is_read_and_written_as_it_was(kind, folder, tmp_path):
     record = kind.read(folder)
     record.write(tmp_path)
-    assert (tmp_path / kind.file).read_bytes() == (folder / kind.file).read_bytes()
+    was, now = (json.dumps(read_json(place / kind.file)) for place in (folder, tmp_path))
+    assert now == was, "the order of the keys stays, too"
     assert kind.read(tmp_path) == record
 
 

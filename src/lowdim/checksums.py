@@ -76,7 +76,9 @@ def check_seal(values: Any, path: Path) -> Any:
         return values
     content = {name: value for name, value in values.items() if name != SEAL}
     if _checksum_of(content) != values[SEAL]:
-        raise CheckpointError(f"{path} is damaged, or was edited: its content does not match its checksum; restore or remove it")
+        raise CheckpointError(
+            f"{path} is damaged, or was edited: its content does not match its checksum; restore it from a copy"
+        )
     return content
 
 

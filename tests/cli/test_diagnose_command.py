@@ -13,6 +13,9 @@ def test_diagnose(call, refused, finished, tmp_path):
     assert (code, err) == (0, "")
     assert "intruder dimensions among the first 2" in out
     assert json.loads((tmp_path / "r.json").read_text())
+    (tmp_path / "mine.json").write_text('{"mine": 1}')
+    assert "was not written by lowdim" in refused(*common, tmp_path / "merged", "--out", tmp_path / "mine.json")
+    assert call(*common, tmp_path / "merged", "--k", "2", "--out", tmp_path / "r.json")[0] == 0
     assert (
         call(*common, tmp_path / "merged", "--option", "k=2", "--option", "threshold=5e-1", "--out", tmp_path / "s.json")[0]
         == 0

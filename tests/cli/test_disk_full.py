@@ -8,16 +8,17 @@ import subprocess
 import pytest
 
 
-def test_a_disk_that_is_full_when_a_file_is_put_in_place(refused, recipe, finished, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_when_a_file_is_put_in_place(call, refused, recipe, finished, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    (tmp_path / "page.html").write_text("old")
+    call("report", finished, "--out", tmp_path / "page.html")
+    old = (tmp_path / "page.html").read_bytes()
     monkeypatch.setattr(os, "replace", full)
     message = refused("report", finished, "--out", tmp_path / "page.html")
     assert "could not write" in message
     assert "No space left on device" in message
-    assert (tmp_path / "page.html").read_text() == "old"
+    assert (tmp_path / "page.html").read_bytes() == old
     assert "No space left" in refused("export", finished, tmp_path / "out")
     assert "No space left" in refused("run", recipe())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "page.html", "recipe.yaml"]

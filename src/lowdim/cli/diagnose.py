@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -26,13 +27,15 @@ def diagnose(
     from lowdim.files import write_json
     from lowdim.jobs import DiagnoseSettings, parse_options
     from lowdim.jobs import diagnose as run
+    from lowdim.outputs import output_file
 
     given = {"base": base, "tuned": tuned}
     flags = [f"{name}={value!r}" for name, value in {"k": k, "threshold": threshold}.items() if value is not None]
     options = parse_options(diagnostic, [*flags, *(option or ())])
     inputs = {name: value for name, value in given.items() if value is not None}
-    result = run(DiagnoseSettings(diagnostic=diagnostic, inputs=inputs, options=options))
     console = Console()
-    print_line(console, str(result))
-    if out is not None:
-        print_line(console, f"written {write_json(out, result.to_dict())}")
+    with nullcontext() if out is None else output_file(out):
+        result = run(DiagnoseSettings(diagnostic=diagnostic, inputs=inputs, options=options))
+        print_line(console, str(result))
+        if out is not None:
+            print_line(console, f"written {write_json(out, result.to_dict(), sealed=True)}")

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowdim.errors import LowdimError, check_float, check_int
-from lowdim.jobs.folders import new_folder
 from lowdim.jobs.systems import Compressor, compressor
+from lowdim.outputs import new_folder
 from lowdim.records import CompressionRecord
 from lowdim.results import Result, json_value
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowdim.errors import CheckpointError, DataError, check_choice
-from lowdim.jobs.folders import new_folder
+from lowdim.outputs import new_folder
 
 __all__ = ["ExportSettings", "export"]
 

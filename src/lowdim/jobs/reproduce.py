@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowdim.catalogue import Entry, entries, find
 from lowdim.errors import unknown
+from lowdim.outputs import output_file
 
 __all__ = ["Reproduction", "reproduce", "reproducible"]
 
@@ -43,16 +45,26 @@ def reproduce(slug: str, context: Any, out: str | Path) -> Reproduction:
 
     Args:
         context: `lowdim.reproduce.Context`.
+
+    Raises:
+        FileExistsError: the record is a file that lowdim did not write.
+        InUseError: another command works on it.
     """
+    entry = reproducible(slug)
+    run = entry.build_reproduction()
+    if context.quick:
+        return Reproduction(*_timed(run, context), None)
     from lowdim.files import write_json
     from lowdim.train.environment import environment
 
-    entry = reproducible(slug)
-    run = entry.build_reproduction()
+    with output_file(Path(out) / f"{entry.slug}.json") as file:
+        outcome, seconds = _timed(run, context)
+        record = {**outcome.to_dict(), "environment": environment(), "seconds": round(seconds, 1)}
+        return Reproduction(outcome, seconds, write_json(file, record, sealed=True))
+
+
+def _timed(run: Callable[[Any], Any], context: Any) -> tuple[Any, float]:
+    """What the experiment gives, and its seconds."""
     begun = time.monotonic()
     outcome = run(context)
-    seconds = time.monotonic() - begun
-    if context.quick:
-        return Reproduction(outcome, seconds, None)
-    record = {**outcome.to_dict(), "environment": environment(), "seconds": round(seconds, 1)}
-    return Reproduction(outcome, seconds, Path(write_json(Path(out) / f"{entry.slug}.json", record)))
+    return outcome, time.monotonic() - begun

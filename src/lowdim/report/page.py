@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowdim.files import write_text
+from lowdim.outputs import write_page
 from lowdim.report import sections
 from lowdim.report.frame import answer, chart, costs_of, document, footer, method_view, trust
 from lowdim.report.record import Comparison, read
@@ -75,7 +75,7 @@ def write(comparison: Mapping[str, Any], path: str | Path) -> Path:
     Raises:
         OSError: no space or no permission; an old file is unchanged.
     """
-    return write_text(path, render(comparison))
+    return write_page(path, render(comparison))
 
 
 _TABLE_HINT = (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowdim.files import write_text
+from lowdim.outputs import write_page
 from lowdim.report import sections
 from lowdim.report.frame import answer, chart, document, footer, method_view, trust
 from lowdim.report.record import Candidate, curve, items, mapping, thin
@@ -93,7 +93,7 @@ def write_run(run: Mapping[str, Any], path: str | Path) -> Path:
     Raises:
         OSError: no space or no permission; an old file is unchanged.
     """
-    return write_text(path, render_run(run))
+    return write_page(path, render_run(run))
 
 
 def _sentence(scores: list[tuple[str, float]], losses: list[float]) -> str:

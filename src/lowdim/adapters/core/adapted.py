@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lowdim.adapters.core.files.layout import write_adapter
 from lowdim.adapters.core.guards import FusedPaths, whole_parameters
 from lowdim.adapters.core.layer import AdaptedLayer
-from lowdim.adapters.core.merging import MergeReport, merged_layer
+from lowdim.adapters.core.merging import MergeReport, allow_training, merged_layers, put_layers, tie_words, untie_words
 from lowdim.adapters.core.method import Method
 from lowdim.adapters.core.shared import SHARED, free_name, shared_prefix
 from lowdim.calibrate import LossFn
@@ -23,7 +23,6 @@ from lowdim.companion import Companion
 from lowdim.errors import NoGradientError, check_choice
 from lowdim.linalg import gather, is_sharded
 from lowdim.results import html_table
-from lowdim.surgery import replace_layer
 
 __all__ = ["EXPORTERS", "Adapted", "by_layer"]
 
@@ -41,7 +40,7 @@ class _Merged:
     layers: dict[str, AdaptedLayer]
     shared: nn.Module | None
     flags: dict[nn.Parameter, bool]
-    ties_words: bool
+    untied: bool
 
 
 class Adapted(Companion):
@@ -306,27 +305,20 @@ class Adapted(Companion):
         lists it. The adapted layers are kept for `unmerge()` as long as this object lives.
 
         Raises:
-            ValueError: one of the layers has another adapter; `AdapterSet.merge` merges several.
+            ValueError: one of the layers has another adapter (`AdapterSet.merge` merges several), or a merged weight has
+                entries that its dtype cannot hold. The model is then unchanged, and the adapter still attached.
         """
         for name, layer in self.layers.items():
             if self.model.get_submodule(name) is not layer or isinstance(layer.base, AdaptedLayer):
                 raise ValueError(f"layer {name} has several adapters; delete the others first, or use AdapterSet.merge()")
-        changes = []
-        config: Any = getattr(self.model, "config", None)
-        self._merged = _Merged(
-            self.layers, self.shared, {p: p.requires_grad for p in self.model.parameters()}, _ties_embeddings(config)
-        )
-        for name, layer in self.layers.items():
-            plain, change = merged_layer(name, layer)
-            changes.append(change)
-            replace_layer(self.model, name, plain)
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(True)
+        plain, changes = merged_layers(self.layers)
+        flags = {p: p.requires_grad for p in self.model.parameters()}
+        put_layers(self.model, plain)
+        self._merged = _Merged(self.layers, self.shared, flags, untie_words(self.model))
+        allow_training(self.model)
         self.drop_shared()
         self._fused.restore()
-        if _ties_embeddings(config) and self._head_stands_alone():
-            config.tie_word_embeddings = False
-        self.merge_report = MergeReport(tuple(changes), tuple(name for name in self.layers if name in self.tied))
+        self.merge_report = MergeReport(changes, tuple(name for name in self.layers if name in self.tied))
         self.layers = {}
         return self.model
 
@@ -339,15 +331,13 @@ class Adapted(Companion):
         before = self._merged
         if before is None:
             raise ValueError("there is nothing to unmerge: merge() was not called, or was undone already")
-        for name, layer in before.layers.items():
-            replace_layer(self.model, name, layer)
+        put_layers(self.model, before.layers)
         if before.shared is not None:
             self.model.add_module(free_name(self.model), before.shared)
         for parameter, flag in before.flags.items():
             parameter.requires_grad_(flag)
-        config: Any = getattr(self.model, "config", None)
-        if before.ties_words:
-            config.tie_word_embeddings = True
+        if before.untied:
+            tie_words(self.model)
         self._fused.disable()
         self.layers, self.shared, self._merged, self.merge_report = before.layers, before.shared, None, None
         return self.model
@@ -359,13 +349,6 @@ class Adapted(Companion):
             for name in names:
                 delattr(self.model, name)
             self.shared = None
-
-    def _head_stands_alone(self) -> bool:
-        ends: list[Any] = []
-        for side in ("output", "input"):
-            getter = getattr(self.model, f"get_{side}_embeddings", None)
-            ends.append(getter() if callable(getter) else None)
-        return None not in ends and ends[0].weight is not ends[1].weight
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.trainable().values())
@@ -400,7 +383,3 @@ def by_layer(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, dic
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
-def _ties_embeddings(config: Any) -> bool:
-    return bool(getattr(config, "tie_word_embeddings", False))

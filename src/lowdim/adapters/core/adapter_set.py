@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from lowdim.adapters.core.attach import adapt
 from lowdim.adapters.core.files.checkpoint import load_adapter
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.low_rank import LoRAUpdate
-from lowdim.adapters.core.merging import LayerChange, MergeReport, merged_layer
+from lowdim.adapters.core.merging import MergeReport, merged_layers, put_layers, tie_words, untie_words
 from lowdim.adapters.core.method import Method, ModelMethod, method_class, registered_methods
 from lowdim.errors import check_float, check_int, unknown
 from lowdim.files import read_json
@@ -89,7 +89,7 @@ class AdapterSet:
         self.model = model
         self.adapters: dict[str, Adapted] = {}
         self._strengths: dict[str, float] = {}
-        self._merged: tuple[dict[str, nn.Module], dict[nn.Parameter, bool]] | None = None
+        self._merged: tuple[dict[str, nn.Module], dict[nn.Parameter, bool], bool] | None = None
 
     @classmethod
     def of(cls, **adapters: Adapted) -> AdapterSet:
@@ -267,25 +267,23 @@ class AdapterSet:
         """Put plain layers with the active adapters' `W_eff` into the model; `unmerge()` restores everything bit for bit."""
         self._check_unmerged("merge")
         outer = {place: self.model.get_submodule(place) for adapted in self.adapters.values() for place in adapted.layers}
-        changes: list[LayerChange] = []
-        self._merged = (outer, {p: p.requires_grad for p in self.model.parameters()})
-        for place, layer in outer.items():
-            assert isinstance(layer, AdaptedLayer)
-            plain, change = merged_layer(place, layer)
-            changes.append(change)
-            replace_layer(self.model, place, plain)
+        flags = {p: p.requires_grad for p in self.model.parameters()}
+        plain, changes = merged_layers(cast("dict[str, AdaptedLayer]", outer))
+        put_layers(self.model, plain)
+        self._merged = (outer, flags, untie_words(self.model))
         tied = {name for adapted in self.adapters.values() for name in adapted.tied}
-        return MergeReport(tuple(changes), tuple(place for place in outer if place in tied))
+        return MergeReport(changes, tuple(place for place in outer if place in tied))
 
     def unmerge(self) -> None:
         """Undo `merge()`."""
         if self._merged is None:
             raise ValueError("there is nothing to unmerge")
-        layers, flags = self._merged
-        for place, layer in layers.items():
-            replace_layer(self.model, place, layer)
+        layers, flags, untied = self._merged
+        put_layers(self.model, layers)
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
+        if untied:
+            tie_words(self.model)
         self._merged = None
 
     def _register(self, name: str, adapted: Adapted) -> Adapted:

@@ -15,7 +15,7 @@ from lowdim.adapters.core.composed import Composition, Places, compose, is_compo
 from lowdim.adapters.core.fingerprints import fingerprint
 from lowdim.adapters.core.guards import saved_modules, unchanged_on_error, whole_parameters
 from lowdim.adapters.core.layer import AdaptedLayer
-from lowdim.adapters.core.merging import LayerChange, MergeReport
+from lowdim.adapters.core.merging import MergeReport, allow_training, change_of
 from lowdim.adapters.core.method import ModelMethod
 from lowdim.adapters.core.shared import SHARED, free_name
 from lowdim.calibrate import LossFn
@@ -173,14 +173,15 @@ class WholeAdapted(Adapted):
         `unmerge()` as long as this object lives.
 
         Raises:
-            ValueError: it is already merged, or the parameters are sharded.
+            ValueError: it is already merged, the parameters are sharded, or a merged parameter has entries that its dtype
+                cannot hold. The model is then unchanged.
         """
         if self.shared is None:
             raise ValueError("the model has been merged already")
         refuse_spread([*self.composition.parameters(), *self._plain().values()])
-        self._flags = {p: p.requires_grad for p in self.model.parameters()}
-        self._before = self._plain()
+        flags, before = {p: p.requires_grad for p in self.model.parameters()}, self._plain()
         self.merge_report = merge_parameters(self.model, self.composition, self.places)
+        self._flags, self._before = flags, before
         self.drop_shared()
         return self.model
 
@@ -225,25 +226,21 @@ class WholeAdapted(Adapted):
 @torch.no_grad()
 def merge_parameters(model: nn.Module, shared: Composition, places: Mapping[str, Places]) -> MergeReport:
     """Replace each composed parameter by a new plain one; every parameter of the model can be trained afterwards."""
-    changes = []
+    changes, merged = [], {}
     for index, name in enumerate(shared.names):
         if not shared.touches(index):
             continue
         module, attribute = places[name][0]
         base = module._parameters[attribute]
         assert base is not None
-        offset = shared.offset(index).to(base.device)
-        exact = wide(base) + offset
-        merged = nn.Parameter(torch.empty_like(base).copy_(exact))
+        exact = wide(base) + shared.offset(index).to(base.device)
+        merged[name] = nn.Parameter(torch.empty_like(base).copy_(exact))
+        changes.append(change_of(f"parameter {name}", name, base, exact, merged[name]))
+    for name, parameter in merged.items():
         for holder, place in places[name]:
-            holder._parameters[place] = merged
-        size = float(torch.linalg.vector_norm(wide(base))) or 1.0
-        relative = float(torch.linalg.vector_norm(offset)) / size
-        rounding = float((merged.to(exact.dtype) - exact).abs().max())
-        changes.append(LayerChange(name, relative, float(offset.abs().max()), rounding))
+            holder._parameters[place] = parameter
     release(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    allow_training(model)
     return MergeReport(tuple(changes))
 
 

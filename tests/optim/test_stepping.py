@@ -8,7 +8,20 @@ import torch
 from torch import nn
 
 from lowdim.linalg import stream
-from lowdim.optim import AdamWRule, Fira, GaLore, Identity, Parts, ProjectedOptimizer, SVDProjector, param_groups
+from lowdim.optim import (
+    AdamW,
+    AdamWRule,
+    DCTAdamW,
+    Fira,
+    GaLore,
+    Identity,
+    Parts,
+    ProjectedOptimizer,
+    QGaLore,
+    SVDProjector,
+    param_groups,
+    quantize_linears,
+)
 from lowdim.optim.core import progress as progress_module
 from lowdim.testing.optimizer_problem import OptimizerProblem
 
@@ -136,6 +149,44 @@ def test_a_step_with_fewer_micro_batches_is_finished_by_step(step):
     assert {s["step"] for s in layered.state.values()} == {step + 1}
     assert not any(s.get("micro") for s in layered.state.values())
     assert not any("low_sum" in s for s in layered.state.values())
+
+
+MAKERS = {
+    "galore": lambda net, **how: GaLore(CASE.groups(net), rank=3, **how),
+    "galore, clipped": lambda net, **how: GaLore(CASE.groups(net), rank=3, max_norm=0.5, **how),
+    "dct": lambda net, **how: DCTAdamW(CASE.groups(net), rank=3, **how),
+    "adamw": lambda net, **how: AdamW(net.parameters(), **how),
+    "q-galore": lambda net, **how: QGaLore(
+        param_groups(quantize_linears(net, None, group_size=8), rank=3), min_8bit_size=1, **how
+    ),
+}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_second_update_within_a_step_is_an_error(name, accumulate):
+    net = CASE.model()
+    optimizer = MAKERS[name](net, layerwise=True, accumulate=accumulate)
+    for _ in range(2):
+        for part in range(accumulate):
+            CASE.loss(net, part, torch.float32).backward()
+        optimizer.step()
+    for part in range(accumulate):
+        CASE.loss(net, part, torch.float32).backward()
+    before = CASE.weights(net)
+    with pytest.raises(RuntimeError, match=rf"accumulate={accumulate}: .*parameter .* would be updated twice.*Set accumulate"):
+        CASE.loss(net, 2, torch.float32).backward()
+    CASE.same(before, CASE.weights(net))
+    optimizer.zero_grad()  # a new step
+    CASE.loss(net, 0, torch.float32).backward()
+
+
+def test_a_rule_that_looks_at_the_full_gradient_raises_too():
+    net = CASE.model()
+    Fira(CASE.groups(net), rank=3, layerwise=True)
+    CASE.loss(net, 0, torch.float32).backward()
+    with pytest.raises(RuntimeError, match="would be updated twice"):
+        CASE.loss(net, 1, torch.float32).backward()
 
 
 def test_gradients_that_came_without_a_backward_pass_are_used_by_step():

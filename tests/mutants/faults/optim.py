@@ -192,9 +192,30 @@ FAULTS = [
     Fault(
         "an 8-bit gradient is used twice",
         "optim/core/int8.py",
-        "p.zeros, group_size=p.group_size, generator=draws)\n            p.float_grad = None",
+        "p.zeros, group_size=p.group_size, generator=draws)\n        p.float_grad = None",
         "p.zeros, group_size=p.group_size, generator=draws)",
         Tests(("optim/test_q_galore.py", "optim/test_int8.py"), "used_once or test_store"),
+    ),
+    Fault(
+        "16-bit weights are rounded to the nearest",
+        "optim/core/rounding.py",
+        "target.copy_(source if generator is None else round_at_random(source, draws, p.dtype))",
+        "target.copy_(source)",
+        of("16bit", "add_up"),
+    ),
+    Fault(
+        "a master copy undoes what others change",
+        "optim/core/rounding.py",
+        "torch.where(copy.to(now.dtype) == now, copy, now.to(copy.dtype))",
+        "copy",
+        of("16bit", "master_follows"),
+    ),
+    Fault(
+        "a second layer-wise update within a step goes unnoticed",
+        "optim/core/driver.py",
+        "        self._check_first(p)\n",
+        "",
+        of("stepping", "second_update"),
     ),
     Fault(
         "8-bit gradients of two passes do not add up",

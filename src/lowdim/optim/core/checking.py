@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowdim.errors import CheckpointError, check_float, check_int
@@ -13,8 +14,10 @@ from lowdim.optim.core.parts import Layout, State
 
 __all__ = [
     "STATE_VERSION",
+    "check_betas",
     "check_full_gradient",
     "check_limiter",
+    "check_masters",
     "check_matrix",
     "check_params",
     "check_rank",
@@ -36,6 +39,17 @@ def check_params(params: list[Tensor], index: int) -> None:
         raise ValueError(f"params: group {index} has a duplicate parameter, which would be updated twice per step")
 
 
+def check_masters(group: dict[str, Any]) -> None:
+    """Raise unless `master_weights` is a bool that fits the group's parameters."""
+    if not isinstance(group["master_weights"], bool):
+        raise ValueError(f"master_weights must be True or False; got {group['master_weights']!r}")
+    if group["master_weights"] and any(not p.is_floating_point() for p in group["params"]):
+        raise ValueError(
+            "master_weights=True: 8-bit weights have no float32 copy, which would be four times their size; leave it False "
+            "(they are rounded stochastically)"
+        )
+
+
 def check_full_gradient(method: str, layerwise: bool, accumulate: int, max_norm: float | None) -> None:
     """Raise ValueError if a rule needs the full gradient, which is not kept while projected ones are summed or clipped."""
     if accumulate > 1:
@@ -53,7 +67,11 @@ def check_schedule(group: dict[str, Any]) -> None:
     check_float("lr", float(group["lr"]), 0.0)
     check_float("weight_decay", group["weight_decay"], 0.0)
     check_int("update_interval", group["update_interval"], 1)
-    betas = group["betas"]
+    check_betas(group["betas"])
+
+
+def check_betas(betas: Any) -> None:
+    """Two numbers in [0, 1)."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas must be two numbers; got {betas!r}")
     for index, beta in enumerate(betas):
@@ -113,18 +131,26 @@ def check_saved_group(index: int, saved: dict[str, Any], group: dict[str, Any], 
 
 
 def restored(p: Tensor, saved: State, wanted: Layout, label: str) -> State:
-    """A copy of a parameter's saved state on its device, every tensor in its own dtype.
+    """A copy of a parameter's saved state on its device, every tensor in the dtype in which this optimizer keeps it.
+
+    The state of a model in another floating dtype is converted, as torch does.
 
     Raises:
-        ValueError: a tensor is missing or has another shape.
+        ValueError: a tensor is missing, has another shape, or cannot be converted (bytes for floating numbers).
     """
     if "step" in saved:
-        for name, (shape, _) in wanted.items():
+        for name, (shape, dtype) in wanted.items():
             found = saved.get(name)
             if not isinstance(found, Tensor) or tuple(found.shape) != shape:
                 what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else "nothing"
                 raise ValueError(f"state_dict: {label} needs {name!r} of shape {shape}; found {what}")
-    return {k: v.detach().to(p.device, copy=True) if isinstance(v, Tensor) else v for k, v in saved.items()}
+            if found.dtype != dtype and not (found.is_floating_point() and dtype.is_floating_point):
+                raise ValueError(f"state_dict: {label} needs {name!r} in {dtype}; found {found.dtype}")
+    return {k: _copied(v, p.device, wanted.get(k)) if isinstance(v, Tensor) else v for k, v in saved.items()}
+
+
+def _copied(tensor: Tensor, device: torch.device, kept: tuple[tuple[int, ...], torch.dtype] | None) -> Tensor:
+    return tensor.detach().to(device, tensor.dtype if kept is None else kept[1], copy=True)
 
 
 def _plain(value: Any) -> Any:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from lowdim.linalg import has_numbers
 from lowdim.optim.core import sharded
 from lowdim.optim.core.inner import AdamWRule
 from lowdim.optim.core.parts import InnerRule, Parts, State, moment_dtype
 from lowdim.optim.core.projectors import Identity
+from lowdim.optim.core.rounding import is_half, round_at_random
 
 __all__ = ["can_fuse", "can_walk", "fused_step", "walk"]
 
@@ -43,13 +45,31 @@ def can_walk(weight: Tensor, low: Tensor, state: State, parts: Parts) -> bool:
     )
 
 
-def walk(weight: Tensor, low: Tensor, state: State, parts: Parts, step: int, lr: float, kept: float) -> None:
-    """`weight ← kept · (weight − η D)` (decay after), or `kept · weight − η D`, in place."""
+def walk(
+    weight: Tensor,
+    low: Tensor,
+    state: State,
+    parts: Parts,
+    step: int,
+    lr: float,
+    kept: float,
+    generator: torch.Generator | None = None,
+) -> None:
+    """`weight ← kept · (weight − η D)` (decay after), or `kept · weight − η D`, in place.
+
+    With a generator a 16-bit weight is updated in float32, piece by piece, and rounded stochastically.
+    """
     assert isinstance(parts.inner, AdamWRule)
     eta = parts.inner.step_size(step, lr) * (1.0 if parts.decay == "before" else kept)
+    flat = weight.view(-1)
+    if is_half(weight):
+        draws = generator if has_numbers(weight) else None
+        for here, D in parts.inner.walk(low, state, step):
+            value = flat[here].float().mul_(kept).add_(D, alpha=-eta)
+            flat[here] = round_at_random(value, draws, weight.dtype)
+        return
     if kept != 1.0:
         weight.mul_(kept)
-    flat = weight.view(-1)
     for here, D in parts.inner.walk(low, state, step):
         flat[here].add_(D, alpha=-eta)
 

@@ -11,11 +11,19 @@ from torch import Tensor
 from lowdim.errors import check_float, check_int
 from lowdim.linalg import has_numbers, stream_on
 from lowdim.optim.core import dense, sharded
-from lowdim.optim.core.checking import STATE_VERSION, check_full_gradient, check_params, check_saved_group, restored
+from lowdim.optim.core.checking import (
+    STATE_VERSION,
+    check_full_gradient,
+    check_masters,
+    check_params,
+    check_saved_group,
+    restored,
+)
 from lowdim.optim.core.inner import AdamWRule
-from lowdim.optim.core.parts import Parts, State
+from lowdim.optim.core.parts import DenseStore, Parts, State
 from lowdim.optim.core.progress import Progress
 from lowdim.optim.core.projectors import Identity
+from lowdim.optim.core.rounding import MASTER, is_half, master
 from lowdim.optim.core.watch import Watcher, square, subspace_numbers
 
 __all__ = ["ProjectedOptimizer"]
@@ -40,6 +48,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             process has its own parameters. None: raise an error in several processes.
         stagger: choose the subspaces of different parameters at different steps; the first step still chooses all.
         foreach: update the unprojected parameters of a group in one fused call if that gives the same result.
+        master_weights: keep a float32 copy of every 16-bit parameter in the state, and update that. Otherwise 16-bit parameters
+            are rounded stochastically, from numbers that depend on `seed`, the parameter's place and the step.
 
     Class attributes for compositions:
         method: name that a checkpoint carries.
@@ -62,6 +72,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         replicas: bool | None = None,
         stagger: bool = False,
         foreach: bool = True,
+        master_weights: bool = False,
     ):
         check_int("accumulate", accumulate, 1)
         if accumulate > 1 and not layerwise:
@@ -75,13 +86,15 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self.layerwise, self.accumulate, self.max_norm = layerwise, accumulate, max_norm
         self.replicas, self.foreach = replicas, foreach
         self._start()
-        super().__init__(params, {**defaults, "stagger": stagger, "method": self.method, "version": STATE_VERSION})
+        shared = {"stagger": stagger, "master_weights": master_weights, "method": self.method, "version": STATE_VERSION}
+        super().__init__(params, {**defaults, **shared})
 
     def _start(self) -> None:
         """Set the attributes that are not part of a checkpoint."""
         self._home: dict[Tensor, int] = {}
         self._handles: list[Any] = []
         self._waiting: dict[Tensor, Tensor] = {}  # low gradients, until the norm of all of them is known
+        self._used: set[Tensor] = set()  # layerwise: whose gradient of this step has been used in a backward pass
         self._progress = Progress(self.method)
         self.watcher = Watcher()
 
@@ -96,6 +109,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """The parts for parameters of this many dimensions in this group, from the group's current hyperparameters."""
         raise NotImplementedError
 
+    def parts_of(self, p: Tensor, group: dict[str, Any]) -> Parts:
+        """The parts for one parameter of this group."""
+        return self.parts(group, p.ndim)
+
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError/TypeError for hyperparameters or shapes that cannot work."""
 
@@ -107,10 +124,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         index, group = len(self.param_groups) - 1, self.param_groups[-1]
         try:
             check_params(group["params"], index)
+            check_masters(group)
             self.check_group(group)
             for p in group["params"]:
-                self.parts(group, p.ndim).store.check(p)
-            if any(self.parts(group, p.ndim).residual.full_size for p in group["params"]):
+                self.parts_of(p, group).store.check(p)
+            if any(self.parts_of(p, group).residual.full_size for p in group["params"]):
                 check_full_gradient(self.method, self.layerwise, self.accumulate, self.max_norm)
         except Exception:
             self.param_groups.pop()
@@ -122,7 +140,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for p in group["params"]:
             self._home[p] = index
             if self.layerwise:
-                handle = self.parts(group, p.ndim).store.watch(p, self._after_backward)
+                handle = self.parts_of(p, group).store.watch(p, self._after_backward)
                 if handle is not None:
                     self._handles.append(handle)
 
@@ -141,10 +159,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             loss = None if closure is None else closure()
         if self.layerwise:
             self._finish()
+            self._used.clear()
         elif self.max_norm is not None:
             for group in self.param_groups:
                 for p in group["params"]:
-                    parts = self.parts(group, p.ndim)
+                    parts = self.parts_of(p, group)
                     if (grad := self._gradient(p, parts)) is not None:
                         self._wait(p, grad, group, parts)
             self._release()
@@ -158,7 +177,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """Layerwise: finish steps with few micro-batches, gradients set elsewhere, and low gradients that wait for clipping."""
         for group in self.param_groups:
             for p in group["params"]:
-                parts = self.parts(group, p.ndim)
+                parts = self.parts_of(p, group)
                 if self.state.get(p, {}).get("micro", 0):
                     self._last_micro_batch(p, group, parts)
                 elif (grad := self._gradient(p, parts)) is not None:
@@ -185,16 +204,17 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for p, low in self._waiting.items():
             group = self.param_groups[self._home[p]]
             small = sharded.replicate(factor.to(device=low.device, dtype=low.dtype), low)
-            self._update(p, None, group, self.parts(group, p.ndim), low=low * small)
+            self._update(p, None, group, self.parts_of(p, group), low=low * small)
         self._waiting.clear()
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        parts: dict[int, Parts] = {}
+        parts: dict[tuple[int, torch.dtype], Parts] = {}
         fused: dict[int, list[tuple[Tensor, Tensor, State]]] = {}  # by number of steps done
         for p in group["params"]:
-            if p.ndim not in parts:
-                parts[p.ndim] = self.parts(group, p.ndim)
-            own = parts[p.ndim]
+            kind = p.ndim, p.dtype
+            if kind not in parts:
+                parts[kind] = self.parts_of(p, group)
+            own = parts[kind]
             grad = self._gradient(p, own)
             if grad is None:
                 continue
@@ -208,7 +228,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             else:
                 self._update(p, grad, group, own)
         for step, rows in fused.items():
-            own = parts[rows[0][0].ndim]
+            own = parts[rows[0][0].ndim, rows[0][0].dtype]
             assert isinstance(own.inner, AdamWRule)
             dense.fused_step(
                 *map(list, zip(*rows)),  # type: ignore[arg-type]
@@ -239,11 +259,15 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if "step" not in state:
             inner.init(low, state)
         lr, decay = float(group["lr"]), group["weight_decay"]
-        weight = parts.store.read(p)
+        store, masters = parts.store, self._has_master(p, group)
+        generator = self._generator(p, step, group) if store.rounds(p) and not masters else None
+        # A 16-bit weight that is not projected is read, updated and rounded piece by piece.
+        direct = is_half(p) and not masters and isinstance(store, DenseStore) and dense.can_walk(p.detach(), low, state, parts)
+        weight = master(p.detach(), state) if masters else p.detach() if direct else store.read(p)
         shrink = inner.rate(step, lr, weight) * decay if decay else 0.0  # reads the weight before it changes
         kept = 1.0 if isinstance(shrink, Tensor) else 1.0 - shrink  # decay is then part of the multiply-add
-        if dense.can_walk(weight, low, state, parts):
-            dense.walk(weight, low, state, parts, step, lr, kept)
+        if direct or dense.can_walk(weight, low, state, parts):
+            dense.walk(weight, low, state, parts, step, lr, kept, generator)
         else:
             D, eta = inner.direction(low, state, step, lr, weight)
             before = parts.decay == "before"
@@ -257,7 +281,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                     weight.add_(sharded.match(extra, weight), alpha=-size)
             if isinstance(shrink, Tensor) and not before:
                 weight.mul_(1 - shrink)
-        parts.store.write(p, weight, self._generator(p, step, group) if parts.store.stochastic else None)
+        if masters:
+            p.detach().copy_(weight)
+        elif not direct:
+            store.write(p, weight, generator)
         state["step"] = step + 1
 
     def _project(self, p: Tensor, a: Any, group: dict[str, Any], state: State, step: int, parts: Parts) -> Tensor:
@@ -307,18 +334,35 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _after_backward(self, p: Tensor) -> None:
         group = self.param_groups[self._home[p]]
-        parts = self.parts(group, p.ndim)
+        parts = self.parts_of(p, group)
         grad = self._gradient(p, parts)
         if grad is None:
             return
         if self.replicas is None:
             sharded.check_alone(p, self._label)
+        self._check_first(p)
         with torch.autocast(p.device.type, enabled=False):  # a backward under autocast would round the products
             if self.accumulate == 1:
                 self._use(p, grad, group, parts)
                 parts.store.drop(p)
+                self._used.add(p)
             else:
                 self._accumulate(p, grad, group, parts)
+
+    def _check_first(self, p: Tensor) -> None:
+        """Raise RuntimeError at a second update of a parameter within one step."""
+        if p not in self._used:
+            return
+        raise RuntimeError(
+            f"layerwise=True, accumulate={self.accumulate}: a backward pass gives {self._label(p)} a gradient, but its "
+            "update of this step was already made; it would be updated twice. Set accumulate to the number of backward passes "
+            "between two calls of step(), and call step() after them"
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; with `layerwise` it also ends a step."""
+        super().zero_grad(set_to_none)
+        self._used.clear()
 
     def _use(self, p: Tensor, grad: Tensor | None, group: dict[str, Any], parts: Parts, low: Tensor | None = None) -> None:
         """Step, or keep the low gradient."""
@@ -341,6 +385,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             parts.store.drop(p)
         if state["micro"] == self.accumulate:
             self._last_micro_batch(p, group, parts)
+            self._used.add(p)
 
     def _keeps_full(self, parts: Parts, state: State) -> bool:
         """Whether this step needs the full gradient, summed in its usual place."""
@@ -357,6 +402,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self._use(p, None, group, parts, low=state.pop("low_sum"))
 
     # Names and random numbers.
+
+    def _has_master(self, p: Tensor, group: dict[str, Any]) -> bool:
+        return bool(group["master_weights"]) and is_half(p)
 
     def _label(self, p: Tensor) -> str:
         index, place = self._place(p)
@@ -376,16 +424,21 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """As in torch, but every tensor keeps its dtype (torch's own casts bytes and float32 bases to the parameter's).
 
         Raises:
-            ValueError: saved by another method, with another rank or projection, or for parameters of other shapes.
+            ValueError: saved by another method, with another rank or projection, with or without master weights, or for
+                parameters of other shapes.
         """
-        saved_groups = state_dict["param_groups"]
+        saved_groups = [{"master_weights": False, **saved} for saved in state_dict["param_groups"]]
         for index, (saved, group) in enumerate(zip(saved_groups, self.param_groups)):
-            check_saved_group(index, saved, group, self.method, self.structural)
+            check_saved_group(index, saved, group, self.method, (*self.structural, "master_weights"))
         super().load_state_dict({"state": {}, "param_groups": saved_groups})  # checks numbers of groups and parameters
+        self._used.clear()
         for saved, group in zip(saved_groups, self.param_groups):
             for key, p in zip(saved["params"], group["params"]):
                 if key in state_dict["state"]:
-                    wanted = self.parts(group, p.ndim).layout(tuple(p.shape), p.dtype)
+                    parts = self.parts_of(p, group)
+                    wanted = parts.layout(tuple(p.shape), parts.store.dtype(p))
+                    if self._has_master(p, group):
+                        wanted[MASTER] = (tuple(p.shape), torch.float32)
                     self.state[p] = restored(p, state_dict["state"][key], wanted, self._label(p))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowdim.linalg import has_numbers, stream_on
-from lowdim.optim.core.inner import AdamWRule, joined, pieces, rotated
+from lowdim.optim.core import sharded
+from lowdim.optim.core.inner import AdamWRule, joined, rotated
 from lowdim.optim.core.parts import Layout, Side, State
+from lowdim.optim.core.pieces import pieces
+from lowdim.optim.core.rounding import round_at_random
 
-__all__ = ["AdamW16bitRule", "round_at_random"]
+__all__ = ["AdamW16bitRule", "ShardwiseRule"]
 
 
 @dataclass(frozen=True)
@@ -56,17 +60,22 @@ class AdamW16bitRule(AdamWRule):
         return dict.fromkeys(("exp_avg", "exp_avg_sq"), (low_shape, torch.bfloat16))
 
 
-def round_at_random(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A float32 tensor of finite numbers as bfloat16, rounded stochastically without bias.
+@dataclass(frozen=True)
+class ShardwiseRule(AdamW16bitRule):
+    """`AdamW16bitRule` for a sharded parameter: every process draws for its own shard."""
 
-    Example:
-        >>> import torch
-        >>> from lowdim.optim.core.half import round_at_random
-        >>> x = torch.full((10_000,), 1.0 + 2.0**-10)  # an eighth of the way to the next bfloat16
-        >>> got = round_at_random(x, torch.Generator().manual_seed(0))
-        >>> sorted(set(got.tolist())), round(float(got.float().mean() - 1) * 2**10)
-        ([1.0, 1.0078125], 1)
-    """
-    bits = x.view(torch.int32)
-    noise = torch.randint(0, 2**16, bits.shape, dtype=torch.int32, device=x.device, generator=generator)
-    return noise.add_(bits).bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
+    elementwise = True
+
+    def init(self, low: Tensor, state: State) -> None:
+        """Zero moments, sharded as the gradient."""
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(low, dtype=torch.bfloat16)
+
+    def direction(self, low: Any, state: State, step: int, lr: float, weight: Tensor) -> tuple[Tensor, float]:
+        """`(D, η)`; D is sharded as the gradient."""
+        from torch.distributed.tensor import DTensor
+
+        piece = sharded.local(low).contiguous()
+        D = joined(piece, self.walk(piece, {name: sharded.local(state[name]) for name in ("exp_avg", "exp_avg_sq")}, step))
+        whole = DTensor.from_local(D, low.device_mesh, low.placements, run_check=False, shape=low.shape, stride=low.stride())
+        return whole, self.step_size(step, lr)

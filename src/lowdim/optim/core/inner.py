@@ -13,13 +13,12 @@ from torch import Tensor
 
 from lowdim.linalg import dequantize_blockwise, dynamic_codebook, has_numbers, quantize_blockwise
 from lowdim.optim.core.parts import InnerRule, Layout, Side, State, moment_dtype
+from lowdim.optim.core.pieces import pieces
 
-__all__ = ["AdamW8bitRule", "AdamWRule", "joined", "pieces", "rotated"]
+__all__ = ["AdamW8bitRule", "AdamWRule", "joined", "rotated"]
 
 EpsMode = Literal["outside", "inside"]
 
-#: Entries whose 8-bit moments are dequantized at a time: on a CPU what a core's cache holds; elsewhere few launches.
-_PIECE = {True: 2**18, False: 2**24}
 #: The code of 0 in the signed and in the unsigned codebook.
 _ZERO = {True: 127, False: 0}
 
@@ -156,14 +155,6 @@ class AdamW8bitRule(AdamWRule):
         blocks = ((-(-total // self.block),), torch.float32)
         codes = (low_shape, torch.uint8)
         return {"exp_avg": codes, "absmax1": blocks, "exp_avg_sq": codes, "absmax2": blocks}
-
-
-def pieces(low: Tensor, block: int) -> Iterator[slice]:
-    """Slices of the flattened tensor, of whole blocks except the last; in a forecast the first stands for all."""
-    piece = _PIECE[low.device.type == "cpu"] // block * block
-    total = low.numel() if has_numbers(low) else min(piece, low.numel())
-    for start in range(0, total, piece):
-        yield slice(start, min(start + piece, total))
 
 
 def joined(low: Tensor, walk: Iterable[tuple[slice, Tensor]]) -> Tensor:

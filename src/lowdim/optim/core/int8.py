@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lowdim.linalg import compute_dtype, dequantize_affine, has_numbers, is_sharded, quantize_affine, store_affine
-from lowdim.optim.core.parts import WeightStore
+from lowdim.optim.core.parts import DenseStore
 from lowdim.surgery import Patterns, as_linear, find_layers, is_linear, make_linear, swap_layers, without_tied
 
 __all__ = ["Int8Linear", "Int8Parameter", "Int8Store", "check_int8", "quantize_linears"]
@@ -354,37 +354,51 @@ def check_int8(p: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Int8Store(WeightStore):
+class Int8Store(DenseStore):
     """Reads an `Int8Parameter` in float32 or better and requantizes it on writing; other parameters as `DenseStore` does."""
 
     stochastic = True
 
+    def check(self, p: Tensor) -> None:
+        """Integer weights that have scales, and what `DenseStore` keeps."""
+        if not isinstance(p, Int8Parameter):
+            super().check(p)
+
+    def dtype(self, p: Tensor) -> torch.dtype:
+        """That of the scales."""
+        return p.scales.dtype if isinstance(p, Int8Parameter) else p.dtype
+
+    def rounds(self, p: Tensor) -> bool:
+        """8 and 16-bit parameters."""
+        return isinstance(p, Int8Parameter) or super().rounds(p)
+
     def grad(self, p: Tensor) -> Tensor | None:
         """`float_grad`, or `.grad`."""
-        return p.float_grad if isinstance(p, Int8Parameter) else p.grad
+        return p.float_grad if isinstance(p, Int8Parameter) else super().grad(p)
 
     def drop(self, p: Tensor) -> None:
         """Set it to None."""
         if isinstance(p, Int8Parameter):
             p.float_grad = None
         else:
-            p.grad = None
+            super().drop(p)
 
     def read(self, p: Tensor) -> Tensor:
-        """A dense copy, or the parameter itself."""
-        return _dense(p, compute_dtype(p.scales.dtype)) if isinstance(p, Int8Parameter) else p.detach()
+        """A dense copy in floating point, or what `DenseStore` reads."""
+        return _dense(p, compute_dtype(p.scales.dtype)) if isinstance(p, Int8Parameter) else super().read(p)
 
     def write(self, p: Tensor, value: Tensor, generator: torch.Generator | None) -> None:
         """New codes, scales and zeros; the gradient is used up."""
-        if isinstance(p, Int8Parameter):
-            draws = generator if p.stochastic_round else None
-            store_affine(value, p.detach(), p.scales, p.zeros, group_size=p.group_size, generator=draws)
-            p.float_grad = None
+        if not isinstance(p, Int8Parameter):
+            return super().write(p, value, generator)
+        draws = generator if p.stochastic_round else None
+        store_affine(value, p.detach(), p.scales, p.zeros, group_size=p.group_size, generator=draws)
+        p.float_grad = None
 
     def watch(self, p: Tensor, call: Callable[[Tensor], None]) -> Any:
         """A hook that the layer's backward pass triggers once all uses of the weight have added their gradient."""
         if not isinstance(p, Int8Parameter):
-            return p.register_post_accumulate_grad_hook(call) if p.requires_grad else None
+            return super().watch(p, call)
 
         def ready(anchor: Tensor) -> None:
             anchor.grad = None

@@ -16,3 +16,4 @@ class TrainingOptions(TypedDict, total=False):
     replicas: bool | None
     stagger: bool
     foreach: bool
+    master_weights: bool

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lowdim.linalg import compute_dtype
 from lowdim.optim.core import sharded
+from lowdim.optim.core.rounding import is_half, write_rounded
 
 __all__ = ["DenseStore", "InnerRule", "Layout", "NoResidual", "Parts", "Projector", "ResidualRule", "State", "WeightStore"]
 
@@ -176,11 +177,19 @@ class NoResidual(ResidualRule):
 class WeightStore:
     """How a weight and its gradient are kept; `read` gives a floating tensor that the driver changes in place."""
 
-    #: True if `write` draws random numbers: the driver then passes it a generator for each step.
+    #: True if `write` draws random numbers for every parameter; `rounds` says it for one.
     stochastic: bool = False
 
     def check(self, p: Tensor) -> None:
         """Raise TypeError for a parameter of a kind that it does not keep."""
+
+    def dtype(self, p: Tensor) -> torch.dtype:
+        """The floating dtype of the weight, on which the dtypes of the state depend."""
+        return p.dtype
+
+    def rounds(self, p: Tensor) -> bool:
+        """Whether writing this parameter draws random numbers: the driver then passes `write` a generator for each step."""
+        return self.stochastic
 
     def grad(self, p: Tensor) -> Tensor | None:
         """The gradient, or None."""
@@ -204,7 +213,10 @@ class WeightStore:
 
 
 class DenseStore(WeightStore):
-    """An ordinary parameter: `.grad`, and the tensor itself, changed in place."""
+    """An ordinary parameter: `.grad`, and the tensor itself, changed in place.
+
+    A 16-bit parameter is read as a float32 copy and rounded stochastically when it is written: small updates add up.
+    """
 
     def check(self, p: Tensor) -> None:
         """Integer weights have no `.grad`: they would silently never train."""
@@ -212,6 +224,10 @@ class DenseStore(WeightStore):
             raise TypeError(
                 f"params must be floating tensors; got {p.dtype} of shape {tuple(p.shape)} (for 8-bit weights: QGaLore)"
             )
+
+    def rounds(self, p: Tensor) -> bool:
+        """16-bit parameters."""
+        return is_half(p)
 
     def grad(self, p: Tensor) -> Tensor | None:
         """`p.grad`."""
@@ -222,11 +238,13 @@ class DenseStore(WeightStore):
         p.grad = None
 
     def read(self, p: Tensor) -> Tensor:
-        """The parameter itself."""
-        return p.detach()
+        """The parameter itself; of 16 bits a float32 copy."""
+        return p.detach().float() if is_half(p) else p.detach()
 
     def write(self, p: Tensor, value: Tensor, generator: torch.Generator | None) -> None:
-        """Nothing: `read` gave a view."""
+        """Rounded to 16 bits; otherwise nothing: `read` gave a view."""
+        if is_half(p):
+            write_rounded(p.detach(), value, generator)
 
     def watch(self, p: Tensor, call: Callable[[Tensor], None]) -> Any:
         """A post-accumulate-grad hook; a frozen parameter gets none."""

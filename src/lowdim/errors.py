@@ -6,10 +6,13 @@ error that callers already catch.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import reprlib
-from collections.abc import Iterable
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -75,6 +78,14 @@ def shown(value: object, limit: int = 80) -> str:
     return f"{text[: limit - 3 - tail]}...{text[len(text) - tail :]}"
 
 
+def warn_caller(message: str) -> None:
+    """A UserWarning that points to the code that called lowdim."""
+    frame, level = sys._getframe(1), 1
+    while frame is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] == "lowdim":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level + 1)
+
+
 def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
     """The `count` options closest to `name`, best first; the first few options if none is close."""
     names = list(options)
@@ -87,6 +98,32 @@ def unknown(argument: str, value: object, options: Iterable[str]) -> UnknownName
     names = list(options)
     close = ", ".join(nearest(str(value), names))
     return UnknownNameError(f"{argument} must be one of {', '.join(names)}; got {shown(value)} (nearest: {close})")
+
+
+def check_options(cls: type, args: Sequence[Any], options: Mapping[str, Any]) -> None:
+    """Raise TypeError unless `cls(*args, **options)` names only fields of this dataclass, and all that it needs.
+
+    Example:
+        >>> from lowdim.adapters import FLoRA
+        >>> FLoRA(rank=4)
+        Traceback (most recent call last):
+        TypeError: FLoRA has no option 'rank' (nearest: ranks); its options are ranks, scale, dropout, target_modules
+    """
+    if not dataclasses.is_dataclass(cls):  # the decorator has not run yet
+        return
+    fields = [field for field in dataclasses.fields(cls) if field.init]
+    names = [field.name for field in fields]
+    strange = [name for name in options if name not in names]
+    if strange:
+        close = ", ".join(nearest(strange[0], names, 2))
+        raise TypeError(
+            f"{cls.__name__} has no option {', '.join(map(repr, strange))} (nearest: {close}); its options are {', '.join(names)}"
+        )
+    unset = dataclasses.MISSING
+    needed = [f.name for f in fields[len(args) :] if f.default is unset and f.default_factory is unset]
+    missing = [name for name in needed if name not in options]
+    if missing:
+        raise TypeError(f"{cls.__name__} needs {', '.join(missing)}; its options are {', '.join(names)}")
 
 
 def check_choice(argument: str, value: str, allowed: Iterable[str]) -> None:

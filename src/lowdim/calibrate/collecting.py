@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.calibrate.passes import as_it_was, call_model
+from lowdim.errors import warn_caller
 from lowdim.linalg import wide, widest
 from lowdim.surgery import is_conv1d, is_quantized
 
@@ -216,11 +215,9 @@ class _Collector:
             few = [name for name, stats in found.items() if stats["count"] < len(stats["covariance"])]
             if few:
                 columns, rows = len(found[few[0]]["covariance"]), found[few[0]]["count"]
-                warnings.warn(
+                warn_caller(
                     f"layer {few[0]} with {columns} inputs saw {rows} rows of the sample batches, so its covariance is "
-                    f"singular ({len(few)} of {len(found)} layers saw too few); use more or longer samples",
-                    UserWarning,
-                    stacklevel=_outside(),
+                    f"singular ({len(few)} of {len(found)} layers saw too few); use more or longer samples"
                 )
         return found
 
@@ -250,14 +247,6 @@ class _Collector:
             if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"layer {name}: its {key} over the sample batches has NaN or infinite entries")
         return out
-
-
-def _outside() -> int:
-    """The `stacklevel` with which a warning points to the code that called lowdim."""
-    frame, level = sys._getframe(1), 1
-    while frame is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] == "lowdim":
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _layer_rows(layer: nn.Module, x: Tensor) -> Tensor:

@@ -322,17 +322,14 @@ class AdapterSet:
 
     def _unwrap(self, place: str, gone: AdaptedLayer) -> None:
         """Remove one wrapper from the chain at `place`."""
-        outer = self.model.get_submodule(place)
-        if gone.rebased:  # its base is a copy with a part subtracted: restore the original weight
-            gone.base = with_matrix(gone.base, gone.original_weight())
-        if outer is gone:
-            replace_layer(self.model, place, gone.base)
+        layer: nn.Module = submodule(self.model, place)
+        if layer is gone:
+            replace_layer(self.model, place, gone.released())
             return
-        layer = outer
         while isinstance(layer, AdaptedLayer) and layer.base is not gone:
             layer = layer.base
         assert isinstance(layer, AdaptedLayer)
-        layer.base = gone.base
+        layer.base = gone.released()
 
     def _load_detached(self, mine: Adapted, folder: str | Path) -> Adapted:
         """The adapter in `folder`, attached to placeholders for the layers that `mine` adapts."""

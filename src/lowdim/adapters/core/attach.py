@@ -13,6 +13,8 @@ from lowdim.adapters.core.composed import is_composed
 from lowdim.adapters.core.fingerprints import layer_fingerprint
 from lowdim.adapters.core.guards import (
     error_context,
+    plain_model,
+    refuse_missing,
     saved_modules,
     tied_layers,
     unchanged_on_error,
@@ -20,8 +22,23 @@ from lowdim.adapters.core.guards import (
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.method import Method, ModelMethod
 from lowdim.calibrate import LossFn, collect
+from lowdim.errors import warn_caller
 from lowdim.linalg import stream
-from lowdim.surgery import Patterns, find_layers, freeze, is_matrix_layer, replace_layer
+from lowdim.surgery import (
+    CONVOLUTIONS,
+    Patterns,
+    behaviour,
+    find_layers,
+    float_dtype,
+    freeze,
+    has_stored_weight,
+    is_linear_class,
+    is_quantized,
+    known_dtype,
+    replace_layers,
+    submodule,
+    unreached_note,
+)
 
 __all__ = ["adapt", "put_in_place", "target_layers"]
 
@@ -41,7 +58,8 @@ def adapt(
     """Freeze `model` and attach `method` to the layers it names, in place.
 
     Args:
-        model: any nn.Module.
+        model: any nn.Module. What it is wrapped in (`torch.compile`, data parallelism) is looked through: names are those of
+            the plain model, which is also `Adapted.model`; train with the wrapper as before.
         method: hyperparameters, e.g. `lowdim.adapters.LoRA(rank=8, target_modules=["q_proj", "v_proj"])`.
         batches: sample batches, for methods that need data first (consumed once).
         loss_fn: `loss_fn(model, batch) -> scalar`, a mean over the batch, for methods that need a gradient.
@@ -57,7 +75,10 @@ def adapt(
 
     Raises:
         NoMatchingModuleError: a pattern of `target_modules` or `modules_to_save` matches nothing.
-        ValueError, TypeError: from the method, with the layer's name (a rank above its limit, unless `cap_rank`).
+        ValueError, TypeError: from the method, with the layer's name (a rank above its limit, unless `cap_rank`); a model
+            whose weights are not in memory, that carries another library's adapter, or that is wrapped for several processes.
+
+    Warns where weights of the model cannot be adapted (experts stacked in one parameter), with their names and share.
 
     Example:
         >>> import torch, lowdim
@@ -68,6 +89,7 @@ def adapt(
     """
     if not isinstance(method, Method):
         raise TypeError(f"method must be a lowdim.adapters method such as LoRA(rank=8); got {method!r}")
+    model = plain_model(model)
     if isinstance(method, ModelMethod):
         return method.attach_model(
             model,
@@ -81,6 +103,10 @@ def adapt(
     if is_composed(model):
         raise ValueError("a method that acts on the whole model (SAID, aTLAS) is already attached; merge() it first")
     layers = target_layers(model, method)
+    refuse_missing(layers, values=initialise)
+    note = unreached_note(model, layers, None if method.target_modules in (None, "all-linear") else method.target_modules)
+    if note:
+        warn_caller(note)
     kept = saved_modules(model, modules_to_save, layers)
     fingerprints = {name: layer_fingerprint(layer) for name, layer in layers.items()} if initialise else {}
     with torch.enable_grad():
@@ -132,10 +158,13 @@ def put_in_place(
         if first:  # otherwise everything that is not trained is already frozen
             freeze(model)
         wrapped = wrap()
-    for name, layer in wrapped.items():
-        replace_layer(model, name, layer)
+    silent = [layer for layer in wrapped.values() if is_quantized(layer.plain) and known_dtype(layer.plain) is None]
+    dtype = float_dtype(model) if silent else None
+    for layer in silent:
+        layer.output_dtype = dtype
+    replace_layers(model, wrapped)
     for name in modules_to_save:
-        for parameter in model.get_submodule(name).parameters():
+        for parameter in submodule(model, name).parameters():
             parameter.requires_grad_(True)
     return (method.adapted_type or Adapted)(model, method, wrapped, fingerprints, modules_to_save, seed, tied, shared)
 
@@ -149,7 +178,12 @@ def target_layers(model: nn.Module, method: Method) -> dict[str, nn.Module]:
     }
 
     def accept(layer: nn.Module) -> bool:
-        matrix = not everything or isinstance(layer, AdaptedLayer) or is_matrix_layer(layer)
-        return layer not in inside and matrix and method.accepts(layer)
+        if layer in inside:
+            return False
+        if isinstance(layer, AdaptedLayer):
+            return method.accepts(layer)
+        if everything and not ((is_linear_class(layer) or isinstance(layer, CONVOLUTIONS)) and has_stored_weight(layer)):
+            return False
+        return method.accepts(layer) and not behaviour(layer).reason
 
     return find_layers(model, patterns, accept=accept)

@@ -83,7 +83,8 @@ def _quantized_kind(layer: nn.Module) -> str:
     plain = getattr(layer, "plain", layer)
     if not is_quantized(plain):
         return ""
-    found = next(part for part in (plain, plain.weight) if type(part).__module__.startswith(("bitsandbytes.", "torchao.")))
+    parts = (plain, getattr(plain, "weight", None))
+    found = next((part for part in parts if type(part).__module__.startswith(("bitsandbytes.", "torchao."))), plain)
     return f"{type(found).__module__.partition('.')[0]} {type(found).__name__}"
 
 

@@ -6,16 +6,28 @@ from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowdim.errors import CheckpointError, NoMatchingModuleError, nearest
 from lowdim.linalg import gather, is_sharded
-from lowdim.surgery import dense_matrix, describe, tied_parameters
+from lowdim.surgery import (
+    OFFLOADED,
+    dense_matrix,
+    describe,
+    is_offloaded,
+    named_layers,
+    refuse_other_adapters,
+    tied_parameters,
+    unwrap,
+)
 
 __all__ = [
     "FusedPaths",
     "error_context",
+    "plain_model",
     "pristine_matrix",
+    "refuse_missing",
     "saved_modules",
     "tied_layers",
     "unchanged_on_error",
@@ -45,6 +57,40 @@ def unchanged_on_error(model: nn.Module):
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The model inside what it is wrapped in.
+
+    Raises:
+        ValueError: it is wrapped for several processes, which would not see parameters that are added now; or it carries
+            another library's adapter.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel) and torch.distributed.get_world_size(model.process_group) > 1:
+        raise ValueError(
+            "model is wrapped in DistributedDataParallel, which would not average the gradients of parameters that are added "
+            "now: adapt model.module first, then wrap it"
+        )
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError(
+            "model is wrapped in FullyShardedDataParallel, which has flattened its weights: adapt the plain model first, then "
+            "wrap it (fully_shard keeps the weights' shapes)"
+        )
+    refuse_other_adapters(model)
+    return unwrap(model)
+
+
+def refuse_missing(layers: Mapping[str, nn.Module], *, values: bool = True) -> None:
+    """Raise ValueError for a layer whose weight accelerate has offloaded, or, if `values` are needed, that is on meta."""
+    for name, layer in layers.items():
+        plain = getattr(layer, "plain", layer)
+        if is_offloaded(plain):
+            raise ValueError(f"layer {name} ({describe(plain)}) cannot be adapted: {OFFLOADED}")
+        weight = plain._parameters.get("weight")
+        if values and weight is not None and weight.is_meta:
+            raise ValueError(
+                f"layer {name} ({describe(plain)}) has no values, only a shape (the meta device): load the model's weights first"
+            )
 
 
 def tied_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
@@ -104,7 +150,7 @@ def saved_modules(model: nn.Module, names: Iterable[str], layers: Mapping[str, n
         NoMatchingModuleError: a name that matches nothing.
         ValueError: a module that holds an adapted layer.
     """
-    modules = [name for name, _ in model.named_modules() if name]
+    modules = list({id(module): name for name, module in reversed(named_layers(model).items())}.values())[::-1]
     kept = []
     for pattern in names:
         found = [name for name in modules if name == pattern or name.endswith("." + pattern)]

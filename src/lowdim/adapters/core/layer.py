@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any, cast
 
 import torch
@@ -11,10 +12,30 @@ from torch.nn import functional as F
 from lowdim.adapters.core.convolution import convolve
 from lowdim.adapters.core.update import WeightUpdate
 from lowdim.errors import check_float
-from lowdim.linalg import low_rank_norm, wide
-from lowdim.surgery import dense_matrix, is_matrix_layer, is_quantized, with_matrix
+from lowdim.linalg import is_sharded, low_rank_norm, wide
+from lowdim.surgery import (
+    behaviour,
+    dense_matrix,
+    describe,
+    is_linear_class,
+    is_quantized,
+    layer_dtype,
+    shallow_copy,
+    with_matrix,
+)
 
-__all__ = ["AdaptedLayer", "kind_of"]
+__all__ = ["AdaptedLayer", "gain_of", "kind_of"]
+
+#: What nn.Module keeps of the hooks that act on its input, output and gradients.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 class AdaptedLayer(nn.Module):
@@ -39,6 +60,8 @@ class AdaptedLayer(nn.Module):
         super().__init__()
         check_float("dropout", dropout, 0.0, 1.0, high_open=True)
         shares = isinstance(layer, AdaptedLayer)
+        self.gain = gain_of(layer)
+        layer = self._take_hooks(layer)
         if not shares:
             for parameter in layer.parameters():
                 parameter.requires_grad_(False)
@@ -51,7 +74,28 @@ class AdaptedLayer(nn.Module):
         self.kind = kind_of(layer)
         self.strength = 1.0
         self.rows: Tensor | None = None
+        self.output_dtype: torch.dtype | None = layer.output_dtype if isinstance(layer, AdaptedLayer) else None
         self.train(layer.training)
+
+    def _take_hooks(self, layer: nn.Module) -> nn.Module:
+        """Move the layer's hooks here. The given layer keeps its own unless it is an AdaptedLayer: a copy is wrapped."""
+        if not any(layer.__dict__[name] for name in _HOOKS) or any(is_sharded(p) for p in layer.parameters()):
+            return layer
+        taken = {name: layer.__dict__[name] for name in _HOOKS}
+        bare = layer if isinstance(layer, AdaptedLayer) else shallow_copy(layer)
+        bare.__dict__.update({name: OrderedDict() for name in _HOOKS})
+        self.__dict__.update(taken, _is_full_backward_hook=layer._is_full_backward_hook)
+        return bare
+
+    def _give_hooks(self, layer: nn.Module) -> nn.Module:
+        """`layer` with the hooks of this one as well; the dictionaries are shared, so that handles stay valid."""
+        for name in _HOOKS:
+            mine, other = self.__dict__[name], layer.__dict__[name]
+            if mine:
+                layer.__dict__[name] = OrderedDict({**other, **mine}) if other else mine
+        if self._is_full_backward_hook is not None:
+            layer._is_full_backward_hook = self._is_full_backward_hook
+        return layer
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the update's."""
@@ -59,27 +103,29 @@ class AdaptedLayer(nn.Module):
         if self.strength == 1.0 and self.rows is None and self.taken == self.rebased:
             return self._add(y, x)
         if self.rebased:  # y is (W₀ − start) x so far
-            y = y + self._start(x).to(y.dtype)
+            y = y + self._start(x).to(y)
         if self.strength == 0.0:
             return y
         if self.rows is None:
-            return y + self._change(x).to(y.dtype)
-        rows = self.rows.to(y.device)
-        return y.index_add(0, rows, self._change(x[rows]).to(y.dtype))
+            return y + self._change(x).to(y)
+        rows = self.rows
+        return y.index_add(0, rows.to(y.device), self._change(x[rows.to(x.device)]).to(y))
 
     def _add(self, y: Tensor, x: Tensor) -> Tensor:
         if self.kind == "embedding":
-            return y + self.update.columns(x).to(y.dtype)
-        x = self._cast(self._drop(x))
+            return y + self._looked_up(x).to(y)
+        x = self._ready(self._drop(x))
         if self.kind.startswith("conv"):
-            return y + convolve(self.update, cast(nn.Conv2d, self.plain), x).to(y.dtype)
+            return y + convolve(self.update, cast(nn.Conv2d, self.plain), x).to(y)
+        if x.device != y.device or "forward" in self.update.__dict__:  # placed by accelerate: its hook runs in forward
+            return y + self.update(x).to(y)
         return self.update.add_to(y, x, inplace=self._may_overwrite())
 
     def _change(self, x: Tensor) -> Tensor:
         """`strength · (update(x) − start x)`."""
         if self.kind == "embedding":
-            return self.strength * self.update.columns(x)
-        dropped = self._cast(self._drop(x))
+            return self.strength * self._looked_up(x)
+        dropped = self._ready(self._drop(x))
         if self.kind.startswith("conv"):
             out = convolve(self.update, cast(nn.Conv2d, self.plain), dropped)
         else:
@@ -87,8 +133,12 @@ class AdaptedLayer(nn.Module):
         out = out - self._start(x).to(out.dtype) if self.taken else out
         return out if self.strength == 1.0 else self.strength * out
 
+    def _looked_up(self, index: Tensor) -> Tensor:
+        found = self.update.columns(index.to(self._place(index)))
+        return found if self.gain == 1.0 else found * self.gain
+
     def _start(self, x: Tensor) -> Tensor:
-        x = self._cast(x)
+        x = self._ready(x)
         if self.kind.startswith("conv"):
             conv, start = cast(nn.Conv2d, self.plain), self.update.start()
             assert start is not None
@@ -132,7 +182,16 @@ class AdaptedLayer(nn.Module):
 
     def merged(self) -> nn.Module:
         """A plain layer with `W_eff`, computed in float32 or better and rounded once."""
-        return with_matrix(self.plain, self.effective_weight())
+        plain = with_matrix(self.plain, self.effective_weight(), dtype=self.output_dtype)
+        layer: nn.Module = self
+        while isinstance(layer, AdaptedLayer):
+            plain, layer = layer._give_hooks(plain), layer.base
+        return plain
+
+    def released(self) -> nn.Module:
+        """The base without this adapter, with its original weight and its hooks."""
+        base = with_matrix(self.base, self.original_weight()) if self.rebased else self.base
+        return self._give_hooks(base)
 
     @property
     def plain(self) -> nn.Module:
@@ -162,14 +221,26 @@ class AdaptedLayer(nn.Module):
     def update_dtype(self) -> torch.dtype:
         """The dtype of the trained tensors."""
         parameter = next(self.update.parameters(), None)
-        return self.weight.dtype if parameter is None else parameter.dtype
+        return layer_dtype(self.plain) if parameter is None else parameter.dtype
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
-    def _cast(self, x: Tensor) -> Tensor:
+    def _place(self, x: Tensor) -> torch.device:
+        """The device of the update's tensors; that of `x` if it has none, or accelerate has offloaded them."""
+        tensor = next(self.update.parameters(), None)
+        return x.device if tensor is None or tensor.is_meta else tensor.device
+
+    def _ready(self, x: Tensor) -> Tensor:
+        """The input for the update: on its device, in its dtype, scaled as the base scales its product."""
+        if self.gain != 1.0:
+            x = x * self.gain
         parameter = next(self.update.parameters(), None)
-        if parameter is None or x.dtype == parameter.dtype or torch.is_autocast_enabled(x.device.type):
+        if parameter is None:
+            return x
+        if x.device != parameter.device and not parameter.is_meta:
+            x = x.to(parameter.device)
+        if x.dtype == parameter.dtype or torch.is_autocast_enabled(x.device.type):
             return x
         return x.to(parameter.dtype)
 
@@ -179,10 +250,24 @@ class AdaptedLayer(nn.Module):
         return not torch.is_grad_enabled() and type(self.base) is nn.Linear and not self.base._forward_hooks
 
 
+def gain_of(layer: nn.Module) -> float:
+    """The factor by which the layer scales the product with its weight: 1 for a plain one.
+
+    Raises:
+        TypeError: the layer does more than its class says, so an update of its weight would mean something else there.
+    """
+    if isinstance(layer, AdaptedLayer):
+        return layer.gain
+    found = behaviour(layer)
+    if found.reason:
+        raise TypeError(f"{describe(layer)} cannot be adapted: {found.reason}")
+    return found.gain
+
+
 def kind_of(layer: nn.Module) -> str:
     """`"linear"`, `"conv1d"`, `"conv2d"`, `"conv3d"` (convolutions), `"embedding"`, or `"other"`."""
     if isinstance(layer, AdaptedLayer):
         return layer.kind
     kinds = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d", nn.Embedding: "embedding", nn.Linear: "linear"}
     found = next((kind for cls, kind in kinds.items() if isinstance(layer, cls)), None)
-    return found or ("linear" if is_matrix_layer(layer) else "other")
+    return found or ("linear" if is_linear_class(layer) else "other")

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.layer import AdaptedLayer, kind_of
+from lowdim.adapters.core.layer import AdaptedLayer, gain_of, kind_of
 from lowdim.adapters.core.update import WeightUpdate
-from lowdim.errors import CheckpointError
-from lowdim.surgery import dense_matrix, describe, is_quantized, matrix_shape
+from lowdim.errors import CheckpointError, check_options
+from lowdim.surgery import COMPUTED, dense_matrix, describe, is_quantized, matrix_shape, stores_codes
 
 __all__ = ["Method", "ModelMethod", "Stats", "method_class", "open_field", "registered_methods"]
 
@@ -60,6 +60,11 @@ class Method:
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(f"a method named {cls.__name__!r} is already registered by {other.__module__}")
         _REGISTRY[cls.__name__] = cls
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Check the names of the options; the dataclass sets them."""
+        check_options(cls, args, options)
+        return super().__new__(cls)
 
     def blank(
         self, out_features: int, in_features: int, *, stats: Stats, dtype: torch.dtype, device: torch.device
@@ -123,10 +128,12 @@ class Method:
         if not self.accepts(layer):
             raise TypeError(f"{type(self).__name__} adapts {', '.join(sorted(self.takes))} layers; got {describe(layer)}")
         over = isinstance(layer, AdaptedLayer)
+        gain_of(layer)  # an error for a layer that does more than its class says
         if not over and not is_quantized(layer):
             stored = layer._parameters.get("weight")
-            if stored is None or not stored.is_floating_point():
-                raise TypeError(f"the weight must be a floating point parameter, not computed; got {describe(layer)}")
+            if stored is None or stores_codes(stored):
+                why = COMPUTED if stored is None else f"its dtype is {stored.dtype}"
+                raise TypeError(f"the weight must be a floating point parameter, not computed ({why}); got {describe(layer)}")
         weight = (layer.pristine_weight() if over else dense_matrix(layer)).detach()
         out_features, in_features = weight.shape
         given = {} if stats is None else stats

@@ -1,0 +1,97 @@
+"""Find layers by name, read their weight as a matrix, and swap them in place.
+
+All families use this package, so a pattern means the same everywhere (as in PEFT: a name or a dotted suffix in a
+list, a regular expression as a string), and tied weights stay tied.
+
+| module | what it knows |
+| --- | --- |
+| `kinds` | which classes are layers of one matrix |
+| `behaviour` | whether a layer acts like its class: plain, scaled, or something else |
+| `quantized` | weights in few bits, and their values |
+| `placement` | accelerate's hooks, offloaded weights, forward methods set on the instance |
+| `matrices` | a layer's weight as a matrix, and layers with another one |
+| `wrappers` | plain names of compiled, data-parallel and checkpointed models |
+| `foreign`, `stacked` | other libraries' adapters; experts and other weights that are no layer's |
+| `find`, `replace` | layers by name, and other layers in their place |
+"""
+
+from lowdim.surgery.behaviour import COMPUTED, Behaviour, behaviour, has_stored_weight, left_out_reason, shallow_copy
+from lowdim.surgery.find import Patterns, find_layers
+from lowdim.surgery.foreign import other_adapter, refuse_other_adapters
+from lowdim.surgery.kinds import CONVOLUTIONS, HEAD_NAMES, describe, is_conv1d, is_linear_class, is_matrix_class
+from lowdim.surgery.matrices import (
+    as_linear,
+    dense_matrix,
+    float_dtype,
+    is_linear,
+    is_matrix_layer,
+    make_linear,
+    matrix_shape,
+    weight_matrix,
+    with_matrix,
+)
+from lowdim.surgery.placement import OFFLOADED, carry_hook, is_offloaded, refuse_offloaded
+from lowdim.surgery.quantized import is_quantized, known_dtype, layer_dtype, stores_codes
+from lowdim.surgery.replace import (
+    freeze,
+    model_device,
+    parent_and_child,
+    replace_layer,
+    replace_layers,
+    swap_layers,
+    tied_parameters,
+    without_tied,
+)
+from lowdim.surgery.stacked import loose_matrices, stacked_parameters, unreached_note
+from lowdim.surgery.wrappers import named_layers, plain_name, submodule, unwrap
+
+__all__ = [
+    "COMPUTED",
+    "CONVOLUTIONS",
+    "HEAD_NAMES",
+    "OFFLOADED",
+    "Behaviour",
+    "Patterns",
+    "as_linear",
+    "behaviour",
+    "carry_hook",
+    "dense_matrix",
+    "describe",
+    "find_layers",
+    "float_dtype",
+    "freeze",
+    "has_stored_weight",
+    "is_conv1d",
+    "is_linear",
+    "is_linear_class",
+    "is_matrix_class",
+    "is_matrix_layer",
+    "is_offloaded",
+    "is_quantized",
+    "known_dtype",
+    "layer_dtype",
+    "left_out_reason",
+    "loose_matrices",
+    "make_linear",
+    "matrix_shape",
+    "model_device",
+    "named_layers",
+    "other_adapter",
+    "parent_and_child",
+    "plain_name",
+    "refuse_offloaded",
+    "refuse_other_adapters",
+    "replace_layer",
+    "replace_layers",
+    "shallow_copy",
+    "stacked_parameters",
+    "stores_codes",
+    "submodule",
+    "swap_layers",
+    "tied_parameters",
+    "unreached_note",
+    "unwrap",
+    "weight_matrix",
+    "with_matrix",
+    "without_tied",
+]

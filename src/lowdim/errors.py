@@ -12,7 +12,7 @@ import math
 import reprlib
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -100,8 +100,8 @@ def unknown(argument: str, value: object, options: Iterable[str]) -> UnknownName
     return UnknownNameError(f"{argument} must be one of {', '.join(names)}; got {shown(value)} (nearest: {close})")
 
 
-def check_options(cls: type, args: Sequence[Any], options: Mapping[str, Any]) -> None:
-    """Raise TypeError unless `cls(*args, **options)` names only fields of this dataclass, and all that it needs.
+def check_options(cls: type, options: Iterable[str]) -> None:
+    """Raise TypeError unless the names of the options are fields of this dataclass.
 
     Example:
         >>> from lowdim.adapters import FLoRA
@@ -117,13 +117,9 @@ def check_options(cls: type, args: Sequence[Any], options: Mapping[str, Any]) ->
     if strange:
         close = ", ".join(nearest(strange[0], names, 2))
         raise TypeError(
-            f"{cls.__name__} has no option {', '.join(map(repr, strange))} (nearest: {close}); its options are {', '.join(names)}"
+            f"{cls.__name__} has no option {', '.join(map(repr, strange))} (nearest: {close}); "
+            f"its options are {', '.join(names)}"
         )
-    unset = dataclasses.MISSING
-    needed = [f.name for f in fields[len(args) :] if f.default is unset and f.default_factory is unset]
-    missing = [name for name in needed if name not in options]
-    if missing:
-        raise TypeError(f"{cls.__name__} needs {', '.join(missing)}; its options are {', '.join(names)}")
 
 
 def check_choice(argument: str, value: str, allowed: Iterable[str]) -> None:

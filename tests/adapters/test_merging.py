@@ -133,20 +133,21 @@ def test_several_adapters_are_merged_all_or_none():
 def test_an_interrupted_merge_puts_the_layers_back(fail_at, monkeypatch):
     adapted = trained(lowdim.adapt(small_model(), LoRA(rank=2)))
     before, want = dict(adapted.model.named_modules()), adapted.model(sample_input())
-    calls, real = [], merging.replace_layer
+    calls, real = [], merging.replace_layers
 
-    def interrupted(model, name, new):
-        calls.append(name)
-        if len(calls) == fail_at + 1:
-            raise KeyboardInterrupt
-        real(model, name, new)
+    def interrupted(model, layers):
+        calls.append(layers)
+        if len(calls) > 1:  # the layers are put back
+            return real(model, layers)
+        real(model, dict(list(layers.items())[:fail_at]))
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(merging, "replace_layer", interrupted)
+    monkeypatch.setattr(merging, "replace_layers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         adapted.merge()
     assert dict(adapted.model.named_modules()) == before
     assert torch.equal(adapted.model(sample_input()), want)
-    monkeypatch.setattr(merging, "replace_layer", real)
+    monkeypatch.setattr(merging, "replace_layers", real)
     assert relative_error(adapted.merge()(sample_input()), want) < 1e-5
 
 

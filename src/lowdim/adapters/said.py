@@ -17,7 +17,7 @@ from lowdim.adapters.core.whole import WholeAdapted, WholeMethod, make_for_itsel
 from lowdim.errors import CheckpointError, NoMatchingModuleError, check_int, nearest
 from lowdim.linalg import FastfoodDraws, fastfood_draws, fastfood_size, wide
 from lowdim.linalg.fastfood import fastfood_op
-from lowdim.surgery import freeze
+from lowdim.surgery import freeze, submodule
 
 __all__ = ["SAID", "SubspaceAdapted", "SubspaceModel", "said"]
 
@@ -276,8 +276,12 @@ class SAID(WholeMethod):
 
     def select(self, model: nn.Module, kept: Iterable[str] = ()) -> dict[str, nn.Parameter]:
         """The tensors that are moved: floating point, by name or because they require gradients."""
-        whole = {id(p) for name in kept for p in model.get_submodule(name).parameters()}
-        every = {name: p for name, p in model.named_parameters() if p.is_floating_point() and id(p) not in whole}
+        whole = {id(p) for name in kept for p in submodule(model, name).parameters()}
+        every = {
+            name: p
+            for name, p in model.named_parameters()
+            if p.is_floating_point() and p.dtype.itemsize > 1 and id(p) not in whole
+        }
         if self.parameters is None:
             chosen = {name: p for name, p in every.items() if p.requires_grad}
         else:

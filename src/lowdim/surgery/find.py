@@ -174,8 +174,8 @@ def _no_match(
         shape = tuple(stacked_parameters(model)[stacked[0]].shape)
         return NoMatchingModuleError(
             f"target_modules: {pattern!r} is a parameter, not a layer: {stacked[0]} of shape {shape} stacks one matrix for "
-            "each expert, and an adapter needs a layer with one weight matrix. Name other layers (attention, a shared expert), or "
-            "load the model with its experts as separate nn.Linear layers"
+            "each expert, and an adapter needs a layer with one weight matrix. Name other layers (attention, a shared expert), "
+            "or load the model with its experts as separate nn.Linear layers"
         )
     if match:
         why = left_out_reason(modules[match[0]]) or _holds_stacked(match[0], model)

@@ -59,6 +59,6 @@ def _library(kind: type) -> str:
 
 
 def _by_parts(module: nn.Module) -> str:
-    held = module._modules.keys() | module._parameters.keys()
+    held = {*module._modules.keys(), *module._parameters.keys()}
     pair = next((pair for pair in _PAIRS if held.issuperset(pair)), None)
     return f"its parts {' and '.join(pair)} are LoRA's" if pair else ""

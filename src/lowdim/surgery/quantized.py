@@ -88,8 +88,9 @@ def dequantized(layer: nn.Module) -> Tensor:
             return scaled
         text = " ".join(str(error).split())[:200]
         raise TypeError(
-            f"the weight is quantized ({_stored(layer)}), its scales are not known to lowdim, and the layer does not run here "
-            f"to read its values ({type(error).__name__}: {text}); load the model without quantization. Got {describe(layer)}"
+            f"the weight is not floating point but {_stored(layer)}: its scales are unknown to lowdim, and the layer does not "
+            f"run here to read its values ({type(error).__name__}: {text}); load the model without quantization. "
+            f"Got {describe(layer)}"
         ) from error
 
 

@@ -17,6 +17,7 @@ from lowdim.adapters.core.composed import Composition
 from lowdim.adapters.core.whole import WholeAdapted, WholeMethod
 from lowdim.errors import CheckpointError, check_float, check_int, nearest
 from lowdim.linalg import gather, scaled_sum, stream, wide
+from lowdim.surgery import submodule
 
 __all__ = ["ATLAS", "ATLASAdapted"]
 
@@ -198,8 +199,12 @@ class ATLAS(WholeMethod):
 
     def select(self, model: nn.Module, kept: Iterable[str] = ()) -> dict[str, nn.Parameter]:
         """Every floating point parameter, tied ones once."""
-        whole = {id(p) for name in kept for p in model.get_submodule(name).parameters()}
-        chosen = {name: p for name, p in model.named_parameters() if p.is_floating_point() and id(p) not in whole}
+        whole = {id(p) for name in kept for p in submodule(model, name).parameters()}
+        chosen = {
+            name: p
+            for name, p in model.named_parameters()
+            if p.is_floating_point() and p.dtype.itemsize > 1 and id(p) not in whole
+        }
         if not chosen:
             raise ValueError(f"{type(model).__name__} has no floating point parameter to compose")
         return chosen

@@ -23,6 +23,7 @@ from lowdim.companion import Companion
 from lowdim.errors import NoGradientError, check_choice
 from lowdim.linalg import gather, is_sharded
 from lowdim.results import html_table
+from lowdim.surgery import plain_name, submodule
 
 __all__ = ["EXPORTERS", "Adapted", "by_layer"]
 
@@ -47,7 +48,8 @@ class Adapted(Companion):
     """A model with adapted layers. Made by `lowdim.adapt` and `lowdim.load_adapter`.
 
     Attributes:
-        model: the model that was given, layers swapped in place; train it with any loop.
+        model: the model that was given, layers swapped in place; train it with any loop. What it was wrapped in (compiled,
+            data-parallel) is left out here and keeps working: it holds the same layers.
         layers: name -> AdaptedLayer.
         method: the hyperparameters.
         modules_to_save: names of other modules that are trained and saved whole (a new head).
@@ -153,13 +155,15 @@ class Adapted(Companion):
             for p in module.parameters()
         }
         return {
-            name: p for name, p in self.model.named_parameters() if id(p) in own or (p.requires_grad and id(p) not in foreign)
+            plain_name(name): p
+            for name, p in self.model.named_parameters()
+            if id(p) in own or (p.requires_grad and id(p) not in foreign)
         }
 
     def trainable_here(self) -> dict[str, nn.Parameter]:
         """`trainable()` without the modules that are saved whole."""
         own = self._own()
-        return {name: p for name, p in self.model.named_parameters() if id(p) in own}
+        return {plain_name(name): p for name, p in self.model.named_parameters() if id(p) in own}
 
     def _own(self) -> set[int]:
         own = {id(p) for layer in self.layers.values() for p in layer.update.parameters()}
@@ -230,7 +234,7 @@ class Adapted(Companion):
 
     def _kept(self, module: str) -> dict[str, Tensor]:
         """The tensors of a module that is saved whole."""
-        saved = self.model.get_submodule(module).state_dict()
+        saved = submodule(self.model, module).state_dict()
         odd = [key for key, value in saved.items() if not isinstance(value, Tensor)]
         if odd:
             raise ValueError(
@@ -251,7 +255,7 @@ class Adapted(Companion):
         if self.shared is not None:
             self.shared.load_state_dict(_below(state, shared_prefix(self.modules_to_save)))
         for module in self.modules_to_save:
-            self.model.get_submodule(module).load_state_dict(_below(state, f"{module}."))
+            submodule(self.model, module).load_state_dict(_below(state, f"{module}."))
 
     def description(self) -> dict[str, Any]:
         """The description in a checkpoint: the method and its hyperparameters, the base model, each layer."""
@@ -309,7 +313,7 @@ class Adapted(Companion):
                 entries that its dtype cannot hold. The model is then unchanged, and the adapter still attached.
         """
         for name, layer in self.layers.items():
-            if self.model.get_submodule(name) is not layer or isinstance(layer.base, AdaptedLayer):
+            if submodule(self.model, name) is not layer or isinstance(layer.base, AdaptedLayer):
                 raise ValueError(f"layer {name} has several adapters; delete the others first, or use AdapterSet.merge()")
         plain, changes = merged_layers(self.layers)
         flags = {p: p.requires_grad for p in self.model.parameters()}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lowdim.adapters.core.adapted import Adapted
 from lowdim.adapters.core.attach import adapt
 from lowdim.adapters.core.files.checkpoint import load_adapter
+from lowdim.adapters.core.guards import plain_model
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.low_rank import LoRAUpdate
 from lowdim.adapters.core.merging import MergeReport, merged_layers, put_layers, tie_words, untie_words
@@ -22,7 +23,7 @@ from lowdim.errors import check_float, check_int, unknown
 from lowdim.files import read_json
 from lowdim.linalg import compress_factors, truncated_svd, wide
 from lowdim.results import Result
-from lowdim.surgery import replace_layer, with_matrix
+from lowdim.surgery import replace_layers, submodule, with_matrix
 
 __all__ = ["AdapterSet", "Combination"]
 
@@ -82,6 +83,7 @@ class AdapterSet:
     """
 
     def __init__(self, model: nn.Module):
+        model = plain_model(model)
         if any(isinstance(module, AdaptedLayer) for module in model.modules()):
             raise ValueError(
                 "model is already adapted: pass the plain model, or build the set with AdapterSet.of(name=adapted)"
@@ -195,8 +197,8 @@ class AdapterSet:
         """Remove an adapter from the model; the others stay. Its own copy of a base weight is removed too."""
         self._check_unmerged("delete")
         gone = self[name]
-        for place, layer in gone.layers.items():
-            self._unwrap(place, layer)
+        freed = {place: plain for place, layer in gone.layers.items() if (plain := self._unwrapped(place, layer)) is not None}
+        replace_layers(self.model, freed)
         gone.drop_shared()
         del self.adapters[name], self._strengths[name]
 
@@ -266,7 +268,7 @@ class AdapterSet:
     def merge(self) -> MergeReport:
         """Put plain layers with the active adapters' `W_eff` into the model; `unmerge()` restores everything bit for bit."""
         self._check_unmerged("merge")
-        outer = {place: self.model.get_submodule(place) for adapted in self.adapters.values() for place in adapted.layers}
+        outer = {place: submodule(self.model, place) for adapted in self.adapters.values() for place in adapted.layers}
         flags = {p: p.requires_grad for p in self.model.parameters()}
         plain, changes = merged_layers(cast("dict[str, AdaptedLayer]", outer))
         put_layers(self.model, plain)
@@ -320,16 +322,16 @@ class AdapterSet:
             for layer, strength, rows in before:
                 layer.strength, layer.rows = strength, rows
 
-    def _unwrap(self, place: str, gone: AdaptedLayer) -> None:
-        """Remove one wrapper from the chain at `place`."""
+    def _unwrapped(self, place: str, gone: AdaptedLayer) -> nn.Module | None:
+        """Remove one wrapper from the chain at `place`; the layer to put there if the wrapper is the outermost."""
         layer: nn.Module = submodule(self.model, place)
         if layer is gone:
-            replace_layer(self.model, place, gone.released())
-            return
+            return gone.released()
         while isinstance(layer, AdaptedLayer) and layer.base is not gone:
             layer = layer.base
         assert isinstance(layer, AdaptedLayer)
         layer.base = gone.released()
+        return None
 
     def _load_detached(self, mine: Adapted, folder: str | Path) -> Adapted:
         """The adapter in `folder`, attached to placeholders for the layers that `mine` adapts."""

@@ -31,7 +31,6 @@ from lowdim.surgery import (
     find_layers,
     float_dtype,
     freeze,
-    has_stored_weight,
     is_linear_class,
     is_quantized,
     known_dtype,
@@ -108,7 +107,7 @@ def adapt(
     if note:
         warn_caller(note)
     kept = saved_modules(model, modules_to_save, layers)
-    fingerprints = {name: layer_fingerprint(layer) for name, layer in layers.items()} if initialise else {}
+    fingerprints = _fingerprints(method, layers) if initialise else {}
     with torch.enable_grad():
         stats = collect(model, layers, method.needs, batches, loss_fn) if initialise else {name: {} for name in layers}
     prepared = method.prepare(layers, seed=seed, initialise=initialise)
@@ -135,6 +134,14 @@ def adapt(
     )
     adapted.capped_ranks = capped
     return adapted
+
+
+def _fingerprints(method: Method, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    found = {}
+    for name, layer in layers.items():
+        with error_context(type(method).__name__, name, layer):
+            found[name] = layer_fingerprint(layer)
+    return found
 
 
 def put_in_place(
@@ -182,7 +189,7 @@ def target_layers(model: nn.Module, method: Method) -> dict[str, nn.Module]:
             return False
         if isinstance(layer, AdaptedLayer):
             return method.accepts(layer)
-        if everything and not ((is_linear_class(layer) or isinstance(layer, CONVOLUTIONS)) and has_stored_weight(layer)):
+        if everything and not (is_linear_class(layer) or isinstance(layer, CONVOLUTIONS)):
             return False
         return method.accepts(layer) and not behaviour(layer).reason
 

@@ -89,7 +89,7 @@ def refuse_missing(layers: Mapping[str, nn.Module], *, values: bool = True) -> N
         weight = plain._parameters.get("weight")
         if values and weight is not None and weight.is_meta:
             raise ValueError(
-                f"layer {name} ({describe(plain)}) has no values, only a shape (the meta device): load the model's weights first"
+                f"layer {name} ({describe(plain)}) has no values, only a shape (the meta device): load its weights first"
             )
 
 

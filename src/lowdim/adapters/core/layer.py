@@ -65,7 +65,8 @@ class AdaptedLayer(nn.Module):
         if not shares:
             for parameter in layer.parameters():
                 parameter.requires_grad_(False)
-        matrix = update.rebase((layer.pristine_weight() if shares else dense_matrix(layer)).detach())
+        weight = layer.pristine_weight() if isinstance(layer, AdaptedLayer) else dense_matrix(layer)
+        matrix = update.rebase(weight.detach())
         self.taken = matrix is not None
         self.rebased = matrix is not None and not shares and not is_quantized(layer)
         self.base = with_matrix(layer, matrix) if matrix is not None and self.rebased else layer

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.results import Result
-from lowdim.surgery import is_quantized, replace_layer, weight_matrix
+from lowdim.surgery import is_quantized, replace_layers, submodule, weight_matrix
 
 __all__ = [
     "LayerChange",
@@ -107,20 +107,17 @@ def check_held(what: str, before: Tensor, exact: Tensor, stored: Tensor) -> None
 
 def put_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Put each layer where its name is; if that is interrupted, those that were there before are put back."""
-    before = {name: model.get_submodule(name) for name in layers}
+    before = {name: submodule(model, name) for name in layers}
     try:
-        for name, layer in layers.items():
-            replace_layer(model, name, layer)
+        replace_layers(model, layers)
     except BaseException:
-        for name, layer in before.items():
-            if model.get_submodule(name) is not layer:
-                replace_layer(model, name, layer)
+        replace_layers(model, before)
         raise
 
 
 def allow_training(model: nn.Module) -> None:
     """Switch gradients on for every parameter that can have one: a quantized weight stays as it is."""
-    packed = {id(module.weight) for module in model.modules() if is_quantized(module)}
+    packed = {id(getattr(module, "weight", None)) for module in model.modules() if is_quantized(module)}
     for parameter in model.parameters():
         if (parameter.is_floating_point() or parameter.is_complex()) and id(parameter) not in packed:
             parameter.requires_grad_(True)

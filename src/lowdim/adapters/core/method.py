@@ -63,7 +63,7 @@ class Method:
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Check the names of the options; the dataclass sets them."""
-        check_options(cls, args, options)
+        check_options(cls, options)
         return super().__new__(cls)
 
     def blank(

@@ -21,7 +21,7 @@ from lowdim.adapters.core.shared import SHARED, free_name
 from lowdim.calibrate import LossFn
 from lowdim.errors import NoGradientError
 from lowdim.linalg import wide
-from lowdim.surgery import freeze
+from lowdim.surgery import freeze, submodule
 
 __all__ = ["WholeAdapted", "WholeMethod", "merge_parameters", "refuse_adapted"]
 
@@ -72,7 +72,7 @@ class WholeMethod(ModelMethod, abstract=True):
         with unchanged_on_error(model):
             freeze(model)
             for name in kept:
-                model.get_submodule(name).requires_grad_(True)
+                submodule(model, name).requires_grad_(True)
             return (self.adapted_type or WholeAdapted)(model, self, shared, prints, kept, seed)
 
     @classmethod

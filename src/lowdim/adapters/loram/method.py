@@ -22,7 +22,7 @@ from lowdim.adapters.loram.channels import ChannelGroup, linear_layer, recover_l
 from lowdim.adapters.loram.masks import Masks, magnitude_mask, pruned_layer
 from lowdim.errors import NoMatchingModuleError, check_float, check_int, nearest
 from lowdim.linalg import draw_uniform, wide
-from lowdim.surgery import find_layers, is_linear, matrix_shape, replace_layer, weight_matrix
+from lowdim.surgery import find_layers, is_linear, matrix_shape, replace_layer, submodule, weight_matrix
 
 __all__ = ["AdaptedLoRAM", "LoRAM", "LoRAMUpdate"]
 
@@ -143,7 +143,7 @@ class AdaptedLoRAM(Adapted):
         factors = self.recovered(model)
         plain = method_class("LoRA")(self.method.rank, self.method.alpha, target_modules=list(factors))
         heads = {name: self._head(model, name) for name in self.modules_to_save}
-        layers = {name: model.get_submodule(name) for name in factors}
+        layers = {name: submodule(model, name) for name in factors}
         prints = {name: layer_fingerprint(layer) for name, layer in layers.items()}
         tied = tied_layers(model, layers)
         for parameter in model.parameters():
@@ -157,7 +157,7 @@ class AdaptedLoRAM(Adapted):
                 update.B.copy_(B)
             replace_layer(model, name, wrapped[name])
         for name, state in heads.items():
-            head = model.get_submodule(name)
+            head = submodule(model, name)
             head.load_state_dict(state)
             head.requires_grad_(True)
         return Adapted(model, plain, wrapped, prints, self.modules_to_save, self.seed, tied)
@@ -174,9 +174,9 @@ class AdaptedLoRAM(Adapted):
         return merged
 
     def _head(self, model: nn.Module, name: str) -> dict[str, Tensor]:
-        own = self.model.get_submodule(name).state_dict()
+        own = submodule(self.model, name).state_dict()
         try:
-            other = model.get_submodule(name).state_dict()
+            other = submodule(model, name).state_dict()
         except AttributeError:
             raise NoMatchingModuleError(f"the whole model has no module {name!r}") from None
         shapes = [{key: value.shape for key, value in state.items()} for state in (own, other)]

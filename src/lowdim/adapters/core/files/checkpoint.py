@@ -14,12 +14,12 @@ from lowdim.adapters.core.attach import put_in_place
 from lowdim.adapters.core.composed import is_composed
 from lowdim.adapters.core.files.layout import TENSORS, Header, Layer, read_adapter
 from lowdim.adapters.core.fingerprints import base_difference, layer_difference
-from lowdim.adapters.core.guards import error_context, pristine_matrix
+from lowdim.adapters.core.guards import error_context, plain_model, pristine_matrix, refuse_missing
 from lowdim.adapters.core.method import Method, registered_methods
 from lowdim.adapters.core.shared import shared_prefix
 from lowdim.adapters.core.whole import WholeMethod, refuse_adapted
 from lowdim.errors import CheckpointError, LowdimError, nearest
-from lowdim.surgery import matrix_shape
+from lowdim.surgery import matrix_shape, named_layers, submodule
 
 __all__ = ["load_adapter"]
 
@@ -55,7 +55,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         >>> bool(torch.equal(model(x), twin(x)))
         True
     """
-    folder = Path(folder)
+    folder, model = Path(folder), plain_model(model)
     if not (folder / TENSORS).is_file() and (folder / "adapter_config.json").is_file():
         raise CheckpointError(f"{folder} holds a PEFT adapter; load it with peft.PeftModel.from_pretrained")
     tensors, header = read_adapter(folder)
@@ -64,7 +64,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         return _load_whole(model, method, tensors, header, folder, check_base)
     if is_composed(model):
         raise CheckpointError(f"{folder}: the model's parameters are composed by another adapter: merge() that first")
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = named_layers(model)
     layers = {name: _find(modules, name, entry, folder, check_base) for name, entry in header.layers.items()}
     with _reading(folder, header):
         prepared = method.prepare(layers, seed=header.seed, initialise=False)
@@ -93,7 +93,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         shared=shared,
     )
     for name, state in heads.items():
-        model.get_submodule(name).load_state_dict(state)
+        submodule(model, name).load_state_dict(state)
     adapted.capped_ranks = {name: entry.meta["rank"] for name, entry in header.layers.items() if entry.meta.get("capped")}
     return adapted
 
@@ -151,7 +151,7 @@ def _load_whole(
     _restore_shared(shared, tensors, header, folder)
     heads = _heads(model, header.modules_to_save, tensors, folder)
     for name, state in heads.items():
-        model.get_submodule(name).load_state_dict(state)
+        submodule(model, name).load_state_dict(state)
     prints = cast("dict[str, str]", {name: entry.fingerprint for name, entry in header.parameters.items()})
     return method.put(model, shared, prints, header.modules_to_save, header.seed)
 
@@ -178,6 +178,7 @@ def _find(modules: Mapping[str, nn.Module], name: str, entry: Layer, folder: Pat
         raise CheckpointError(
             f"{folder} adapts layer {name}, which the model lacks (nearest: {', '.join(nearest(name, modules))})"
         )
+    refuse_missing({name: layer}, values=False)
     try:
         shape = matrix_shape(layer)
     except TypeError as error:
@@ -213,7 +214,7 @@ def _heads(model: nn.Module, names: Sequence[str], tensors: Mapping[str, Tensor]
     for name in names:
         own = {key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
         try:
-            module = model.get_submodule(name)
+            module = submodule(model, name)
         except AttributeError:
             raise CheckpointError(f"{folder} holds module {name}, which the model lacks") from None
         want = cast("dict[str, Any]", module.state_dict())

@@ -21,7 +21,7 @@ from lowdim.adapters.core.method import ModelMethod
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.files import write_json, write_tensors
 from lowdim.results import Result
-from lowdim.surgery import CONVOLUTIONS, is_conv1d
+from lowdim.surgery import CONVOLUTIONS, is_conv1d, submodule
 
 __all__ = ["PeftExport", "to_peft"]
 
@@ -130,7 +130,7 @@ def to_peft(
         **config,
     }
     for module in _inside(adapted.modules_to_save, root):
-        state = adapted.model.get_submodule(module).state_dict()
+        state = submodule(adapted.model, module).state_dict()
         tensors.update({f"base_model.model.{module}.{key}": value for key, value in state.items()})
     if root:
         config, tensors = _relative(config, tensors, root)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowdim.errors import check_float, check_int
 
-__all__ = ["by_energy", "energy_rank", "parameter_rank", "welore", "welore_at"]
+__all__ = ["by_energy", "capped_note", "energy_rank", "parameter_rank", "welore", "welore_at"]
 
 
 def energy_rank(
@@ -74,6 +75,23 @@ def by_energy(spectra: list[Tensor], *, rank: int, choices: Sequence[int]) -> li
             result[i] = choice
         start = stop
     return result
+
+
+def capped_note(ranks: Mapping[str, Any]) -> tuple[str, ...]:
+    """One note that names the layers whose rank was capped, and to what; none without such layers.
+
+    Example:
+        >>> from lowdim.ranks import capped_note
+        >>> capped_note({"gate": 1})
+        ('the rank is above what 1 layer allows, which is adapted at its own limit: gate (1)',)
+    """
+    if not ranks:
+        return ()
+    shown = ", ".join(f"{name} ({rank})" for name, rank in list(ranks.items())[:4])
+    many = "1 layer allows, which is" if len(ranks) == 1 else f"{len(ranks)} layers allow, which are"
+    rest = "" if len(ranks) <= 4 else f" and {len(ranks) - 4} more"
+    limit = "its own limit" if len(ranks) == 1 else "their own limits"
+    return (f"the rank is above what {many} adapted at {limit}: {shown}{rest}",)
 
 
 def parameter_rank(out_features: int, in_features: int, *, share: float, multiple: int = 1) -> int:

@@ -47,6 +47,8 @@ class LoRDConfig:
         exclude: used where `target_modules` is None.
         skip_unprofitable: leave a layer dense where two factors would hold no fewer weights.
         centered: decompose around the outputs' mean, with a new bias for every layer; False adds no bias to layers without one.
+        cap_rank: a `rank` above a layer's smaller side becomes that side there, where it is an error otherwise; the report's
+            `details["capped_ranks"]` lists these layers. `lowdim compress` sets it.
 
     Exactly one of `rank`, `rank_ratio` and `param_ratio` must be given.
     """
@@ -62,6 +64,7 @@ class LoRDConfig:
     exclude: tuple[str, ...] = ("lm_head", "embed", "classifier")
     skip_unprofitable: bool = True
     centered: bool = True
+    cap_rank: bool = False
 
     def __post_init__(self) -> None:
         given = [name for name in self.one_of[0] if getattr(self, name) is not None]
@@ -151,6 +154,12 @@ def lord(
             new[name], errors[name] = _decompose(layer, found, ranks[name], centered=config.centered)
     _warn(model, layers, todo, tokens)
     report = _report(model, layers, tied, new, errors, tokens)
+    wanted = {name: config.rank if table is None else table[layer] for name, layer in layers.items()}
+    capped = {
+        name: ranks[name] for name, rank in wanted.items() if isinstance(rank, int) and rank > min(matrix_shape(layers[name]))
+    }
+    if capped:
+        report.details["capped_ranks"] = capped
     swap_layers(model, todo, lambda name, _: new[name])
     attach_report(model, report)
     _log.info("%s", report.summary)
@@ -287,9 +296,12 @@ def _rank_of(name: str, layer: nn.Module, config: LoRDConfig, table: Mapping[nn.
     if rank is None:
         return lord_rank(out_features, in_features, config.rank_ratio, config.param_ratio, config.rank_multiple)
     assert isinstance(rank, int)
-    if rank > min(out_features, in_features):
-        raise ValueError(f"layer {name}: rank must be in [1, {min(out_features, in_features)}]; got {rank}")
-    return _round_down(rank, config.rank_multiple)
+    limit = min(out_features, in_features)
+    if rank > limit and not config.cap_rank:
+        raise ValueError(
+            f"layer {name}: rank must be in [1, {limit}]; got {rank}; LoRDConfig(..., cap_rank=True) caps it there"
+        )
+    return _round_down(min(rank, limit), config.rank_multiple)
 
 
 def _unprofitable(layer: nn.Module, rank: int) -> bool:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lowdim.errors import LowdimError, check_float, check_int
 from lowdim.jobs.systems import Compressor, compressor
 from lowdim.outputs import new_folder
+from lowdim.ranks import capped_note
 from lowdim.records import CompressionRecord
 from lowdim.results import Result, json_value
 
@@ -184,6 +185,8 @@ def _compress(
     perplexity.append(task.evaluate(model, task.test, metric))
     kept = _size(model)
     say(last_report(model).summary)
+    for note in capped_note(last_report(model).details.get("capped_ranks", {})):
+        say(f"note: {note}")
     tuning: dict[str, Any] = {}
     if settings.tune_steps is not None:
         tuning = _tune(method, model, task, settings.tune_steps, _RATE if settings.lr is None else settings.lr)

@@ -61,7 +61,8 @@ class Compressor:
         check_options(self.entry.slug, known, given, _owners(strangers[0]) if strangers else ())
         groups = getattr(self.config, "one_of", ())
         taken = set(given).union(*(group for group in groups if set(group) & set(given)))
-        return self.config(**{n: v for n, v in self.entry.options.items() if n not in taken}, **given)
+        capping = {"cap_rank": True} if "cap_rank" in known else {}  # one small layer must not stop a command
+        return self.config(**{**capping, **{n: v for n, v in self.entry.options.items() if n not in taken}, **given})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from lowdim.adapters.core.layer import kind_of
 from lowdim.catalogue import Variant
 from lowdim.methods.applied import Applied
 from lowdim.methods.setup import Setup
-from lowdim.methods.strategy import Strategy, adamw, capped_note, names_subclass
+from lowdim.methods.strategy import Strategy, adamw, names_subclass
+from lowdim.ranks import capped_note
 
 __all__ = ["AdapterStrategy"]
 

@@ -13,6 +13,7 @@ from lowdim.layers import swap_linear
 from lowdim.methods.applied import Applied
 from lowdim.methods.setup import Setup
 from lowdim.methods.strategy import Strategy, adamw, hyperparameters, names_subclass
+from lowdim.ranks import capped_note
 from lowdim.surgery import find_layers, is_linear, matrix_shape, without_tied
 
 __all__ = ["LayerStrategy"]
@@ -49,8 +50,8 @@ class LayerStrategy(Strategy):
         """Swap the selected layers; by default those that become smaller at the rank."""
         model.requires_grad_(True)
         own, companion_options = self._split(setup)
-        left = self._swap(model, own, setup)
-        notes = ()
+        left, capped = self._swap(model, own, setup)
+        notes = capped_note(capped)
         if left:
             notes = (f"{len(left)} layers stay dense, as their smaller side is not above the rank: {', '.join(left[:4])}",)
         return Applied(
@@ -60,6 +61,7 @@ class LayerStrategy(Strategy):
             options=dict(self.variant.options),
             make_companion=functools.partial(self._companion, model, companion_options) if self.variant.companion else None,
             notes=notes,
+            capped_ranks=capped,
         )
 
     def restore(self, model: nn.Module, setup: Setup) -> nn.Module:
@@ -83,26 +85,30 @@ class LayerStrategy(Strategy):
     def _companion(self, model: nn.Module, options: dict[str, Any], optimizer: torch.optim.Optimizer) -> Companion:
         return self.variant.build_companion()(model=model, optimizer=optimizer, **options)
 
-    def _swap(self, model: nn.Module, options: dict[str, Any], setup: Setup) -> list[str]:
-        """Returns the names of layers that stay dense, because the rank would not make them smaller."""
+    def _swap(self, model: nn.Module, options: dict[str, Any], setup: Setup) -> tuple[list[str], dict[str, int]]:
+        """The layers that stay dense, because the rank would not make them smaller, and those with a rank of their own.
+
+        Layers with a smaller side up to the rank are swapped only if they were named, or if there are no others.
+        """
         cls, targets = self.variant.build(), options.pop("target_modules", None)
         fresh = setup.scratch or not setup.initialise
         if fresh and "seed" in hyperparameters(cls):
             options.setdefault("seed", setup.seed)
         left: list[str] = []
-        if targets is None and "rank" in options:
-            targets, left = _above_rank(model, options["rank"])
-        swap_linear(model, cls, targets, fresh=fresh, **options)
-        return left
+        capped: dict[str, int] = {}
+        if "rank" in options:
+            sides = _smaller_sides(model, targets)
+            large = [name for name, side in sides.items() if side > options["rank"]]
+            if targets in (None, "all-linear") and large:
+                left = [name for name, side in sides.items() if side <= options["rank"]]
+                targets = large if left else targets
+            else:
+                capped = {name: side for name, side in sides.items() if side < options["rank"]}
+        swap_linear(model, cls, targets, fresh=fresh, cap_rank=True, **options)
+        return left, capped
 
 
-def _above_rank(model: nn.Module, rank: int) -> tuple[list[str] | None, list[str]]:
-    """The layers whose smaller side is above the rank, and the others, which a factorization would not make smaller.
-
-    `(None, [])` if all are above it, or none: the layer's own error then reports the possible ranks.
-    """
-    layers, _ = without_tied(model, find_layers(model, accept=is_linear), named=False)
-    large = [name for name, layer in layers.items() if min(matrix_shape(layer)) > rank]
-    if not large or len(large) == len(layers):
-        return None, []
-    return large, [name for name in layers if name not in set(large)]
+def _smaller_sides(model: nn.Module, targets: Any) -> dict[str, int]:
+    """The smaller side of each layer that would be swapped."""
+    layers, _ = without_tied(model, find_layers(model, targets, accept=is_linear), named=False)
+    return {name: min(matrix_shape(layer)) for name, layer in layers.items()}

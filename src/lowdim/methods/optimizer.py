@@ -13,6 +13,7 @@ from lowdim.methods.applied import Applied
 from lowdim.methods.setup import Setup
 from lowdim.methods.strategy import Strategy, hyperparameters, names_subclass
 from lowdim.optim import ProjectedOptimizer, param_groups
+from lowdim.optim.core.groups import ParamGroups, too_small
 
 __all__ = ["OptimizerStrategy"]
 
@@ -47,7 +48,7 @@ class OptimizerStrategy(Strategy):
         extras = self._extras(setup)
         self._make(model, extras, setup.lr).remove_hooks()  # invalid options raise now, not after training has begun
         make = functools.partial(self._make, model, extras)
-        return Applied(model, self.variant, make, options=dict(self.variant.options))
+        return Applied(model, self.variant, make, options=dict(self.variant.options), notes=self._notes(model))
 
     def restore(self, model: nn.Module, setup: Setup) -> nn.Module:
         """The model with the weights that the optimizer stores (INT8 for Q-GaLore)."""
@@ -72,9 +73,25 @@ class OptimizerStrategy(Strategy):
             extras["max_norm"] = setup.max_norm
         return extras
 
+    def _notes(self, model: nn.Module) -> tuple[str, ...]:
+        """Which matrices are too small to be projected: no error, but the method does nothing there."""
+        rank = self.variant.options["rank"]
+        groups = self._groups(model, rank)
+        small = [f"{name} {shape}" for name, shape, reason in groups.rows if reason == too_small(rank)]
+        if not any(group["rank"] for group in groups):
+            return (f"no matrix has a smaller side above rank {rank}: all of the model is trained without projection",)
+        if not small:
+            return ()
+        shown = ", ".join(small[:4]) + (f" and {len(small) - 4} more" if len(small) > 4 else "")
+        return (f"trained without projection, since their smaller side is not above rank {rank}: {shown}",)
+
+    @staticmethod
+    def _groups(model: nn.Module, rank: int) -> ParamGroups:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # for a model without a matrix to project
+            return param_groups(model, rank=rank)
+
     def _make(self, model: nn.Module, extras: dict[str, Any], lr: float) -> Any:
         options = {**self.variant.options, **extras}
         rank = options.pop("rank")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # for a model without a matrix to project
-            return self.variant.build()(param_groups(model, rank=rank), lr=lr, **options)
+        return self.variant.build()(self._groups(model, rank), lr=lr, **options)

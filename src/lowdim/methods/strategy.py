@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from lowdim.methods.applied import Applied
     from lowdim.methods.setup import Setup
 
-__all__ = ["Strategy", "adamw", "capped_note", "hyperparameters", "names_subclass"]
+__all__ = ["Strategy", "adamw", "hyperparameters", "names_subclass"]
 
 
 class Strategy(ABC):
@@ -112,23 +111,6 @@ def hyperparameters(cls: Any) -> list[str]:
     place = {"device", "dtype"}
     named = inspect.signature(cls).parameters.values()
     return [p.name for p in named if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in place]
-
-
-def capped_note(ranks: Mapping[str, Any]) -> tuple[str, ...]:
-    """One note that names the layers whose rank was capped, and to what; none without such layers.
-
-    Example:
-        >>> from lowdim.methods.strategy import capped_note
-        >>> capped_note({"gate": 1})
-        ('the rank is above what 1 layer allows, which is adapted at its own limit: gate (1)',)
-    """
-    if not ranks:
-        return ()
-    shown = ", ".join(f"{name} ({rank})" for name, rank in list(ranks.items())[:4])
-    many = "1 layer allows, which is" if len(ranks) == 1 else f"{len(ranks)} layers allow, which are"
-    rest = "" if len(ranks) <= 4 else f" and {len(ranks) - 4} more"
-    limit = "its own limit" if len(ranks) == 1 else "their own limits"
-    return (f"the rank is above what {many} adapted at {limit}: {shown}{rest}",)
 
 
 def names_subclass(variant: Variant, base: type) -> bool:

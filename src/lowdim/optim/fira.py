@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Unpack
 
 from lowdim.errors import check_choice, check_float
-from lowdim.optim.core.checking import check_limiter, check_matrix, check_schedule
+from lowdim.optim.core.checking import check_limiter, check_matrix, check_ranks, check_schedule
 from lowdim.optim.core.driver import ProjectedOptimizer
 from lowdim.optim.core.inner import AdamWRule
 from lowdim.optim.core.options import TrainingOptions
@@ -128,5 +128,4 @@ class Fira(ProjectedOptimizer):
         check_choice("proj_type", group["proj_type"], _PROJ_TYPES)
         check_choice("svd", group["svd"], ("auto", "exact", "randomized"))
         check_limiter(group["limiter"])
-        for p in group["params"]:
-            check_matrix(group["rank"], tuple(p.shape))
+        check_ranks(group, check_matrix)

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.optim.core.adafactor import AdafactorRule
-from lowdim.optim.core.checking import check_rank, check_schedule
+from lowdim.optim.core.checking import check_ranks, check_schedule
 from lowdim.optim.core.driver import ProjectedOptimizer
 from lowdim.optim.core.half import AdamW16bitRule
 from lowdim.optim.core.inner import AdamW8bitRule, AdamWRule
@@ -156,8 +156,7 @@ class GaLore(ProjectedOptimizer):
                 )
             check_float("eps", group["eps"], 0.0)
         _check_options(group)
-        for p in group["params"]:
-            check_rank(group["rank"], tuple(p.shape))
+        check_ranks(group)
 
 
 def _check_options(group: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.linalg import compute_dtype, dequantize_affine, has_numbers, pack_nibbles, quantize_affine, unpack_nibbles
 from lowdim.optim.core import sharded
-from lowdim.optim.core.checking import check_rank, check_schedule
+from lowdim.optim.core.checking import check_ranks, check_schedule
 from lowdim.optim.core.driver import ProjectedOptimizer
 from lowdim.optim.core.groups import projected_layers
 from lowdim.optim.core.inner import AdamW8bitRule, AdamWRule
@@ -323,9 +323,9 @@ class QGaLore(ProjectedOptimizer):
         check_choice("svd", group["svd"], ("auto", "exact", "randomized"))
         if group["rank"] is not None:
             check_int("rank", group["rank"], 1)
+        check_ranks(group)
         for p in group["params"]:
             check_int8(p)
-            check_rank(group["rank"], tuple(p.shape))
             if group["rank"] is not None and p.ndim != 2:
                 raise ValueError(
                     f"rank must be None for a group that holds tensors other than matrices; got shape {tuple(p.shape)}"

@@ -22,6 +22,7 @@ def swap_linear(
     *,
     exclude: Iterable[str] = (),
     fresh: bool = False,
+    cap_rank: bool = False,
     **how: Any,
 ) -> nn.Module:
     """Replace linear layers by structured ones, in place: the start of dense-to-sparse fine-tuning.
@@ -33,6 +34,7 @@ def swap_linear(
         exclude: skip layers whose name contains one of these.
         fresh: draw new weights, `layer_class(in, out, bias, **how)`, instead of approximating the trained ones; for training
             from scratch, and for forecasts on the meta device.
+        cap_rank: give a layer whose smaller side is below `rank` that side as its rank, where it would be refused.
         how: hyperparameters of the layer; a `seed` among them seeds all layers: each derives its own seed from it and its
             name.
 
@@ -41,8 +43,8 @@ def swap_linear(
 
     Raises:
         TypeError: `layer_class` has no `from_linear`.
-        ValueError: a pattern matches nothing, or a layer does not allow the hyperparameters (named; the model is
-            unchanged).
+        ValueError: a pattern matches nothing, or a layer does not allow the hyperparameters, such as a rank above its smaller
+            side without `cap_rank` (named; the model is unchanged).
 
     Example:
         >>> from torch import nn
@@ -62,12 +64,19 @@ def swap_linear(
 
     def structured(name: str, layer: nn.Module) -> nn.Module:
         linear = as_linear(layer)
-        seed = {} if how.get("seed") is None else {"seed": derive_seed(how["seed"], "layer", name) % 2**31}
+        own: dict[str, Any] = {} if how.get("seed") is None else {"seed": derive_seed(how["seed"], "layer", name) % 2**31}
+        limit = min(linear.in_features, linear.out_features)
+        if "rank" in how and isinstance(how["rank"], int) and how["rank"] > limit:
+            if not cap_rank:
+                raise ValueError(
+                    f"rank must be an int in [1, {limit}]; got {how['rank']}; swap_linear(..., cap_rank=True) caps it"
+                )
+            own["rank"] = limit
         if not fresh:
-            return cast(nn.Module, make(linear, **{**how, **seed}))
+            return cast(nn.Module, make(linear, **{**how, **own}))
         weight = linear.weight
         shape = linear.in_features, linear.out_features, linear.bias is not None
-        return layer_class(*shape, device=weight.device, dtype=weight.dtype, **{**how, **seed}).train(layer.training)
+        return layer_class(*shape, device=weight.device, dtype=weight.dtype, **{**how, **own}).train(layer.training)
 
     swap_layers(model, layers, convert)
     return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "check_matrix",
     "check_params",
     "check_rank",
+    "check_ranks",
     "check_saved_group",
     "check_schedule",
     "restored",
@@ -87,12 +88,25 @@ def check_rank(rank: int | tuple[int, ...] | list[int] | None, shape: tuple[int,
     if isinstance(rank, int):
         check_int("rank", rank, 1)
         if len(shape) == 2 and rank > min(shape):
-            raise ValueError(f"rank must be at most the smaller side of a matrix of shape {shape}; got {rank}")
+            raise ValueError(
+                f"rank must be at most {min(shape)}, the smaller side of a matrix of shape {shape}; got {rank}; "
+                "lowdim.optim.param_groups(model, rank=...) leaves such matrices unprojected, as a group with rank=None does"
+            )
         return
     if not isinstance(rank, (tuple, list)) or len(shape) == 2 or len(rank) != len(shape):
         raise ValueError(f"rank must be an int, or for a tensor of shape {shape} one int a dimension; got {rank!r}")
     for mode, (r, size) in enumerate(zip(rank, shape)):
         check_int(f"rank[{mode}]", r, 1, size)
+
+
+def check_ranks(group: dict[str, Any], check: Callable[[Any, tuple[int, ...]], None] = check_rank) -> None:
+    """`check` the rank of a group against the shape of each parameter; the error names the parameter, if it has a name."""
+    names = group.get("param_names")
+    for place, p in enumerate(group["params"]):
+        try:
+            check(group["rank"], tuple(p.shape))
+        except ValueError as error:
+            raise ValueError(f"parameter {names[place]}: {error}" if names else str(error)) from None
 
 
 def check_limiter(limiter: Any) -> None:

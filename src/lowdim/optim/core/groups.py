@@ -15,7 +15,7 @@ from lowdim.optim.core import sharded
 from lowdim.optim.core.int8 import Int8Linear, Int8Parameter
 from lowdim.surgery import find_layers, is_conv1d
 
-__all__ = ["ParamGroups", "param_groups", "projected_layers", "state_bytes"]
+__all__ = ["ParamGroups", "param_groups", "projected_layers", "state_bytes", "too_small"]
 
 _LOG = logging.getLogger("lowdim.optim")
 
@@ -109,6 +109,11 @@ def projected_layers(model: nn.Module, rank: int, target_modules: str | Iterable
     return {path: m for path, m in model.named_modules() if _is_linear(m) and m._parameters.get("weight") in chosen}
 
 
+def too_small(rank: int) -> str:
+    """The reason for a matrix that has no `rank` directions to spare."""
+    return f"smaller side not above rank {rank}"
+
+
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all tensors in an optimizer's state; for sharded ones, the bytes that this process holds.
 
@@ -184,4 +189,4 @@ def _reason(p: nn.Parameter, module: nn.Module, wanted: bool, rank: int) -> str:
         return "embedding"
     if not wanted:
         return "head or not targeted" if p.ndim == 2 else "not a matrix"
-    return f"smaller side not above rank {rank}" if min(p.shape) <= rank else ""
+    return too_small(rank) if min(p.shape) <= rank else ""

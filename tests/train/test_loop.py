@@ -281,15 +281,16 @@ def test_bf16_trains(tmp_path):
 
 
 def test_an_unfinished_checkpoint_is_not_used(tmp_path):
-    from lowdim.train.trainer import newest_checkpoint
+    from lowdim.train.checkpoints import complete, newest_checkpoint
 
     assert newest_checkpoint(tmp_path / "none") is None
     for step, state in ((2, {"global_step": 2}), (10, {"global_step": 10})):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+        complete(tmp_path / f"checkpoint-{step}", {})
     (tmp_path / "checkpoint-12").mkdir()  # killed before the state was written
     (tmp_path / "checkpoint-14").mkdir()
-    (tmp_path / "checkpoint-14" / "trainer_state.json").write_text('{"global_st')  # and in the middle of it
+    (tmp_path / "checkpoint-14" / "trainer_state.json").write_text('{"global_step": 14}')  # and before the manifest
     (tmp_path / "checkpoint-best").mkdir()
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 

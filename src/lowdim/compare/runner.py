@@ -31,11 +31,11 @@ from lowdim.records import ComparedRun, ComparisonRecord, MetricRecord, ModelRec
 from lowdim.train.data import locate
 from lowdim.train.environment import environment
 from lowdim.train.garbage import isolated_gc
+from lowdim.train.loading import load_task, random_model, recipe_tokenizer
 from lowdim.train.metrics import Metric, metric_for
 from lowdim.train.neighbours import padding_note
 from lowdim.train.packing import is_source
 from lowdim.train.recipes import Recipe
-from lowdim.train.run import load_task, random_model, recipe_tokenizer
 from lowdim.train.tasks import Task
 from lowdim.units import format_bytes
 

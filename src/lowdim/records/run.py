@@ -32,6 +32,8 @@ class RunRecord(Record):
         ranks: layer -> rank at the end, if the method chooses them.
         capped_ranks: layer -> its rank, where the method's is above what the layer allows.
         notes: what the method left out or changed, in sentences.
+        fingerprint: checksums of what the run builds on: base model, tokenizer, data.
+        files: checksums of the trained model's files.
 
     Example:
         >>> import dataclasses
@@ -69,10 +71,13 @@ class RunRecord(Record):
     ranks: dict[str, int] = field(default_factory=dict)
     capped_ranks: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    fingerprint: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     def left_out(self) -> set[str]:
-        """Penalties, ranks and notes of a method that has none."""
-        return {name for name in ("penalties", "ranks", "capped_ranks", "notes") if not getattr(self, name)}
+        """Penalties, ranks and notes of a method that has none, and checksums of versions that kept none."""
+        names = ("penalties", "ranks", "capped_ranks", "notes", "fingerprint", "files")
+        return {name for name in names if not getattr(self, name)}
 
 
 @dataclass(kw_only=True)

@@ -16,7 +16,7 @@ __all__ = ["render_run", "write_run"]
 
 # Keys shown elsewhere on the page, or useless to a reader (a fingerprint, the result of each test example).
 _PLACED = {"schema", "title", "method", "label", "config", "versions", "hardware", "environment", "losses", "loss_steps"}
-_PLACED |= {"notes", "command", "created", "failure", "hits", "fingerprint", "evaluations", "subspaces", "spikes"}
+_PLACED |= {"notes", "command", "created", "failure", "hits", "fingerprint", "files", "evaluations", "subspaces", "spikes"}
 #: The numbers about subspaces in a run's log, as (key, heading), and the number of steps shown.
 _SEEN = (
     ("true_grad_norm", "Gradient norm"),

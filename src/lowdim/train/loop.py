@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ def fit(
     measure_memory: bool = False,
     callbacks: tuple[Any, ...] = (),
     say: Callable[[str], None] = lambda line: None,
+    fingerprint: Mapping[str, str] | None = None,
 ) -> FitResult:
     """Train `applied.model` on the task's training part.
 
@@ -39,6 +40,7 @@ def fit(
         resume: continue from the newest checkpoint in `folder`.
         measure_memory: record the peak of one step (the third), which makes that step slower.
         say: called with a line for each spike and each evaluation.
+        fingerprint: what the run builds on (`lowdim.train.fingerprint`); a checkpoint of another one is refused.
 
     Returns:
         A `FitResult`; a loss that is not finite ends the run and is reported as `failure`, not raised.
@@ -47,10 +49,21 @@ def fit(
         UnknownNameError: `report_to` is not a tracker known to transformers.
         ImportError: that tracker is not installed.
         OSError: a checkpoint cannot be written; earlier ones are complete.
+        CheckpointError: the newest checkpoint is damaged, or what the run builds on has changed.
     """
     check_tracker(settings.report_to)
     with isolated_gc():
-        return _fit(applied, task, settings, folder, resume=resume, measure_memory=measure_memory, callbacks=callbacks, say=say)
+        return _fit(
+            applied,
+            task,
+            settings,
+            folder,
+            resume=resume,
+            measure_memory=measure_memory,
+            callbacks=callbacks,
+            say=say,
+            fingerprint=fingerprint,
+        )
 
 
 def _fit(
@@ -63,8 +76,10 @@ def _fit(
     measure_memory: bool,
     callbacks: tuple[Any, ...],
     say: Callable[[str], None],
+    fingerprint: Mapping[str, str] | None,
 ) -> FitResult:
     from lowdim.train import trainer as trainers
+    from lowdim.train.checkpoints import newest_checkpoint
 
     result = FitResult()
     recorder = trainers.Recorder(applied.model, measure_memory)
@@ -72,6 +87,7 @@ def _fit(
         applied,
         settings.lr,
         watch=settings.watch,
+        fingerprint=fingerprint,
         args=trainers.arguments(settings, max(1, settings.steps - applied.spent), folder),
         train_dataset=task.train,
         data_collator=task.collate,
@@ -81,7 +97,7 @@ def _fit(
         trainer.add_callback(callback)
     try:
         with quiet():  # otherwise there is a progress bar for each checkpoint
-            trainer.train(resume_from_checkpoint=trainers.newest_checkpoint(folder) if resume else None)
+            trainer.train(resume_from_checkpoint=newest_checkpoint(folder, fingerprint) if resume else None)
     except (FloatingPointError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         # The second: decomposing a gradient that is not finite.
         result.failure = str(error)

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,26 @@ from torch import nn
 import lowdim
 from lowdim import models
 from lowdim.catalogue import Variant, variant
+from lowdim.checksums import check_files, checksums
 from lowdim.errors import CheckpointError, LowdimError
-from lowdim.files import whole_folder, write_text
-from lowdim.linalg import is_sharded
+from lowdim.files import write_text
+from lowdim.locking import exclusive
 from lowdim.methods import Applied, Setup, Strategy, strategy_for, with_options
 from lowdim.records import RUN, RunRecord, claim
 from lowdim.train.environment import environment
+from lowdim.train.fingerprint import check_fingerprint, fingerprint_of
+from lowdim.train.loading import load_base, load_task, recipe_tokenizer
 from lowdim.train.loop import FitResult, FitSettings, check_tracker, fit
 from lowdim.train.metrics import Metric, metric_for
 from lowdim.train.neighbours import padding_note
 from lowdim.train.recipes import Recipe, load_recipe
-from lowdim.train.tasks import Task, classification, language_modelling
+from lowdim.train.saving import save_plain, whole_state
+from lowdim.train.tasks import Task
 
 __all__ = ["load_run", "run_recipe"]
+
+_RECIPE = "recipe.yaml"
+_MODELS = ("adapter", "model")  # the folder of the trained model
 
 
 def run_recipe(
@@ -39,17 +47,25 @@ def run_recipe(
     """Train a recipe; returns the record that is written to `run.json` (`lowdim.records.RunRecord`).
 
     Writes `recipe.yaml`, `run.json`, `adapter/` (or `model/` for methods without an adapter) and, with `save_steps`,
-    `checkpoints/`. Resuming from a checkpoint gives the same bits as a run that was never interrupted.
+    `checkpoints/`. Resuming from a checkpoint gives the same bits as a run that was never interrupted; a finished run stays
+    as it is.
 
     Raises:
         FileExistsError: the folder already holds a run, and `resume` is False.
-        CheckpointError: it holds the run of another recipe.
+        InUseError: another command works on the folder.
+        CheckpointError: it holds the run of another recipe, base model, tokenizer or data, or is damaged.
         LowdimError: the loss became NaN or infinite.
     """
-    run = _prepare(recipe, resume, say)
-    start = _load(run)
-    result = _train(run, start, resume, callbacks)
-    return _write(run, start, result)
+    first = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun or accelerate has started
+    with exclusive(recipe.out) if first else nullcontext():
+        run = _prepare(recipe, resume, first, say)
+        base = _read(run)
+        if resume and (earlier := _finished(run, base.fingerprint)) is not None:
+            run.say(f"{run.folder} holds the finished run; nothing is left to do")
+            return earlier.to_dict()
+        start = _start(run, base)
+        result = _train(run, start, resume, callbacks)
+        return _write(run, start, result)
 
 
 @dataclass(frozen=True)
@@ -61,43 +77,73 @@ class _Run:
     metric: Metric
     folder: Path
     accumulation: int
-    first: bool  # of the processes that torchrun or accelerate has started: the one that writes
+    first: bool  # of several processes: the one that writes
     say: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What the run builds on."""
+
+    task: Task
+    tokenizer: Any
+    model: nn.Module
+    fingerprint: dict[str, str]
 
 
 @dataclass(frozen=True)
 class _Start:
     """A prepared model, and its data."""
 
-    task: Task
-    tokenizer: Any
+    base: _Base
     applied: Applied
     lr: float
     before: float
     trained: int  # counted at the start: some methods train fewer parameters over time
 
 
-def _prepare(recipe: Recipe, resume: bool, say: Callable[[str], None]) -> _Run:
+def _prepare(recipe: Recipe, resume: bool, first: bool, say: Callable[[str], None]) -> _Run:
     """Check everything that can be checked without a model, and claim the folder."""
     strategy = strategy_for(with_options(variant(recipe.method), recipe.options))
     strategy.check_layerwise(recipe.layerwise)
     metric = metric_for(recipe.task, recipe.metric)
     check_tracker(recipe.report_to)
-    first = int(os.environ.get("RANK", "0")) == 0
     if first:
         _claim(Path(recipe.out), recipe, resume)
     return _Run(recipe, strategy, metric, Path(recipe.out), accumulate(recipe), first, say if first else lambda line: None)
 
 
-def _load(run: _Run) -> _Start:
-    """Read data and model, score the untrained model, and prepare it for the method."""
-    recipe, strategy = run.recipe, run.strategy
+def _read(run: _Run) -> _Base:
+    """Read data and model."""
+    recipe = run.recipe
     tokenizer = recipe_tokenizer(recipe.model, recipe.tokenizer, recipe.data, recipe.text)
     task = load_task(recipe, tokenizer)
     for note in task.notes:
         run.say(f"note: {note}")
     torch.manual_seed(recipe.seed)
     model = load_base(recipe, task.num_labels, tokenizer)
+    return _Base(task, tokenizer, model, fingerprint_of(model, tokenizer, task, recipe.data, recipe.eval))
+
+
+def _finished(run: _Run, fingerprint: Mapping[str, str]) -> RunRecord | None:
+    """The record of an earlier run that is whole; None if a part of it is missing, so that it goes on from its checkpoint.
+
+    Raises:
+        CheckpointError: it was made from something else, or is damaged.
+    """
+    if not (run.folder / RUN).is_file():
+        return None
+    record = RunRecord.read(run.folder)
+    check_fingerprint(fingerprint, record.fingerprint, run.folder)
+    if not any((run.folder / name).is_dir() for name in _MODELS):
+        return None
+    check_files(run.folder, record.files, f"remove {run.folder / RUN}, and --resume writes it again")
+    return record
+
+
+def _start(run: _Run, base: _Base) -> _Start:
+    """Score the untrained model, and prepare it for the method."""
+    recipe, strategy, task, model = run.recipe, run.strategy, base.task, base.model
     head = models.head_modules(model, recipe.task)
     if recipe.pretrained and recipe.task == "classify":
         from lowdim.train.head import fit_head
@@ -132,19 +178,29 @@ def _load(run: _Run) -> _Start:
         run.say(f"note: {note}")
     trained = applied.trained()
     run.say(f"{strategy.variant.label}: {trained:,} trained parameters, learning rate {lr:g}")
-    return _Start(task, tokenizer, applied, lr, before, trained)
+    return _Start(base, applied, lr, before, trained)
 
 
 def _train(run: _Run, start: _Start, resume: bool, callbacks: tuple[Any, ...]) -> FitResult:
     """Write the recipe, and train."""
     recipe = run.recipe
-    if run.first:
+    if run.first and not _holds(run.folder / _RECIPE, recipe):
         text = yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
-        write_text(run.folder / "recipe.yaml", text)
+        write_text(run.folder / _RECIPE, text)
     clips = run.strategy.clips_itself(recipe.layerwise)
     settings = dataclasses.replace(_settings(recipe, start.lr), gradient_accumulation=run.accumulation, clips_itself=clips)
     place = run.folder / "checkpoints"
-    return fit(start.applied, start.task, settings, place, resume=resume, measure_memory=True, callbacks=callbacks, say=run.say)
+    return fit(
+        start.applied,
+        start.base.task,
+        settings,
+        place,
+        resume=resume,
+        measure_memory=True,
+        callbacks=callbacks,
+        say=run.say,
+        fingerprint=start.base.fingerprint,
+    )
 
 
 def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
@@ -153,7 +209,7 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
     Raises:
         LowdimError: the loss, or an output, is not finite.
     """
-    task, applied, variant = start.task, start.applied, run.strategy.variant
+    task, applied, variant = start.base.task, start.applied, run.strategy.variant
     validation = math.nan if result.failure else task.evaluate(applied.model, task.validation, run.metric)
     if not math.isfinite(validation):
         reason = result.failure or "the trained model's outputs are not finite"
@@ -186,52 +242,28 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
         ranks=applied.ranks(),
         capped_ranks=applied.capped_ranks,
         notes=list(applied.notes),
+        fingerprint=start.base.fingerprint,
     )
     whole = whole_state(applied.model)
     if run.first:
         if applied.adapted is not None:
             applied.adapted.save(run.folder / "adapter")
         else:
-            save_plain(applied.model, run.folder / "model", start.tokenizer, whole)
+            save_plain(applied.model, run.folder / "model", start.base.tokenizer, whole)
+        record = dataclasses.replace(record, files=_written(run.folder))
         record.write(run.folder)
     return record.to_dict()
 
 
-def load_task(recipe: Recipe, tokenizer: Any) -> Task:
-    """The recipe's data, tokenised."""
-    keywords: dict[str, Any] = {
-        "evaluation": recipe.eval,
-        "text": recipe.text,
-        "max_length": recipe.max_length,
-        "most": models.longest_text(recipe.model),
-        "seed": recipe.seed,
-        "limit": recipe.limit,
-    }
-    if recipe.task == "classify":
-        return classification(tokenizer, recipe.data, label=recipe.label, **keywords)
-    if recipe.task == "pretrain":
-        from lowdim.train.packing import pretraining
-
-        length = keywords.pop("max_length")
-        return pretraining(tokenizer, recipe.data, length=length, streaming=recipe.streaming, **keywords)
-    return language_modelling(tokenizer, recipe.data, **keywords)
+def _holds(path: Path, recipe: Recipe) -> bool:
+    """Whether the file is this recipe, which someone may have annotated."""
+    return path.is_file() and load_recipe(path) == recipe
 
 
-def recipe_tokenizer(model: str, name: str | None, data: Sequence[str], text: str | None) -> Any:
-    """A tokenizer by name: `bytes`, `characters` (of the data), a folder or hub id; None uses the model's own.
-
-    Raises:
-        UnknownNameError: it cannot be found, or the model has none.
-        DataError: `characters` for a text that is not known in advance.
-    """
-    from lowdim.train.packing import training_text
-    from lowdim.train.tokenizers import byte_tokenizer, character_tokenizer
-
-    if name == "bytes":
-        return byte_tokenizer()
-    if name == "characters":
-        return character_tokenizer(training_text(data, text))
-    return models.load_tokenizer(name or model)
+def _written(folder: Path) -> dict[str, str]:
+    """The checksums of the trained model's tensors and descriptions; texts such as README.md may be edited."""
+    found = {f"{name}/{file}": value for name in _MODELS for file, value in checksums(folder / name).items()}
+    return {name: value for name, value in found.items() if name.endswith((".safetensors", ".json"))}
 
 
 def accumulate(recipe: Recipe) -> int:
@@ -250,30 +282,6 @@ def accumulate(recipe: Recipe) -> int:
             f"got {recipe.total_batch}"
         )
     return recipe.total_batch // at_once
-
-
-def load_base(recipe: Recipe, num_labels: int, tokenizer: Any) -> nn.Module:
-    """The model that the recipe starts from: pre-trained, or random weights drawn from its seed."""
-    dtype = getattr(torch, recipe.dtype)
-    if not recipe.from_scratch:
-        return models.load_model(
-            recipe.model, recipe.task, num_labels=num_labels, seed=recipe.seed, dtype=dtype, pad_token_id=tokenizer.pad_token_id
-        )
-    fitted = tokenizer if recipe.tokenizer is not None else None
-    model = random_model(recipe.model, recipe.task, recipe.seed, fitted, num_labels=num_labels)
-    if tokenizer.pad_token_id is not None:
-        models.declare_padding(model, tokenizer.pad_token_id)
-    return model.to(dtype)
-
-
-def random_model(name: str, task: str, seed: int, tokenizer: Any = None, *, num_labels: int = 2) -> nn.Module:
-    """A model of this shape with weights drawn from the seed, and the tokenizer's vocabulary if one is given."""
-    config = models.load_config(name)
-    if tokenizer is not None:
-        models.fit_vocabulary(config, tokenizer)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return models.build(config, task, num_labels=num_labels)
 
 
 def load_run(folder: str | Path) -> tuple[Any, Recipe, Variant]:
@@ -298,41 +306,6 @@ def load_run(folder: str | Path) -> tuple[Any, Recipe, Variant]:
     return load_adapter(base, folder / "adapter"), recipe, chosen
 
 
-def whole_state(model: nn.Module) -> dict[str, Any] | None:
-    """All tensors of a sharded model (FSDP2), on the first process; None if nothing is sharded.
-
-    Every process must call it.
-    """
-    if not any(is_sharded(p) for p in model.parameters()):
-        return None
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def save_plain(model: Any, folder: Path, tokenizer: Any, whole: dict[str, Any] | None = None) -> None:
-    """Save a whole model for other tools; `whole` holds its tensors if it is sharded.
-
-    Raises:
-        LowdimError: a sharded model has structured layers, which can be made plain only in one process.
-    """
-    from lowdim.export import export
-    from lowdim.layers.core.swap import structured_layers
-
-    if whole is None:
-        export(model, folder, "merged", tokenizer=tokenizer)
-        return
-    structured = next(iter(structured_layers(model)), None)
-    if structured is not None:
-        raise LowdimError(
-            f"layer {structured} is structured and sharded over processes, so no plain model is written; "
-            f"continue from the checkpoints in {folder.parent} in one process (--resume), which writes it"
-        )
-    with whole_folder(folder) as draft:
-        model.save_pretrained(draft, state_dict=whole)
-        tokenizer.save_pretrained(draft)
-
-
 def _settings(recipe: Recipe, lr: float) -> FitSettings:
     return FitSettings(
         steps=recipe.steps,
@@ -353,7 +326,7 @@ def _settings(recipe: Recipe, lr: float) -> FitSettings:
 
 
 def _claim(folder: Path, recipe: Recipe, resume: bool) -> None:
-    earlier = claim(folder, "recipe.yaml", "run", resume)
+    earlier = claim(folder, _RECIPE, "run", resume)
     if earlier is None:
         return
     now, old = recipe.model_dump(), load_recipe(earlier).model_dump()

@@ -43,7 +43,6 @@ class SpikeAlarm:
         spread = 1.4826 * statistics.median(abs(loss - middle) for loss in self._seen)
         return middle + max(self.factor * spread, self.share * abs(middle))
 
-    def recall(self, losses: Iterable[float]) -> None:
-        """Fill the window with the losses of a resumed run."""
-        for loss in losses:
-            self.spike(loss)
+    def recall(self, losses: Iterable[float]) -> list[bool]:
+        """Fill the window with the losses of a resumed run; returns which of them were spikes."""
+        return [self.spike(loss) for loss in losses]

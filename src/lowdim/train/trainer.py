@@ -7,8 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from lowdim.errors import CheckpointError
-from lowdim.files import read_json
 from lowdim.methods import Applied, Losses
 from lowdim.optim import ProjectedOptimizer
+from lowdim.train.checkpoints import checkpoint_errors, complete, discard, newest_checkpoint, rotate
 from lowdim.train.metrics import metric_for
 from lowdim.train.rehearsing import rehearse_saving
 from lowdim.train.settings import PENALTY, SUBSPACE, FitResult, FitSettings
@@ -30,7 +28,7 @@ from lowdim.train.spikes import SpikeAlarm
 if TYPE_CHECKING:
     from lowdim.train.tasks import Task
 
-__all__ = ["MethodTrainer", "Recorder", "RunMonitor", "Tick", "arguments", "newest_checkpoint"]
+__all__ = ["MethodTrainer", "Recorder", "RunMonitor", "Tick", "arguments"]
 
 _COMPANION = "companion.pt"  # in a checkpoint
 _KEPT = 3  # two complete checkpoints, and the next one while it is written
@@ -44,11 +42,15 @@ class MethodTrainer(Trainer):
         applied: the model that a strategy has prepared.
         lr: the peak rate.
         watch: log a projected optimizer's numbers about the gradients.
+        fingerprint: what the run builds on, kept in each checkpoint.
         others: options of `transformers.Trainer`.
     """
 
-    def __init__(self, applied: Applied, lr: float, *, watch: bool = False, **others: Any):
+    def __init__(
+        self, applied: Applied, lr: float, *, watch: bool = False, fingerprint: Mapping[str, str] | None = None, **others: Any
+    ):
         self.applied, self.applied_lr, self.watch = applied, lr, watch
+        self.fingerprint = fingerprint or {}
         self._penalty: float | None = None  # summed since the last entry of the log
         self._losses: Losses | None = None
         self._logged_step = 0
@@ -109,11 +111,11 @@ class MethodTrainer(Trainer):
             torch.save(self.applied.companion.state_dict(), Path(output_dir) / _COMPANION)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with _reading(resume_from_checkpoint):
+        with checkpoint_errors(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _reading(checkpoint):
+        with checkpoint_errors(checkpoint):
             if checkpoint is not None and not self.is_fsdp_enabled:
                 _check_complete(Path(checkpoint))
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -121,19 +123,34 @@ class MethodTrainer(Trainer):
                 self.applied.companion.load_state_dict(torch.load(Path(checkpoint) / _COMPANION, weights_only=True))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _reading(checkpoint):
+        with checkpoint_errors(checkpoint):
             super()._load_rng_state(checkpoint)
         self._logged_step = self.state.global_step
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.args.max_steps:  # resumed from the last checkpoint: the trainer would add a step
+            self._load_rng_state(kwargs["resume_from_checkpoint"])
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder, step = Path(str(self.args.output_dir)), self.state.global_step
+        place = folder / f"checkpoint-{step}"
+        if self.args.should_save and place.exists():
+            discard(place)  # a killed process has left a part of it
+        self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(*args, **kwargs)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                complete(place, self.fingerprint)
+                rotate(folder, _KEPT - 1, step)
         except Exception as error:  # a full disk: torch, safetensors and the system each raise their own error
-            folder = Path(str(self.args.output_dir))
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
             if shutil.disk_usage(folder).free < 2**20:
                 reason = os.strerror(errno.ENOSPC)
-            shutil.rmtree(folder / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+            discard(place)
             earlier = "; continue from the one before with --resume" if newest_checkpoint(folder) else ""
             raise OSError(errno.ENOSPC, f"could not write a checkpoint to {folder} ({reason}){earlier}") from error
 
@@ -206,7 +223,9 @@ class RunMonitor(TrainerCallback):
         optimizer = trainer.plain_optimizer()
         if isinstance(optimizer, ProjectedOptimizer):
             optimizer.watcher.on = settings.watch
-        self.alarm.recall(float(entry["loss"]) for entry in state.log_history if "loss" in entry)
+        logged = [entry for entry in state.log_history if "loss" in entry]
+        jumped = self.alarm.recall(float(entry["loss"]) for entry in logged)
+        self.result.spikes += [int(entry["step"]) for entry, spike in zip(logged, jumped) if spike]
         if settings.save_steps and not state.global_step and not trainer.is_fsdp_enabled and state.is_world_process_zero:
             companion = trainer.applied.companion
             short = rehearse_saving(trainer.applied.model, optimizer, companion, Path(args.output_dir), _KEPT)
@@ -282,7 +301,7 @@ def arguments(settings: FitSettings, steps: int, folder: Path) -> TrainingArgume
         logging_nan_inf_filter=False,
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
-        save_total_limit=2 if settings.save_steps else None,
+        save_total_limit=None,  # the trainer would rotate by the clock
         report_to=settings.report_to,
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -292,40 +311,11 @@ def arguments(settings: FitSettings, steps: int, folder: Path) -> TrainingArgume
     )
 
 
-def newest_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint, or None."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    complete = [p for p in found if _whole(p / "trainer_state.json")]
-    return str(max(complete, key=lambda p: int(p.name.rpartition("-")[2]))) if complete else None
-
-
-def _whole(state: Path) -> bool:
-    """Whether a checkpoint is complete: the trainer writes this file last."""
-    try:
-        return bool(read_json(state))
-    except CheckpointError:
-        return False
-
-
 def _check_complete(checkpoint: Path) -> None:
     """Raise FileNotFoundError if a part is missing that the trainer would silently ignore."""
     for pattern in ("optimizer.pt", "scheduler.pt", "rng_state*.pth"):  # one random state per process
         if not list(checkpoint.glob(pattern)):
             raise FileNotFoundError(f"{pattern.replace('*', '')} is missing")
-
-
-@contextmanager
-def _reading(checkpoint: str | None) -> Iterator[None]:
-    """Turn any error while reading a checkpoint into one that says how to continue."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:  # torch, safetensors, zip files and the system each raise their own error
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(
-            f"{checkpoint} cannot be read ({reason}); remove that folder, and --resume continues from the checkpoint before it"
-        ) from error
 
 
 def _seen(optimizer: Any) -> str:

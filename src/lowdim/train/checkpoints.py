@@ -1,0 +1,78 @@
+"""Checkpoints of a run: complete once their manifest is written, checked file by file before they are used, kept by step."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from lowdim.checksums import check_files, checksums
+from lowdim.errors import CheckpointError
+from lowdim.files import read_json_object, write_json
+from lowdim.train.fingerprint import check_fingerprint
+
+__all__ = ["MANIFEST", "checkpoint_errors", "complete", "discard", "newest_checkpoint", "rotate"]
+
+MANIFEST = "manifest.json"
+_REMEDY = "remove that folder, and --resume continues from the checkpoint before it, or from the beginning"
+
+
+def complete(checkpoint: Path, fingerprint: Mapping[str, str]) -> None:
+    """Write the manifest of a checkpoint whose other files are all written: their checksums, and what the run builds on."""
+    files = checksums(checkpoint, without=[MANIFEST])
+    write_json(checkpoint / MANIFEST, {"fingerprint": dict(fingerprint), "files": files}, sealed=True)
+
+
+def newest_checkpoint(folder: Path, fingerprint: Mapping[str, str] | None = None) -> str | None:
+    """The newest complete checkpoint, or None; those without a manifest were killed while they were written.
+
+    Raises:
+        CheckpointError: one of its files is damaged, or what the run builds on (`fingerprint`) has changed.
+    """
+    whole = [path for path in _by_step(folder) if (path / MANIFEST).exists()]
+    if not whole:
+        return None
+    newest = whole[-1]
+    with checkpoint_errors(newest):
+        manifest = read_json_object(newest / MANIFEST)
+        check_files(newest, manifest["files"], _REMEDY)
+        if fingerprint is not None:
+            check_fingerprint(fingerprint, manifest["fingerprint"], folder.parent)
+    return str(newest)
+
+
+def rotate(folder: Path, keep: int, step: int) -> None:
+    """Remove all checkpoints up to this step except the newest complete ones; clocks play no part."""
+    earlier = [path for path in _by_step(folder) if _step(path) <= step]
+    kept = [path for path in earlier if (path / MANIFEST).exists()][-keep:]
+    for path in earlier:
+        if path not in kept:
+            discard(path)
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint; its manifest first, so that a kill leaves none that seems complete."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+@contextmanager
+def checkpoint_errors(checkpoint: str | Path | None) -> Iterator[None]:
+    """Turn any error while reading a checkpoint into one that says how to continue."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch, safetensors, zip files and the system each raise their own error
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{checkpoint} cannot be read ({reason}); {_REMEDY}") from error
+
+
+def _by_step(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

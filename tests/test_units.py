@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowdim.units import format_bytes, parse_bytes
+from lowdim.units import format_bytes, format_seconds, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,27 @@ def test_format(count, want):
 @given(st.integers(1, 10**15))
 def test_a_formatted_size_reads_back_within_its_three_digits(count):
     assert parse_bytes(format_bytes(count)) == pytest.approx(count, rel=0.006, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0, "0 s"),
+        (3e-6, "3.00 µs"),
+        (0.0009994, "999 µs"),
+        (0.0312, "31.2 ms"),
+        (0.9996, "1.00 s"),
+        (1.5, "1.50 s"),
+        (101, "101 s"),
+        (119, "119 s"),
+        (119.6, "1.99 min"),
+        (180, "3.00 min"),
+        (7199, "2.00 h"),
+        (9000, "2.50 h"),
+        (172_799, "2.00 days"),
+        (1e6, "11.6 days"),
+        (-1.5, "-1.50 s"),
+    ],
+)
+def test_times_have_units_that_people_use(seconds, shown):
+    assert format_seconds(seconds) == shown

@@ -1,10 +1,10 @@
-"""Sizes as people write them: `parse_bytes("8GiB")`, `format_bytes(8 * 2**30)`."""
+"""Sizes and times as people write them: `parse_bytes("8GiB")`, `format_bytes(8 * 2**30)`, `format_seconds(0.031)`."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["format_bytes", "parse_bytes"]
+__all__ = ["format_bytes", "format_seconds", "parse_bytes"]
 
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -51,3 +51,24 @@ def format_bytes(count: float) -> str:
             break
     digits = 0 if size >= 99.95 else 1 if size >= 9.995 else 2
     return f"{sign}{size:.{digits}f} {unit}"
+
+
+#: Unit, its seconds, and below how many seconds it is used: what would be rounded up to 1 s, 120 s, 2 h is shown as such.
+_TIMES = (("µs", 1e-6, 9.995e-4), ("ms", 1e-3, 0.9995), ("s", 1.0, 119.5), ("min", 60.0, 7170.0), ("h", 3600.0, 172_620.0))
+
+
+def format_seconds(seconds: float) -> str:
+    """A time with three digits, in the unit that people use for it.
+
+    Example:
+        >>> from lowdim.units import format_seconds
+        >>> format_seconds(0.0312), format_seconds(101), format_seconds(9000), format_seconds(1e6)
+        ('31.2 ms', '101 s', '2.50 h', '11.6 days')
+    """
+    if seconds == 0:
+        return "0 s"
+    size = abs(seconds)
+    unit, scale = next(((unit, scale) for unit, scale, below in _TIMES if size < below), ("days", 86_400.0))
+    value = size / scale
+    digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{'-' if seconds < 0 else ''}{value:.{digits}f} {unit}"

@@ -39,3 +39,37 @@ def test_a_rank_that_a_method_refuses_is_a_reason():
 def test_the_layers_that_are_touched_at_a_rank():
     ((_, two),) = touched_layers(PlanSettings(model="stories260k", methods="svfit", rank=2))
     assert {layer.trained for layer in two if layer.trained} == {2}
+
+
+def test_what_is_left_out_or_unchanged_is_said():
+    settings = PlanSettings(model="stories260k", methods="linear-probe,lora,full,galore", rank=4, layerwise=True)
+    assert [v.name for v in settings.chosen()] == ["lora", "full", "galore"]
+    assert settings.notes() == [
+        "left out: Linear probe: a language model has no new head to probe; it is for --task classify",
+        "--rank does not change Full fine-tuning: they have no rank",
+        "--layerwise does not change LoRA, Full fine-tuning: only lowdim.optim methods update layer by layer",
+    ]
+    scratch = PlanSettings(model="llama-tiny", methods="lora,lamda,galore", task="pretrain")
+    assert scratch.notes() == [
+        "left out: LoRA, LaMDA: an adapter needs a trained model; --task pretrain starts from random weights"
+    ]
+    assert PlanSettings(model="stories260k", methods="linear-probe,lora,galore", task="classify").notes() == []
+
+
+def test_the_tokenizers_vocabulary_is_the_models():
+    common = {"model": "llama-tiny", "methods": "full", "task": "pretrain", "length": 16}
+    own, by_byte = (plan(PlanSettings(**common, tokenizer=name)).forecasts[0] for name in (None, "bytes"))
+    assert (own.vocabulary, by_byte.vocabulary) == (32_000, 258)
+    assert by_byte.total < own.total / 3
+    with pytest.raises(ValueError, match="--tokenizer characters depends on the text"):
+        PlanSettings(**common, tokenizer="characters")
+    with pytest.raises(ValueError, match="--tokenizer is for --task pretrain"):
+        PlanSettings(model="stories260k", tokenizer="bytes")
+
+
+def test_accumulation_and_classes_reach_the_forecast():
+    common = {"model": "stories260k", "methods": "full", "length": 16, "task": "classify"}
+    few, held, many = (plan(PlanSettings(**common, **more)).forecasts[0] for more in ({}, {"accumulate": 2}, {"classes": 1002}))
+    assert (few.accumulate, held.accumulate) == (1, 2)
+    assert held.total > few.total
+    assert many.trained_parameters - few.trained_parameters == 1000 * 64  # the head has no bias

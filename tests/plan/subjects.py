@@ -58,15 +58,25 @@ def loss_of(model, batch):
     return model(**batch).loss
 
 
-def train(config, chosen: Variant, steps: int = 2, *, checkpointing: bool = False, dtype: torch.dtype = torch.float32, **setup):
-    """Really train for a few steps; returns what it took."""
+def train(
+    config,
+    chosen: Variant,
+    steps: int = 2,
+    *,
+    checkpointing: bool = False,
+    dtype: torch.dtype = torch.float32,
+    accumulate: int = 1,
+    **setup,
+):
+    """Really train for a few steps of `accumulate` batches each; returns what it took."""
     task = task_of(config)
     model = build(config, task).to(dtype).train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     batches = [batch_of(config, seed) for seed in range(2)]
     head = head_modules(model, task)
-    applied = apply(chosen, model, lr=1e-3, steps=100, head=head, batches=iter(batches), loss_fn=loss_of, **setup)
+    setup |= {"lr": 1e-3, "steps": 100, "head": head, "accumulate": accumulate}
+    applied = apply(chosen, model, batches=iter(batches), loss_fn=loss_of, **setup)
     applied.model.train()
     optimizer = applied.start(1e-3)  # hooks for layerwise updates come with it
     applied.model.zero_grad(set_to_none=True)
@@ -74,7 +84,8 @@ def train(config, chosen: Variant, steps: int = 2, *, checkpointing: bool = Fals
 
     def run():
         for _ in range(steps):
-            applied.loss(batch, loss_of).total.backward()
+            for _ in range(accumulate):
+                (applied.loss(batch, loss_of).total / accumulate).backward()
             optimizer.step()
             applied.after_step(optimizer)
             optimizer.zero_grad()

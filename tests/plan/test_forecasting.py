@@ -230,6 +230,28 @@ def test_layerwise_updates_hold_one_gradient_at_a_time():
     assert predict(llama(), galore, layerwise=True).total == pytest.approx(train(llama(), own)[0].bytes, rel=HIDDEN)
 
 
+@pytest.mark.parametrize("name", ["full", "galore", "sltrain", "lora"])
+def test_accumulated_gradients_are_held_from_the_second_batch_on(name):
+    once, often = (predict(llama(), name, accumulate=count) for count in (1, 4))
+    real, _ = train(llama(), variant(name), accumulate=4)
+    assert often.total == pytest.approx(real.bytes, rel=HIDDEN)
+    assert often.total > once.total
+    assert often.flops == pytest.approx(4 * once.flops, rel=0.02)  # the optimizer's own products come once
+
+
+def test_layerwise_updates_of_an_accumulated_step():
+    galore = with_options(variant("galore"), {"update_interval": 2})  # the third step selects again, with all state in place
+    real, _ = train(llama(), galore, steps=3, accumulate=4, layerwise=True)
+    assert predict(llama(), galore, accumulate=4, layerwise=True).total == pytest.approx(real.bytes, rel=HIDDEN)
+
+
+def test_accumulation_at_a_depth_that_is_extrapolated():
+    deep = llama(10)
+    got = predict(deep, "full", accumulate=3)
+    assert got.depths == (2, 4)
+    assert got.total == pytest.approx(train(deep, variant("full"), accumulate=3)[0].bytes, rel=HIDDEN)
+
+
 def test_layerwise_is_for_optimizers_only():
     with pytest.raises(ValueError, match=r"layerwise .* lowdim.optim"):
         predict(llama(), "lora", layerwise=True)
@@ -248,9 +270,49 @@ def test_a_budget_that_is_too_small_names_the_smallest_need():
         affordable(found, "1MiB")
 
 
+def advice(found, budget="1KiB"):
+    with pytest.raises(BudgetError) as error:
+        affordable(found, budget)
+    return str(error.value)
+
+
+def test_advice_is_what_was_not_done_yet():
+    base = predict(bert(), "lora")
+
+    def of(part, **changes):
+        parts = dict.fromkeys(("weights", "gradients", "optimizer_state", "activations", "workspace"), 0)
+        return [dataclasses.replace(base, **{**parts, part: 2**20, "total": 2**20, **changes})]
+
+    assert advice(of("weights")).endswith("try bfloat16 weights or a smaller model")
+    for dtype in ("bfloat16", "float16"):
+        assert advice(of("weights", dtype=dtype)).endswith("weights take 1.00 MiB; try a smaller model")
+    few = of("activations", batch_size=1, gradient_checkpointing=True)
+    assert advice(few).endswith("try shorter sequences or a smaller model")
+    assert "gradient checkpointing" in advice(of("activations"))
+    full = of("gradients", kind="full")
+    assert "try an adapter or galore or layerwise updates" in advice(full)
+    assert "an adapter" not in advice([*full, dataclasses.replace(base, total=2**30)])  # it was tried
+    galore = of("optimizer_state", kind="optimizer", layerwise=True)
+    assert advice(galore).endswith("try an adapter or a smaller rank or a smaller model")
+
+
+@pytest.mark.parametrize("given", [torch.ones(2, 3), {"input_ids": torch.ones(2, 3)}, [1, 2], 5, "batch"])
+def test_a_batch_that_was_made_already_is_refused_with_what_is_wanted(given):
+    with pytest.raises(TypeError, match=rf"batch must be a function .* such as lambda: .*; got a {type(given).__name__}"):
+        forecast(Convolutions, "full", batch=given)
+    with pytest.raises(TypeError, match=r"loss_fn must be a function loss_fn\(model, batch\) -> scalar; got a Tensor"):
+        forecast(Convolutions, "full", batch=lambda: torch.ones(2, 3, 8, 8), loss_fn=torch.ones(1))
+
+
+def test_a_model_of_another_kind_without_a_batch_says_what_it_wants():
+    with pytest.raises(TypeError, match=r"give batch= .* and loss_fn="):
+        forecast(Convolutions, "full")
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        ({"accumulate": 0}, "accumulate must be an int >= 1; got 0"),
         ({"batch_size": 0}, "batch_size must be an int >= 1; got 0"),
         ({"sequence_length": -1}, "sequence_length"),
         ({"steps": 0}, "steps"),
@@ -308,4 +370,5 @@ def test_a_record_of_a_forecast_is_plain_data():
     record = json.loads(json.dumps(got.to_dict()))
     assert record["fits"] is True
     assert record["total"] == got.total
-    assert set(record) == {f.name for f in dataclasses.fields(got)} | {"fits"}
+    assert set(record) == {f.name for f in dataclasses.fields(got)} | {"fits", "not_counted"}
+    assert "context" in record["not_counted"]

@@ -46,6 +46,20 @@ def test_table_fits_a_terminal_of_80_columns():
     assert rows[0].split()[2:5] == ["123M", "12", "12"]
 
 
+def test_steps_are_shown_as_times():
+    found = few()[:1]
+    for seconds, shown in ((0.0042, "4.20 ms"), (101.0, "101 s"), (119.0, "119 s"), (5000.0, "83.3 min"), (2e5, "2.31 days")):
+        assert shown in text(table([dataclasses.replace(found[0], seconds_per_step=seconds)]))
+
+
+def test_the_caption_says_what_a_step_is_and_what_is_not_counted():
+    found = [forecast(bert(), "lora", batch_size=2, sequence_length=8, accumulate=4)]
+    shown = " ".join(text(table(found)).split())
+    assert f"batch 2 of 8 tokens, 4 batches a step, vocabulary {bert().vocab_size:,}" in shown
+    for word in ("allocator", "context", "data"):
+        assert word in shown[shown.index("Not counted") :]
+
+
 def test_table_without_a_budget_has_no_verdict():
     assert "fits" not in text(table(few()))
 

@@ -68,6 +68,14 @@ class Variant:
         """Learning rates for training from random weights, or for tuning."""
         return self.scratch_rates if scratch and self.scratch_rates else self.rates
 
+    def unfit(self, task: str) -> str | None:
+        """Why the method makes no sense for a task; None if it does."""
+        if self.kind == "probe" and task != "classify":
+            return "a language model has no new head to probe; it is for --task classify"
+        if self.kind == "adapter" and task == "pretrain":
+            return "an adapter needs a trained model; --task pretrain starts from random weights"
+        return None
+
 
 @dataclass(frozen=True)
 class Entry:

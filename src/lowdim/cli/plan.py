@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,6 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from lowdim.cli.options import Methods, Model, print_line
+
+if TYPE_CHECKING:
+    from lowdim.jobs import PlanSettings
 
 __all__ = ["plan"]
 
@@ -26,10 +29,16 @@ def plan(
     checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Recompute activations.")] = False,
     rank: Annotated[int | None, typer.Option("--rank", help="Instead of each method's own, if it has one.")] = None,
     layerwise: Annotated[bool, typer.Option("--layerwise", help="Free gradients at once, if the optimizer can.")] = False,
+    accumulate: Annotated[int, typer.Option("--accumulate", help="Forward passes (gradient accumulation) of a step.")] = 1,
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="bytes, a folder or hub id, for pretrain.")] = None,
+    classes: Annotated[int, typer.Option("--classes", help="Classes of --task classify.")] = 2,
     layers: Annotated[bool, typer.Option("--layers", help="Show which modules the patterns match.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Forecast the peak memory of training by each method, without allocating the model."""
+    """Forecast the peak memory of training by each method, without allocating the model.
+
+    Not counted: the program and a GPU's context, what the allocator keeps, the data, and work done once before training.
+    """
     from lowdim.jobs import PlanSettings
     from lowdim.jobs import plan as run
     from lowdim.units import parse_bytes
@@ -37,11 +46,14 @@ def plan(
     limit = None if budget is None else parse_bytes(budget)
     settings = PlanSettings(
         model=model, methods=methods, task=task, batch_size=batch_size, length=length, dtype=dtype,
-        gradient_checkpointing=checkpointing, rank=rank, layerwise=layerwise, budget=limit,
+        gradient_checkpointing=checkpointing, rank=rank, layerwise=layerwise, accumulate=accumulate, tokenizer=tokenizer,
+        classes=classes, budget=limit,
     )  # fmt: skip
     console = Console()
+    notes = Console(stderr=True) if as_json else console
     if layers:
         _show_layers(console, settings)
+        _print_notes(notes, settings)
         return
     with console.status("forecasting") as status:
         outcome = run(settings, say=status.update)
@@ -51,21 +63,24 @@ def plan(
         print(json.dumps([f.to_dict() for f in outcome.forecasts], indent=1))
     else:
         console.print(table(list(outcome.forecasts), limit))
-    if unchanged := settings.unchanged():
-        notes = Console(stderr=True) if as_json else console
-        print_line(notes, f"--rank does not change {', '.join(unchanged)}: they have no rank")
+    _print_notes(notes, settings)
     for variant, reason in outcome.refused:
-        print_line(Console(stderr=True) if as_json else console, f"{variant.label}: {reason}")
+        print_line(notes, f"{variant.label}: {reason}")
     if not outcome.forecasts:
         raise ValueError("no method can train this model; the reasons are above")
     if limit is not None:
         affordable(list(outcome.forecasts), limit)  # raises if nothing fits
 
 
-def _show_layers(console: Console, settings: object) -> None:
+def _print_notes(console: Console, settings: PlanSettings) -> None:
+    for note in settings.notes():
+        print_line(console, note)
+
+
+def _show_layers(console: Console, settings: PlanSettings) -> None:
     from lowdim.jobs import touched_layers
 
-    for variant, layers in touched_layers(settings):  # type: ignore[arg-type]
+    for variant, layers in touched_layers(settings):
         table = Table(title=variant.label, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for name in ("module", "class", "shape", "trained"):
             table.add_column(name, justify="right" if name == "trained" else "left")

@@ -29,6 +29,9 @@ class PlanSettings:
         gradient_checkpointing: recompute activations in the backward pass.
         rank: instead of each method's own, if it has one.
         layerwise: free each gradient at once, with optimizers that support it.
+        accumulate: forward passes of an optimizer step.
+        tokenizer: `bytes`, a folder or a hub id, whose vocabulary the model gets; for `pretrain`.
+        classes: outputs of the head; for `classify`.
         budget: bytes.
     """
 
@@ -41,6 +44,9 @@ class PlanSettings:
     gradient_checkpointing: bool = False
     rank: int | None = None
     layerwise: bool = False
+    accumulate: int = 1
+    tokenizer: str | None = None
+    classes: int = 2
     budget: int | None = None
 
     def __post_init__(self) -> None:
@@ -48,13 +54,18 @@ class PlanSettings:
         check_choice("--dtype", self.dtype, _DTYPES)
         check_int("--batch-size", self.batch_size, 1)
         check_int("--length", self.length, 1)
+        check_int("--accumulate", self.accumulate, 1)
+        check_int("--classes", self.classes, 2)
         if self.rank is not None:
             check_int("--rank", self.rank, 1)
+        if self.tokenizer is not None and self.task != "pretrain":
+            raise ValueError(f"--tokenizer is for --task pretrain; got {self.tokenizer!r} for {self.task}")
+        if self.tokenizer == "characters":
+            raise ValueError("--tokenizer characters depends on the text, which plan does not read; name bytes or a folder")
 
     def chosen(self) -> list[Variant]:
         """The methods that make sense for the task."""
-        found = [v for v in choose(self.methods) if self.task == "classify" or v.name != "linear-probe"]
-        return [v for v in found if self.task != "pretrain" or v.kind != "adapter"]
+        return [v for v in choose(self.methods) if v.unfit(self.task) is None]
 
     def at_rank(self, variant: Variant) -> Variant:
         """The method at the requested rank, if it has one.
@@ -67,6 +78,20 @@ class PlanSettings:
     def unchanged(self) -> list[str]:
         """Labels of the chosen methods without a rank, which `rank` does not change."""
         return [] if self.rank is None else [v.label for v in self.chosen() if _with_rank(v, self.rank) is None]
+
+    def notes(self) -> list[str]:
+        """Which of the named methods are left out and why, and which of them an option does not change."""
+        reasons: dict[str, list[str]] = {}
+        for v in choose(self.methods):
+            if (reason := v.unfit(self.task)) is not None:
+                reasons.setdefault(reason, []).append(v.label)
+        lines = [f"left out: {', '.join(labels)}: {reason}" for reason, labels in reasons.items()]
+        if unchanged := self.unchanged():
+            lines.append(f"--rank does not change {', '.join(unchanged)}: they have no rank")
+        plain = [v.label for v in self.chosen() if v.kind != "optimizer"]
+        if self.layerwise and plain:
+            lines.append(f"--layerwise does not change {', '.join(plain)}: only lowdim.optim methods update layer by layer")
+        return lines
 
 
 @dataclass(frozen=True)
@@ -102,10 +127,9 @@ def plan(settings: PlanSettings, *, say: Callable[[str], None] = lambda line: No
     """
     import torch
 
-    from lowdim import models
     from lowdim.plan import forecast
 
-    config = models.load_config(settings.model)
+    config = _configuration(settings)
     forecasts, refused = [], []
     for variant in settings.chosen():
         say(f"forecasting {variant.label}")
@@ -117,9 +141,11 @@ def plan(settings: PlanSettings, *, say: Callable[[str], None] = lambda line: No
                     batch_size=settings.batch_size,
                     sequence_length=settings.length,
                     task=settings.task,
+                    num_labels=settings.classes,
                     dtype=getattr(torch, settings.dtype),
                     gradient_checkpointing=settings.gradient_checkpointing,
                     layerwise=settings.layerwise and variant.kind == "optimizer",
+                    accumulate=settings.accumulate,
                     budget_bytes=settings.budget,
                 )
             )
@@ -130,12 +156,22 @@ def plan(settings: PlanSettings, *, say: Callable[[str], None] = lambda line: No
 
 def touched_layers(settings: PlanSettings) -> list[tuple[Variant, list[Any]]]:
     """Which modules each method's patterns match, with shapes and trained numbers."""
-    from lowdim import models
     from lowdim.plan import shows
 
-    config = models.load_config(settings.model)
+    config = _configuration(settings)
     chosen = [settings.at_rank(variant) for variant in settings.chosen()]
-    return [(variant, list(shows(config, variant, task=settings.task))) for variant in chosen]
+    return [(v, list(shows(config, v, task=settings.task, num_labels=settings.classes))) for v in chosen]
+
+
+def _configuration(settings: PlanSettings) -> Any:
+    """The model's configuration, with the vocabulary of the tokenizer that is named."""
+    from lowdim import models
+    from lowdim.train.run import recipe_tokenizer
+
+    config = models.load_config(settings.model)
+    if settings.tokenizer is not None:
+        models.fit_vocabulary(config, recipe_tokenizer(settings.model, settings.tokenizer, (), None))
+    return config
 
 
 def _with_rank(variant: Variant, rank: int) -> Variant | None:

@@ -17,8 +17,13 @@ from lowdim.plan.tracker import KINDS, Peak, unique_bytes
 from lowdim.results import Result
 from lowdim.units import format_bytes, parse_bytes
 
-__all__ = ["Forecast", "affordable", "forecast"]
+__all__ = ["NOT_COUNTED", "Forecast", "affordable", "forecast"]
 
+#: What no forecast counts, in words.
+NOT_COUNTED = (
+    "the program (about 300 MiB; on a GPU also its context), what the allocator keeps or loses between blocks, the data, "
+    "and work that a method does once before training"
+)
 #: Deeper stacks than this are rehearsed at two small depths and extrapolated linearly.
 SHALLOW = (2, 4)
 _EVERYTHING = ("all-linear", None)
@@ -39,10 +44,14 @@ class Forecast(Result):
         peak_at: `"forward"`, `"backward"` or `"optimizer"`: where in the step the peak is.
         trained_parameters: number of trained parameters.
         file_bytes: bytes saved at the end (the adapter, or the model).
-        flops: floating-point operations of one step, matrix products and convolutions only.
+        flops: floating-point operations of one step, all of its batches, matrix products and convolutions only.
         seconds_per_step: a rough estimate from this machine's speed; see `lowdim.plan.work`.
+        batch_size, sequence_length, accumulate: of one forward pass, and the number of them in an optimizer step.
         budget_bytes, fits: the budget that was given, and whether `total` is within it.
         depths: the rehearsed depths, if the model's own depth was extrapolated from them.
+        dtype, gradient_checkpointing, layerwise: as given.
+        kind: of the method, as in its catalogue row.
+        vocabulary: the number of words of the model, where its configuration says.
     """
 
     method: str
@@ -64,6 +73,12 @@ class Forecast(Result):
     sequence_length: int
     budget_bytes: int | None = None
     depths: tuple[int, ...] = ()
+    accumulate: int = 1
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False
+    layerwise: bool = False
+    kind: str = ""
+    vocabulary: int | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -71,8 +86,8 @@ class Forecast(Result):
         return None if self.budget_bytes is None else self.total <= self.budget_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields and the verdict on the budget, as strict JSON."""
-        return {**super().to_dict(), "fits": self.fits}
+        """The fields, the verdict on the budget and what is not counted, as strict JSON."""
+        return {**super().to_dict(), "fits": self.fits, "not_counted": NOT_COUNTED}
 
     @property
     def summary(self) -> str:
@@ -98,6 +113,7 @@ def forecast(
     dtype: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
     layerwise: bool = False,
+    accumulate: int = 1,
     steps: int = 100,
     budget_bytes: int | str | None = None,
     device: str | torch.device = "cpu",
@@ -110,8 +126,9 @@ def forecast(
     counts every storage while it is alive. On a CPU this is exact for memory from torch's allocator. A deep stack of identical
     blocks is rehearsed with 2 and 4 blocks, and each part of the step is extrapolated linearly, which is exact as well.
 
-    Not included: the interpreter and torch themselves (about 300 MB), memory that libraries allocate on their own, the data,
-    the copy that is read from disk, and one-time work of a method before training (a decomposition, statistics of data).
+    Not included: the interpreter and torch themselves (about 300 MB), a GPU's context, memory that libraries allocate on their
+    own, what the allocator keeps between blocks, the data, the copy that is read from disk, and one-time work of a method
+    before training (a decomposition, statistics of data).
 
     Args:
         model: a name, a folder, a transformers config, an nn.Module (of which a fake copy is made), or a function without
@@ -122,16 +139,18 @@ def forecast(
         dtype: of the weights, if the model is built from its configuration.
         gradient_checkpointing: recompute each block in the backward pass.
         layerwise: `lowdim.optim` methods only: update each parameter as soon as its gradient is ready, and free the gradient.
+        accumulate: forward passes of an optimizer step; from the second on, the gradients of the first are held.
         steps: optimizer steps in all, for methods with schedules.
         budget_bytes: a number or a text such as `"8GiB"`; sets `fits`.
         device: the device of the training. Attention kernels differ between devices, and a forecast for another kind of device
             needs a torch that was built for it.
-        batch: a function that makes a batch, for models with other inputs (called under the fake mode).
+        batch: a function without arguments that makes a batch, for models with other inputs (called under the fake mode).
         loss_fn: `loss_fn(model, batch) -> scalar`, if it is not `model(**batch).loss`.
 
     Raises:
         UnknownNameError: no such model or method.
         ValueError: the method cannot train this model (the message is its own).
+        TypeError: `batch` or `loss_fn` is not a function, or the model does not accept the batch.
 
     Example:
         >>> import torch
@@ -143,15 +162,33 @@ def forecast(
     """
     check_int("batch_size", batch_size, 1)
     check_int("sequence_length", sequence_length, 1)
+    check_int("accumulate", accumulate, 1)
     check_int("steps", steps, 1)
+    _check_functions(batch, loss_fn)
     chosen = method if isinstance(method, Variant) else variant(method)
     subject = Subject.of(model, task=task, num_labels=num_labels, dtype=dtype, device=device)
-    plan = Plan(chosen, batch_size, sequence_length, steps, chosen.rates[0], gradient_checkpointing, layerwise, batch, loss_fn)
+    plan = Plan(
+        variant=chosen,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        steps=steps,
+        lr=chosen.rates[0],
+        gradient_checkpointing=gradient_checkpointing,
+        layerwise=layerwise,
+        accumulate=accumulate,
+        batch=batch,
+        loss_fn=loss_fn,
+    )
     try:
         rehearsal, depths = _rehearse(subject, plan)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         why = f"it reads the values of tensors ({error.func}), and a forecast has none"
         raise ValueError(f"{chosen.label} on {subject.label} cannot be forecast: {why}") from error
+    except TypeError as error:
+        if subject.config is not None or batch is not None or "unexpected keyword" not in str(error):
+            raise
+        wanted = "give batch= (a function that makes what it reads) and loss_fn= (its loss)"
+        raise TypeError(f"{subject.label} does not read token ids: {wanted}") from error
     except (RuntimeError, AttributeError) as error:  # an operation that cannot run on shapes alone, a model of another kind
         raise ValueError(f"{chosen.label} on {subject.label} cannot be forecast: {error}") from error
     stretch = max(rehearsal.peaks, key=lambda key: rehearsal.peaks[key].total)
@@ -174,7 +211,29 @@ def forecast(
         sequence_length=sequence_length,
         budget_bytes=parse_bytes(budget_bytes) if isinstance(budget_bytes, str) else budget_bytes,
         depths=depths,
+        accumulate=accumulate,
+        dtype=str(dtype).removeprefix("torch."),
+        gradient_checkpointing=gradient_checkpointing,
+        layerwise=layerwise,
+        kind=chosen.kind,
+        vocabulary=_vocabulary(subject.config),
     )
+
+
+def _check_functions(batch: Any, loss_fn: Any) -> None:
+    if batch is not None and not callable(batch):
+        raise TypeError(
+            f"batch must be a function without arguments that makes a batch, such as lambda: torch.ones(2, 8); "
+            f"got a {type(batch).__name__}: nothing of it is allocated, so it is made while the forecast runs"
+        )
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function loss_fn(model, batch) -> scalar; got a {type(loss_fn).__name__}")
+
+
+def _vocabulary(config: Any) -> int | None:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(text, "vocab_size", None)
+    return size if isinstance(size, int) else None
 
 
 def affordable(forecasts: Iterable[Forecast], budget: int | str) -> list[Forecast]:
@@ -192,18 +251,30 @@ def affordable(forecasts: Iterable[Forecast], budget: int | str) -> list[Forecas
         largest = max(parts, key=lambda kind: parts[kind])
         raise BudgetError(
             f"nothing fits {format_bytes(limit)}: the smallest need is {format_bytes(least.total)} ({least.label}), of which "
-            f"{largest.replace('_', ' ')} take {format_bytes(parts[largest])}; {_ADVICE[largest]}"
+            f"{largest.replace('_', ' ')} take {format_bytes(parts[largest])}; try {_advice(largest, least, ordered)}"
         )
     return chosen
 
 
-_ADVICE = {
-    "weights": "try bfloat16 weights or a smaller model",
-    "gradients": "try an adapter, or a lowdim.optim method with layerwise updates",
-    "optimizer_state": "try an adapter, or galore",
-    "activations": "try a smaller batch, shorter sequences or gradient checkpointing",
-    "workspace": "try a smaller batch or shorter sequences",
-}
+def _advice(largest: str, least: Forecast, tried: Iterable[Forecast]) -> str:
+    """What would reduce the largest part, without what was tried or set already."""
+    kinds, layerwise = {f.kind for f in tried}, any(f.layerwise for f in tried)
+    batch = [("a smaller batch", least.batch_size > 1), ("shorter sequences", least.sequence_length > 1)]
+    kept = [
+        ("an adapter", "adapter" not in kinds),
+        ("galore", "optimizer" not in kinds and least.kind != "adapter"),
+        ("layerwise updates of a lowdim.optim method", not layerwise and least.kind != "adapter"),
+        ("a smaller rank", least.kind in ("adapter", "optimizer", "layer")),
+    ]
+    steps = {
+        "weights": [("bfloat16 weights", least.dtype == "float32")],
+        "gradients": kept,
+        "optimizer_state": kept,
+        "activations": [*batch, ("gradient checkpointing", not least.gradient_checkpointing)],
+        "workspace": batch,
+    }
+    open_ = [text for text, sensible in steps[largest] if sensible]
+    return " or ".join([*open_, "a smaller model"])
 
 
 def _rehearse(subject: Subject, plan: Plan) -> tuple[Rehearsal, tuple[int, ...]]:
@@ -234,10 +305,10 @@ def _extend(small: Rehearsal, large: Rehearsal, depth: int) -> Rehearsal:
 
     peaks = {}
     for key, a in small.peaks.items():
-        step, phase, place = key
+        step, phase, place, index = key
         if place == small.depth - 1:
             place = large.depth - 1
-        b = large.peaks.get((step, phase, place))
+        b = large.peaks.get((step, phase, place, index))
         if b is None:
             continue
         by_kind = {kind: round(line(a.by_kind[kind], b.by_kind[kind])) for kind in KINDS}

@@ -32,8 +32,14 @@ class Plan:
     lr: float = 1e-3
     gradient_checkpointing: bool = False
     layerwise: bool = False
+    accumulate: int = 1
     batch: Callable[[], Any] | None = None
     loss_fn: LossFn = model_loss
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of a rehearsed step: the third of an accumulated batch needs what the second needs."""
+        return min(self.accumulate, 2)
 
 
 @dataclass
@@ -41,13 +47,14 @@ class Rehearsal:
     """The memory and work of a rehearsed run.
 
     Attributes:
-        peaks: the peak of each part of the run. A part is `(step, phase, place)`: the phase is `"forward"`, `"backward"` or
-            `"optimizer"`, the place `"before"` the blocks, a block's index, or `"after"` them.
+        peaks: the peak of each part of the run. A part is `(step, phase, place, index)`: the phase is `"forward"`, `"backward"`
+            or `"optimizer"`, the place `"before"` the blocks, a block's index, or `"after"` them, the index that of the forward
+            pass within an accumulated step.
         amounts: `trained`, `weight_bytes`, `file_bytes`, `flops` and `seconds` of one step.
         depth: number of blocks of the model, 0 if it has no stack of identical blocks.
     """
 
-    peaks: dict[tuple[int, str, Any], Peak]
+    peaks: dict[tuple[int, str, Any, int], Peak]
     amounts: dict[str, float] = field(default_factory=dict)
     depth: int = 0
 
@@ -69,7 +76,15 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
         plain_bytes = unique_bytes(model.state_dict().values())
         head = _head(model, subject.task)
         scratch = subject.task == "pretrain"
-        setup = Setup(lr=plan.lr, steps=plan.steps, head=head, initialise=False, scratch=scratch, layerwise=plan.layerwise)
+        setup = Setup(
+            lr=plan.lr,
+            steps=plan.steps,
+            head=head,
+            initialise=False,
+            scratch=scratch,
+            layerwise=plan.layerwise,
+            accumulate=plan.passes,
+        )
         applied = strategy_for(variant).apply(model, setup)
         applied.model.train()
         if plan.gradient_checkpointing:
@@ -89,7 +104,7 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
         with tracker:
             for step in range(1, steps + 1):
                 work.on = step == 2
-                _step(applied, optimizer, batch, plan.loss_fn, tracker, marks, step)
+                _step(applied, optimizer, batch, plan, tracker, marks, work, step)
         for handle in (*hooks, *marks.handles):
             handle.remove()
         amounts = {
@@ -107,18 +122,23 @@ def _step(
     applied: Applied,
     optimizer: torch.optim.Optimizer,
     batch: Any,
-    loss_fn: LossFn,
+    plan: Plan,
     tracker: Tracker,
     marks: _Marks,
+    work: Work,
     step: int,
 ) -> None:
-    marks.begin(step, "forward", "before", "activations")
-    loss = applied.loss(batch, loss_fn).total
-    marks.begin(step, "backward", "after", "workspace")
-    loss.backward()
-    extra = (getattr(p, "float_grad", None) for p in applied.model.parameters())  # of 8-bit weights, which have no .grad
-    tracker.add([grad for grad in extra if grad is not None], "gradients")
-    tracker.add(optimizer_tensors(optimizer), "optimizer_state")
+    for index in range(plan.passes):
+        marks.index, before = index, (work.flops, work.seconds)
+        marks.begin(step, "forward", "before", "activations")
+        loss = applied.loss(batch, plan.loss_fn).total
+        loss = loss / plan.accumulate if plan.accumulate > 1 else loss
+        marks.begin(step, "backward", "after", "workspace")
+        loss.backward()
+        extra = (getattr(p, "float_grad", None) for p in applied.model.parameters())  # of 8-bit weights, which have no .grad
+        tracker.add([grad for grad in extra if grad is not None], "gradients")
+        tracker.add(optimizer_tensors(optimizer), "optimizer_state")
+    work.repeat(before, plan.accumulate - plan.passes)
     marks.begin(step, "optimizer", "before", "workspace")
     optimizer.step()
     tracker.add(optimizer_tensors(optimizer), "optimizer_state")
@@ -131,14 +151,15 @@ class _Marks:
 
     def __init__(self, tracker: Tracker, stack: list[nn.Module]):
         self.tracker, self.count = tracker, len(stack)
-        self.now: tuple[int, str, Any] = (0, "forward", "before")
+        self.index = 0  # of the forward pass within its step
+        self.now: tuple[int, str, Any, int] = (0, "forward", "before", 0)
         self.handles: list[Any] = []
         for index, block in enumerate(stack):
             self.handles.append(block.register_forward_pre_hook(self._entering(index), with_kwargs=True))
             self.handles.append(block.register_forward_hook(self._leaving(index)))
 
     def begin(self, step: int, phase: str, place: Any, kind: str | None = None) -> None:
-        self.now = (step, phase, place)
+        self.now = (step, phase, place, self.index)
         self.tracker.enter(self.now, kind)
 
     def _entering(self, index: int) -> Any:

@@ -11,9 +11,9 @@ from torch import nn
 from lowdim.catalogue import Variant, variant
 from lowdim.methods import Setup, strategy_for
 from lowdim.plan.fake import Subject, fake_mode
-from lowdim.plan.forecasting import Forecast
+from lowdim.plan.forecasting import NOT_COUNTED, Forecast
 from lowdim.results import Result
-from lowdim.units import format_bytes, parse_bytes
+from lowdim.units import format_bytes, format_seconds, parse_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,7 +50,7 @@ def table(forecasts: Sequence[Forecast], budget: int | str | None = None) -> Tab
         if limits:
             allowed = limit if limit is not None else f.budget_bytes
             row.append("" if allowed is None else "[green]yes[/]" if f.total <= allowed else "[red]no[/]")
-        shown.add_row(*row, format_bytes(f.file_bytes), _duration(f.seconds_per_step))
+        shown.add_row(*row, format_bytes(f.file_bytes), format_seconds(f.seconds_per_step))
     return shown
 
 
@@ -68,22 +68,15 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def _duration(seconds: float) -> str:
-    for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.2g} {unit}"
-    return f"{1000 * seconds:.2g} ms" if seconds < 1 else f"{seconds:.2g} s"
-
-
 def _caption(forecasts: Sequence[Forecast], limits: Iterable[int]) -> str:
     if not forecasts:
         return ""
     f = forecasts[0]
     budget = "".join(f"budget {format_bytes(limit)}; " for limit in sorted(limits))
-    return (
-        f"{budget}batch {f.batch_size} of {f.sequence_length} tokens. Not counted: the program itself, the data, and what a "
-        "method computes once before training. Times are rough."
-    )
+    passes = f", {f.accumulate} batches a step" if f.accumulate > 1 else ""
+    words = f", vocabulary {f.vocabulary:,}" if f.vocabulary else ""
+    batch = f"batch {f.batch_size} of {f.sequence_length} tokens{passes}{words}"
+    return f"{budget}{batch}. Not counted: {NOT_COUNTED}. Times are rough."
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,11 @@ class Work:
         self.seconds = 0.0
         self.on = False
 
+    def repeat(self, before: tuple[int, float], times: int) -> None:
+        """Count what was done since `before = (flops, seconds)` as many times more."""
+        self.flops += times * (self.flops - before[0])
+        self.seconds += times * (self.seconds - before[1])
+
     def count(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor]) -> None:
         """One operation."""
         if not self.on or func.is_view or not tensors:

@@ -32,7 +32,8 @@ const FORMAT = {
   bytes: (v) => inUnits(v, 1024, [" B", " KiB", " MiB", " GiB", " TiB"]),
   count: (v) => inUnits(v, 1000, ["", "K", "M", "B", "T"]),
   seconds: (v) => (v === 0 ? "0 s" : v < 9.995e-4 ? `${three(v * 1e6)} µs` : v < 0.9995 ? `${three(v * 1e3)} ms`
-    : v < 119.5 ? `${three(v)} s` : v < 7195 ? `${three(v / 60)} min` : `${three(v / 3600)} h`),
+    : v < 119.5 ? `${three(v)} s` : v < 7170 ? `${three(v / 60)} min`
+    : v < 172620 ? `${three(v / 3600)} h` : `${three(v / 86400)} days`),
   score: (v) => minus(v.toFixed(DATA.metric.decimals ?? 3)),
   loss: (v) => minus(`${+v.toPrecision(4)}`),
   step: (v) => Math.round(v).toLocaleString("en"),

@@ -8,6 +8,8 @@ import re
 from datetime import datetime, timedelta
 from typing import Any
 
+from lowdim.units import format_seconds
+
 __all__ = [
     "MISSING",
     "count",
@@ -95,12 +97,7 @@ def duration(value: float | None) -> str:
         >>> duration(0.0312), duration(1.5), duration(9000)
         ('31.2 ms', '1.50 s', '2.50 h')
     """
-    if value is None:
-        return MISSING
-    for below, factor, unit in ((9.995e-4, 1e6, "µs"), (0.9995, 1e3, "ms"), (119.5, 1, "s"), (7195, 1 / 60, "min")):
-        if abs(value) < below and value != 0:
-            return f"{_three(value * factor)} {unit}"
-    return "0 s" if value == 0 else f"{_three(value / 3600)} h"
+    return MISSING if value is None else format_seconds(value)
 
 
 def rate(value: float | None) -> str:

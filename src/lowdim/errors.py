@@ -86,6 +86,27 @@ def warn_caller(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=level + 1)
 
 
+def listed(names: Iterable[object], limit: int = 400) -> str:
+    """Names joined by commas for a message: at most about `limit` characters; the number of those left out is given.
+
+    Example:
+        >>> from lowdim.errors import listed
+        >>> listed(["a", "b", "c"]), listed((f"column {i}" for i in range(1000)), 30)
+        ('a, b, c', 'column 0, column 1, column 2 and 997 more')
+    """
+    parts = [str(name) for name in names]
+    shown_parts: list[str] = []
+    used = 0
+    for part in parts:
+        part = part if len(part) <= 80 else f"{part[:60]}...{part[-17:]}"
+        used += len(part) + 2
+        if shown_parts and used > limit:
+            break
+        shown_parts.append(part)
+    rest = len(parts) - len(shown_parts)
+    return ", ".join(shown_parts) + (f" and {rest:,} more" if rest else "")
+
+
 def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
     """The `count` options closest to `name`, best first; the first few options if none is close."""
     names = list(options)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowdim.errors import DataError, UnknownNameError, nearest
+from lowdim.errors import DataError, UnknownNameError, listed, nearest, shown
+from lowdim.train.columns import Column, take
+from lowdim.train.labels import encode_labels
 from lowdim.train.tables import SHIPPED, locate, read_rows, read_text
 
 __all__ = ["SHIPPED", "Examples", "Splits", "locate", "read_examples", "read_text", "read_texts", "split", "text_column"]
@@ -23,7 +25,7 @@ _LABEL_NAMES = ("label", "labels", "class", "category", "sentiment", "target", "
 class Examples:
     """Texts with their labels as class indices; `notes` count the rows that were left out."""
 
-    texts: tuple[str, ...]
+    texts: Sequence[str]
     labels: tuple[int, ...]
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
@@ -33,7 +35,7 @@ class Examples:
 
     def take(self, indices: Sequence[int]) -> Examples:
         """The examples at these indices."""
-        return Examples(tuple(self.texts[i] for i in indices), tuple(self.labels[i] for i in indices), self.classes)
+        return Examples(take(self.texts, indices), tuple(self.labels[i] for i in indices), self.classes)
 
 
 @dataclass(frozen=True)
@@ -59,61 +61,47 @@ def read_examples(
         DataError: unreadable file, no rows, only one class, an unknown label.
         UnknownNameError: a column that does not exist, or cannot be found (the columns are listed).
     """
-    texts: list[str] = []
-    labels: list[str] = []
-    notes: list[str] = []
-    for path in paths:
-        found, marks, remarks = _labelled(locate(path), text, label)
-        texts, labels, notes = texts + found, labels + marks, notes + remarks
-    name = ", ".join(str(p) for p in paths)
-    known = list(classes) if classes else _ordered(set(labels))
-    if len(known) < 2:
-        raise DataError(f"{name}: there is only one class ({known[0]!r}); classification needs at least two")
-    if not classes and len(known) > max(50, len(labels) // 2):
-        raise DataError(
-            f"{name}: the labels have {len(known)} different values in {len(labels)} rows, such as {known[0]!r}; "
-            "are they classes? name another column with --label"
-        )
-    strange = sorted(set(labels) - set(known))
-    if strange:
-        raise DataError(f"{name}: label {strange[0]!r} does not occur in the training data (classes: {', '.join(known)})")
-    index = {c: i for i, c in enumerate(known)}
-    return Examples(tuple(texts), tuple(index[c] for c in labels), tuple(known), tuple(notes))
+    parts = [_labelled(locate(path), text, label) for path in paths]
+    texts, marks, notes = zip(*parts)
+    labels = encode_labels(list(itertools.chain.from_iterable(marks)), ", ".join(map(str, paths)), classes)
+    return Examples(Column.concatenated(texts), labels.indices, labels.classes, (*itertools.chain(*notes), *labels.notes))
 
 
-def _labelled(path: Path, text: str | None, label: str | None) -> tuple[list[str], list[str], list[str]]:
+def _labelled(path: Path, text: str | None, label: str | None) -> tuple[Column, Column, list[str]]:
     """Texts, labels and notes of one file."""
     rows = read_rows(path)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(rows.columns)
     text_column, label_column = _columns(rows, columns, text, label, str(path))
-    texts, labels, empty, missing = [], [], 0, 0
-    for row in rows:
-        value, mark = row.get(text_column), row.get(label_column)
+    texts, marks = rows.column(text_column), rows.column(label_column)
+    keep: list[int] = []
+    empty = missing = 0
+    for row, (value, mark) in enumerate(zip(texts, marks)):
         if _blank(value):
             empty += 1
         elif _blank(mark):
             missing += 1
         else:
-            texts.append(str(_plain(value, text_column, path)))
-            labels.append(_label(_plain(mark, label_column, path)))
-    if not texts:
+            _check_plain(value, text_column, path)
+            _check_plain(mark, label_column, path)
+            keep.append(row)
+    if not keep:
         raise DataError(f"{path}: no row has both a text ({text_column!r}) and a label ({label_column!r})")
-    if label is None and label_column in labels:
-        raise DataError(
-            f"{path}: the first row, {', '.join(columns)}, looks like data; begin the file with a row of column names"
-        )
-    notes = []
+    if len(keep) < len(rows):
+        texts, marks = texts.take(keep), marks.take(keep)
+    if label is None and label_column in marks:
+        raise DataError(f"{path}: the first row, {listed(columns)}, looks like data; begin the file with a row of column names")
+    notes = list(rows.notes)
     unused = [c for c in columns if c not in (text_column, label_column)]
     if unused and (text is None or label is None):
         notes.append(
-            f"{path}: the text is column {text_column!r} and the label {label_column!r} (not used: {', '.join(unused)}); "
+            f"{path}: the text is column {text_column!r} and the label {label_column!r} (not used: {listed(unused)}); "
             "--text and --label choose others"
         )
     if empty:
         notes.append(f"{empty} rows of {path} have an empty text and were left out")
     if missing:
         notes.append(f"{missing} rows of {path} have no label and were left out")
-    return texts, labels, notes
+    return texts.as_strings(), marks, notes
 
 
 def read_texts(paths: Sequence[str | Path], *, text: str | None = None) -> tuple[list[str], list[str]]:
@@ -130,8 +118,13 @@ def read_texts(paths: Sequence[str | Path], *, text: str | None = None) -> tuple
             documents.append(read_text(path))
             continue
         rows = read_rows(path)
+        notes += rows.notes
         column = text_column(rows, text, str(path))
-        found = [str(_plain(row[column], column, path)) for row in rows if not _blank(row.get(column))]
+        found = []
+        for value in rows.column(column):
+            if not _blank(value):
+                _check_plain(value, column, path)
+                found.append(str(value))
         if len(found) < len(rows):
             notes.append(f"{len(rows) - len(found)} rows of {path} have an empty text and were left out")
         documents += found
@@ -140,7 +133,7 @@ def read_texts(paths: Sequence[str | Path], *, text: str | None = None) -> tuple
     return documents, notes
 
 
-def text_column(rows: list[dict[str, Any]], asked: str | None, name: str) -> str:
+def text_column(rows: Sequence[dict[str, Any]], asked: str | None, name: str) -> str:
     """The text column: the requested one, one with a usual name, or the one with the longest texts.
 
     Raises:
@@ -149,7 +142,7 @@ def text_column(rows: list[dict[str, Any]], asked: str | None, name: str) -> str
     columns = list(dict.fromkeys(key for row in rows for key in row))
     column = _column("--text", asked, columns, _TEXT_NAMES, name) or _longest(rows, columns)
     if column is None:
-        raise UnknownNameError(f"{name}: no column holds text; columns: {', '.join(columns)}")
+        raise UnknownNameError(f"{name}: no column holds text; columns: {listed(columns)}")
     return column
 
 
@@ -203,7 +196,9 @@ def _stratified(examples: Examples, indices: list[int], share: float, seed: int,
     return keep, taken
 
 
-def _columns(rows: list[dict[str, Any]], columns: list[str], text: str | None, label: str | None, name: str) -> tuple[str, str]:
+def _columns(
+    rows: Sequence[dict[str, Any]], columns: list[str], text: str | None, label: str | None, name: str
+) -> tuple[str, str]:
     label_column = _column("--label", label, columns, _LABEL_NAMES, name)
     rest = [c for c in columns if c != label_column]
     text_column = _column("--text", text, rest if text is None else columns, _TEXT_NAMES, name)
@@ -212,10 +207,10 @@ def _columns(rows: list[dict[str, Any]], columns: list[str], text: str | None, l
     if label_column is None:
         others = [c for c in columns if c != text_column]
         if len(others) != 1:
-            raise UnknownNameError(f"{name}: which column holds the label? name it with --label; columns: {', '.join(columns)}")
+            raise UnknownNameError(f"{name}: which column holds the label? name it with --label; columns: {listed(columns)}")
         label_column = others[0]
     if text_column is None or text_column == label_column:
-        raise UnknownNameError(f"{name}: which column holds the text? name it with --text; columns: {', '.join(columns)}")
+        raise UnknownNameError(f"{name}: which column holds the text? name it with --text; columns: {listed(columns)}")
     return text_column, label_column
 
 
@@ -223,14 +218,15 @@ def _column(option: str, asked: str | None, columns: list[str], usual: Sequence[
     if asked is not None:
         if asked not in columns:
             close = ", ".join(nearest(asked, columns))
-            raise UnknownNameError(f"{option}: {name} has no column {asked!r}; nearest: {close}; columns: {', '.join(columns)}")
+            raise UnknownNameError(f"{option}: {name} has no column {asked!r}; nearest: {close}; columns: {listed(columns)}")
         return asked
     lower = {c.lower(): c for c in reversed(columns)}
     return next((lower[u] for u in usual if u in lower), None)
 
 
-def _longest(rows: list[dict[str, Any]], columns: list[str]) -> str | None:
-    sizes = {c: sum(len(v) for row in rows[:200] if isinstance(v := row.get(c), str)) for c in columns}
+def _longest(rows: Sequence[dict[str, Any]], columns: list[str]) -> str | None:
+    head = list(itertools.islice(rows, 200))
+    sizes = {c: sum(len(v) for row in head if isinstance(v := row.get(c), str)) for c in columns}
     best = max(columns, key=lambda c: sizes[c])
     return best if sizes[best] else None
 
@@ -239,19 +235,6 @@ def _blank(value: Any) -> bool:
     return value is None or value != value or not str(value).strip()
 
 
-def _plain(value: Any, column: str, path: Path) -> Any:
+def _check_plain(value: Any, column: str, path: Path) -> None:
     if isinstance(value, (list, dict, bytes)):
-        raise DataError(f"{path}: column {column!r} must hold text or numbers; got a {type(value).__name__}")
-    return value if isinstance(value, (bool, float)) else str(value)
-
-
-def _label(mark: Any) -> str:
-    if isinstance(mark, bool):
-        return str(mark).lower()
-    if isinstance(mark, float) and mark.is_integer():
-        return str(int(mark))
-    return str(mark).strip()
-
-
-def _ordered(labels: set[str]) -> list[str]:
-    return sorted(labels, key=lambda c: (0, int(c), c) if re.fullmatch("-?[0-9]{1,18}", c) else (1, 0, c))
+        raise DataError(f"{path}: column {shown(column)} must hold text or numbers; got a {type(value).__name__}")

@@ -32,6 +32,9 @@ def plan(
     accumulate: Annotated[int, typer.Option("--accumulate", help="Forward passes (gradient accumulation) of a step.")] = 1,
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="bytes, a folder or hub id, for pretrain.")] = None,
     classes: Annotated[int, typer.Option("--classes", help="Classes of --task classify.")] = 2,
+    master_weights: Annotated[
+        bool, typer.Option("--master-weights", help="With float32 copies of trained 16-bit weights.")
+    ] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Show which modules the patterns match.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
@@ -47,7 +50,7 @@ def plan(
     settings = PlanSettings(
         model=model, methods=methods, task=task, batch_size=batch_size, length=length, dtype=dtype,
         gradient_checkpointing=checkpointing, rank=rank, layerwise=layerwise, accumulate=accumulate, tokenizer=tokenizer,
-        classes=classes, budget=limit,
+        classes=classes, master_weights=master_weights, budget=limit,
     )  # fmt: skip
     console = Console()
     notes = Console(stderr=True) if as_json else console

@@ -20,6 +20,9 @@ def run(
     out: Annotated[Path | None, typer.Option("--out", help="Instead of the recipe's folder.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
     steps: Annotated[int | None, typer.Option("--steps", help="Instead of the recipe's.")] = None,
+    master_weights: Annotated[
+        bool, typer.Option("--master-weights", help="Keep float32 copies of trained bfloat16 weights.")
+    ] = False,
     check: Annotated[bool, typer.Option("--check", help="Only check the recipe and print it filled in.")] = False,
 ) -> None:
     """Fine-tune with one method, as described in a recipe."""
@@ -29,7 +32,9 @@ def run(
     from lowdim.methods import with_options
     from lowdim.train.recipes import load_recipe
 
-    loaded = load_recipe(recipe, out=None if out is None else str(out), steps=steps)
+    loaded = load_recipe(
+        recipe, out=None if out is None else str(out), steps=steps, master_weights=True if master_weights else None
+    )
     with_options(variant(loaded.method), loaded.options)
     console = Console()
     if check:

@@ -227,14 +227,14 @@ def _size(model: nn.Module) -> int:
 
 def _tune(method: Compressor, model: nn.Module, task: Task, steps: int, lr: float) -> dict[str, Any]:
     """Train only the parameters that the method leaves trainable."""
-    import torch
-
     from lowdim.catalogue import variant
-    from lowdim.methods import Applied
+    from lowdim.methods import Applied, Setup
+    from lowdim.methods.strategy import adamw
     from lowdim.train.loop import FitSettings, fit
 
     parameters = method.entry.build_tuned()(model)
-    applied = Applied(model, variant("full"), lambda rate: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0))
+    setup = Setup(lr=lr, steps=steps)
+    applied = Applied(model, variant("full"), lambda rate: adamw(parameters, rate, setup))
     with tempfile.TemporaryDirectory() as folder:
         result = fit(applied, task, FitSettings(steps=steps, lr=lr, schedule="cosine"), Path(folder))
     if result.failure:

@@ -32,6 +32,7 @@ class PlanSettings:
         accumulate: forward passes of an optimizer step.
         tokenizer: `bytes`, a folder or a hub id, whose vocabulary the model gets; for `pretrain`.
         classes: outputs of the head; for `classify`.
+        master_weights: keep float32 copies of trained 16-bit weights.
         budget: bytes.
     """
 
@@ -47,11 +48,14 @@ class PlanSettings:
     accumulate: int = 1
     tokenizer: str | None = None
     classes: int = 2
+    master_weights: bool = False
     budget: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("--task", self.task, ("classify", "causal-lm", "pretrain"))
         check_choice("--dtype", self.dtype, _DTYPES)
+        if self.master_weights and self.dtype == "float32":
+            raise ValueError("--master-weights is for 16-bit weights; got --dtype float32, of which no copy is needed")
         check_int("--batch-size", self.batch_size, 1)
         check_int("--length", self.length, 1)
         check_int("--accumulate", self.accumulate, 1)
@@ -146,6 +150,7 @@ def plan(settings: PlanSettings, *, say: Callable[[str], None] = lambda line: No
                     gradient_checkpointing=settings.gradient_checkpointing,
                     layerwise=settings.layerwise and variant.kind == "optimizer",
                     accumulate=settings.accumulate,
+                    master_weights=settings.master_weights,
                     budget_bytes=settings.budget,
                 )
             )

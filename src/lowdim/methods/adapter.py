@@ -75,11 +75,13 @@ class AdapterStrategy(Strategy):
             initialise=setup.initialise,
             cap_rank=True,  # one small layer must not stop a command
         )
-        applied = Applied(model, self.variant, lambda lr: adamw(adapted.param_groups(lr), lr), adapted, options)
+        applied = Applied(model, self.variant, lambda lr: adamw(adapted.param_groups(lr), lr, setup), adapted, options)
         applied.capped_ranks = adapted.capped_ranks
         applied.notes = capped_note(adapted.capped_ranks)
         if setup.initialise:
-            applied.spent = adapted.before_training(samples or [], setup.loss_fn, setup.lr, setup.steps)
+            applied.spent = adapted.before_training(
+                samples or [], setup.loss_fn, setup.lr, setup.steps, lambda weights, lr: adamw(weights, lr, setup)
+            )
         if applied.spent:
             applied.notes += (f"{applied.spent} of {setup.steps} steps go to the method's own search before the training",)
         return applied

@@ -77,7 +77,7 @@ class CompressionStrategy(Strategy):
         return Applied(
             model,
             self.variant,
-            lambda lr: adamw([p for p in model.parameters() if p.requires_grad], lr),
+            lambda lr: adamw([p for p in model.parameters() if p.requires_grad], lr, setup),
             options=options,
             make_companion=functools.partial(SparseTraining, model),
         )

@@ -21,4 +21,4 @@ class FullStrategy(Strategy):
     def apply(self, model: nn.Module, setup: Setup) -> Applied:
         """Make every parameter trainable."""
         model.requires_grad_(True)
-        return Applied(model, self.variant, lambda lr: adamw(model.parameters(), lr))
+        return Applied(model, self.variant, lambda lr: adamw(model.parameters(), lr, setup))

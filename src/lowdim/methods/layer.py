@@ -57,7 +57,7 @@ class LayerStrategy(Strategy):
         return Applied(
             model,
             self.variant,
-            lambda lr: adamw(model.parameters(), lr),
+            lambda lr: adamw(model.parameters(), lr, setup),
             options=dict(self.variant.options),
             make_companion=functools.partial(self._companion, model, companion_options) if self.variant.companion else None,
             notes=notes,

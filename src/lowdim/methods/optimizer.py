@@ -69,6 +69,9 @@ class OptimizerStrategy(Strategy):
     def _extras(self, setup: Setup) -> dict[str, Any]:
         """The training options that the optimizer needs."""
         extras: dict[str, Any] = {"layerwise": True, "accumulate": setup.accumulate} if setup.layerwise else {}
+        extras["master_weights"] = setup.master_weights
+        if "seed" in self.option_names() and self.variant.options.get("seed") is None:
+            extras["seed"] = setup.seed
         if setup.max_norm and self.clips_itself(setup.layerwise):
             extras["max_norm"] = setup.max_norm
         return extras

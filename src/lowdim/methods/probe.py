@@ -30,4 +30,4 @@ class ProbeStrategy(Strategy):
         freeze(model)
         for name in setup.head:
             model.get_submodule(name).requires_grad_(True)
-        return Applied(model, self.variant, lambda lr: adamw([p for p in model.parameters() if p.requires_grad], lr))
+        return Applied(model, self.variant, lambda lr: adamw([p for p in model.parameters() if p.requires_grad], lr, setup))

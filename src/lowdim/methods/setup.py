@@ -30,6 +30,8 @@ class Setup:
         scratch: training starts from random weights: structured layers draw their own.
         layerwise: update each parameter in the backward pass and free its gradient at once; optimizers only.
         accumulate: forward passes of an optimizer step; optimizers that update layer by layer sum over them.
+        master_weights: keep a float32 copy of every trained 16-bit weight in the optimizer; otherwise they are rounded
+            stochastically.
         max_norm: clipping, for optimizers that clip gradients themselves; 0 switches it off.
 
     Example:
@@ -50,6 +52,7 @@ class Setup:
     layerwise: bool = False
     accumulate: int = 1
     max_norm: float = 0.0
+    master_weights: bool = False
 
     @property
     def warmup_steps(self) -> int:

@@ -119,8 +119,17 @@ def names_subclass(variant: Variant, base: type) -> bool:
     return isinstance(target, type) and issubclass(target, base)
 
 
-def adamw(parameters: Any, lr: float) -> torch.optim.Optimizer:
-    """Plain AdamW without decay, for all methods without their own optimizer."""
+def adamw(parameters: Any, lr: float, setup: Setup) -> torch.optim.Optimizer:
+    """Plain AdamW without decay, for all methods without their own optimizer.
+
+    Where a parameter has 16 bits, it is `lowdim.optim.AdamW`, which does not lose small updates.
+    """
     import torch
 
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
+    from lowdim.optim import AdamW
+
+    groups = list(parameters)
+    flat = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in flat):
+        return AdamW(groups, lr=lr, weight_decay=0.0, seed=setup.seed, master_weights=setup.master_weights)
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True)

@@ -114,6 +114,7 @@ def forecast(
     gradient_checkpointing: bool = False,
     layerwise: bool = False,
     accumulate: int = 1,
+    master_weights: bool = False,
     steps: int = 100,
     budget_bytes: int | str | None = None,
     device: str | torch.device = "cpu",
@@ -140,6 +141,7 @@ def forecast(
         gradient_checkpointing: recompute each block in the backward pass.
         layerwise: `lowdim.optim` methods only: update each parameter as soon as its gradient is ready, and free the gradient.
         accumulate: forward passes of an optimizer step; from the second on, the gradients of the first are held.
+        master_weights: keep a float32 copy of every trained 16-bit weight in the optimizer.
         steps: optimizer steps in all, for methods with schedules.
         budget_bytes: a number or a text such as `"8GiB"`; sets `fits`.
         device: the device of the training. Attention kernels differ between devices, and a forecast for another kind of device
@@ -176,6 +178,7 @@ def forecast(
         gradient_checkpointing=gradient_checkpointing,
         layerwise=layerwise,
         accumulate=accumulate,
+        master_weights=master_weights,
         batch=batch,
         loss_fn=loss_fn,
     )

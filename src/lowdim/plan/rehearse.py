@@ -35,6 +35,7 @@ class Plan:
     accumulate: int = 1
     batch: Callable[[], Any] | None = None
     loss_fn: LossFn = model_loss
+    master_weights: bool = False
 
     @property
     def passes(self) -> int:
@@ -84,6 +85,7 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
             scratch=scratch,
             layerwise=plan.layerwise,
             accumulate=plan.passes,
+            master_weights=plan.master_weights,
         )
         applied = strategy_for(variant).apply(model, setup)
         applied.model.train()

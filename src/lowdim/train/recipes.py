@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from lowdim.errors import DataError, UnknownNameError, nearest, shown
 from lowdim.train.safe_yaml import read_yaml
@@ -51,6 +51,9 @@ class Recipe(BaseModel):
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 switches it off")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the weights")
+    master_weights: bool = Field(
+        False, description="Keep a float32 copy of each trained bfloat16 weight; false: they are rounded stochastically"
+    )
     bf16: bool = Field(False, description="Compute in bfloat16 by autocast")
     seed: int = Field(0, ge=0, description="Of all random numbers")
     eval_steps: int = Field(0, ge=0, description="Steps between scores on the validation part; 0: at the end (pretrain)")
@@ -63,6 +66,13 @@ class Recipe(BaseModel):
     def from_scratch(self) -> bool:
         """Whether the weights start at random."""
         return self.task == "pretrain" or not self.pretrained
+
+    @field_validator("master_weights")
+    @classmethod
+    def _of_16_bits(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("dtype") == "float32":
+            raise ValueError("master_weights needs dtype: bfloat16; float32 weights need no copy")
+        return value
 
     @field_validator("data", mode="before")
     @classmethod

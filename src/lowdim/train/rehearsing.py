@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lowdim.optim import ProjectedOptimizer
+from lowdim.optim.core.parts import layout_bytes
 from lowdim.units import format_bytes
 
 __all__ = ["rehearse_saving"]
@@ -63,9 +64,8 @@ def _layouts(optimizer: Any) -> Iterable[tuple[int, Any, Any, int]]:
     number = 0
     for group in optimizer.param_groups:
         for p in group["params"]:
-            parts = optimizer.parts(group, p.ndim)
-            shape = tuple(p.shape)
-            yield number, p, parts.layout(shape, p.dtype), parts.nbytes(shape, p.dtype)
+            layout = optimizer.layout_of(p, group)
+            yield number, p, layout, layout_bytes(layout)
             number += 1
 
 

@@ -172,6 +172,7 @@ def _start(run: _Run, base: _Base) -> _Start:
         layerwise=recipe.layerwise,
         accumulate=run.accumulation,
         max_norm=recipe.max_grad_norm,
+        master_weights=recipe.master_weights,
     )
     applied = strategy.apply(model, setup)
     for note in applied.notes:

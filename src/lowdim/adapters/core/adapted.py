@@ -125,8 +125,18 @@ class Adapted(Companion):
                 "Set allow_unused=True on the Adapted if this is intended"
             )
 
-    def before_training(self, batches: list[Any], loss_fn: LossFn | None, lr: float, steps: int) -> int:
+    def before_training(
+        self,
+        batches: list[Any],
+        loss_fn: LossFn | None,
+        lr: float,
+        steps: int,
+        make_optimizer: Callable[[list[nn.Parameter], float], torch.optim.Optimizer] | None = None,
+    ) -> int:
         """Called by `lowdim run` and `lowdim compare` before a training of `steps` steps; for methods that search first.
+
+        Args:
+            make_optimizer: `(weights, lr)` -> the optimizer of the training; None: torch's AdamW without decay.
 
         Returns:
             The number of steps that the search has used; the training has that many fewer.

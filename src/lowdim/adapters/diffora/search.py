@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -198,7 +199,14 @@ class DiffoRAAdapted(Adapted):
         self._matrix.choose(selected, pair)
         return selected
 
-    def before_training(self, batches: list[Any], loss_fn: LossFn | None, lr: float, steps: int) -> int:
+    def before_training(
+        self,
+        batches: list[Any],
+        loss_fn: LossFn | None,
+        lr: float,
+        steps: int,
+        make_optimizer: Callable[[list[nn.Parameter], float], torch.optim.Optimizer] | None = None,
+    ) -> int:
         """The whole search, for training loops without one: a fifth of `steps`, with half of the batches for validation.
 
         Adam updates the logits (rate 2e-2, betas 0.5 and 0.999), AdamW the weights at `lr`; then `discretize()`. Does nothing
@@ -218,7 +226,8 @@ class DiffoRAAdapted(Adapted):
         valid, train = batches[:half] or batches, batches[half:]
         weights = [p for p in self.trainable().values() if p is not self.dam]
         dam_optimizer = torch.optim.Adam([self.dam], lr=2e-2, betas=(0.5, 0.999))
-        weight_optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+        make = make_optimizer or functools.partial(torch.optim.AdamW, weight_decay=0.0)
+        weight_optimizer = make(weights, lr)
         modes = {module: module.training for module in self.model.modules()}
         self.model.train()
         try:

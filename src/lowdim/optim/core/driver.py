@@ -20,7 +20,7 @@ from lowdim.optim.core.checking import (
     restored,
 )
 from lowdim.optim.core.inner import AdamWRule
-from lowdim.optim.core.parts import DenseStore, Parts, State
+from lowdim.optim.core.parts import DenseStore, Layout, Parts, State
 from lowdim.optim.core.progress import Progress
 from lowdim.optim.core.projectors import Identity
 from lowdim.optim.core.rounding import MASTER, is_half, master
@@ -112,6 +112,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def parts_of(self, p: Tensor, group: dict[str, Any]) -> Parts:
         """The parts for one parameter of this group."""
         return self.parts(group, p.ndim)
+
+    def layout_of(self, p: Tensor, group: dict[str, Any]) -> Layout:
+        """Every tensor of fixed size in the state of one parameter of this group."""
+        parts, shape = self.parts_of(p, group), tuple(p.shape)
+        masters: Layout = {MASTER: (shape, torch.float32)} if self._has_master(p, group) else {}
+        return {**parts.layout(shape, parts.store.dtype(p)), **masters}
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError/TypeError for hyperparameters or shapes that cannot work."""
@@ -435,10 +441,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for saved, group in zip(saved_groups, self.param_groups):
             for key, p in zip(saved["params"], group["params"]):
                 if key in state_dict["state"]:
-                    parts = self.parts_of(p, group)
-                    wanted = parts.layout(tuple(p.shape), parts.store.dtype(p))
-                    if self._has_master(p, group):
-                        wanted[MASTER] = (tuple(p.shape), torch.float32)
+                    wanted = self.layout_of(p, group)
                     self.state[p] = restored(p, state_dict["state"][key], wanted, self._label(p))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lowdim.adapters.core.adapted import Adapted, by_layer
 from lowdim.adapters.core.attach import put_in_place
 from lowdim.adapters.core.composed import is_composed
+from lowdim.adapters.core.files.bounds import BoundedAllocation
 from lowdim.adapters.core.files.layout import TENSORS, Header, Layer, read_adapter
 from lowdim.adapters.core.fingerprints import base_difference, layer_difference
 from lowdim.adapters.core.guards import error_context, plain_model, pristine_matrix, refuse_missing
@@ -66,7 +67,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         raise CheckpointError(f"{folder}: the model's parameters are composed by another adapter: merge() that first")
     modules = named_layers(model)
     layers = {name: _find(modules, name, entry, folder, check_base) for name, entry in header.layers.items()}
-    with _reading(folder, header):
+    bounded = BoundedAllocation(tensors, [matrix_shape(layer) for layer in layers.values()])
+    with _reading(folder, header), bounded:
         prepared = method.prepare(layers, seed=header.seed, initialise=False)
     own = by_layer(tensors, header.layers)
     attached = {}
@@ -74,11 +76,12 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         stats = {**prepared[name], **header.layers[name].meta}
         weight = pristine_matrix(layer).detach()
         dtype = next((t.dtype for t in own[name].values() if t.is_floating_point()), weight.dtype)
-        with _reading(folder, header), error_context(header.method, name, layer):
+        with _reading(folder, header), error_context(header.method, name, layer), bounded:
             update = method.blank(*weight.shape, stats=stats, dtype=dtype, device=weight.device)
             update.restore({key: value.to(weight.device) for key, value in own[name].items()}, weight)
             attached[name] = (layer, update)
-    shared = method.shared(layers, seed=header.seed, initialise=False)
+    with _reading(folder, header), bounded:
+        shared = method.shared(layers, seed=header.seed, initialise=False)
     if shared is not None:
         _restore_shared(shared, tensors, header, folder)
     heads = _heads(model, header.modules_to_save, tensors, folder)
@@ -145,7 +148,8 @@ def _load_whole(
         chosen[name] = found
     own = [value for key, value in tensors.items() if key.startswith(_prefix(header)) and value.is_floating_point()]
     dtype = own[0].dtype if own else None
-    with _reading(folder, header):
+    bounded = BoundedAllocation(tensors, [entry.shape for entry in header.parameters.values()])
+    with _reading(folder, header), bounded:
         shared = method.composition(chosen, model, seed=header.seed, dtype=dtype, initialise=True)
         shared.check(header.shared or {})
     _restore_shared(shared, tensors, header, folder)

@@ -76,7 +76,8 @@ class AdaptedLayer(nn.Module):
         self.strength = 1.0
         self.rows: Tensor | None = None
         self.output_dtype: torch.dtype | None = layer.output_dtype if isinstance(layer, AdaptedLayer) else None
-        self.train(layer.training)
+        if not layer.training:  # a new module trains
+            self.eval()
 
     def _take_hooks(self, layer: nn.Module) -> nn.Module:
         """Move the layer's hooks here. The given layer keeps its own unless it is an AdaptedLayer: a copy is wrapped."""
@@ -181,9 +182,10 @@ class AdaptedLayer(nn.Module):
         """`W₀ (out, in)` under all adapters of the layer, up to the rounding of a rebased weight."""
         return self.base.pristine_weight() if isinstance(self.base, AdaptedLayer) else self.original_weight()
 
-    def merged(self) -> nn.Module:
-        """A plain layer with `W_eff`, computed in float32 or better and rounded once."""
-        plain = with_matrix(self.plain, self.effective_weight(), dtype=self.output_dtype)
+    def merged(self, weight: Tensor | None = None) -> nn.Module:
+        """A plain layer with `W_eff`, computed in float32 or better and rounded once; `weight` is `effective_weight()`."""
+        exact = self.effective_weight() if weight is None else weight
+        plain = with_matrix(self.plain, exact, dtype=self.output_dtype)
         layer: nn.Module = self
         while isinstance(layer, AdaptedLayer):
             plain, layer = layer._give_hooks(plain), layer.base

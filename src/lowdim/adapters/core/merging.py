@@ -63,7 +63,7 @@ def merged_layers(layers: Mapping[str, AdaptedLayer]) -> tuple[dict[str, nn.Modu
     plain, changes = {}, []
     for name, layer in layers.items():
         before, after = layer.pristine_weight(), layer.effective_weight()
-        plain[name] = layer.merged()
+        plain[name] = layer.merged(after)
         changes.append(change_of(f"layer {name}", name, before, after, weight_matrix(plain[name])))
     return plain, tuple(changes)
 

@@ -22,6 +22,7 @@ from lowdim.surgery import (
     Patterns,
     as_linear,
     find_layers,
+    float_dtype,
     is_linear,
     matrix_shape,
     swap_layers,
@@ -137,6 +138,7 @@ def lord(
     }
     if batches is None:
         raise ValueError("batches is missing: LoRD needs sample data (PELA's weight SVD does not)")
+    dtype = float_dtype(model)
     new: dict[str, LowRankLinear] = {}
     errors: dict[str, float] = {}
     tokens: dict[str, int] = {}
@@ -151,7 +153,7 @@ def lord(
         for name, layer in chunk.items():
             found = stats.pop(name)  # free each covariance once its layer is done
             tokens[name] = found["output_count"]
-            new[name], errors[name] = _decompose(layer, found, ranks[name], centered=config.centered)
+            new[name], errors[name] = _decompose(layer, found, ranks[name], dtype, centered=config.centered)
     _warn(model, layers, todo, tokens)
     report = _report(model, layers, tied, new, errors, tokens)
     wanted = {name: config.rank if table is None else table[layer] for name, layer in layers.items()}
@@ -322,8 +324,10 @@ def _chunks(layers: Mapping[str, nn.Module], max_bytes: int | None) -> list[dict
     return chunks
 
 
-def _decompose(layer: nn.Module, stats: Mapping[str, Any], rank: int, *, centered: bool) -> tuple[LowRankLinear, float]:
-    linear = as_linear(layer)
+def _decompose(
+    layer: nn.Module, stats: Mapping[str, Any], rank: int, dtype: torch.dtype, *, centered: bool
+) -> tuple[LowRankLinear, float]:
+    linear = as_linear(layer, dtype=dtype)
     mean, covariance = stats["output_mean"], stats["output_covariance"]
     if not centered:
         covariance = covariance + torch.outer(mean, mean)

@@ -21,9 +21,10 @@ from lowdim.surgery import (
     Patterns,
     dense_matrix,
     find_layers,
+    float_dtype,
     freeze,
     is_linear,
-    layer_dtype,
+    known_dtype,
     matrix_shape,
     swap_layers,
     without_tied,
@@ -155,7 +156,8 @@ def welore(model: nn.Module, config: WeLoreConfig, batches: Iterable[Any] | None
         if name in kept and (len(spectra[name]) - kept[name]) / len(spectra[name]) > config.min_reduction
     }
     report = _report(model, layers, tied, spectra, kept, set(factored), threshold)
-    swap_layers(model, factored, lambda name, layer: _factor(layer, kept[name]))
+    dtype = float_dtype(model)
+    swap_layers(model, factored, lambda name, layer: _factor(layer, kept[name], dtype))
     cast(Any, model).welore_report = {
         "threshold": threshold,
         "layers": {
@@ -227,7 +229,7 @@ def _spectra(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     first: dict[int, str] = {}
     for name, layer in layers.items():
-        twin = first.setdefault(id(layer.weight), name)
+        twin = first.setdefault(id(getattr(layer, "weight", layer)), name)
         if twin != name:
             found[name] = found[twin]
             continue
@@ -256,7 +258,7 @@ def _ranks(
     owners: dict[int, str] = {}
     for name, layer in layers.items():
         if len(spectra[name]) > 1:
-            owners.setdefault(id(layer.weight), name)
+            owners.setdefault(id(getattr(layer, "weight", layer)), name)
     if not owners:
         raise NoMatchingModuleError(
             f"no layer is left: each of {', '.join(layers)} has one row or column, so its rank cannot be reduced"
@@ -268,13 +270,18 @@ def _ranks(
         assert config.threshold is not None
         threshold = float(config.threshold)
         kept = rank_rules.welore_at(counted, threshold)
-    return threshold, {name: kept[owners[id(layer.weight)]] for name, layer in layers.items() if id(layer.weight) in owners}
+    return threshold, {
+        name: kept[owners[id(getattr(layer, "weight", layer))]]
+        for name, layer in layers.items()
+        if id(getattr(layer, "weight", layer)) in owners
+    }
 
 
 @torch.no_grad()
-def _factor(layer: nn.Module, rank: int) -> nn.Module:
+def _factor(layer: nn.Module, rank: int, dtype: torch.dtype) -> nn.Module:
+    """The low-rank component; `dtype` is for quantized layers that do not tell theirs."""
     A, B = balanced_factors(_wide(layer), rank)
-    dtype = layer_dtype(layer)
+    dtype = known_dtype(layer) or dtype
     new = WeLoreLinear.from_factors(A.to(dtype), B.to(dtype), cast("Tensor | None", layer.bias))
     return new.take_place_of(layer)
 

@@ -13,7 +13,7 @@ from lowdim.errors import check_int
 from lowdim.linalg import Cost, chain_cost
 from lowdim.modules.rebuildable import Rebuildable
 from lowdim.modules.structured import as_conv1d
-from lowdim.surgery import describe, is_conv1d, is_linear, make_linear, matrix_shape
+from lowdim.surgery import describe, is_conv1d, is_linear, is_quantized, make_linear, matrix_shape
 
 __all__ = ["MaskedLinear"]
 
@@ -51,6 +51,8 @@ class MaskedLinear(nn.Module, Rebuildable):
         super().__init__()
         if not is_linear(layer):
             raise TypeError(f"layer must be nn.Linear or Conv1D; got {describe(layer)}")
+        if is_quantized(layer):
+            raise TypeError(f"a quantized weight cannot be masked entry by entry; got {describe(layer)}")
         if "weight" not in layer._parameters:
             raise TypeError(
                 f"the weight of {describe(layer)} is computed (weight_norm or a parametrization?); remove that first"

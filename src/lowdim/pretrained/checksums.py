@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowdim.errors import CheckpointError
+from lowdim.surgery import holder
 
 __all__ = ["checksums", "header", "verify"]
 
@@ -58,10 +59,7 @@ def verify(files: Iterable[str | Path], layers: Mapping[str, Any]) -> None:
         expected |= named
         found |= actual
     there = set(found.values())  # a tensor may have been renamed, or written under the name of one it is tied to
-    prefixes = tuple(f"{layer}." for layer in layers)
-    missing = [
-        name for name, value in expected.items() if name.startswith(prefixes) and name not in found and value not in there
-    ]
+    missing = [name for name, value in expected.items() if holder(name, layers) and name not in found and value not in there]
     if missing:
         raise CheckpointError(
             f"the checkpoint lacks {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; a file is missing"

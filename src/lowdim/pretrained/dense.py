@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowdim.errors import LowdimError
 from lowdim.layers.core.swap import plain_layers
+from lowdim.surgery import holder
 
 __all__ = ["dense_model", "make_room_for_biases"]
 
@@ -24,9 +25,9 @@ def dense_model(model: Any) -> Any:
     Raises:
         LowdimError: a layer has a bias that the model's class cannot hold.
     """
-    state = dict(model.state_dict())
-    for name, layer in plain_layers(model).items():
-        state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
+    layers = plain_layers(model)
+    state = {key: value for key, value in model.state_dict().items() if holder(key, layers) is None}
+    for name, layer in layers.items():
         state |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
     plain, state = _model_with_biases(model, state)
     plain.load_state_dict(state, strict=True, assign=True)

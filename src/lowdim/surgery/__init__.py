@@ -43,7 +43,7 @@ from lowdim.surgery.replace import (
     without_tied,
 )
 from lowdim.surgery.stacked import loose_matrices, stacked_parameters, unreached_note
-from lowdim.surgery.wrappers import named_layers, plain_name, submodule, unwrap
+from lowdim.surgery.wrappers import holder, named_layers, plain_name, submodule, unwrap
 
 __all__ = [
     "COMPUTED",
@@ -61,6 +61,7 @@ __all__ = [
     "float_dtype",
     "freeze",
     "has_stored_weight",
+    "holder",
     "is_conv1d",
     "is_linear",
     "is_linear_class",

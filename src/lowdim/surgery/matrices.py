@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lowdim.surgery.behaviour import Behaviour, behaviour, shallow_copy
 from lowdim.surgery.kinds import CONVOLUTIONS, describe, is_conv1d, is_linear_class
 from lowdim.surgery.placement import carry_hook, refuse_offloaded
-from lowdim.surgery.quantized import dequantized, is_quantized, layer_dtype
+from lowdim.surgery.quantized import dequantized, is_quantized, known_dtype
 
 __all__ = [
     "as_linear",
@@ -90,14 +90,14 @@ def with_matrix(layer: nn.Module, matrix: Tensor, *, dtype: torch.dtype | None =
     """A layer like `layer` with another weight matrix `(out, in)`; the given layer is unchanged.
 
     The new weight has the old one's dtype, device, layout and `requires_grad`. Bias and hooks are shared; functions that
-    were set on the instance (accelerate's hooks) act on the new layer. A quantized layer becomes a plain nn.Linear in `dtype`,
-    by default the one that it computed in.
+    were set on the instance (accelerate's hooks) act on the new layer. A quantized layer becomes a plain nn.Linear in the
+    dtype that it computed in; `dtype` is for those which do not tell.
 
     Raises:
         TypeError: the weight is not a parameter but computed from others (weight_norm, a parametrization).
     """
     if is_quantized(layer):
-        bias, dtype = cast("Tensor | None", layer.bias), dtype or layer_dtype(layer)
+        bias, dtype = cast("Tensor | None", layer.bias), known_dtype(layer) or dtype or torch.get_default_dtype()
         plain = make_linear(matrix.to(dtype), bias if bias is None else bias.to(dtype), requires_grad=False)
         plain.train(layer.training)
         carry_hook(layer, plain)
@@ -131,7 +131,7 @@ def make_linear(
 def as_linear(layer: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Linear:
     """The layer itself if it is a plain nn.Linear; for transformers' Conv1D an nn.Linear over the same numbers.
 
-    A quantized layer gives an nn.Linear of its values in `dtype`, by default the one that it computes in.
+    A quantized layer gives an nn.Linear of its values in the dtype that it computes in; `dtype` is for those which do not tell.
 
     Raises:
         TypeError: neither of the two, or the values of a quantized weight cannot be read.

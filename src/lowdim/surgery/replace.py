@@ -104,7 +104,11 @@ def without_tied(
     mine = set() if within else set(layers.values())
     tied: dict[str, list[str]] = {}
     for name, layer in layers.items():
-        others = [path for module, path in owners.get(id(layer.weight), []) if module is not layer and module not in mine]
+        others = [
+            path
+            for module, path in owners.get(id(getattr(layer, "weight", None)), [])
+            if module is not layer and module not in mine
+        ]
         if others:
             tied[name] = others
     text = "; ".join(f"{name} shares its weight with {', '.join(others)}" for name, others in tied.items())

@@ -10,7 +10,7 @@ from torch import nn
 from lowdim.surgery.behaviour import left_out_reason
 from lowdim.surgery.kinds import CONVOLUTIONS, HEAD_NAMES, describe, is_linear_class, is_matrix_class
 from lowdim.surgery.quantized import unreadable
-from lowdim.surgery.wrappers import named_layers, plain_name, unwrap
+from lowdim.surgery.wrappers import holder, named_layers, plain_name, unwrap
 
 __all__ = ["loose_matrices", "stacked_parameters", "unreached_note"]
 
@@ -43,8 +43,8 @@ def unreached_note(model: nn.Module, taken: Iterable[str], patterns: str | Itera
         patterns: the user's patterns; only parameters that one of them names are mentioned. None: all, and the layers that
             are left out since they do more than their class says.
     """
-    inside = {f"{name}." for name in taken}
-    within = lambda name: any(name[: i + 1] in inside for i, letter in enumerate(name) if letter == ".")  # noqa: E731
+    inside = set(taken)
+    within = lambda name: holder(name, inside) is not None  # noqa: E731
     named = _matcher(patterns)
     loose = {name: p for name, p in loose_matrices(model).items() if not within(name) and named(name)}
     odd = _left_out(model, within) if patterns is None else {}

@@ -7,12 +7,12 @@ saved must carry the plain names, so names are read and looked up through wrappe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from torch import nn
 
-__all__ = ["is_compiled", "named_layers", "plain_name", "submodule", "unwrap"]
+__all__ = ["holder", "is_compiled", "named_layers", "plain_name", "submodule", "unwrap"]
 
 #: Class name -> the attribute that holds the wrapped module.
 _INNER = {
@@ -87,6 +87,22 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
             raise AttributeError(f"{type(unwrap(model)).__name__} has no module {name!r}")
         module = unwrap(child)
     return module
+
+
+def holder(name: str, modules: Container[str]) -> str | None:
+    """The module among `modules` that holds the tensor or module of that name: the outermost one; None if none does.
+
+    Example:
+        >>> from lowdim.surgery import holder
+        >>> holder("layers.1.q_proj.update.A", {"layers.1.q_proj", "head"})
+        'layers.1.q_proj'
+    """
+    place = name.find(".")
+    while place >= 0:
+        if name[:place] in modules:
+            return name[:place]
+        place = name.find(".", place + 1)
+    return None
 
 
 def plain_name(name: str) -> str:

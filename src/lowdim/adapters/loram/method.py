@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lowdim.adapters.core.adapted import Adapted
 from lowdim.adapters.core.fingerprints import layer_fingerprint
-from lowdim.adapters.core.guards import tied_layers
+from lowdim.adapters.core.guards import plain_model, tied_layers
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.low_rank import LoRAUpdate
 from lowdim.adapters.core.method import Method, Stats, method_class
@@ -22,7 +22,7 @@ from lowdim.adapters.loram.channels import ChannelGroup, linear_layer, recover_l
 from lowdim.adapters.loram.masks import Masks, magnitude_mask, pruned_layer
 from lowdim.errors import NoMatchingModuleError, check_float, check_int, nearest
 from lowdim.linalg import draw_uniform, wide
-from lowdim.surgery import find_layers, is_linear, matrix_shape, replace_layer, submodule, weight_matrix
+from lowdim.surgery import find_layers, is_linear, matrix_shape, named_layers, replace_layers, submodule, weight_matrix
 
 __all__ = ["AdaptedLoRAM", "LoRAM", "LoRAMUpdate"]
 
@@ -112,7 +112,7 @@ class AdaptedLoRAM(Adapted):
         Raises:
             ValueError: the model lacks a layer, or a layer's size does not fit the channels that were kept.
         """
-        modules = dict(model.named_modules())
+        modules = named_layers(model)
         rows, columns = self.method.kept()
         found = {}
         for name, layer in self.layers.items():
@@ -140,6 +140,7 @@ class AdaptedLoRAM(Adapted):
             raise ValueError("there is no adapter to recover: the model has been merged")
         if any(isinstance(module, AdaptedLayer) for module in model.modules()):
             raise ValueError("the whole model already has an adapter; merge it first, or use a fresh copy")
+        model = plain_model(model)
         factors = self.recovered(model)
         plain = method_class("LoRA")(self.method.rank, self.method.alpha, target_modules=list(factors))
         heads = {name: self._head(model, name) for name in self.modules_to_save}
@@ -155,7 +156,7 @@ class AdaptedLoRAM(Adapted):
             with torch.no_grad():
                 update.A.copy_(A)
                 update.B.copy_(B)
-            replace_layer(model, name, wrapped[name])
+        replace_layers(model, wrapped)
         for name, state in heads.items():
             head = submodule(model, name)
             head.load_state_dict(state)

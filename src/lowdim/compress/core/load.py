@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lowdim.errors import CheckpointError
 from lowdim.modules import Rebuildable, layer_class
 from lowdim.modules.rebuildable import known_classes
-from lowdim.surgery import describe, is_matrix_layer, shallow_copy, swap_layers, tied_parameters
+from lowdim.surgery import describe, holder, is_matrix_layer, shallow_copy, swap_layers, tied_parameters
 
 __all__ = ["load_compressed", "load_low_rank"]
 
@@ -46,7 +46,12 @@ def load_compressed(
     """
     described = _recognised(model, tensors) if layers is None else {name: dict(about) for name, about in layers.items()}
     old = {name: _module(model, name) for name in described}
-    made = {name: _filled(name, layer, described[name], tensors) for name, layer in old.items()}
+    own: dict[str, dict[str, Tensor]] = {name: {} for name in old}
+    for key, value in tensors.items():
+        name = holder(key, own)
+        if name is not None:
+            own[name][key.removeprefix(f"{name}.")] = value
+    made = {name: _filled(name, layer, described[name], own[name]) for name, layer in old.items()}
     _check_rest(model, tensors, old)
     swap_layers(model, old, lambda name, _: made[name])
     rest = {name: value for name, value in tensors.items() if name.rpartition(".")[0] not in made}
@@ -84,9 +89,8 @@ def _module(model: nn.Module, name: str) -> nn.Module:
         raise CheckpointError(f"layers describes {name!r}, which {type(model).__name__} does not have") from None
 
 
-def _filled(name: str, layer: nn.Module, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The module that replaces the layer, with its tensors; the layer is unchanged."""
-    own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+def _filled(name: str, layer: nn.Module, description: Mapping[str, Any], own: Mapping[str, Tensor]) -> nn.Module:
+    """The module that replaces the layer, with its own tensors; the layer is unchanged."""
     details = {key: value for key, value in description.items() if key != "class"}
     try:
         new: Any = layer_class(description["class"]).blank(_without_numbers(layer), **details)

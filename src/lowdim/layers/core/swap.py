@@ -10,7 +10,16 @@ from torch import nn
 
 from lowdim.linalg import derive_seed
 from lowdim.modules import StructuredLinear
-from lowdim.surgery import Patterns, as_linear, find_layers, is_linear, swap_layers, without_tied
+from lowdim.surgery import (
+    Patterns,
+    as_linear,
+    find_layers,
+    float_dtype,
+    holder,
+    is_linear,
+    swap_layers,
+    without_tied,
+)
 
 __all__ = ["densify", "plain_layers", "structured_layers", "swap_linear"]
 
@@ -58,12 +67,14 @@ def swap_linear(
     found = find_layers(model, target_modules, exclude=exclude, accept=is_linear)
     layers, _ = without_tied(model, found, named=target_modules not in (None, "all-linear"))
 
+    dtype = float_dtype(model)
+
     def convert(name: str, layer: nn.Module) -> nn.Module:
         new = structured(name, layer)
         return new.take_place_of(layer) if isinstance(new, StructuredLinear) else new
 
     def structured(name: str, layer: nn.Module) -> nn.Module:
-        linear = as_linear(layer)
+        linear = as_linear(layer, dtype=dtype)
         own: dict[str, Any] = {} if how.get("seed") is None else {"seed": derive_seed(how["seed"], "layer", name) % 2**31}
         limit = min(linear.in_features, linear.out_features)
         if "rank" in how and isinstance(how["rank"], int) and how["rank"] > limit:
@@ -117,8 +128,7 @@ def structured_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The submodules that `densify` would replace, by name; one inside another is not listed."""
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in layers)
-        if not inside and _plain(module) is not None:
+        if holder(name, layers) is None and _plain(module) is not None:
             layers[name] = module
     return layers
 

@@ -11,7 +11,7 @@ from torch import nn
 from lowdim.layers.maestro.components import OrderedComponents
 from lowdim.layers.maestro.layers import MaestroConv2d, MaestroLinear
 from lowdim.linalg import is_sharded
-from lowdim.surgery import Patterns, as_linear, find_layers, is_linear, swap_layers, without_tied
+from lowdim.surgery import Patterns, as_linear, find_layers, float_dtype, is_linear, is_matrix_layer, swap_layers, without_tied
 
 __all__ = ["maestro_decompose", "maestro_layers", "maestro_merge", "maestro_recalibrate"]
 
@@ -42,12 +42,17 @@ def maestro_decompose(model: nn.Module, *, target_modules: Patterns = None) -> n
     named = target_modules not in (None, "all-linear")
 
     def accept(layer: nn.Module) -> bool:
-        return is_linear(layer) or (isinstance(layer, nn.Conv2d) and (named or layer.groups == 1))
+        if isinstance(layer, nn.Conv2d):
+            return is_matrix_layer(layer) and (named or layer.groups == 1)
+        return is_linear(layer)
 
     def make(_: str, layer: nn.Module) -> nn.Module:
-        return MaestroConv2d.from_conv(layer) if isinstance(layer, nn.Conv2d) else MaestroLinear.from_linear(as_linear(layer))
+        if isinstance(layer, nn.Conv2d):
+            return MaestroConv2d.from_conv(layer)
+        return MaestroLinear.from_linear(as_linear(layer, dtype=dtype))
 
     layers, _ = without_tied(model, find_layers(model, target_modules, accept=accept), named=named)
+    dtype = float_dtype(model)
     swap_layers(model, layers, make)
     return model
 

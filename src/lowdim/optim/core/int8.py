@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lowdim.linalg import compute_dtype, dequantize_affine, has_numbers, is_sharded, quantize_affine, store_affine
 from lowdim.optim.core.parts import DenseStore
-from lowdim.surgery import Patterns, as_linear, find_layers, is_linear, make_linear, swap_layers, without_tied
+from lowdim.surgery import Patterns, as_linear, find_layers, float_dtype, is_linear, make_linear, swap_layers, without_tied
 
 __all__ = ["Int8Linear", "Int8Parameter", "Int8Store", "check_int8", "quantize_linears"]
 
@@ -343,7 +343,8 @@ def quantize_linears(
     found = find_layers(model, target_modules, accept=is_linear)
     layers, _ = without_tied(model, found, named=target_modules not in (None, "all-linear"))
     how = {"group_size": group_size, "stochastic_round": stochastic_round}
-    swap_layers(model, layers, lambda _, layer: Int8Linear.from_linear(as_linear(layer), **how))
+    dtype = float_dtype(model)
+    swap_layers(model, layers, lambda _, layer: Int8Linear.from_linear(as_linear(layer, dtype=dtype), **how))
     return model
 
 

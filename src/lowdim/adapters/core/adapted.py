@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from lowdim.adapters.core.files.layout import write_adapter
 from lowdim.adapters.core.guards import FusedPaths, whole_parameters
 from lowdim.adapters.core.layer import AdaptedLayer
-from lowdim.adapters.core.merging import MergeReport, allow_training, merged_layers, put_layers, tie_words, untie_words
+from lowdim.adapters.core.merging import (
+    MergeReport,
+    Separated,
+    allow_training,
+    merged_layers,
+    put_layers,
+    tie_words,
+    untie_words,
+)
 from lowdim.adapters.core.method import Method
 from lowdim.adapters.core.shared import SHARED, free_name, shared_prefix
 from lowdim.calibrate import LossFn
@@ -25,7 +33,7 @@ from lowdim.linalg import gather, is_sharded
 from lowdim.results import html_table
 from lowdim.surgery import plain_name, submodule
 
-__all__ = ["EXPORTERS", "Adapted", "by_layer"]
+__all__ = ["EXPORTERS", "Adapted", "by_layer", "kept_tensors", "load_kept"]
 
 #: Between a layer's name and that of a tensor of its update.
 _UPDATE = ".update."
@@ -41,7 +49,7 @@ class _Merged:
     layers: dict[str, AdaptedLayer]
     shared: nn.Module | None
     flags: dict[nn.Parameter, bool]
-    untied: bool
+    separated: Separated | None
 
 
 class Adapted(Companion):
@@ -239,19 +247,8 @@ class Adapted(Companion):
             prefix = shared_prefix(self.modules_to_save)
             state.update({f"{prefix}{key}": gather(value) for key, value in self.shared.state_dict().items()})
         for module in self.modules_to_save:
-            state.update({f"{module}.{key}": gather(value) for key, value in self._kept(module).items()})
+            state.update({f"{module}.{key}": gather(value) for key, value in kept_tensors(self.model, module).items()})
         return state
-
-    def _kept(self, module: str) -> dict[str, Tensor]:
-        """The tensors of a module that is saved whole."""
-        saved = submodule(self.model, module).state_dict()
-        odd = [key for key, value in saved.items() if not isinstance(value, Tensor)]
-        if odd:
-            raise ValueError(
-                f"module {module} cannot be saved whole: {odd[0]} of its state is a {type(saved[odd[0]]).__name__}; adapter "
-                "files hold tensors only; name its parts in modules_to_save instead"
-            )
-        return saved
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the state of `state_dict`, in one process and on the same base model; schedules continue from there.
@@ -265,7 +262,7 @@ class Adapted(Companion):
         if self.shared is not None:
             self.shared.load_state_dict(_below(state, shared_prefix(self.modules_to_save)))
         for module in self.modules_to_save:
-            submodule(self.model, module).load_state_dict(_below(state, f"{module}."))
+            load_kept(self.model, module, _below(state, f"{module}."))
 
     def description(self) -> dict[str, Any]:
         """The description in a checkpoint: the method and its hyperparameters, the base model, each layer."""
@@ -345,13 +342,13 @@ class Adapted(Companion):
         before = self._merged
         if before is None:
             raise ValueError("there is nothing to unmerge: merge() was not called, or was undone already")
+        if before.separated is not None:
+            tie_words(self.model, before.separated)
         put_layers(self.model, before.layers)
         if before.shared is not None:
             self.model.add_module(free_name(self.model), before.shared)
         for parameter, flag in before.flags.items():
             parameter.requires_grad_(flag)
-        if before.untied:
-            tie_words(self.model)
         self._fused.disable()
         self.layers, self.shared, self._merged, self.merge_report = before.layers, before.shared, None, None
         return self.model
@@ -380,6 +377,29 @@ class Adapted(Companion):
             for name, layer in self.layers.items()
         ]
         return html_table(f"{self.method}: {trained:,} parameters trained ({share:.2%}), {len(rows)} adapted layers", rows)
+
+
+def kept_tensors(model: nn.Module, module: str) -> dict[str, Tensor]:
+    """The tensors of a module that is saved whole.
+
+    Raises:
+        ValueError: its state holds something else.
+    """
+    saved = {plain_name(key): value for key, value in submodule(model, module).state_dict().items()}
+    odd = [key for key, value in saved.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise ValueError(
+            f"module {module} cannot be saved whole: {odd[0]} of its state is a {type(saved[odd[0]]).__name__}; adapter "
+            "files hold tensors only; name its parts in modules_to_save instead"
+        )
+    return saved
+
+
+def load_kept(model: nn.Module, module: str, state: Mapping[str, Tensor]) -> None:
+    """Load the tensors of a module that was saved whole, by their plain names."""
+    found = submodule(model, module)
+    names = {plain_name(key): key for key in found.state_dict()}
+    found.load_state_dict({names.get(key, key): value for key, value in state.items()})
 
 
 def by_layer(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, dict[str, Tensor]]:

@@ -17,7 +17,7 @@ from lowdim.adapters.core.files.checkpoint import load_adapter
 from lowdim.adapters.core.guards import plain_model
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.low_rank import LoRAUpdate
-from lowdim.adapters.core.merging import MergeReport, merged_layers, put_layers, tie_words, untie_words
+from lowdim.adapters.core.merging import MergeReport, Separated, merged_layers, put_layers, tie_words, untie_words
 from lowdim.adapters.core.method import Method, ModelMethod, method_class, registered_methods
 from lowdim.errors import check_float, check_int, unknown
 from lowdim.files import read_json
@@ -91,7 +91,7 @@ class AdapterSet:
         self.model = model
         self.adapters: dict[str, Adapted] = {}
         self._strengths: dict[str, float] = {}
-        self._merged: tuple[dict[str, nn.Module], dict[nn.Parameter, bool], bool] | None = None
+        self._merged: tuple[dict[str, nn.Module], dict[nn.Parameter, bool], Separated | None] | None = None
 
     @classmethod
     def of(cls, **adapters: Adapted) -> AdapterSet:
@@ -280,12 +280,12 @@ class AdapterSet:
         """Undo `merge()`."""
         if self._merged is None:
             raise ValueError("there is nothing to unmerge")
-        layers, flags, untied = self._merged
+        layers, flags, separated = self._merged
+        if separated is not None:
+            tie_words(self.model, separated)
         put_layers(self.model, layers)
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-        if untied:
-            tie_words(self.model)
         self._merged = None
 
     def _register(self, name: str, adapted: Adapted) -> Adapted:

@@ -54,6 +54,7 @@ class MergeReport(Result):
         return f"{len(self.layers)} layers merged, largest relative change {largest:.3e}{untied}"
 
 
+@torch.no_grad()
 def merged_layers(layers: Mapping[str, AdaptedLayer]) -> tuple[dict[str, nn.Module], tuple[LayerChange, ...]]:
     """The plain layers with `W_eff`, and their changes from the weights before. Nothing is put into the model.
 
@@ -68,6 +69,7 @@ def merged_layers(layers: Mapping[str, AdaptedLayer]) -> tuple[dict[str, nn.Modu
     return plain, tuple(changes)
 
 
+@torch.no_grad()
 def change_of(what: str, name: str, before: Tensor, exact: Tensor, stored: Tensor) -> LayerChange:
     """The change from `before` to `exact`, and the error of keeping it as `stored`.
 
@@ -123,26 +125,63 @@ def allow_training(model: nn.Module) -> None:
             parameter.requires_grad_(True)
 
 
-def untie_words(model: Any) -> bool:
-    """Set `config.tie_word_embeddings` to False where head and embedding no longer share a weight; returns whether it did."""
-    if not _ties(model) or not _head_stands_alone(model):
-        return False
+#: Parameters that a merge has separated: module, attribute, and the parameter that it shared.
+Separated = list[tuple[nn.Module, str, nn.Parameter]]
+
+
+def untie_words(model: Any) -> Separated | None:
+    """Separate every weight that transformers ties, where one of them has been merged and no longer is the same.
+
+    `config.tie_word_embeddings` is one switch for all ties of a model: once it is off, each needs its own tensor, or a saved
+    checkpoint would lack it.
+
+    Returns:
+        What `tie_words` needs to undo it; None if nothing had to be separated.
+    """
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return None
+    places = [(_place(model, one), _place(model, other)) for one, other in _tied_names(model).items()]
+    pairs = [(one, other) for one, other in places if one is not None and other is not None]
+    if all(_at(one) is _at(other) for one, other in pairs):
+        return None
+    separated: Separated = []
+    seen: set[int] = set()
+    for module, attribute in dict.fromkeys(place for pair in pairs for place in reversed(pair)):
+        shared = _at((module, attribute))
+        if id(shared) in seen:
+            separated.append((module, attribute, shared))
+            module._parameters[attribute] = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+        seen.add(id(shared))
     model.config.tie_word_embeddings = False
-    return True
+    return separated
 
 
-def tie_words(model: Any) -> None:
+def tie_words(model: Any, separated: Separated) -> None:
     """Undo `untie_words`."""
+    for module, attribute, shared in separated:
+        module._parameters[attribute] = shared
     model.config.tie_word_embeddings = True
 
 
-def _ties(model: Any) -> bool:
-    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+def _tied_names(model: Any) -> dict[str, str]:
+    """Parameter -> the one that transformers ties it to."""
+    found = getattr(model, "all_tied_weights_keys", None)
+    if isinstance(found, dict):
+        return found
+    ends = [getattr(model, f"get_{side}_embeddings", None) for side in ("output", "input")]
+    modules = {module: name for name, module in model.named_modules()}
+    names = [modules.get(end()) for end in ends if callable(end)]
+    return {f"{names[0]}.weight": f"{names[1]}.weight"} if len(names) == 2 and None not in names else {}
 
 
-def _head_stands_alone(model: Any) -> bool:
-    ends: list[Any] = []
-    for side in ("output", "input"):
-        getter = getattr(model, f"get_{side}_embeddings", None)
-        ends.append(getter() if callable(getter) else None)
-    return None not in ends and ends[0].weight is not ends[1].weight
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
+    path, _, attribute = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    return (module, attribute) if module._parameters.get(attribute) is not None else None
+
+
+def _at(place: tuple[nn.Module, str]) -> nn.Parameter:
+    return place[0]._parameters[place[1]]  # type: ignore[return-value]

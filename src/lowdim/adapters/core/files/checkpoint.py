@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
 
-from lowdim.adapters.core.adapted import Adapted, by_layer
+from lowdim.adapters.core.adapted import Adapted, by_layer, load_kept
 from lowdim.adapters.core.attach import put_in_place
 from lowdim.adapters.core.composed import is_composed
 from lowdim.adapters.core.files.bounds import BoundedAllocation
@@ -20,7 +20,7 @@ from lowdim.adapters.core.method import Method, registered_methods
 from lowdim.adapters.core.shared import shared_prefix
 from lowdim.adapters.core.whole import WholeMethod, refuse_adapted
 from lowdim.errors import CheckpointError, LowdimError, nearest
-from lowdim.surgery import matrix_shape, named_layers, submodule
+from lowdim.surgery import matrix_shape, named_layers, plain_name, submodule
 
 __all__ = ["load_adapter"]
 
@@ -96,7 +96,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         shared=shared,
     )
     for name, state in heads.items():
-        submodule(model, name).load_state_dict(state)
+        load_kept(model, name, state)
     adapted.capped_ranks = {name: entry.meta["rank"] for name, entry in header.layers.items() if entry.meta.get("capped")}
     return adapted
 
@@ -155,7 +155,7 @@ def _load_whole(
     _restore_shared(shared, tensors, header, folder)
     heads = _heads(model, header.modules_to_save, tensors, folder)
     for name, state in heads.items():
-        submodule(model, name).load_state_dict(state)
+        load_kept(model, name, state)
     prints = cast("dict[str, str]", {name: entry.fingerprint for name, entry in header.parameters.items()})
     return method.put(model, shared, prints, header.modules_to_save, header.seed)
 
@@ -221,7 +221,7 @@ def _heads(model: nn.Module, names: Sequence[str], tensors: Mapping[str, Tensor]
             module = submodule(model, name)
         except AttributeError:
             raise CheckpointError(f"{folder} holds module {name}, which the model lacks") from None
-        want = cast("dict[str, Any]", module.state_dict())
+        want = {plain_name(key): value for key, value in module.state_dict().items()}
         for key in sorted(set(want) | set(own)):
             if key not in own or key not in want or own[key].shape != want[key].shape:
                 got = tuple(own[key].shape) if key in own else "nothing"

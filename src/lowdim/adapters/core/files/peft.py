@@ -13,15 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.adapted import EXPORTERS, Adapted
+from lowdim.adapters.core.adapted import EXPORTERS, Adapted, kept_tensors
+from lowdim.adapters.core.files.peft_check import check_in_peft
 from lowdim.adapters.core.files.peft_factors import Cut, cut, pad_rank
+from lowdim.adapters.core.files.peft_names import PREFIX, plan_names
 from lowdim.adapters.core.files.peft_targets import TARGETS, problems, rank_limit, usage
 from lowdim.adapters.core.layer import AdaptedLayer
+from lowdim.adapters.core.merging import merged_layers
 from lowdim.adapters.core.method import ModelMethod
 from lowdim.errors import check_choice, check_float, check_int
-from lowdim.files import write_json, write_tensors
+from lowdim.files import whole_folder, write_json, write_tensors
 from lowdim.results import Result
-from lowdim.surgery import CONVOLUTIONS, is_conv1d, submodule
+from lowdim.surgery import CONVOLUTIONS, is_conv1d, submodule, weight_matrix
 
 __all__ = ["PeftExport", "to_peft"]
 
@@ -109,78 +112,130 @@ def to_peft(
         reasons = problems(adapted, target)
         if reasons:
             raise ValueError(f"{TARGETS[target]} cannot load this adapter; merge it instead. " + "; ".join(reasons))
-    native = native and target is None and max_error is None and all(layer.strength == 1.0 for layer in adapted.layers.values())
+    model, layers, kept = _below(adapted, root)
+    plan = plan_names(model, layers, kept, heads=target is None)
+    if not plan.factored:
+        raise ValueError(
+            f"PEFT would keep every adapted layer whole ({', '.join(layers)}): merge() the adapter and save the model"
+        )
+    native = native and target is None and max_error is None and all(layer.strength == 1.0 for layer in layers.values())
     own = adapted.method.peft(adapted) if native else None
     if own is not None:
-        config, tensors = own
-        result = PeftExport(folder, dict.fromkeys(adapted.layers, 0.0), {n: int(config.get("r", 0)) for n in adapted.layers})
+        config, tensors = own[0], _renamed(own[1], layers, plan.factored, root)
+        result = PeftExport(folder, dict.fromkeys(plan.factored, 0.0), {n: int(config.get("r", 0)) for n in plan.factored})
     else:
-        found = {key: cut(layer, rank, max_error, rank_limit(target)) for key, layer in adapted.layers.items()}
-        config, tensors, result = _as_lora(adapted, folder, found, pad=target is not None)
+        factored = {key: layers[key] for key in plan.factored}
+        found = {key: cut(layer, rank, max_error, rank_limit(target)) for key, layer in factored.items()}
+        config, tensors, result = _as_lora(factored, folder, found, pad=target is not None)
     if target is not None:
         notes = usage(adapted, target, name or folder.name, base, int(config["r"]))
         result = dataclasses.replace(result, notes=tuple(notes))
-    config = {
+    for module in plan.saved:
+        whole, errors = _whole(model, layers, module)
+        tensors.update({f"{PREFIX}{module}.{key}": value for key, value in whole.items()})
+        result.errors.update(errors)
+    about = {
         "base_model_name_or_path": base,
-        "task_type": task_type(adapted.model),
+        "task_type": plan.task,
+        "auto_mapping": None if plan.task else _auto_mapping(model),
         "inference_mode": True,
         "bias": "none",
-        "target_modules": _targets(adapted),
-        "modules_to_save": _inside(adapted.modules_to_save, root) or None,
+        "target_modules": plan.targets,
+        "modules_to_save": list(plan.saved) or None,
         **config,
     }
-    for module in _inside(adapted.modules_to_save, root):
-        state = submodule(adapted.model, module).state_dict()
-        tensors.update({f"base_model.model.{module}.{key}": value for key, value in state.items()})
-    if root:
-        config, tensors = _relative(config, tensors, root)
-    write_json(folder / "adapter_config.json", config)
-    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    _check_finite(tensors)
+    with whole_folder(folder) as draft:
+        write_json(draft / "adapter_config.json", about)
+        write_tensors(draft / "adapter_model.safetensors", tensors, {"format": "pt"})
+        if about["peft_type"] == "LORA":
+            check_in_peft(model, plan.factored, tensors, draft)
     return result
 
 
 EXPORTERS["peft"] = to_peft
 
 
-def _inside(names: Iterable[str], root: str) -> list[str]:
-    return [name for name in names if not root or name.startswith(root + ".")]
+def _auto_mapping(model: nn.Module) -> dict[str, str] | None:
+    """How PEFT's `AutoPeftModel` finds the class of a model without a task."""
+    kind = type(model)
+    if not kind.__module__.startswith("transformers."):
+        return None
+    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
 
 
-def _relative(config: dict[str, Any], tensors: dict[str, Tensor], root: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Names relative to the submodule `root`, which stands alone where the adapter will be loaded."""
-    targets = config["target_modules"]
-    names = targets.split("|") if isinstance(targets, str) else targets  # a regular expression of alternatives, or a list
-    start = re.escape(root + ".") if isinstance(targets, str) else root + "."
-    outside = [name for name in names if not name.startswith(start)]
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Check that every number can be written.
+
+    Raises:
+        ValueError: one is NaN or infinite.
+    """
+    for name, value in tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name.removeprefix(PREFIX)} has entries that are NaN or infinite in {dtype}; nothing was written"
+            )
+
+
+def _below(adapted: Adapted, root: str) -> tuple[nn.Module, dict[str, AdaptedLayer], list[str]]:
+    """The submodule `root`, which stands alone where the adapter will be loaded, and its layers and kept modules there."""
+    if not root:
+        return adapted.model, adapted.layers, list(adapted.modules_to_save)
+    start = f"{root}."
+    outside = [name for name in adapted.layers if not name.startswith(start)]
     if outside:
         raise ValueError(f"layer {outside[0]} is not inside {root!r}; the adapter cannot be written for {root!r} alone")
-    short = [name.removeprefix(start) for name in names]
-    saved = [name.removeprefix(root + ".") for name in config["modules_to_save"] or []]
-    config = {
-        **config,
-        "target_modules": "|".join(short) if isinstance(targets, str) else short,
-        "modules_to_save": saved or None,
-    }
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key) or {}
-        config[key] = {"^" + name.removeprefix("^" + re.escape(root + ".")): r for name, r in patterns.items()}
-    long = f"base_model.model.{root}."
-    return config, {name.replace(long, "base_model.model.", 1): value for name, value in tensors.items()}
+    layers = {name.removeprefix(start): layer for name, layer in adapted.layers.items()}
+    kept = [name.removeprefix(start) for name in adapted.modules_to_save if name.startswith(start)]
+    return submodule(adapted.model, root), layers, kept
+
+
+def _renamed(tensors: Mapping[str, Tensor], layers: Iterable[str], factored: Iterable[str], root: str) -> dict[str, Tensor]:
+    """A method's own tensors, of the layers that are written as factors, by their names below `root`."""
+    long = f"{PREFIX}{root}." if root else PREFIX
+    left_out = tuple(f"{PREFIX}{name}." for name in layers if name not in set(factored))
+    renamed = {key.replace(long, PREFIX, 1) if key.startswith(long) else key: value for key, value in tensors.items()}
+    return {key: value for key, value in renamed.items() if not (left_out and key.startswith(left_out))}
+
+
+def _whole(model: nn.Module, layers: Mapping[str, AdaptedLayer], module: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The state of a module, its adapted layers merged, and the error of rounding them relative to their update."""
+    state, errors = kept_tensors(model, module), {}
+    for name, layer in layers.items():
+        if name != module and not name.startswith(f"{module}."):
+            continue
+        below = name[len(module) + 1 :]
+        start = f"{below}." if below else ""
+        plain = merged_layers({name: layer})[0][name]
+        state = {key: value for key, value in state.items() if not key.startswith(start)}
+        state |= {f"{start}{key}": value for key, value in plain.state_dict().items()}
+        errors[name] = _rounding(layer, plain)
+    return state, errors
+
+
+def _rounding(layer: AdaptedLayer, plain: nn.Module) -> float:
+    """`‖stored − W_eff‖_F / ‖ΔW‖_F`; 0 in float32 and better, whose rounding no update depends on."""
+    stored = weight_matrix(plain)
+    if stored.dtype.itemsize >= 4:
+        return 0.0
+    exact = layer.effective_weight()
+    return float(torch.linalg.vector_norm(stored.to(exact.dtype) - exact)) / (layer.delta_norm() or 1.0)
 
 
 def _as_lora(
-    adapted: Adapted, folder: Path, found: dict[str, Cut], *, pad: bool
+    layers: Mapping[str, AdaptedLayer], folder: Path, found: dict[str, Cut], *, pad: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor], PeftExport]:
     if pad:
         top = max(len(one.A) for one in found.values())
         for name, one in found.items():
             if one.error and len(one.A) < top:  # the padding is stored anyway, so use it
-                found[name] = cut(adapted.layers[name], max_error=0.0, limit=top)
+                found[name] = cut(layers[name], max_error=0.0, limit=top)
         found = {name: pad_rank(one, top) for name, one in found.items()}
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name, one in found.items():
-        placed = _layout(f"base_model.model.{name}", adapted.layers[name], one.A, one.B)
+        placed = _layout(PREFIX + name, layers[name], one.A, one.B)
         ranks[name] = len(next(iter(placed.values())))
         tensors.update(placed)
     common = Counter(ranks.values()).most_common(1)[0][0]
@@ -196,7 +251,7 @@ def _as_lora(
         "use_dora": False,
         "rank_pattern": odd,
         "alpha_pattern": dict(odd),
-        "fan_in_fan_out": any(is_conv1d(layer.plain) for layer in adapted.layers.values()),
+        "fan_in_fan_out": any(is_conv1d(layer.plain) for layer in layers.values()),
     }
     errors = {name: one.error for name, one in found.items()}
     enough = [one.enough for one in found.values()]
@@ -228,28 +283,6 @@ def _grouped(
     rank, channels, *size = A.shape
     eye = torch.eye(groups, dtype=A.dtype, device=A.device)[(slice(None), None, slice(None), *[None] * (A.ndim - 1))]
     return (eye * A[None, :, None]).reshape(groups * rank, groups * channels, *size)
-
-
-def _targets(adapted: Adapted) -> list[str] | str:
-    """The adapted layers' names; as a regular expression where PEFT would also match other names with the same ending."""
-    names = list(adapted.layers)
-    ends = tuple("." + name for name in names)
-    others = (name for name, _ in adapted.model.named_modules() if name not in adapted.layers)
-    return "|".join(map(re.escape, names)) if any(name.endswith(ends) for name in others) else names
-
-
-def task_type(model: nn.Module) -> str | None:
-    """PEFT's name of the model's task, from its transformers class; None for any other model."""
-    name = type(model).__name__
-    endings: Mapping[str, str] = {
-        "ForSequenceClassification": "SEQ_CLS",
-        "ForCausalLM": "CAUSAL_LM",
-        "LMHeadModel": "CAUSAL_LM",
-        "ForTokenClassification": "TOKEN_CLS",
-        "ForQuestionAnswering": "QUESTION_ANS",
-        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    }
-    return next((task for ending, task in endings.items() if name.endswith(ending)), None)
 
 
 def _base_name(model: nn.Module) -> str | None:

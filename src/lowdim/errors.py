@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import math
+import re
 import reprlib
 import sys
 import warnings
@@ -46,6 +48,37 @@ class DataError(LowdimError, ValueError):
 
 class InUseError(LowdimError, OSError):
     """Another command works on the same output folder or file."""
+
+
+#: What programs say where the machine failed, in texts of errors that have no type or number of their own.
+_MACHINE = re.compile(
+    r"out of memory|can(?:'t|not) allocate memory|(?:not enough|insufficient) memory|bad_alloc|no space left|disk quota"
+    r"|input/output error|too many open files|killed by signal|PytorchStreamWriter"
+    r"|(?:cuda|hip|mps|xpu|nccl|rccl|miopen)\w* (?:driver |runtime |backend )?(?:error|out of)"
+    r"|cu(?:blas|dnn|solver|sparse|fft)\w* (?:error|status)|CU(?:BLAS|DNN|SOLVER)_STATUS",
+    re.IGNORECASE,
+)
+_NUMBERS = (errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EROFS)
+_TYPES = {"OutOfMemoryError", "AcceleratorError", "DistBackendError"}
+
+
+def is_machine_failure(error: BaseException) -> bool:
+    """Whether an error says that memory, disk or device failed, so that the same work may succeed at another time.
+
+    Example:
+        >>> from lowdim.errors import is_machine_failure
+        >>> is_machine_failure(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+        True
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        names = {cls.__name__ for cls in type(seen).__mro__}
+        if isinstance(seen, MemoryError) or names & _TYPES or (isinstance(seen, OSError) and seen.errno in _NUMBERS):
+            return True
+        if (isinstance(seen, RuntimeError) or "SafetensorError" in names) and _MACHINE.search(str(seen)):
+            return True
+        seen = seen.__cause__
+    return False
 
 
 class MissingExtraError(LowdimError, ImportError):

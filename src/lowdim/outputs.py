@@ -95,7 +95,7 @@ def _is_sealed(path: Path) -> bool:
 
 @contextlib.contextmanager
 def own_files(folder: Path, manifest: Path) -> Iterator[Path]:
-    """A temporary folder to write into; its files replace in `folder` what an earlier call wrote, and nothing else.
+    """A temporary folder of the same name; its files replace in `folder` what an earlier call wrote, and nothing else.
 
     Args:
         manifest: a JSON file that keeps the checksums of what was written; a kill at any moment leaves it valid.
@@ -107,7 +107,8 @@ def own_files(folder: Path, manifest: Path) -> Iterator[Path]:
         raise FileExistsError(f"{folder} is a file; move it")
     earlier = _known(manifest)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(folder) as draft:
+    with temporary_folder(folder) as place:
+        draft = place / folder.name
         yield draft
         now = checksums(draft)
         there = {name: value for name in {*earlier, *now} if (value := _checksum_or_none(folder / name)) is not None}

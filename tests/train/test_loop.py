@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -284,15 +285,18 @@ def test_an_unfinished_checkpoint_is_not_used(tmp_path):
     from lowdim.train.checkpoints import complete, newest_checkpoint
 
     assert newest_checkpoint(tmp_path / "none") is None
-    for step, state in ((2, {"global_step": 2}), (10, {"global_step": 10})):
+    for step, state in ((2, {"global_step": 2}), (8, {"global_step": 8}), (10, {"global_step": 10})):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
-        complete(tmp_path / f"checkpoint-{step}", {})
+        if step != 8:  # an earlier version wrote no manifest
+            complete(tmp_path / f"checkpoint-{step}", {})
     (tmp_path / "checkpoint-12").mkdir()  # killed before the state was written
     (tmp_path / "checkpoint-14").mkdir()
-    (tmp_path / "checkpoint-14" / "trainer_state.json").write_text('{"global_step": 14}')  # and before the manifest
+    (tmp_path / "checkpoint-14" / "trainer_state.json").write_text('{"global_st')  # and in the middle of it
     (tmp_path / "checkpoint-best").mkdir()
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    shutil.rmtree(tmp_path / "checkpoint-10")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
 
 
 def test_trackers():

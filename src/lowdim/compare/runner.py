@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shlex
@@ -27,19 +28,22 @@ from lowdim.compare.winner import export_winner
 from lowdim.errors import CheckpointError, DataError, LowdimError
 from lowdim.files import read_json, write_json
 from lowdim.linalg import derive_seed
+from lowdim.locking import exclusive
+from lowdim.outputs import check_replaceable
 from lowdim.records import ComparedRun, ComparisonRecord, MetricRecord, ModelRecord, claim
-from lowdim.train.data import locate
 from lowdim.train.environment import environment
+from lowdim.train.fingerprint import check_fingerprint, fingerprint_of
 from lowdim.train.garbage import isolated_gc
 from lowdim.train.loading import load_task, random_model, recipe_tokenizer
 from lowdim.train.metrics import Metric, metric_for
 from lowdim.train.neighbours import padding_note
-from lowdim.train.packing import is_source
 from lowdim.train.recipes import Recipe
 from lowdim.train.tasks import Task
 from lowdim.units import format_bytes
 
 __all__ = ["compare"]
+
+_PAGE = "report.html"
 
 
 def compare(
@@ -66,11 +70,16 @@ def compare(
         DataError, UnknownNameError: from the data or the model.
         BudgetError: no method fits.
         FileExistsError: `out` holds another comparison.
+        InUseError: another command works on it.
+        CheckpointError: the base model, tokenizer or data has changed since, or a file is damaged.
     """
-    console = console or Console()
+    with exclusive(out):
+        return _compare(settings, Path(out), resume, console or Console(), command)
+
+
+def _compare(settings: CompareSettings, folder: Path, resume: bool, console: Console, command: str) -> dict[str, Any]:
     begun = time.monotonic()
-    folder = Path(out)
-    _claim(folder, settings, resume)
+    earlier = _claim(folder, settings, resume)
     metric = metric_for(settings.task, settings.metric)
     usual = TRAINING_METHODS if settings.task == "pretrain" else DEFAULT_METHODS
     chosen = [v for v in methods(",".join(settings.methods) or usual) if _suits(v, settings.task)]
@@ -87,7 +96,9 @@ def compare(
         console.print(f"  [yellow]note[/] {escape(note)}", highlight=False)
     forecasts, skipped = _forecast(settings, task, chosen, tokenizer, console)
     bench = _contest(settings, task, metric, folder, tokenizer, console)
-    write_json(folder / "settings.json", {**settings.to_dict(), "command": command})
+    check_fingerprint(bench.parts, earlier, folder)
+    described = {**settings.to_dict(), "command": command, "fingerprint": bench.parts}
+    write_json(folder / "settings.json", described, sealed=True)
     able = [v for v in chosen if v.name not in skipped]
     rates = {v.name: v.rates_for(bench.scratch)[: settings.trials] for v in able}
     trials = [Run(v, "trial", i, rate, settings.seed) for v in able for i, rate in enumerate(rates[v.name])]
@@ -119,24 +130,29 @@ def compare(
     if best is not None:
         result.winner = export_winner(bench, settings, tokenizer, best, folder)
     result.seconds = round(time.monotonic() - begun, 1)
-    _finish(result, folder, console)
+    result = _finish(result, folder, console)
     if best is None:
         reasons = "; ".join(f"{row.label}: {row.reason}" for row in rows)
         raise LowdimError(f"no method finished ({reasons}); the runs are in {folder / 'runs'}")
     return result.to_dict()
 
 
-def _claim(folder: Path, settings: CompareSettings, resume: bool) -> None:
+def _claim(folder: Path, settings: CompareSettings, resume: bool) -> dict[str, str]:
+    """Check that the folder can be used; returns what its earlier comparison was built on."""
     earlier = claim(folder, "settings.json", "comparison", resume)
     if earlier is None:
-        return
+        return {}
     old = read_json(earlier)
     if not isinstance(old, dict):
         raise CheckpointError(f"{earlier} is not the settings of a comparison; name another folder with --out")
+    for name in (ComparisonRecord.file, _PAGE):
+        check_replaceable(folder / name)
     differs = settings.differs_from(old)
     if differs:
         shown = ", ".join(f"--{key.replace('_', '-')} was {old.get(key)!r}" for key in differs)
         raise ValueError(f"--resume: {folder} was made with different settings: {shown}")
+    parts = old.get("fingerprint", {})
+    return parts if isinstance(parts, dict) else {}
 
 
 def _suits(variant: Variant, task: str) -> bool:
@@ -217,6 +233,7 @@ def _contest(settings: CompareSettings, task: Task, metric: Metric, folder: Path
         model = models.load_model(
             settings.model, settings.task, num_labels=task.num_labels, seed=settings.seed, pad_token_id=tokenizer.pad_token_id
         )
+    parts = fingerprint_of(model, tokenizer, task, settings.data, settings.evaluation)
     head = models.head_modules(model, settings.task)
     if torch.cuda.is_available():
         model.cuda()
@@ -232,12 +249,7 @@ def _contest(settings: CompareSettings, task: Task, metric: Metric, folder: Path
         )
     # Everything that decides a run's numbers, and nothing else (such as the number of seeds).
     decisive = {k: v for k, v in settings.to_dict().items() if k not in ("seeds", "trials", "time_limit", "budget", "methods")}
-    digest = hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=8)
-    for name in (*settings.data, *([settings.evaluation] if settings.evaluation else [])):
-        if is_source(name):
-            continue
-        digest.update(locate(name).read_bytes())  # a changed file gives other runs
-    fingerprint = digest.hexdigest()
+    digest = hashlib.blake2b(json.dumps([decisive, parts], sort_keys=True).encode(), digest_size=8)
     return Contest(
         model=model,
         task=task,
@@ -246,7 +258,8 @@ def _contest(settings: CompareSettings, task: Task, metric: Metric, folder: Path
         steps=settings.steps,
         batch_size=settings.batch_size,
         folder=folder,
-        fingerprint=fingerprint,
+        fingerprint=digest.hexdigest(),
+        parts=parts,
         scratch=scratch,
     )
 
@@ -324,11 +337,16 @@ def _best_rate(trials: Sequence[ComparedRun], metric: Metric) -> float | None:
     return found
 
 
-def _finish(result: ComparisonRecord, folder: Path, console: Console) -> None:
+def _finish(result: ComparisonRecord, folder: Path, console: Console) -> ComparisonRecord:
+    """Write and print the result; one that was written before, with the same numbers, stays as it is."""
     from lowdim.report import table, write
 
-    result.write(folder)
-    write(result.to_dict(), folder / "report.html")
+    earlier = _same(result, folder)
+    if earlier is None:
+        result.write(folder)
+    result = earlier or result
+    if earlier is None or not (folder / _PAGE).is_file():
+        write(result.to_dict(), folder / _PAGE)
     console.print(table(result.to_dict(), width=console.width))
     for note in result.notes:
         console.print(f"[dim]-[/] {escape(note)}", highlight=False)
@@ -337,8 +355,19 @@ def _finish(result: ComparisonRecord, folder: Path, console: Console) -> None:
         console.print(f"[bold]{escape(winner.why)}[/]", highlight=False)
         place = f"winner  {folder / winner.folder} ({winner.format})"
         console.print(place, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"report  {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"report  {folder / _PAGE}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"took    {result.seconds:.0f} s", highlight=False)
+    return result
+
+
+def _same(result: ComparisonRecord, folder: Path) -> ComparisonRecord | None:
+    """The record in the folder, if it differs in time and command only."""
+    if not (folder / result.file).is_file():
+        return None
+    earlier = ComparisonRecord.read(folder)
+    now = ComparisonRecord.from_dict(json.loads(json.dumps(result.to_dict())), result.file)
+    timed = {"created": earlier.created, "seconds": earlier.seconds, "command": earlier.command}
+    return earlier if dataclasses.replace(now, **timed) == earlier else None
 
 
 def quote(arguments: list[str]) -> str:

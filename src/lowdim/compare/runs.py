@@ -6,7 +6,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from lowdim.catalogue import Variant
+from lowdim.checksums import file_checksum
+from lowdim.errors import is_machine_failure
 from lowdim.files import write_tensors
 from lowdim.methods import Applied, Setup, strategy_for
 from lowdim.records import ComparedRun
@@ -22,7 +24,10 @@ from lowdim.train.loop import FitSettings, fit
 from lowdim.train.metrics import Metric
 from lowdim.train.tasks import Task
 
-__all__ = ["Contest", "Run", "finished_record", "perform"]
+__all__ = ["WEIGHTS", "Contest", "Run", "finished_record", "perform"]
+
+WEIGHTS = "weights.safetensors"
+_ADAPTER = ("adapter.safetensors", "adapter.json")
 
 
 @dataclass(frozen=True)
@@ -52,13 +57,23 @@ class Contest:
     steps: int
     batch_size: int
     folder: Path
-    fingerprint: str
+    fingerprint: str  # of everything that decides the numbers
+    parts: dict[str, str] = field(default_factory=dict)  # of it, by name: the base model, tokenizer and data
     scratch: bool = False
 
 
 def perform(bench: Contest, run: Run, *, on_step: Callable[[], None] = lambda: None) -> ComparedRun:
-    """Train, score and write `run.json`; returns its record. A run that diverges is recorded with its reason, not raised."""
+    """Train, score and write `run.json`; returns its record.
+
+    A run that diverges is recorded with its reason, not raised; so is one that lacks memory, which is tried again later.
+
+    Raises:
+        OSError: the disk is full or gone.
+    """
     from lowdim.train.trainer import Tick
+
+    folder = bench.folder / "runs" / run.name
+    _clear(folder)
 
     model = copy.deepcopy(bench.model)
     record = ComparedRun(
@@ -116,17 +131,22 @@ def perform(bench: Contest, run: Run, *, on_step: Callable[[], None] = lambda: N
         if record.failure is None:
             _score(record, model, bench)
         if run.phase == "seed" and record.failure is None:
-            record.file_bytes = _save(applied, run, bench)
-    except (ValueError, TypeError, RuntimeError) as error:  # the last: out of memory, a decomposition that did not converge
-        record.failure = str(error).strip() or type(error).__name__
+            record.file_bytes, record.files = _save(applied, run, bench)
+    except OSError:  # a disk that is full or gone stops all runs
+        raise
+    except Exception as error:
+        record.retry = is_machine_failure(error)
+        if not (record.retry or isinstance(error, (ValueError, TypeError, RuntimeError))):
+            raise
+        reason = str(error).strip() or type(error).__name__
+        record.failure = f"{reason}; --resume tries it again" if record.retry else reason
     # Use the written record, so that a resumed comparison reads the same.
-    folder = bench.folder / "runs" / run.name
     record.write(folder)
     return ComparedRun.read(folder)
 
 
 def finished_record(bench: Contest, run: Run) -> ComparedRun | None:
-    """The record of a run that was finished before, or None; records of other settings are ignored.
+    """The record of a run that was finished before, or None; records of other settings and failures of the machine are ignored.
 
     Raises:
         CheckpointError: the file is damaged, or another kind of file.
@@ -136,7 +156,13 @@ def finished_record(bench: Contest, run: Run) -> ComparedRun | None:
         return None
     record = ComparedRun.read(folder)
     same = (record.fingerprint, record.lr, record.seed) == (bench.fingerprint, run.lr, run.seed)
-    return record if same else None
+    return record if same and not record.retry else None
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier try has left: its record first, so that it never describes other files."""
+    for name in (ComparedRun.file, WEIGHTS, *(f"adapter/{file}" for file in _ADAPTER)):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _score(record: ComparedRun, model: nn.Module, bench: Contest) -> None:
@@ -150,19 +176,33 @@ def _score(record: ComparedRun, model: nn.Module, bench: Contest) -> None:
         record.failure = "the trained model's outputs are not finite"
 
 
-def _save(applied: Applied, run: Run, bench: Contest) -> int:
-    """Save the trained tensors. Whole models are saved once, from the first seed that worked; returns the file size."""
+def _save(applied: Applied, run: Run, bench: Contest) -> tuple[int, dict[str, str] | None]:
+    """Save the trained tensors; returns their size, and the checksums of the files.
+
+    Whole models are saved once, from the first seed that worked.
+    """
     folder = bench.folder / "runs" / run.name
     if applied.adapted is not None:
         applied.adapted.save(folder / "adapter")
-        return (folder / "adapter" / "adapter.safetensors").stat().st_size
+        files = {f"adapter/{name}": file_checksum(folder / "adapter" / name) for name in _ADAPTER}
+        return (folder / "adapter" / "adapter.safetensors").stat().st_size, files
     trained = {name: p for name, p in applied.model.named_parameters() if p.requires_grad}
     if applied.kind != "probe":
         trained = _tensors(applied.model)
-    kept = any(file.parent != folder for file in folder.parent.glob("seed-*/weights.safetensors"))
-    if applied.kind == "probe" or not kept:
-        write_tensors(folder / "weights.safetensors", trained)
-    return sum(p.numel() * p.element_size() for p in trained.values())
+    size = sum(p.numel() * p.element_size() for p in trained.values())
+    if applied.kind != "probe" and any(_kept(run, index, bench) for index in range(run.index)):
+        return size, None
+    write_tensors(folder / WEIGHTS, trained)
+    return size, {WEIGHTS: file_checksum(folder / WEIGHTS)}
+
+
+def _kept(run: Run, index: int, bench: Contest) -> bool:
+    """Whether an earlier seed at the same rate has kept its weights."""
+    folder = bench.folder / "runs" / run.variant.name / f"seed-{index}"
+    if not (folder / ComparedRun.file).is_file() or not (folder / WEIGHTS).is_file():
+        return False
+    record = ComparedRun.read(folder)
+    return record.failure is None and (record.fingerprint, record.lr) == (bench.fingerprint, run.lr)
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

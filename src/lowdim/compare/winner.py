@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,13 @@ from torch import nn
 from lowdim import models
 from lowdim.adapters import Adapted, load_adapter
 from lowdim.catalogue import variant
-from lowdim.compare.runs import Contest
+from lowdim.checksums import check_files
+from lowdim.compare.runs import WEIGHTS, Contest
 from lowdim.compare.settings import CompareSettings
 from lowdim.export import ExportResult, export
 from lowdim.files import read_tensors
 from lowdim.methods import Setup, strategy_for
+from lowdim.outputs import own_files
 from lowdim.records import ComparedRun, MethodRecord, WinnerRecord
 
 __all__ = ["export_winner", "restore"]
@@ -33,8 +34,9 @@ def export_winner(bench: Contest, settings: CompareSettings, tokenizer: Any, bes
     run = runs / f"seed-{index}"
     model = restore(bench, run)
     kind = "peft" if _exact_in_peft(model) else "merged"
-    shutil.rmtree(folder / "winner", ignore_errors=True)  # an earlier winner, before there were more seeds
-    result = export(model, folder / "winner", kind, tokenizer=tokenizer, source=models.resolve(settings.model))
+    with own_files(folder / "winner", folder / "runs" / "winner.json") as draft:
+        result = export(model, draft, kind, tokenizer=tokenizer, source=models.resolve(settings.model))
+        difference = _check(model, bench, settings, result, draft)
     spread, count = best.interval, len(best.scores)
     shown = f" [{spread[0]:.3f}, {spread[1]:.3f}]" if spread else ""
     return WinnerRecord(
@@ -43,18 +45,24 @@ def export_winner(bench: Contest, settings: CompareSettings, tokenizer: Any, bes
         folder="winner",
         format="PEFT adapter" if kind == "peft" else "merged model",
         exported=f"seed {index + 1}",
-        largest_difference=_check(model, bench, settings, result, folder / "winner"),
+        largest_difference=difference,
         how_to_load=result.how_to_load,
     )
 
 
 def restore(bench: Contest, run: Path) -> Any:
-    """The trained model of a run: an `Adapted`, or a plain module."""
+    """The trained model of a run: an `Adapted`, or a plain module.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    record = ComparedRun.read(run)
+    check_files(run, record.files or {}, f"remove {run / record.file}, and --resume trains that run again")
     base = copy.deepcopy(bench.model)
     if (run / "adapter").is_dir():
         return load_adapter(base, run / "adapter")
-    tensors, _ = read_tensors(run / "weights.safetensors")
-    _swap_back(base, ComparedRun.read(run), bench.scratch)
+    tensors, _ = read_tensors(run / WEIGHTS)
+    _swap_back(base, record, bench.scratch)
     missing = base.load_state_dict(tensors, strict=False).unexpected_keys
     if missing:
         raise ValueError(f"{run} does not fit the model: {', '.join(missing[:3])}")
@@ -70,7 +78,7 @@ def _swap_back(model: nn.Module, record: ComparedRun, scratch: bool) -> None:
 def _usable(run: Path) -> bool:
     if not (run / ComparedRun.file).is_file() or ComparedRun.read(run).failure is not None:
         return False
-    return (run / "adapter").is_dir() or (run / "weights.safetensors").is_file()
+    return (run / "adapter").is_dir() or (run / WEIGHTS).is_file()
 
 
 def _exact_in_peft(model: Any) -> bool:

@@ -96,6 +96,8 @@ class ComparedRun(Record):
         validation, test: scores (None: not scored, or not finite).
         hits: "1" or "0" for each text of the test part, classified right or wrong: paired comparisons need it.
         file_bytes: size of the trained tensors.
+        files: checksums of the files with the trained tensors (None: only another seed's are kept).
+        retry: the machine failed (memory, disk, device) and not the method, so the run is tried again.
         capped_ranks, notes: layers that got a smaller rank than the others, and what the method says of the model.
     """
 
@@ -125,6 +127,8 @@ class ComparedRun(Record):
     test: float | None = None
     hits: str | None = None
     file_bytes: int | None = None
+    files: dict[str, str] | None = None
+    retry: bool = False
     capped_ranks: dict[str, Any] | None = None
     notes: list[str] | None = None
 
@@ -136,4 +140,5 @@ class ComparedRun(Record):
     def left_out(self) -> set[str]:
         """Fields that the run did not reach. Time and memory of a run that trained are written even if they are unknown."""
         kept = {"failure"} if self.losses is None else {"failure", "seconds_per_step", "measured_peak_bytes"}
-        return {name for name, value in vars(self).items() if value is None and name not in kept}
+        unset = {name for name, value in vars(self).items() if value is None and name not in kept}
+        return unset if self.retry else {*unset, "retry"}

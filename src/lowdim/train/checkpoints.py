@@ -7,9 +7,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
 from lowdim.checksums import check_files, checksums
 from lowdim.errors import CheckpointError
-from lowdim.files import read_json_object, write_json
+from lowdim.files import read_json, read_json_object, write_json
 from lowdim.train.fingerprint import check_fingerprint
 
 __all__ = ["MANIFEST", "checkpoint_errors", "complete", "discard", "newest_checkpoint", "rotate"]
@@ -25,35 +28,57 @@ def complete(checkpoint: Path, fingerprint: Mapping[str, str]) -> None:
 
 
 def newest_checkpoint(folder: Path, fingerprint: Mapping[str, str] | None = None) -> str | None:
-    """The newest complete checkpoint, or None; those without a manifest were killed while they were written.
+    """The newest complete checkpoint, or None.
 
     Raises:
         CheckpointError: one of its files is damaged, or what the run builds on (`fingerprint`) has changed.
     """
-    whole = [path for path in _by_step(folder) if (path / MANIFEST).exists()]
+    whole = [path for path in _by_step(folder) if _is_complete(path)]
     if not whole:
         return None
     newest = whole[-1]
     with checkpoint_errors(newest):
-        manifest = read_json_object(newest / MANIFEST)
-        check_files(newest, manifest["files"], _REMEDY)
-        if fingerprint is not None:
-            check_fingerprint(fingerprint, manifest["fingerprint"], folder.parent)
+        if (newest / MANIFEST).exists():
+            manifest = read_json_object(newest / MANIFEST)
+            check_files(newest, manifest["files"], _REMEDY)
+            if fingerprint is not None:
+                check_fingerprint(fingerprint, manifest["fingerprint"], folder.parent)
+        _check_state(newest)
     return str(newest)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether all was written: the trainer writes its state last, and then we the manifest (earlier versions wrote none)."""
+    if (checkpoint / MANIFEST).exists():
+        return True
+    try:
+        return bool(read_json(checkpoint / TRAINER_STATE_NAME))
+    except CheckpointError:
+        return False
+
+
+def _check_state(checkpoint: Path) -> None:
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    history = read_json_object(checkpoint / TRAINER_STATE_NAME).get("log_history")
+    if type(state.global_step) is not int or state.global_step != _step(checkpoint):
+        raise ValueError(f"{TRAINER_STATE_NAME} is of step {state.global_step!r}")
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise ValueError(f"log_history in {TRAINER_STATE_NAME} is not a list of objects")
 
 
 def rotate(folder: Path, keep: int, step: int) -> None:
     """Remove all checkpoints up to this step except the newest complete ones; clocks play no part."""
     earlier = [path for path in _by_step(folder) if _step(path) <= step]
-    kept = [path for path in earlier if (path / MANIFEST).exists()][-keep:]
+    kept = [path for path in earlier if _is_complete(path)][-keep:]
     for path in earlier:
         if path not in kept:
             discard(path)
 
 
 def discard(checkpoint: Path) -> None:
-    """Remove a checkpoint; its manifest first, so that a kill leaves none that seems complete."""
-    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    """Remove a checkpoint; first what makes it seem complete, since a kill may leave the rest."""
+    for name in (TRAINER_STATE_NAME, MANIFEST):
+        (checkpoint / name).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 

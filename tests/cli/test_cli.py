@@ -25,7 +25,8 @@ COMMANDS = {
     "run": {"recipe", "--out", "--resume", "--steps", "--check"},
     "export": {"adapter", "out", "--model", "--format", "--rank", "--task", "--for", "--max-error"},
     "compress": {
-        "--model", "--out", "--data", "--method", "--option", "--param-ratio", "--target", "--threshold", "--tune-steps",
+        "--model", "--out", "--data", "--text", "--method", "--option", "--param-ratio", "--target", "--threshold",
+        "--tune-steps",
         "--lr", "--samples", "--max-length", "--dense",
     },
     "diagnose": {"diagnostic", "--base", "--tuned", "--option", "--k", "--threshold", "--out"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ def compress(
     model: Model,
     out: Annotated[Path, typer.Option("--out", help="Where to write the smaller model.")],
     data: Annotated[list[str], typer.Option("--data", help="Text from the model's domain; repeatable.")],
+    text: Annotated[str | None, typer.Option("--text", help="Name of the text column.")] = None,
     method: Annotated[str, typer.Option("--method", help="A name of `lowdim list compress`.")] = "lord",
     option: Pairs = None,
     param_ratio: Annotated[float | None, typer.Option("--param-ratio", help="Same as --option param_ratio=…")] = None,
@@ -38,11 +40,12 @@ def compress(
 
     spelled = {"param_ratio": param_ratio, "target": target, "threshold": threshold}
     settings = CompressSettings(
-        model=model, data=tuple(data), out=out, method=method, options=_options(method, option, spelled), tune_steps=tune_steps,
-        lr=lr, samples=samples, max_length=max_length, dense=dense,
+        model=model, data=tuple(data), text=text, out=out, method=method, options=_options(method, option, spelled),
+        tune_steps=tune_steps, lr=lr, samples=samples, max_length=max_length, dense=dense,
     )  # fmt: skip
     console = Console()
-    outcome = run(settings, say=lambda line: print_line(console, line))
+    show = partial(print_line, console)
+    outcome = run(settings, say=show, tell=show)
     details = ", ".join(f"{name} {value:g}" for name, value in outcome.report.details.items() if isinstance(value, float))
     print_line(console, f"{outcome.summary}{f'; {details}' if details else ''}")
     loads = "transformers loads it after `import lowdim`"

@@ -92,8 +92,8 @@ def _compare(settings: CompareSettings, folder: Path, resume: bool, console: Con
     console.print(f"Reading {', '.join(settings.data)}", highlight=False, markup=False)
     tokenizer = recipe_tokenizer(settings.model, settings.tokenizer, settings.data, settings.text)
     task = _task(settings, tokenizer)
-    for note in task.notes:
-        console.print(f"  [yellow]note[/] {escape(note)}", highlight=False)
+    for kind, line in task.remarks():
+        console.print(f"  [{'yellow' if kind == 'note' else 'dim'}]{kind}[/] {escape(line)}", highlight=False)
     forecasts, skipped = _forecast(settings, task, chosen, tokenizer, console)
     bench = _contest(settings, task, metric, folder, tokenizer, console)
     check_fingerprint(bench.parts, earlier, folder)
@@ -121,7 +121,7 @@ def _compare(settings: CompareSettings, folder: Path, resume: bool, console: Con
             parameters=sum(p.numel() for p in bench.model.parameters()),
             dtype=str(next(bench.model.parameters()).dtype).removeprefix("torch."),
         ),
-        data={"name": task.name, **task.sizes(), "labels": list(task.classes), "notes": list(task.notes)},
+        data=task.data_record(),
         settings=settings.to_dict(),
         budget_bytes=settings.budget,
         methods=rows,

@@ -41,6 +41,7 @@ class CompressSettings:
     Attributes:
         model: a folder, a hub id, or a built-in name.
         data: text from the model's domain: files, or `lowdim:shakespeare`.
+        text: name of the text column; None detects it.
         out: the folder that is written.
         method: a name of `lowdim list compress`.
         options: fields of the method's config; others have the row's or the config's defaults.
@@ -62,6 +63,7 @@ class CompressSettings:
     model: str
     data: tuple[str, ...]
     out: str | Path
+    text: str | None = None
     method: str = "lord"
     options: Mapping[str, Any] = field(default_factory=dict)
     tune_steps: int | None = None
@@ -96,6 +98,7 @@ class CompressOutcome(Result):
         report: layer by layer.
         tuning: steps, rate, number of trained parameters, and the losses; empty without tuning.
         data: the data of the measurement.
+        columns: what its columns are used for.
         folder: where the model was written.
     """
 
@@ -107,13 +110,14 @@ class CompressOutcome(Result):
     tuning: Mapping[str, Any]
     data: tuple[str, ...]
     folder: Path
+    columns: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def record(self) -> CompressionRecord:
         """The content of `compression.json`."""
         return CompressionRecord(
             method=self.method,
-            settings=json_value({**self.options, **self.report.details}),
+            settings=json_value({**self.options, **self.report.details, **({"columns": self.columns} if self.columns else {})}),
             ranks={layer.name: layer.rank for layer in self.report.replaced},
             **json_value(self.tuning),
             parameters=list(self.parameters),
@@ -134,11 +138,17 @@ class CompressOutcome(Result):
         return f"{before:,} -> {after:,} parameters ({after / before:.2f} x); perplexity on held-out blocks {steps}{tuned}"
 
 
-def compress(settings: CompressSettings, *, say: Callable[[str], None] = lambda line: None) -> CompressOutcome:
+def compress(
+    settings: CompressSettings,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> CompressOutcome:
     """Compress a causal language model and write it.
 
     Args:
         say: called with a line about the replaced layers, before the tuning.
+        tell: called with lines about the data before anything is measured: columns, what was left out, one example.
 
     Returns:
         Sizes, losses and the folder. `compression.json` in that folder holds the same.
@@ -160,11 +170,16 @@ def compress(settings: CompressSettings, *, say: Callable[[str], None] = lambda 
     config = method.build(settings.options)
     _check_use(settings, method)
     with new_folder(settings.out) as out:
-        return _compress(settings, method, config, out, say)
+        return _compress(settings, method, config, out, say, tell)
 
 
 def _compress(
-    settings: CompressSettings, method: Compressor, config: Any, out: Path, say: Callable[[str], None]
+    settings: CompressSettings,
+    method: Compressor,
+    config: Any,
+    out: Path,
+    say: Callable[[str], None],
+    tell: Callable[[str], None],
 ) -> CompressOutcome:
     """Measure, compress, tune, measure again, and write."""
     from lowdim import models
@@ -176,7 +191,11 @@ def _compress(
     tokenizer = models.load_tokenizer(settings.model)
     limit = SAMPLES if settings.samples is None and method.needs_batches else settings.samples
     longest = models.longest_text(settings.model)
-    task = language_modelling(tokenizer, list(settings.data), max_length=settings.max_length, most=longest, limit=limit)
+    task = language_modelling(
+        tokenizer, list(settings.data), text=settings.text, max_length=settings.max_length, most=longest, limit=limit
+    )
+    for kind, line in task.remarks():
+        tell(f"{kind}: {line}")
     model = models.load_model(settings.model, "causal-lm", pad_token_id=tokenizer.pad_token_id)
     metric = metric_for("causal-lm", "perplexity")
     perplexity = [task.evaluate(model, task.test, metric)]
@@ -200,6 +219,7 @@ def _compress(
         tuning=tuning,
         data=settings.data,
         folder=out,
+        columns=tuple(used.to_dict() for used in task.columns),
     )
     save_compressed(model, out, tokenizer, record=outcome.to_dict(), dense=settings.dense)
     return outcome

@@ -14,6 +14,7 @@ from lowdim.models.load import (
     load_tokenizer,
     longest_text,
     quiet,
+    reads_segments,
     resolve,
 )
 from lowdim.models.padding import declare_padding
@@ -33,5 +34,6 @@ __all__ = [
     "load_tokenizer",
     "longest_text",
     "quiet",
+    "reads_segments",
     "resolve",
 ]

@@ -44,6 +44,7 @@ __all__ = [
     "load_tokenizer",
     "longest_text",
     "quiet",
+    "reads_segments",
     "resolve",
 ]
 
@@ -310,6 +311,12 @@ def longest_text(name: str) -> int | None:
     # RoBERTa-like models count positions starting after the padding token.
     skipped = (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
     return limit - skipped
+
+
+def reads_segments(name: str) -> bool:
+    """Whether the model has an embedding for the text of a pair that a token is from (`token_type_ids`)."""
+    count = getattr(load_config(name), "type_vocab_size", None)
+    return isinstance(count, int) and count > 1
 
 
 def encoder_options(config: Any) -> dict[str, Any]:

@@ -54,11 +54,13 @@ class SentenceClassifier(nn.Module):
         input_ids: Tensor,  # (batch, tokens)
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,  # (batch,)
+        token_type_ids: Tensor | None = None,  # (batch, tokens), which text of a pair a token is from
     ) -> Any:
         """Logits, and the mean cross entropy where labels are given."""
         from transformers.modeling_outputs import SequenceClassifierOutput
 
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **segments).last_hidden_state
         logits = self.classifier(mean_pool(states, attention_mask))
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]

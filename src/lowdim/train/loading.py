@@ -26,7 +26,8 @@ def load_task(recipe: Recipe, tokenizer: Any) -> Task:
         "limit": recipe.limit,
     }
     if recipe.task == "classify":
-        return classification(tokenizer, recipe.data, label=recipe.label, **keywords)
+        segments = models.reads_segments(recipe.model)
+        return classification(tokenizer, recipe.data, label=recipe.label, segments=segments, **keywords)
     if recipe.task == "pretrain":
         from lowdim.train.packing import pretraining
 

@@ -16,29 +16,22 @@ from typing import Any
 
 import torch
 
-from lowdim.errors import DataError, MissingExtraError
-from lowdim.train.data import read_texts, text_column
+from lowdim.errors import DataError
+from lowdim.train.data import TEXT_FILES, Used, read_documents, read_texts
+from lowdim.train.repeats import Repeats, same_text
+from lowdim.train.streams import StreamSource, datasets_module, is_source
 from lowdim.train.tables import locate, read_text
-from lowdim.train.tasks import Task, stack_blocks
+from lowdim.train.tasks import Task, example_text, stack_blocks
+from lowdim.train.unseen import Piece, Unseen, left_out
 
 __all__ = ["is_source", "packed", "pretraining", "training_text"]
 
-#: A text, and whether a document ends with it.
-Piece = tuple[str, bool]
-
-PREFIX = "datasets:"
-_TEXT = (".txt", ".text", ".md")
-_BATCH = 64  # pieces per call of the tokenizer
-_PIECE = 2**16  # bytes of a text file that are tokenised at once
-_LARGE = 2**28  # files of this size or more are checked while reading, not before
 #: Held-out blocks: the first ones of a stream; of files a twentieth each for validation and test, at most this many.
 STREAM_HELD, FILE_HELD = 64, 512
+_PIECE = 2**16  # bytes of a text file that are tokenized at once
+_LARGE = 2**28  # text files of this size or more are checked while reading, not before
 _BUFFER = 1024  # blocks in the shuffle buffer of a stream
-
-
-def is_source(name: str | Path) -> bool:
-    """Whether this names a source of `datasets` rather than a file."""
-    return str(name).startswith(PREFIX)
+_REMEMBERED = 2**18  # documents of a stream that are not trained on again
 
 
 def packed(documents: Iterable[str], tokenizer: Any, length: int) -> Iterator[list[int]]:
@@ -50,24 +43,19 @@ def packed(documents: Iterable[str], tokenizer: Any, length: int) -> Iterator[li
         >>> list(packed(["abc", "de"], byte_tokenizer(), 3))
         [[97, 98, 99], [256, 100, 101]]
     """
-    return _packed(((document, True) for document in documents), tokenizer, length)
+    whole = Unseen(tokenizer).apart((document, True) for document in documents)
+    return _packed(whole, length)
 
 
-def _packed(pieces: Iterable[Piece], tokenizer: Any, length: int) -> Iterator[list[int]]:
+def _packed(pieces: Iterable[list[int]], length: int) -> Iterator[list[int]]:
     rest: list[int] = []
-    mark = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    walk = iter(pieces)
-    while batch := list(itertools.islice(walk, _BATCH)):
-        texts = [text for text, _ in batch]
-        rows = tokenizer(texts, truncation=False, add_special_tokens=False, verbose=False)["input_ids"]
-        for ids, (_, ends) in zip(rows, batch):
-            rest += ids
-            if ends:
-                rest += mark
+    for ids in pieces:
+        rest += ids
         whole = len(rest) // length * length
         for start in range(0, whole, length):
             yield rest[start : start + length]
-        rest = rest[whole:]
+        if whole:
+            rest = rest[whole:]
 
 
 def pretraining(
@@ -107,24 +95,42 @@ def pretraining(
         raise DataError(f"data must be files or a source of datasets; got both: {', '.join(map(str, sources))}")
     if len(sources) - len(files) > 1:
         raise DataError(f"data must name one source of datasets at a time; got {len(sources)}")
-    held = None
+    held, apart = None, None
     if evaluation is not None:
-        held = _table(_Files([evaluation], text, notes), tokenizer, length, cache)
+        apart = _Files([evaluation], text)
+        held, _ = _table(apart, tokenizer, length, cache)
         if len(held) == 0:
             raise DataError(f"{evaluation} is shorter than a block of {length} tokens")
     if files:
-        label, texts = _label(files), _Files(files, text, notes)
+        label, source = _label(files), _Files(files, text, apart)
         if streaming:
-            parts = _stream_parts(texts, tokenizer, length, seed, held, label, limit)
+            parts, left = _stream_parts(source, apart, tokenizer, length, seed, held, label, limit), []
         else:
-            parts = _table_parts(_table(texts, tokenizer, length, cache), held, label, length, seed, limit)
+            table, left = _table(source, tokenizer, length, cache, apart)
+            parts = _table_parts(table, held, label, length, seed, limit)
     else:
-        label = str(sources[0])
+        label, source = str(sources[0]), StreamSource(str(sources[0]), text)
         if streaming is False:
             raise DataError(f"streaming=False is for files; {label} is streamed")
-        parts = _stream_parts(lambda: _streamed(label, text), tokenizer, length, seed, held, label, limit)
+        parts = _stream_parts(source, apart, tokenizer, length, seed, held, label, limit)
+        left = [f"duplicates of the first {_REMEMBERED // 2:,} documents of {label} are left out while it is read"]
     learn, choose, report = parts
-    return Task("causal-lm", learn, choose, report, stack_blocks, length, (), tuple(notes), label, evaluation_batch=16)
+    for part in (source, apart):
+        notes += [note for note in (part.notes if part is not None else ()) if note not in notes]
+    return Task(
+        "causal-lm",
+        learn,
+        choose,
+        report,
+        stack_blocks,
+        length,
+        (),
+        (*notes, *left),
+        label,
+        evaluation_batch=16,
+        columns=(*source.columns, *(apart.columns if apart is not None else ())),
+        example=example_text(tokenizer, choose),
+    )
 
 
 def training_text(sources: Sequence[str | Path], text: str | None = None) -> Iterator[str]:
@@ -144,31 +150,66 @@ def _label(files: Sequence[str | Path]) -> str:
 
 
 class _Files:
-    """The documents of files that were checked before; a text file is one document, read in pieces."""
+    """The documents of files, which are checked at once; a text file is one document, read in pieces.
 
-    def __init__(self, files: Sequence[str | Path], text: str | None, notes: list[str]):
-        self.files, self.text = [locate(f) for f in files], text
-        for path in self.files:
-            if path.suffix.lower() not in _TEXT:
-                notes += [n for n in read_texts([path], text=text)[1] if n not in notes]
-            elif not path.is_file() or path.stat().st_size < _LARGE:
-                read_text(path)
+    Args:
+        apart: files whose documents are held out; a text file with the same text is left out here.
+
+    Attributes:
+        notes, columns: see `lowdim.train.data.Documents`.
+        repeated, held_out: text files that were left out, as another file, or one of `apart`, has the same text.
+    """
+
+    def __init__(self, files: Sequence[str | Path], text: str | None, apart: _Files | None = None):
+        self.text, self._apart = text, apart
+        self.files: list[Path] = []
+        self.notes: list[str] = []
+        self.columns: tuple[Used, ...] = ()
+        self.held_out = 0
+        self._known = Repeats()
+        for path in map(locate, files):
+            if path.suffix.lower() not in TEXT_FILES:
+                found = read_documents([path], text=text)
+                self.notes += [note for note in found.notes if note not in self.notes]
+                self.columns += tuple(used for used in found.columns if used not in self.columns)
+                self.files.append(path)
+            elif self._new(path):
+                self.files.append(path)
+
+    @property
+    def repeated(self) -> int:
+        """Text files that another one has, too."""
+        return self._known.left_out
+
+    def _new(self, path: Path) -> bool:
+        if path.is_file() and path.stat().st_size >= _LARGE:
+            return True
+        key = same_text(read_text(path))
+        if self._apart is not None and self._apart.has(key):
+            self.held_out += 1
+            return False
+        return self._known.add(key)
+
+    def has(self, key: bytes) -> bool:
+        """Whether one of the text files has this text."""
+        return self._known.has(key)
 
     def __call__(self) -> Iterator[Piece]:
+        """The documents in pieces."""
         for path in self.files:
-            if path.suffix.lower() in _TEXT:
+            if path.suffix.lower() in TEXT_FILES:
                 yield from _pieces(path)
             else:
-                yield from ((document, True) for document in read_texts([path], text=self.text)[0])
+                yield from ((document, True) for document in read_documents([path], text=self.text).texts)
 
     def digest(self) -> str:
-        """Of the contents."""
+        """Of the contents, and of those of the files that are held out."""
         found = hashlib.blake2b(repr(self.text).encode(), digest_size=12)
         for path in self.files:
             with path.open("rb") as file:
                 while chunk := file.read(2**20):
                     found.update(chunk)
-        return found.hexdigest()
+        return found.hexdigest() + (self._apart.digest() if self._apart is not None else "")
 
 
 def _pieces(path: Path) -> Iterator[Piece]:
@@ -192,50 +233,57 @@ def _pieces(path: Path) -> Iterator[Piece]:
     yield rest, True
 
 
-def _streamed(source: str, text: str | None) -> Iterator[Piece]:
-    """The texts of a source of `datasets`, row by row."""
-    path, _, rest = source.removeprefix(PREFIX).partition(":")
-    config, _, part = rest.partition(":")
-    load = _datasets().load_dataset
-    try:
-        rows = load(path, config or None, split=part or "train", streaming=True)
-        walk = iter(rows)
-        first = next(walk)
-    except StopIteration:
-        raise DataError(f"{source} has no rows") from None
-    except Exception as error:  # the library raises various errors for a missing source
-        raise DataError(f"{source} cannot be read ({' '.join(str(error).split())[:200]})") from error
-    column = text_column([first], text, source)
-    for row in itertools.chain([first], walk):
-        value = row.get(column)
-        if isinstance(value, str) and value.strip():
-            yield value, True
+def _table(
+    files: _Files, tokenizer: Any, length: int, cache: str | Path | None, apart: _Files | None = None
+) -> tuple[Any, list[str]]:
+    """All blocks as a memory-mapped table, packed once for these contents, this tokenizer and this length; and notes.
 
-
-def _table(files: _Files, tokenizer: Any, length: int, cache: str | Path | None) -> Any:
-    """All blocks as a memory-mapped table, packed once for these contents, this tokenizer and this length."""
-    datasets = _datasets()
+    Each row has the numbers of documents that were left out so far, so that a table from the cache knows them, too.
+    """
+    datasets = datasets_module()
     words = json.dumps(sorted(tokenizer.get_vocab().items()))
-    key = hashlib.blake2b(f"{length}/{tokenizer.eos_token_id}/{words}".encode(), digest_size=12).hexdigest()
+    key = hashlib.blake2b(f"once/{length}/{tokenizer.eos_token_id}/{words}".encode(), digest_size=12).hexdigest()
     key = hashlib.blake2b(f"{key}/{files.digest()}".encode(), digest_size=12).hexdigest()
-    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+    number = datasets.Value("int64")
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32")), "repeated": number, "held_out": number})
 
-    def blocks() -> Iterator[dict[str, list[int]]]:
-        for row in _packed(files(), tokenizer, length):
-            yield {"input_ids": row}
+    def blocks() -> Iterator[dict[str, Any]]:
+        unseen = _unseen(tokenizer, apart)
+        waiting = None
+        for row in _packed(unseen.ids(files()), length):
+            if waiting is not None:
+                yield {"input_ids": waiting, "repeated": 0, "held_out": 0}
+            waiting = row
+        if waiting is not None:
+            yield {"input_ids": waiting, "repeated": unseen.repeated, "held_out": unseen.held_out}
+        elif apart is not None:
+            unseen.check(apart.files[0])
 
     if next(blocks(), None) is None:  # which the library treats as an error
-        return datasets.Dataset.from_dict({"input_ids": []}, features=features)
+        return datasets.Dataset.from_dict(
+            {"input_ids": []}, features=datasets.Features({"input_ids": features["input_ids"]})
+        ), []
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         place = None if cache is None else str(cache)
-        return datasets.Dataset.from_generator(blocks, features=features, cache_dir=place, fingerprint=key)
+        table = datasets.Dataset.from_generator(blocks, features=features, cache_dir=place, fingerprint=key)
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None
     finally:
         if bars:
             datasets.enable_progress_bars()
+    last = table[-1]
+    notes = left_out(last["repeated"] + files.repeated, last["held_out"] + files.held_out)
+    return table.select_columns(["input_ids"]), notes
+
+
+def _unseen(tokenizer: Any, apart: _Files | None, most: int | None = None) -> Unseen:
+    """What tokenizes documents once, without those that are held out."""
+    unseen = Unseen(tokenizer, most)
+    for _ in unseen.apart(apart() if apart is not None else ()):
+        pass
+    return unseen
 
 
 def _table_parts(table: Any, held: Any, label: str, length: int, seed: int, limit: int | None) -> tuple[Any, Any, Any]:
@@ -250,12 +298,26 @@ def _table_parts(table: Any, held: Any, label: str, length: int, seed: int, limi
 
 
 def _stream_parts(
-    make: Callable[[], Iterator[Piece]], tokenizer: Any, length: int, seed: int, held: Any, label: str, limit: int | None
+    source: Callable[[], Iterator[Piece]],
+    test: _Files | None,
+    tokenizer: Any,
+    length: int,
+    seed: int,
+    held: Any,
+    label: str,
+    limit: int | None,
 ) -> tuple[Any, Any, Any]:
-    """The first blocks are held out; all others are repeated endlessly, shuffled within a buffer."""
-    datasets = _datasets()
+    """The first blocks are held out; all others are repeated endlessly, shuffled within a buffer.
+
+    A document is read once in each pass, as far as it is remembered, so that none that is held out is trained on.
+    """
+
+    def blocks() -> Iterator[list[int]]:
+        return _packed(_unseen(tokenizer, test, _REMEMBERED).ids(source()), length)
+
+    datasets = datasets_module()
     apart = STREAM_HELD if held is not None else 2 * STREAM_HELD
-    first = list(itertools.islice(_packed(make(), tokenizer, length), apart + 1))
+    first = list(itertools.islice(blocks(), apart + 1))
     if len(first) <= apart:
         apart = len(first) // 3 * (1 if held is not None else 2)
         if apart < 1 or len(first) < 3:
@@ -265,18 +327,9 @@ def _stream_parts(
 
     def rows() -> Iterator[dict[str, list[int]]]:
         while True:
-            blocks = itertools.islice(_packed(make(), tokenizer, length), apart, None if limit is None else apart + limit)
-            for row in blocks:
+            for row in itertools.islice(blocks(), apart, None if limit is None else apart + limit):
                 yield {"input_ids": row}
 
     stream = datasets.IterableDataset.from_generator(rows).shuffle(seed=seed, buffer_size=min(_BUFFER, limit or _BUFFER))
     table = datasets.Dataset.from_list
     return stream, table(choose), held if held is not None else table(kept[apart // 2 :])
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise MissingExtraError("datasets", "train", "training") from None
-    return datasets

@@ -32,7 +32,7 @@ class Recipe(BaseModel):
     )
     streaming: bool | None = Field(None, description="Pack text while training (pretrain); null: for datasets: sources only")
     eval: str | None = Field(None, description="A separate test file")
-    text: str | None = Field(None, description="Name of the text column")
+    text: str | None = Field(None, description="Name of the text column; a list of two for pairs of texts (classify)")
     label: str | None = Field(None, description="Name of the label column")
     limit: int | None = Field(None, ge=1, description="Maximum number of training texts or blocks")
     max_length: int = Field(128, ge=4, description="Tokens of a text or block")
@@ -73,6 +73,12 @@ class Recipe(BaseModel):
         if value and info.data.get("dtype") == "float32":
             raise ValueError("master_weights needs dtype: bfloat16; float32 weights need no copy")
         return value
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _column_or_pair(cls, value: Any) -> Any:
+        names = isinstance(value, (list, tuple)) and bool(value) and all(isinstance(name, str) for name in value)
+        return ",".join(value) if names else value
 
     @field_validator("data", mode="before")
     @classmethod

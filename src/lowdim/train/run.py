@@ -118,8 +118,8 @@ def _read(run: _Run) -> _Base:
     recipe = run.recipe
     tokenizer = recipe_tokenizer(recipe.model, recipe.tokenizer, recipe.data, recipe.text)
     task = load_task(recipe, tokenizer)
-    for note in task.notes:
-        run.say(f"note: {note}")
+    for kind, line in task.remarks():
+        run.say(f"{kind}: {line}")
     torch.manual_seed(recipe.seed)
     model = load_base(recipe, task.num_labels, tokenizer)
     return _Base(task, tokenizer, model, fingerprint_of(model, tokenizer, task, recipe.data, recipe.eval))
@@ -229,7 +229,7 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
         before=start.before,
         validation=validation,
         test=task.evaluate(applied.model, task.test, run.metric),
-        data={"name": task.name, **task.sizes(), "notes": list(task.notes), "labels": list(task.classes)},
+        data=task.data_record(),
         losses=list(result.losses),
         loss_steps=result.steps,
         evaluations=[list(row) for row in result.evaluations],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowdim.errors import DataError, MissingExtraError
+from lowdim.errors import DataError, MissingExtraError, shown
 from lowdim.models.padding import padding_side
 from lowdim.surgery import model_device
-from lowdim.train.data import Examples, read_examples, read_texts, split
+from lowdim.train.data import Examples, Used, read_documents, read_examples
+from lowdim.train.inputs import Inputs, encode
 from lowdim.train.metrics import Metric, classification_score
+from lowdim.train.repeats import same_tokens
+from lowdim.train.splits import places
+from lowdim.train.unseen import Unseen, left_out
 
 __all__ = ["Score", "Task", "classification", "language_modelling", "stack_blocks"]
 
@@ -40,10 +44,13 @@ class Task:
 
     Attributes:
         kind: `"classify"` or `"causal-lm"`.
-        train, validation, test: `datasets.Dataset` with `input_ids` (and `labels`, `attention_mask`).
+        train, validation, test: `datasets.Dataset` with `input_ids` (and `labels`, `token_type_ids`).
         collate: rows -> batch of tensors.
         classes: names of the classes (empty for language models).
-        notes: messages about texts that were left out or truncated.
+        notes: columns that are not used, and texts that were left out or truncated.
+        columns: what the columns of each file or stream are used for.
+        example: the first training row as the model sees it, in one line.
+        joint: what stands between the texts of a pair; `""` if the tokenizer puts it there, None for single texts.
     """
 
     kind: str
@@ -56,6 +63,27 @@ class Task:
     notes: tuple[str, ...] = ()
     name: str = ""
     evaluation_batch: int = field(default=50)
+    columns: tuple[Used, ...] = ()
+    example: str = ""
+    joint: str | None = None
+
+    def data_record(self) -> dict[str, Any]:
+        """What records hold about the data."""
+        return {
+            "name": self.name,
+            **self.sizes(),
+            "labels": list(self.classes),
+            "columns": [used.to_dict() for used in self.columns],
+            "example": self.example,
+            "notes": list(self.notes),
+            **({} if self.joint is None else {"joint": self.joint}),
+        }
+
+    def remarks(self) -> list[tuple[str, str]]:
+        """What the user should read before training, each line with its kind: the columns, the notes, one example."""
+        told = [("data", used.sentence) for used in self.columns if used.sentence not in self.notes]
+        example = [("example", self.example)] if self.example else []
+        return [*told, *(("note", note) for note in self.notes), *example]
 
     @property
     def num_labels(self) -> int:
@@ -124,46 +152,57 @@ def classification(
     most: int | None = None,
     seed: int = 0,
     limit: int | None = None,
+    segments: bool | None = None,
 ) -> Task:
     """A classification task from labelled files.
 
+    Pairs of texts are read as one input each (`lowdim.train.inputs`). No text is in two parts (`lowdim.train.splits`).
+
     Args:
         evaluation: a separate test file; otherwise part of the data is held out.
+        text: the column of the text, or two with a comma for pairs; None detects them.
         max_length: tokens kept of each text; longer ones are cut and counted.
         most: maximum number of tokens that the model can read (`lowdim.models.longest_text`).
         limit: maximum number of training texts, with at least one of each class.
+        segments: whether the model reads `token_type_ids` of pairs; None: if the tokenizer gives them.
 
     Raises:
         DataError, UnknownNameError: see `lowdim.train.data`.
     """
-    datasets = _datasets()
     examples = read_examples(files, text=text, label=label)
     held = None if evaluation is None else read_examples([evaluation], text=text, label=label, classes=examples.classes)
-    parts = split(examples, test=held, seed=seed)
-    train = parts.train if limit is None else _first(parts.train, limit)
+    if held is not None and bool(held.others) != bool(examples.others):
+        kinds = ["pairs of texts" if part.others else "single texts" for part in (examples, held)]
+        raise DataError(f"{_name(files)} has {kinds[0]}, {evaluation} {kinds[1]}; name the same columns for both with --text")
     length = max_length if most is None else min(max_length, most)
+    inputs = encode(tokenizer, examples.texts, examples.others, length=length, segments=segments)
+    apart = None if held is None else encode(tokenizer, held.texts, held.others, length=length, segments=segments)
+    tokens, held_tokens = (
+        [] if part is None else [same_tokens(ids, tokenizer.unk_token_id) for ids in part.ids()] for part in (inputs, apart)
+    )
+    parts = places(examples, tokens=tokens, test=held, test_tokens=held_tokens, seed=seed)
+    train = parts.train if limit is None else _first(parts.train, examples.labels, limit)
     notes = [*examples.notes, *(held.notes if held else ()), *parts.notes]
-    tables, cut, total = {}, 0, 0
-    for name, part in (("train", train), ("validation", parts.validation), ("test", parts.test)):
-        ids = tokenizer(list(part.texts), truncation=False, verbose=False)["input_ids"]
-        long = sum(len(row) > length for row in ids)
-        cut, total = cut + long, total + len(ids)
-        if long:
-            ids = tokenizer(list(part.texts), truncation=True, max_length=length)["input_ids"]
-        tables[name] = datasets.Dataset.from_dict({"input_ids": ids, "labels": list(part.labels)})
+    notes += _indistinct(inputs, [*parts.train, *parts.validation, *parts.test])
+    seen = [part for part in (inputs, apart) if part is not None]
+    cut, total = sum(part.cut for part in seen), sum(map(len, seen))
     if cut:
         why = "--max-length" if length == max_length else "the model reads no more"
         notes.append(f"{cut} of {total} texts are longer than {length} tokens and were cut ({why})")
+    learn, choose = (_rows(inputs, examples, where) for where in (train, parts.validation))
     return Task(
         "classify",
-        tables["train"],
-        tables["validation"],
-        tables["test"],
+        learn,
+        choose,
+        _rows(inputs, examples, parts.test) if held is None or apart is None else _rows(apart, held, range(len(held))),
         _Pad(tokenizer.pad_token_id or 0, padding_side(tokenizer)),
         length,
         examples.classes,
         tuple(notes),
         _name(files),
+        columns=(*examples.columns, *(held.columns if held else ())),
+        example=f"{example_text(tokenizer, learn)} -> {shown(examples.classes[learn[0]['labels']])}",
+        joint=inputs.joint,
     )
 
 
@@ -188,11 +227,16 @@ def language_modelling(
         DataError: no text, or fewer than three blocks of it.
     """
     datasets = _datasets()
-    documents, notes = read_texts(files, text=text)
+    found = read_documents(files, text=text)
+    held_found = None if evaluation is None else read_documents([evaluation], text=text)
+    notes = [*found.notes, *(held_found.notes if held_found else ())]
     if most is not None and most < max_length:
         notes.append(f"blocks have {most} tokens, not {max_length}: the model reads no more")
         max_length = most
-    blocks = _blocks(tokenizer, documents, max_length)
+    unseen = Unseen(tokenizer)
+    held = _blocks(unseen.apart((text, True) for text in held_found.texts), max_length) if held_found else []
+    blocks = _blocks(unseen.ids((text, True) for text in found.texts), max_length)
+    notes += left_out(unseen.repeated, unseen.held_out)
     if evaluation is None:
         if len(blocks) < 3:
             raise DataError(
@@ -202,9 +246,7 @@ def language_modelling(
         held = blocks[len(blocks) - test_count :]
         rest = blocks[: len(blocks) - test_count]
     else:
-        held_documents, held_notes = read_texts([evaluation], text=text)
-        notes += held_notes
-        held = _blocks(tokenizer, held_documents, max_length)
+        unseen.check(evaluation)
         rest, validation_count = blocks, max(1, len(blocks) // 8)
         if len(rest) < 2 or not held:
             raise DataError(
@@ -214,17 +256,53 @@ def language_modelling(
     random.Random(f"{seed}/blocks").shuffle(train)
     learn, choose, report = (datasets.Dataset.from_dict({"input_ids": p, "labels": p}) for p in (train[:limit], chosen, held))
     return Task(
-        "causal-lm", learn, choose, report, stack_blocks, max_length, (), tuple(notes), _name(files), evaluation_batch=16
+        "causal-lm",
+        learn,
+        choose,
+        report,
+        stack_blocks,
+        max_length,
+        (),
+        tuple(notes),
+        _name(files),
+        evaluation_batch=16,
+        columns=(*found.columns, *(held_found.columns if held_found else ())),
+        example=example_text(tokenizer, learn),
     )
 
 
-def _first(examples: Examples, limit: int) -> Examples:
-    """The first `limit` examples, with one of each class before others."""
-    firsts = list({label: i for i, label in reversed(list(enumerate(examples.labels)))}.values())
+def _rows(inputs: Inputs, examples: Examples, where: Sequence[int]) -> Any:
+    """The examples at these places as a dataset."""
+    import pyarrow as pa
+
+    datasets = _datasets()
+    where = list(where)
+    columns = {name: column.take(pa.array(where, pa.int64())) for name, column in inputs.columns.items()}
+    labels = pa.array([examples.labels[i] for i in where], pa.int64())
+    return datasets.Dataset(pa.table({**columns, "labels": labels}))
+
+
+def _indistinct(inputs: Inputs, where: Sequence[int]) -> list[str]:
+    """A note on texts that are the same to the model, though they are not."""
+    kept = set(where)
+    same = len(kept) - len({same_tokens(ids) for i, ids in enumerate(inputs.ids()) if i in kept})
+    if not same:
+        return []
+    return [f"{same} texts have the tokens of another text, since the tokenizer does not know the words that they differ in"]
+
+
+def _first(train: Sequence[int], labels: Sequence[int], limit: int) -> list[int]:
+    """The first `limit` training examples, with one of each class before others."""
+    firsts = set({labels[i]: at for at, i in reversed(list(enumerate(train)))}.values())
     if limit < len(firsts):
         raise DataError(f"limit must be at least {len(firsts)}, one example of each class; got {limit}")
-    others = [i for i in range(len(examples)) if i not in set(firsts)]
-    return examples.take(sorted([*firsts, *others[: limit - len(firsts)]]))
+    others = [at for at in range(len(train)) if at not in firsts]
+    return [train[at] for at in sorted([*firsts, *others[: limit - len(firsts)]])]
+
+
+def example_text(tokenizer: Any, part: Any) -> str:
+    """The first row of a part as the model sees it, cut to a line."""
+    return shown(tokenizer.decode(part[0]["input_ids"], clean_up_tokenization_spaces=False), 160)
 
 
 class _Pad:
@@ -237,12 +315,16 @@ class _Pad:
         longest = max(len(row["input_ids"]) for row in rows)
         ids = torch.full((len(rows), longest), self.pad)
         mask = torch.zeros_like(ids)
+        types = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             count = len(row["input_ids"])
             where = slice(longest - count, None) if self.side == "left" else slice(0, count)
             ids[i, where] = torch.tensor(row["input_ids"])
             mask[i, where] = 1
-        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["labels"] for row in rows])}
+            types[i, where] = torch.tensor(row.get("token_type_ids", 0))
+        segments = {"token_type_ids": types} if "token_type_ids" in rows[0] else {}
+        labels = torch.tensor([row["labels"] for row in rows])
+        return {"input_ids": ids, "attention_mask": mask, **segments, "labels": labels}
 
 
 def stack_blocks(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -251,13 +333,8 @@ def stack_blocks(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-def _blocks(tokenizer: Any, documents: list[str], length: int) -> list[list[int]]:
-    stream: list[int] = []
-    end = tokenizer.eos_token_id
-    for document in documents:
-        stream += tokenizer(document, truncation=False, add_special_tokens=False, verbose=False)["input_ids"]
-        if end is not None:
-            stream.append(end)
+def _blocks(documents: Iterable[list[int]], length: int) -> list[list[int]]:
+    stream = list(itertools.chain.from_iterable(documents))
     return [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
 
 

@@ -89,7 +89,7 @@ def test_the_test_sets_own_error_is_stated():
 
 
 def test_diverged_edge_budget_and_forecast_are_stated():
-    trials = [{"lr": 1e-3, "score": 0.7}, {"lr": 1e-2, "score": 0.8}]
+    trials = [{"lr": 1e-4, "score": 0.6}, {"lr": 1e-3, "score": 0.7}, {"lr": 1e-2, "score": 0.8}]
     loss = {"seed": 0, "step": [1, 2], "loss": [0.7, float("inf")]}
     record = _record(
         _method("a", 0.8, lr=1e-2, trials=trials, curves=[loss], forecast_peak_bytes=150 * 2**20), budget_bytes=2**20
@@ -100,5 +100,32 @@ def test_diverged_edge_budget_and_forecast_are_stated():
     assert "A: measured peak memory is above the budget of 1.00 MiB" in said
     assert "off by up to 50% (A)" in said
     assert "A: 1 of 4 runs failed: boom" in _said(_record(_method("a", 0.8, reason="1 of 4 runs failed: boom")))
-    quiet = _record(_method("a", 0.8, lr=1e-3, trials=[*trials, {"lr": 1e-4, "score": 0.6}], forecast_peak_bytes=101 * 2**20))
+    quiet = _record(_method("a", 0.8, lr=1e-3, trials=trials, forecast_peak_bytes=101 * 2**20))
     assert _said(quiet) == ""
+
+
+def test_an_edge_needs_three_rates():
+    def edge(rates, chosen, failed=()):
+        trials = [{"lr": r, "score": None if r in failed else 0.5} for r in rates]
+        return "smallest or largest one tried" in _said(_record(_method("a", 0.8, lr=chosen, trials=trials)))
+
+    assert not edge([1e-3], 1e-3)
+    assert not edge([1e-3, 1e-2], 1e-2)
+    assert not edge([1e-3, 1e-3, 1e-2], 1e-2)  # the same rate twice
+    assert edge([1e-4, 1e-3, 1e-2], 1e-2)
+    assert edge([1e-4, 1e-3, 1e-2], 1e-4)
+    assert not edge([1e-4, 1e-3, 1e-2], 1e-3)
+    assert not edge([1e-4, 1e-3, 1e-2, 1e-1], 1e-2, failed=[1e-1])  # a larger rate was tried and failed
+
+
+def test_scores_have_the_digits_that_tell_them_apart():
+    def shown(*means):
+        record = read(_record(*(_method(f"m{i}", m) for i, m in enumerate(means))))
+        return [record.score(m) for m in means]
+
+    assert shown(0.9501, 0.91) == ["0.950", "0.910"]
+    assert shown(0.9501, 0.9502) == ["0.9501", "0.9502"]
+    assert shown(0.95, 0.95) == ["0.950", "0.950"]
+    assert shown(0.9500000001, 0.95) == ["0.950", "0.950"]
+    assert shown(12.864, 12.861) == ["12.864", "12.861"]
+    assert shown(2.6e12, 47.87) == ["2.6e12", "47.9"]

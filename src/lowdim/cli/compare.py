@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lowdim.cli.options import Model, parse_seconds
+from lowdim.cli.options import Methods, Model, parse_seconds
 
 __all__ = ["compare"]
 
@@ -21,7 +21,7 @@ def compare(
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="pretrain: bytes, characters or a folder.")] = None,
     text: Annotated[list[str] | None, typer.Option("--text", help="The text column; two of them for a pair of texts.")] = None,
     label: Annotated[str | None, typer.Option("--label", help="Name of the label column.")] = None,
-    methods: Annotated[str | None, typer.Option("--methods", help="Names, families or all, with commas.")] = None,
+    methods: Methods = None,
     budget: Annotated[str | None, typer.Option("--budget", help="Memory, e.g. 8GiB; what does not fit is left out.")] = None,
     metric: Annotated[str | None, typer.Option("--metric", help="accuracy, f1, mcc; perplexity, loss.")] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", help="Runs of each method at its chosen rate.")] = None,
@@ -43,7 +43,8 @@ def compare(
     settings = compare_settings(
         model=model, data=data, evaluation=evaluation, task=task, tokenizer=tokenizer,
         text=",".join(text) if text else None, label=label,
-        methods=methods.split(",") if methods else (), budget=None if budget is None else parse_bytes(budget), metric=metric,
+        methods=",".join(methods).split(",") if methods else (),
+        budget=None if budget is None else parse_bytes(budget), metric=metric,
         seeds=seeds, trials=trials, steps=steps, batch_size=batch_size, max_length=max_length, seed=seed,
         time_limit=None if time_limit is None else parse_seconds(time_limit),
     )  # fmt: skip

@@ -11,7 +11,10 @@ from rich.console import Console
 __all__ = ["Methods", "Model", "Pairs", "parse_seconds", "print_line"]
 
 Model = Annotated[str, typer.Option("--model", help="A folder, a hub id, or minilm, stories260k, smollm2-135m, llama-7b.")]
-Methods = Annotated[str, typer.Option("--methods", help="Names, families (adapters, optim, layers) or all, with commas.")]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--methods", help="Names, families (adapters, optim, layers) or all, with commas; repeatable."),
+]
 Pairs = Annotated[
     list[str] | None,
     typer.Option("--option", metavar="NAME=VALUE", help="An option of its own, as `lowdim list` shows them; repeatable."),

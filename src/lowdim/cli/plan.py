@@ -21,7 +21,7 @@ __all__ = ["plan"]
 def plan(
     model: Model,
     budget: Annotated[str | None, typer.Option("--budget", help="Memory, e.g. 8GiB.")] = None,
-    methods: Methods = "all",
+    methods: Methods = None,
     task: Annotated[str, typer.Option("--task", help="classify, causal-lm or pretrain.")] = "causal-lm",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Texts in a forward pass.")] = 1,
     length: Annotated[int, typer.Option("--length", help="Tokens in a sequence.")] = 512,
@@ -48,7 +48,7 @@ def plan(
 
     limit = None if budget is None else parse_bytes(budget)
     settings = PlanSettings(
-        model=model, methods=methods, task=task, batch_size=batch_size, length=length, dtype=dtype,
+        model=model, methods=",".join(methods or ["all"]), task=task, batch_size=batch_size, length=length, dtype=dtype,
         gradient_checkpointing=checkpointing, rank=rank, layerwise=layerwise, accumulate=accumulate, tokenizer=tokenizer,
         classes=classes, master_weights=master_weights, budget=limit,
     )  # fmt: skip

@@ -18,7 +18,7 @@ function el(name, attributes = {}, ...children) {
 }
 
 const round = (value) => Math.round(value * 10) / 10;
-const minus = (text) => text.replace("-", "−");
+const minus = (text) => text.replace(/^-/, "−");
 const three = (value) => (Math.abs(value) < 9.995 ? value.toFixed(2) : Math.abs(value) < 99.95 ? value.toFixed(1) : value.toFixed(0));
 
 function inUnits(value, base, units) {
@@ -34,7 +34,7 @@ const FORMAT = {
   seconds: (v) => (v === 0 ? "0 s" : v < 9.995e-4 ? `${three(v * 1e6)} µs` : v < 0.9995 ? `${three(v * 1e3)} ms`
     : v < 119.5 ? `${three(v)} s` : v < 7170 ? `${three(v / 60)} min`
     : v < 172620 ? `${three(v / 3600)} h` : `${three(v / 86400)} days`),
-  score: (v) => minus(v.toFixed(DATA.metric.decimals ?? 3)),
+  score: (v) => minus(Math.abs(v) < 1e6 ? v.toFixed(DATA.metric.decimals ?? 3) : `${+v.toPrecision(4)}`.replace("e+", "e")),
   loss: (v) => minus(`${+v.toPrecision(4)}`),
   step: (v) => Math.round(v).toLocaleString("en"),
   rate: (v) => {
@@ -44,16 +44,22 @@ const FORMAT = {
   },
 };
 
-/** Round tick values from low to high, about `wanted` of them. `unit` is what a tick counts in, e.g. 2**30 for GiB. */
+/**
+ * Round tick values from low to high, about `wanted` of them and at least two, since one alone gives no scale.
+ * `unit` is what a tick counts in, e.g. 2**30 for GiB.
+ */
 function linearTicks(low, high, wanted, unit = 1) {
   const span = (high - low) / unit || 1;
   const power = 10 ** Math.floor(Math.log10(span / wanted));
-  const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => span / s <= wanted) ?? 10 * power;
-  const ticks = [];
-  for (let i = Math.ceil(low / unit / step - 1e-9); i * step <= (high / unit) * (1 + 1e-12) + 1e-12 * span; i += 1) {
-    ticks.push(+(i * step).toPrecision(12) * unit);
+  const steps = [0.1, 0.2, 0.25, 0.5, 1, 2, 2.5, 5, 10].map((m) => m * power);
+  for (let at = Math.max(4, steps.findIndex((s) => span / s <= wanted)); at >= 0; at -= 1) {
+    const step = steps[at], ticks = [];
+    for (let i = Math.ceil(low / unit / step - 1e-9); i * step <= (high / unit) * (1 + 1e-12) + 1e-12 * span; i += 1) {
+      ticks.push(+(i * step).toPrecision(12) * unit);
+    }
+    if (ticks.length > 1 || at === 0) return ticks;
   }
-  return ticks;
+  return [];
 }
 
 function logTicks(low, high, wanted) {
@@ -113,15 +119,21 @@ function axes(box, x, y) {
 /** The name of a byte unit. */
 const byteName = (unit) => ({ 1: "B", [2 ** 10]: "KiB", [2 ** 20]: "MiB", [2 ** 30]: "GiB" })[unit] ?? "TiB";
 
-/** Tick labels with as many digits as tell neighbours apart. */
+/** Tick labels with as many digits as tell neighbours apart, and none that say nothing. */
 function tickFormat(ticks, unit) {
   if (unit === "count") return (v) => inUnits(v, 1000, ["", "K", "M", "B", "T"]).replace(/\.?0+(?=[A-Z]|$)/, (m, i, s) => (s.includes(".") ? "" : m));
   if (unit === "seconds") return (v) => (v === 0 ? "0" : FORMAT.seconds(v).replace(/\.?0+ /, (m) => (m.includes(".") ? " " : m)));
   const base = unit === "bytes" ? byteUnit(ticks.at(-1) ?? 1) : 1; // its name stands in the axis title
-  const step = (ticks.length > 1 ? Math.abs(ticks[1] - ticks[0]) : 1) / base;
-  const digits = Math.max(0, Math.min(6, -Math.floor(Math.log10(step) + 1e-9) + (`${+step.toPrecision(2)}`.match(/25$/) ? 1 : 0)));
-  return (v) => (v === 0 ? "0" : minus((v / base).toFixed(digits)));
+  const largest = Math.max(0, ...ticks.map((v) => Math.abs(v / base)));
+  const power = largest >= 1e6 || (largest > 0 && largest < 1e-3) ? Math.floor(Math.log10(largest) + 1e-12) : 0; // 5.2e9, not ten digits
+  const scaled = (v) => v / base / 10 ** power;
+  const tolerance = 1e-9 * (largest / 10 ** power || 1);
+  const digits = Array.from({ length: 13 }, (_, d) => d).find((d) => ticks.every((v) => Math.abs(scaled(v) - +scaled(v).toFixed(d)) <= tolerance)) ?? 12;
+  return (v) => (v === 0 ? "0" : minus(scaled(v).toFixed(digits)) + (power ? `e${power}` : ""));
 }
+
+/** Pixels left of an axis that its labels need. */
+const leftOf = (ticks, format, least) => Math.max(least, 14 + 6.8 * Math.max(0, ...ticks.map((tick) => format(tick).length)));
 
 /** One tooltip in `host`, placed beside (x, y) and kept inside. */
 function tooltip(host) {

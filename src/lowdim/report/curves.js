@@ -62,20 +62,21 @@ function curves(host) {
     const named_ends = inner > 640 && shown.length > 1 && shown.length <= 16;
     const room = named_ends ? Math.min(190, 26 + 6.8 * Math.max(...shown.map((m) => m.label.length))) : 14;
     const height = Math.max(280, Math.min(430, inner * 0.46));
-    const box = { left: 48, right: inner - room, top: 26, bottom: height - 46 };
     const steps = all.flatMap((m) => [m.points[0].step, m.points.at(-1).step]);
     const values = (shown.length ? shown : all).flatMap((m) => (all.length > 1 && m.drawn || m.points).map((p) => p.mean));
     let [low, high] = [Math.min(...values), Math.max(...values)];
     if (log) { low /= 1.05; high *= 1.05; } else { [low, high] = extent([low, high], 0.05); if (Math.min(...values) >= 0 && low < 0.15 * high) low = 0; }
+    const yTicks = log ? logTicks(low, high, 7) : linearTicks(low, high, 6);
+    const yFormat = log ? (v) => `${+v.toPrecision(3)}` : tickFormat(yTicks, "loss");
+    const box = { left: leftOf(yTicks, yFormat, 48), right: inner - room, top: 26, bottom: height - 46 };
     const x = scale(Math.min(...steps), Math.max(...steps), box.left, box.right), y = scale(low, high, box.bottom, box.top, log);
     const xTicks = linearTicks(Math.min(...steps), Math.max(...steps), Math.max(4, Math.floor((box.right - box.left) / 85))).filter(Number.isInteger);
-    const yTicks = log ? logTicks(low, high, 7) : linearTicks(low, high, 6);
     const svg = canvas(inner, height, {
       tabindex: 0, role: "slider", "aria-label": "Training loss by step; arrow keys move along the steps", "aria-valuemin": Math.min(...steps),
       "aria-valuemax": Math.max(...steps), "aria-valuenow": Math.min(...steps), "aria-valuetext": "no step chosen",
     });
     svg.append(axes(box, { at: x, ticks: xTicks, format: FORMAT.step, title: "Step" },
-      { at: y, ticks: yTicks, format: log ? (v) => `${+v.toPrecision(3)}` : tickFormat(yTicks, "loss"), title: log ? "Loss (logarithmic)" : "Loss" }));
+      { at: y, ticks: yTicks, format: yFormat, title: log ? "Loss (logarithmic)" : "Loss" }));
     const clamp = (v) => Math.max(box.top, Math.min(box.bottom, y(v)));
     const path = (points, key) => points.map((p, i) => `${i ? "L" : "M"}${round(x(p.step))} ${round(clamp(p[key]))}`).join("");
     for (const m of [...shown].reverse()) {
@@ -166,8 +167,10 @@ function rates(host) {
     grid.append(el("div", { class: `panel ${m.colour}` }, el("h3", {}, m.label), plot,
       el("p", { class: m.edge ? "edge" : "" }, chosen ? `${FORMAT.rate(m.lr)} chosen${m.edge ? ", at the edge of those tried" : ""}` : m.lr !== null ? `${FORMAT.rate(m.lr)} used` : "")));
     responsive(plot, (width) => {
-      const box = { left: 44, right: width - 6, top: 8, bottom: 96 }, x = scale(low, high, box.left, box.right, log), y = scale(bottom, top, box.bottom, box.top);
-      const yTicks = linearTicks(bottom, top, 3), xTicks = log ? logTicks(low, high, 4) : linearTicks(low, high, 3);
+      const yTicks = linearTicks(bottom, top, 3), yFormat = tickFormat(yTicks, "score");
+      const box = { left: leftOf(yTicks, yFormat, 44), right: width - 6, top: 8, bottom: 96 };
+      const x = scale(low, high, box.left, box.right, log), y = scale(bottom, top, box.bottom, box.top);
+      const xTicks = log ? logTicks(low, high, 4) : linearTicks(low, high, 3);
       const svg = canvas(width, 118, { role: "img", "aria-label": `${m.label}: ${m.trials.map((t) => `${FORMAT.rate(t[0])} gives ${FORMAT.score(t[1])}`).join(", ")}` });
       svg.append(axes(box, { at: x, ticks: xTicks, format: FORMAT.rate }, { at: y, ticks: yTicks, format: tickFormat(yTicks, "score") }),
         el("path", { class: "line", d: m.trials.map((t, i) => `${i ? "L" : "M"}${round(x(t[0]))} ${round(y(t[1]))}`).join("") }));

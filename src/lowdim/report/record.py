@@ -7,7 +7,7 @@ missing entries and invalid numbers become None, and everything else that should
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +16,7 @@ from lowdim.report.text import number, plain
 
 __all__ = ["Candidate", "Comparison", "curve", "mapping", "read", "thin"]
 
+_DECIMALS = 5  # at most, of a score
 POINTS = 60_000  # maximum number of loss values on a page; about 0.7 MB
 
 
@@ -25,6 +26,7 @@ class Candidate(MethodRecord):
 
     colour: str = "c0"  # class that names its colour on the page
     dash: int = 0
+    rates: list[float] = field(default_factory=list)  # all that were tried, those of failed trials too
 
     @property
     def ok(self) -> bool:
@@ -38,9 +40,9 @@ class Candidate(MethodRecord):
 
     @property
     def at_edge(self) -> bool:
-        """Whether the chosen learning rate is the smallest or largest of several that were tried."""
-        tried = sorted({trial.lr for trial in self.trials})
-        return len(tried) > 1 and self.lr is not None and (self.lr <= tried[0] or self.lr >= tried[-1])
+        """Whether the chosen learning rate is the smallest or largest of at least three that were tried."""
+        tried = sorted({*self.rates, *(trial.lr for trial in self.trials)})
+        return len(tried) > 2 and self.lr is not None and (self.lr <= tried[0] or self.lr >= tried[-1])
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,19 @@ class Comparison:
 
     @property
     def decimals(self) -> int:
-        """Digits after the point that scores are shown with."""
-        largest = max((abs(c.mean) for c in self.ranked if c.mean is not None), default=0.0)
-        return 3 if largest < 10 else 2 if largest < 100 else 1
+        """Digits after the point that scores are shown with: as many as tell the means apart, at most five."""
+        means = sorted({c.mean for c in self.ranked if c.mean is not None})
+        largest = max(map(abs, means), default=0.0)
+        usual = 3 if largest < 10 else 2 if largest < 100 else 1
+        known = [m for i, m in enumerate(means) if i == 0 or m - means[i - 1] > 1e-6 * max(1.0, largest)]
+        fits = (d for d in range(usual, _DECIMALS) if len({f"{m:.{d}f}" for m in known}) == len(known))
+        return next(fits, max(usual, _DECIMALS)) if len(known) > 1 else usual
 
     def score(self, value: float | None) -> str:
         """A score as text."""
-        return "–" if value is None else f"{value:.{self.decimals}f}".replace("-", "−")
+        if value is None:
+            return "–"
+        return (f"{value:.{self.decimals}f}" if abs(value) < 1e6 else f"{value:.4g}".replace("e+", "e")).replace("-", "−")
 
     def interval(self, candidate: Candidate) -> str:
         """`"[0.820, 0.860]"`, or nothing."""
@@ -203,6 +211,7 @@ def _candidate(record: Mapping[str, Any], index: int) -> Candidate:
         baseline=record.get("baseline") is True,
         lr=number(record.get("lr")),
         trials=[Trial(lr, score) for lr, score in sorted((r, s) for r, s in pairs if r is not None and s is not None)],
+        rates=[r for r, _ in pairs if r is not None],
         scores=scores,
         mean=mean,
         interval=[min(ends), max(ends)] if len(ends) == 2 else None,

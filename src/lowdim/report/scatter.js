@@ -30,7 +30,9 @@ function scatter(host) {
     const xs = shown.map((m) => m.costs[cost.key]);
     const positive = xs.filter((v) => v > 0);
     const height = Math.max(300, Math.min(460, inner * 0.5));
-    const box = { left: 48, right: inner - 14, top: 26, bottom: height - 46 };
+    const [bottom, top] = extent(shown.flatMap((m) => [m.mean, ...(m.interval ?? [])]));
+    const yTicks = linearTicks(bottom, top, 6), yFormat = tickFormat(yTicks, "score");
+    const box = { left: leftOf(yTicks, yFormat, 48), right: inner - 14, top: 26, bottom: height - 46 };
     const useLog = log && positive.length > 0;
     const gutter = useLog && positive.length < xs.length ? 36 : 0;
     let low, high;
@@ -46,17 +48,15 @@ function scatter(host) {
     // The budget belongs into view when it is near; far away it would only squeeze the points.
     const budget = cost.key === "memory" && DATA.budget && DATA.budget <= 1.6 * Math.max(...xs) && DATA.budget > low ? DATA.budget : null;
     if (budget) high = Math.max(high, budget * 1.04);
-    const [bottom, top] = extent(shown.flatMap((m) => [m.mean, ...(m.interval ?? [])]));
     const x = scale(low, high, box.left, box.right, useLog, gutter), y = scale(bottom, top, box.bottom, box.top);
     const wanted = Math.max(4, Math.floor((box.right - box.left) / 85));
     const xTicks = useLog && cost.unit === "bytes" ? byteLogTicks(low, high, wanted)
       : useLog ? logTicks(low, high, wanted + 2) : linearTicks(low, high, wanted, cost.unit === "bytes" ? byteUnit(high) : 1);
     if (gutter) xTicks.unshift(0);
-    const yTicks = linearTicks(bottom, top, 6);
     const svg = canvas(inner, height, { role: "group", "aria-label": `${METRIC} against ${cost.title.toLowerCase()}, ${shown.length} methods. Arrow keys move between them; the numbers are in the table of all methods.` });
     svg.append(axes(box,
       { at: x, ticks: xTicks, format: useLog && cost.unit === "bytes" ? (v) => (v ? `${v / byteUnit(v)} ${byteName(byteUnit(v))}` : "0") : tickFormat(xTicks, cost.unit), title: cost.title + (cost.unit === "bytes" && !useLog ? `, ${byteName(byteUnit(xTicks.at(-1)))}` : "") },
-      { at: y, ticks: yTicks, format: tickFormat(yTicks, "score"), title: `${named(METRIC)}, ${DATA.metric.higher ? "higher" : "lower"} is better` }));
+      { at: y, ticks: yTicks, format: yFormat, title: `${named(METRIC)}, ${DATA.metric.higher ? "higher" : "lower"} is better` }));
     if (budget) {
       const px = Math.round(x(budget)) + 0.5;
       svg.append(el("line", { class: "budget", x1: px, x2: px, y1: box.top, y2: box.bottom }),

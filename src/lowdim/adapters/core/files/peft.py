@@ -137,12 +137,12 @@ def to_peft(
     about = {
         "base_model_name_or_path": base,
         "task_type": plan.task,
-        "auto_mapping": None if plan.task else _auto_mapping(model),
         "inference_mode": True,
         "bias": "none",
         "target_modules": plan.targets,
         "modules_to_save": list(plan.saved) or None,
         **config,
+        **({} if plan.task else _auto_mapping(model)),
     }
     _check_finite(tensors)
     with whole_folder(folder) as draft:
@@ -156,12 +156,12 @@ def to_peft(
 EXPORTERS["peft"] = to_peft
 
 
-def _auto_mapping(model: nn.Module) -> dict[str, str] | None:
-    """How PEFT's `AutoPeftModel` finds the class of a model without a task."""
+def _auto_mapping(model: nn.Module) -> dict[str, Any]:
+    """The entry by which PEFT's `AutoPeftModel` finds the class of a transformers model without a task."""
     kind = type(model)
     if not kind.__module__.startswith("transformers."):
-        return None
-    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        return {}
+    return {"auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__}}
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -141,7 +141,7 @@ class _Labelled(NamedTuple):
 
 
 def _labelled(path: Path, text: str | None, label: str | None) -> _Labelled:
-    table = read_rows(path)
+    table = read_rows(path, (text, label))
     roles = labelled_roles(profiles(table), text, label, str(path))
     assert roles.label is not None
     names = (*roles.text, roles.label)
@@ -189,7 +189,7 @@ def read_documents(paths: Sequence[str | Path], *, text: str | None = None) -> D
         if path.suffix.lower() in TEXT_FILES:
             found.texts.append(read_text(path))
             continue
-        table = read_rows(path)
+        table = read_rows(path, (text,))
         columns = profiles(table)
         roles = document_roles(columns, text, str(path))
         if text is None:

@@ -1,71 +1,92 @@
-"""Tables whose fields are separated by commas, semicolons or tabs."""
+"""Tables whose fields are separated by commas, semicolons, tabs or bars."""
 
 from __future__ import annotations
 
 import csv
-import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
 from lowdim.errors import DataError, listed, shown
 from lowdim.train.columns import Table, TableBuilder
 from lowdim.train.encoding import open_text
+from lowdim.train.headers import check_header, named_columns
+from lowdim.train.separators import Dialect, find_dialect, long_fields, spelt
 
 __all__ = ["read_delimited"]
 
+#: The fields of a row, and the line on which it ends.
+_Record = tuple[int, list[str]]
 
-def read_delimited(path: Path) -> Table:
-    """The rows of a table whose first line names the columns; all values are strings.
+
+def read_delimited(path: Path, confirmed: Collection[str] = ()) -> Table:
+    """The rows of a table whose first row names the columns; all values are strings.
+
+    Args:
+        confirmed: names that the user gave to columns.
 
     Raises:
-        DataError: no header, a column named twice, a row of another length.
+        DataError: no header, a column named twice, a row of another length, a separator that is not read.
     """
-    with open_text(path, newline="") as stream:
-        head = next(line for line in stream if line.strip())
-    mark = "\t" if path.suffix.lower() == ".tsv" else max(",", ";", "\t", key=head.count)
-    with open_text(path, newline=None if mark == "\t" else "") as stream:
-        return _table(path, _records(path, stream, mark))
+    dialect = find_dialect(path)
+    with open_text(path, newline="" if dialect.quotes else None) as stream:
+        table, notes = _table(path, _records(path, stream, dialect), dialect)
+    return Table(path, {name: table.column(name) for name in table.columns}, [*notes, *check_header(table, confirmed)])
 
 
-def _table(path: Path, records: Iterator[tuple[int, list[str]]]) -> Table:
-    _, first = next(records)
-    header = [name.strip() for name in first]
-    twice = [name for name, count in Counter(header).items() if name and count > 1]
+def _table(path: Path, records: Iterator[_Record], dialect: Dialect) -> tuple[Table, list[str]]:
+    header = named_columns(next(records)[1])
+    twice = [name for name, count in Counter(header).items() if count > 1]
     if twice:
         raise DataError(f"{path}: duplicate column name {shown(twice[0])} ({listed(header)})")
-    builder, number = TableBuilder(header), 1
+    notes = [note for note in dialect.notes if dialect.quotes or note.startswith(str(path))]
+    builder, number, repeated, counted = TableBuilder(header), 1, 0, False
     for line, row in records:
         number += 1
-        if len(row) != len(header):
-            raise DataError(
-                f"{path}, line {line}: row {number} has {len(row)} fields, the header {len(header)} ({listed(header)})"
-            )
+        if len(row) == len(header) + 1 and row[0] == "1" and number == 2:
+            counted = True  # R's write.table names the columns, and not that of the row numbers
+            header = ["Unnamed: 0", *header]
+            builder = TableBuilder(header)
+        if len(row) != len(header) or (counted and row[0] != str(number - 1)):
+            raise DataError(_ragged(path, line, number, len(row), header[counted:], dialect))
+        if named_columns(row) == header:
+            repeated += 1
+            continue
         builder.append(dict(zip(header, row)), sum(map(len, row)))
     if number == 1:
         raise DataError(f"{path} has a header and no rows")
-    return builder.table(path)
+    if repeated:
+        notes.append(f"{repeated} rows of {path} repeat the header and were left out")
+    return builder.table(path), notes
 
 
-def _records(path: Path, stream: TextIO, mark: str) -> Iterator[tuple[int, list[str]]]:
-    """The fields of each row, and the line on which it ends."""
-    if mark == "\t":  # quotes are text there, as in the GLUE files
-        yield from ((number, line.rstrip("\n").split("\t")) for number, line in enumerate(stream, 1) if line.strip())
+def _ragged(path: Path, line: int, number: int, fields: int, header: list[str], dialect: Dialect) -> str:
+    hint = f"; a text that holds {spelt(dialect.separator)} must be in quotes" if dialect.quotes else "".join(dialect.notes)
+    return (
+        f"{path}, line {line}: row {number} has {fields} fields, the header {len(header)} ({listed(header)}); fields are "
+        f"separated by {spelt(dialect.separator)}{hint}"
+    )
+
+
+def _records(path: Path, stream: TextIO, dialect: Dialect) -> Iterator[_Record]:
+    lines = islice(stream, dialect.skip, None)
+    if not dialect.quotes:
+        for number, line in enumerate(lines, 1 + dialect.skip):
+            if line.strip():
+                yield number, line.rstrip("\n").split(dialect.separator)
         return
-    reader = csv.reader(stream, delimiter=mark, strict=True)
-    with _long_fields():
+    reader = csv.reader(lines, delimiter=dialect.separator, strict=True, skipinitialspace=dialect.spaces)
+    start = 1
+    with long_fields():
         try:
-            yield from ((reader.line_num, row) for row in reader if row)
+            for row in reader:
+                if len(row) > 1 or (row and row[0].strip()):
+                    yield reader.line_num + dialect.skip, row
+                start = reader.line_num + 1
         except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num} is not CSV: {error}") from None
-
-
-@contextmanager
-def _long_fields() -> Iterator[None]:
-    limit = csv.field_size_limit(sys.maxsize)  # a document may be longer than the module's 128 KiB
-    try:
-        yield
-    finally:
-        csv.field_size_limit(limit)
+            raise DataError(
+                f"{path}, line {reader.line_num + dialect.skip} is not CSV: {error} (the row begins on line "
+                f"{start + dialect.skip}); a field in quotes ends with one, and a quote in it is written twice"
+            ) from None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
-from lowdim.errors import DataError, unknown
+from lowdim.errors import DataError, listed, shown, unknown
 from lowdim.train.columns import Column, Table, arrow
 from lowdim.train.delimited import read_delimited
 from lowdim.train.encoding import existing, read_text
@@ -13,15 +15,6 @@ from lowdim.train.labelled_lines import read_labelled_lines
 
 __all__ = ["FORMATS", "SHIPPED", "Column", "Table", "locate", "read_rows", "read_text"]
 
-_READERS = {
-    ".jsonl": read_json_lines,
-    ".json": read_json_list,
-    ".csv": read_delimited,
-    ".tsv": read_delimited,
-    ".txt": read_labelled_lines,
-    ".text": read_labelled_lines,
-    ".md": read_labelled_lines,
-}
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".text", ".md")
 
 #: Samples that are shipped with the package, by name.
@@ -41,8 +34,11 @@ def locate(name: str | Path) -> Path:
     return Path(__file__).parent.parent / "assets" / SHIPPED[str(name)]
 
 
-def read_rows(path: str | Path) -> Table:
+def read_rows(path: str | Path, confirmed: Iterable[str | None] = ()) -> Table:
     """The rows of a file, held as Arrow columns.
+
+    Args:
+        confirmed: what the user named (two columns with a comma); a first row that holds it names columns.
 
     Raises:
         DataError: unreadable, empty, of an unknown type, or not of the type of its suffix (the line is named).
@@ -51,7 +47,11 @@ def read_rows(path: str | Path) -> Table:
     kind = path.suffix.lower()
     if kind not in FORMATS:
         raise DataError(f"{path}: unknown file type {kind!r}; it must be one of {', '.join(FORMATS)}")
-    table = _READERS.get(kind, _read_parquet)(existing(path))
+    if kind in (".csv", ".tsv"):
+        named = [name for name in confirmed if name]
+        table = read_delimited(existing(path), {part.strip() for name in named for part in (name, *name.split(","))})
+    else:
+        table = _READERS[kind](existing(path))
     if not len(table):
         raise DataError(f"{path} has no rows")
     return table
@@ -63,7 +63,24 @@ def _read_parquet(path: Path) -> Table:
 
     try:
         rows = pyarrow.parquet.read_table(path)
-        rows.validate(full=True)  # texts that are not UTF-8
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a parquet file ({str(error).splitlines()[0]})") from None
+        raise DataError(f"{path} is not a parquet file ({str(error).splitlines()[0][:200]})") from None
+    twice = [name for name, count in Counter(rows.column_names).items() if count > 1]
+    if twice:
+        raise DataError(f"{path}: duplicate column name {shown(twice[0])} ({listed(rows.column_names)})")
+    for name in rows.column_names:
+        try:
+            rows.column(name).validate(full=True)
+        except ValueError as error:
+            raise DataError(f"{path}: column {shown(name)} holds text that is not UTF-8 ({str(error)[:200]})") from None
     return Table(path, {name: Column(rows.column(name)) for name in rows.column_names})
+
+
+_READERS = {
+    ".jsonl": read_json_lines,
+    ".json": read_json_list,
+    ".parquet": _read_parquet,
+    ".txt": read_labelled_lines,
+    ".text": read_labelled_lines,
+    ".md": read_labelled_lines,
+}

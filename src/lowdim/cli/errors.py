@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lowdim.interrupts import was_interrupted
+
 __all__ = ["clear_errors", "short_warnings"]
 
 _LONGEST = 2000
@@ -16,18 +18,17 @@ _LONGEST = 2000
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Errors that the user can fix print one message on standard error and exit with code 2; others are bugs, shown in full.
+    """Errors that the user can fix, or that the machine made, print one message on standard error and exit with code 2.
+
+    Others are bugs, shown in full.
 
     `LOWDIM_DEBUG=1` shows the whole traceback in either case.
     """
     try:
         yield
-    except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end, KeyboardInterrupt) or end.code == 130:  # typer turns the first into the second
-            print("interrupted; finished work is kept (commands that have --resume continue from it)", file=sys.stderr)
-            raise SystemExit(130) from None
-        raise
     except Exception as error:
+        if was_interrupted():
+            raise KeyboardInterrupt from None
         if os.environ.get("LOWDIM_DEBUG") or not _expected(error):
             raise
         print(f"error: {_message(error)}", file=sys.stderr)
@@ -54,9 +55,9 @@ def short_warnings() -> Iterator[None]:
 
 def _expected(error: BaseException) -> bool:
     """Whether lowdim raised this on purpose, or the operating system for a file."""
-    from lowdim.errors import LowdimError
+    from lowdim.errors import LowdimError, is_machine_failure
 
-    if isinstance(error, (LowdimError, OSError)) or _missing_package(error):
+    if isinstance(error, (LowdimError, OSError)) or is_machine_failure(error) or _missing_package(error):
         return True
     if not isinstance(error, (ValueError, TypeError, NotImplementedError, RuntimeError)):
         return False  # a KeyError or an AttributeError in our own code is a bug

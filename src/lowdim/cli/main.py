@@ -20,6 +20,8 @@ from lowdim.cli.plan import plan
 from lowdim.cli.report import report
 from lowdim.cli.reproduce import reproduce
 from lowdim.cli.run import run
+from lowdim.cli.terminal import forgiving_output
+from lowdim.interrupts import interruptible
 
 __all__ = ["app", "main"]
 
@@ -55,9 +57,13 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Threads that busy-wait make a shared machine up to eight times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with clear_errors(), short_warnings():
+    words = sys.argv[1:] if arguments is None else arguments
+    with forgiving_output(), interruptible(words), clear_errors(), short_warnings():
         _quiet_libraries()
-        app(args=sys.argv[1:] if arguments is None else arguments, prog_name="lowdim")
+        try:
+            app(args=words, prog_name="lowdim")
+        finally:
+            sys.stdout.flush()  # here a full disk behind it is an error like any other
 
 
 def _quiet_libraries() -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lowdim.cli.options import print_line
+from lowdim.locking import exclusive
+
+if TYPE_CHECKING:
+    from lowdim.train.recipes import Recipe
 
 __all__ = ["run"]
 
@@ -40,9 +45,21 @@ def run(
     if check:
         console.print(yaml.safe_dump(loaded.model_dump(), sort_keys=False, allow_unicode=True), highlight=False, markup=False)
         return
+    folder = Path(loaded.out)
+    first = not int(os.environ.get("RANK", "0"))  # of several processes: the one that prints and writes
+    with exclusive(folder) if first else nullcontext():
+        _run(loaded, folder, resume, first, console)
+
+
+def _run(loaded: Recipe, folder: Path, resume: bool, first: bool, console: Console) -> None:
+    from lowdim.outputs import check_replaceable
     from lowdim.report import write_run
     from lowdim.train.run import run_recipe
 
+    page, file = folder / "report.html", folder / "run.json"
+    before = file.read_bytes() if file.is_file() else None
+    if resume and before is None and first:
+        check_replaceable(page)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         record = run_recipe(
@@ -51,10 +68,10 @@ def run(
             say=lambda line: bar.console.print(line, highlight=False, markup=False),
             callbacks=(_callback(bar, bar.add_task("training", total=loaded.steps)),),
         )
-    if int(os.environ.get("RANK", "0")):
-        return  # the first process prints and writes
-    folder = Path(loaded.out)
-    write_run(record, folder / "report.html")
+    if not first:
+        return
+    if file.read_bytes() != before or not page.exists():  # a finished run that is resumed stays as it is
+        write_run(record, page)
     console.print(
         f"{record['label']}: validation {record['metric']} {record['before']:.4f} before, {record['validation']:.4f} after; "
         f"test {record['test']:.4f}",
@@ -62,7 +79,7 @@ def run(
         markup=False,
     )
     kept = folder / "adapter" if (folder / "adapter").is_dir() else folder / "model"
-    print_line(console, f"written {kept}, {folder / 'run.json'}, {folder / 'report.html'}")
+    print_line(console, f"written {kept}, {file}, {page}")
 
 
 def _callback(bar: Progress, task: Any) -> Any:

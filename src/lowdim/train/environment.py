@@ -21,12 +21,16 @@ def environment() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip()
+            for line in info.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.startswith("model name")
+        ]
         cpu = names[0] if names else cpu
     memory = None
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
-        memory = int(meminfo.read_text().split()[1]) * 1024
+        memory = int(meminfo.read_text(encoding="utf-8", errors="replace").split()[1]) * 1024
     return {
         "lowdim": lowdim.__version__,
         "python": platform.python_version(),

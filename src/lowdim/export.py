@@ -70,6 +70,7 @@ def export(
     rank: int | None = None,
     max_error: float | None = None,
     target: str | None = None,
+    joint: str | None = None,
 ) -> ExportResult:
     """Write a trained model for other tools. If it fails, nothing is left in `folder`.
 
@@ -86,6 +87,8 @@ def export(
         max_error: instead of `rank`, the smallest rank of each layer with at most this relative error, e.g. 0.01.
         target: `"vllm"` or `"llamacpp"`, for format `"peft"`: LoRA that this program loads, with one rank for all layers; an
             error lists the obstacles before anything is written.
+        joint: for a classifier of pairs of texts, what stands between them (`""`: what the tokenizer puts there); the loading
+            instructions then show how a pair is read.
 
     Returns:
         An `ExportResult` that states the errors.
@@ -101,15 +104,15 @@ def export(
     if format == "peft":
         if not isinstance(model, Adapted):
             raise ValueError("only an adapted model can be written as a PEFT adapter; export it as 'merged'")
-        return _peft(model, folder, source, {"rank": rank, "max_error": max_error, "target": target})
+        return _peft(model, folder, source, {"rank": rank, "max_error": max_error, "target": target}, joint)
     if (rank, max_error, target) != (None, None, None):
         raise ValueError(
             "a rank, an error or a target is for --format peft; a merged model is written whole and loads anywhere"
         )
-    return _merged(model.merge() if isinstance(model, Adapted) else model, folder, tokenizer, source)
+    return _merged(model.merge() if isinstance(model, Adapted) else model, folder, tokenizer, source, joint)
 
 
-def _peft(adapted: Adapted, folder: Path, source: Source | None, how: dict[str, Any]) -> ExportResult:
+def _peft(adapted: Adapted, folder: Path, source: Source | None, how: dict[str, Any], joint: str | None) -> ExportResult:
     model: Any = adapted.model
     base = source.path if source else getattr(model.config, "_name_or_path", None) or "BASE_MODEL"
     options = _options(model)
@@ -125,13 +128,13 @@ def _peft(adapted: Adapted, folder: Path, source: Source | None, how: dict[str, 
                 "from transformers import AutoModel, AutoTokenizer\n\n"
                 f"base = {base!r}\n"
                 f'encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(base, {_typed(options)}), "{folder.name}")\n'
-                f"{_head_lines(folder, 'base')}"
+                f"{_head_lines(folder, 'base', joint)}"
             )
         else:
             snippet = (
-                f"from peft import PeftModel\nfrom transformers import {_auto(model)}\n\n"
+                f"from peft import PeftModel\nfrom transformers import {_imported(model, joint)}\n\n"
                 f"base = {_auto(model)}.from_pretrained({base!r}, {_typed(options)})\n"
-                f'model = PeftModel.from_pretrained(base, "{folder.name}")\n'
+                f'model = PeftModel.from_pretrained(base, "{folder.name}")\n{_pair_lines(repr(base), joint)}'
             )
         page = _readme("A PEFT adapter written by lowdim", snippet)
         if written.notes:
@@ -150,7 +153,7 @@ def _peft(adapted: Adapted, folder: Path, source: Source | None, how: dict[str, 
     return ExportResult(folder, "peft", snippet, reload, errors, written.ranks, written.suggested_rank, written.notes)
 
 
-def _merged(model: nn.Module, folder: Path, tokenizer: Any, source: Source | None) -> ExportResult:
+def _merged(model: nn.Module, folder: Path, tokenizer: Any, source: Source | None, joint: str | None) -> ExportResult:
     model = densify(model)
     inner: Any = model.encoder if isinstance(model, SentenceClassifier) else model
     if not hasattr(inner, "save_pretrained"):
@@ -167,12 +170,13 @@ def _merged(model: nn.Module, folder: Path, tokenizer: Any, source: Source | Non
             snippet = (
                 "from safetensors.torch import load_file\nfrom transformers import AutoModel, AutoTokenizer\n\n"
                 f'encoder = AutoModel.from_pretrained("{folder.name}", {_typed(options)})\n'
-                f"{_head_lines(folder, repr(folder.name))}"
+                f"{_head_lines(folder, repr(folder.name), joint)}"
             )
         else:
             snippet = (
-                f"from transformers import {_auto(model)}\n\n"
+                f"from transformers import {_imported(model, joint)}\n\n"
                 f'model = {_auto(model)}.from_pretrained("{folder.name}", {_typed(options)})\n'
+                f"{_pair_lines(repr(folder.name), joint)}"
             )
         write_text(draft / "README.md", _readme("A merged model written by lowdim", snippet))
 
@@ -223,10 +227,29 @@ def _with_head(loaded: nn.Module, folder: Path, like: nn.Module) -> nn.Module:
     return whole
 
 
-def _head_lines(folder: Path, base: str) -> str:
+def _batch_line(joint: str | None) -> str:
+    """A batch of one text, or of one pair."""
+    texts = (
+        '["a text"]' if joint is None else '["a text"], ["its partner"]' if not joint else f"[{f'a text{joint}its partner'!r}]"
+    )
+    return f'batch = tokenizer({texts}, padding=True, truncation=True, return_tensors="pt")\n'
+
+
+def _imported(model: nn.Module, joint: str | None) -> str:
+    return _auto(model) if joint is None else f"{_auto(model)}, AutoTokenizer"
+
+
+def _pair_lines(base: str, joint: str | None) -> str:
+    """How a classifier reads a pair of texts; nothing for single texts."""
+    if joint is None:
+        return ""
+    return f"tokenizer = AutoTokenizer.from_pretrained({base})\n\n{_batch_line(joint)}logits = model(**batch).logits\n"
+
+
+def _head_lines(folder: Path, base: str, joint: str | None) -> str:
     return (
         f'head = load_file("{folder.name}/head.safetensors")\ntokenizer = AutoTokenizer.from_pretrained({base})\n\n'
-        'batch = tokenizer(["a text"], padding=True, truncation=True, return_tensors="pt")\n'
+        f"{_batch_line(joint)}"
         "states, mask = encoder(**batch).last_hidden_state, batch['attention_mask'].unsqueeze(-1)\n"
         'logits = ((states * mask).sum(1) / mask.sum(1)) @ head["weight"].T + head["bias"]\n'
     )

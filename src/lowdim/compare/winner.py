@@ -35,7 +35,7 @@ def export_winner(bench: Contest, settings: CompareSettings, tokenizer: Any, bes
     model = restore(bench, run)
     kind = "peft" if _exact_in_peft(model) else "merged"
     with own_files(folder / "winner", folder / "runs" / "winner.json") as draft:
-        result = export(model, draft, kind, tokenizer=tokenizer, source=models.resolve(settings.model))
+        result = export(model, draft, kind, tokenizer=tokenizer, source=models.resolve(settings.model), joint=bench.task.joint)
         difference = _check(model, bench, settings, result, draft)
     spread, count = best.interval, len(best.scores)
     shown = f" [{spread[0]:.3f}, {spread[1]:.3f}]" if spread else ""

@@ -68,7 +68,18 @@ def export(settings: ExportSettings) -> Any:
             rank=settings.rank,
             max_error=settings.max_error,
             target=settings.target,
+            joint=_joint(settings.adapter),
         )
+
+
+def _joint(folder: Path) -> str | None:
+    """What stands between the texts of the pairs that a run has classified; None for single texts."""
+    from lowdim.records import RUN, RunRecord
+
+    found = (
+        RunRecord.read(folder).data.get("joint") if (folder / "recipe.yaml").is_file() and (folder / RUN).is_file() else None
+    )
+    return found if isinstance(found, str) else None
 
 
 def _load(settings: ExportSettings) -> tuple[str, Any]:

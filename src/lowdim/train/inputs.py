@@ -6,10 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["JOINT", "Inputs", "encode", "separates"]
+__all__ = ["Inputs", "encode", "joint_of"]
 
-#: Stands between the texts of a pair where the tokenizer puts nothing between them.
-JOINT = "\n"
 _BATCH = 1024  # texts per call of the tokenizer
 
 
@@ -36,8 +34,22 @@ class Inputs:
             yield from chunk.to_pylist()
 
 
-def separates(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a token of its own between the texts of a pair."""
+def joint_of(tokenizer: Any) -> str:
+    """What to put between the texts of a pair: nothing if the tokenizer puts a token of its own there, else a line break.
+
+    Where the tokenizer does not see line breaks, its separator or its end token is taken, or a bar.
+    """
+    if _separates(tokenizer):
+        return ""
+    tokens = (token for token in (tokenizer.sep_token, tokenizer.eos_token) if token)
+    for joint in ("\n", *(f" {token} " for token in tokens)):
+        ids = tokenizer(joint, add_special_tokens=False)["input_ids"]
+        if ids and tokenizer.unk_token_id not in ids:
+            return joint
+    return " | "
+
+
+def _separates(tokenizer: Any) -> bool:
     pair = tokenizer("a", "b")
     if not getattr(tokenizer, "is_fast", False):
         return tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False)
@@ -50,8 +62,8 @@ def encode(
 ) -> Inputs:
     """Token ids of texts, or of pairs of texts as one input each, with at most `length` tokens.
 
-    A pair is encoded as the tokenizer does it (`tokenizer(first, second)`). Where that puts nothing between the texts, a line
-    break stands there. Of a pair that is too long, the longer text is cut first.
+    A pair is encoded as the tokenizer does it (`tokenizer(first, second)`). Where that puts nothing between the texts, they are
+    joined (`joint_of`). Of a pair that is too long, the longer text is cut first.
 
     Args:
         others: the second texts, for pairs.
@@ -59,45 +71,50 @@ def encode(
     """
     import pyarrow as pa
 
-    native = bool(others) and separates(tokenizer)
-    chunks: dict[str, list[Any]] = {"input_ids": []}
+    joint = joint_of(tokenizer) if others else None
+    typed = joint == "" and segments is not False and "token_type_ids" in tokenizer.model_input_names
+    names = ("input_ids", "token_type_ids") if typed else ("input_ids",)
+    chunks: dict[str, list[Any]] = {name: [] for name in names}
     cut = 0
     for start in range(0, len(texts), _BATCH):
         first, second = list(texts[start : start + _BATCH]), list(others[start : start + _BATCH])
-        call = (first, second) if native else ([f"{a}{JOINT}{b}" for a, b in zip(first, second)] if second else first,)
-        rows = tokenizer(*call, truncation=False, verbose=False)
-        ids, types = rows["input_ids"], rows.get("token_type_ids") if native and segments is not False else None
-        for i in [i for i, row in enumerate(ids) if len(row) > length]:
-            cut += 1
-            part = [texts[i] for texts in call] if native or not second else [_cut(tokenizer, first[i], second[i], length)]
-            row = tokenizer(*part, truncation=True, max_length=length)
-            ids[i] = row["input_ids"]
-            if types is not None:
-                types[i] = row["token_type_ids"]
-        chunks["input_ids"].append(pa.array(ids, pa.list_(pa.int32())))
-        if types is not None:
-            chunks.setdefault("token_type_ids", []).append(pa.array(types, pa.list_(pa.int8())))
-    joint = None if not others else "" if native else JOINT
+        rows = tokenizer(*_joined(first, second, joint), truncation=False, verbose=False)
+        long = [i for i, ids in enumerate(rows["input_ids"]) if len(ids) > length]
+        if long:
+            cut += len(long)
+            few, partners = ([part[i] for i in long] if part else [] for part in (first, second))
+            if joint:
+                few, partners = zip(*(_shortened(tokenizer, *pair, joint, length) for pair in zip(few, partners)))
+            again = tokenizer(*_joined(few, partners, joint), truncation=True, max_length=length)
+            for name in names:
+                for i, row in zip(long, again[name]):
+                    rows[name][i] = row
+        for name in names:
+            chunks[name].append(pa.array(rows[name], pa.list_(pa.int32())))
     return Inputs({name: pa.chunked_array(parts) for name, parts in chunks.items()}, cut, joint)
 
 
-def _cut(tokenizer: Any, first: str, second: str, length: int) -> str:
-    """A joined pair whose longer text is cut, so that it has at most `length` tokens."""
+def _joined(first: Sequence[str], second: Sequence[str], joint: str | None) -> tuple[list[str], ...]:
+    """What the tokenizer is called with."""
+    if joint is None:
+        return (list(first),)
+    return (list(first), list(second)) if not joint else ([f"{a}{joint}{b}" for a, b in zip(first, second)],)
+
+
+def _shortened(tokenizer: Any, first: str, second: str, joint: str, length: int) -> tuple[str, str]:
+    """Two texts that give at most `length` tokens when they are joined: the longer one is cut first."""
     if not getattr(tokenizer, "is_fast", False):
-        return f"{first}{JOINT}{second}"
-    between = tokenizer(JOINT, add_special_tokens=False)["input_ids"]
+        return first, second
+    between = tokenizer(joint, add_special_tokens=False)["input_ids"]
     room = max(0, length - tokenizer.num_special_tokens_to_add(pair=False) - len(between))
-    ends = [
-        [
-            end
-            for _, end in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-                "offset_mapping"
-            ]
-        ]
-        for text in (first, second)
-    ]
+    ends = [_ends(tokenizer, text) for text in (first, second)]
     kept = min(len(ends[1]), max(room // 2, room - len(ends[0])))
-    return JOINT.join(
-        text[: own[count - 1] if count else 0]
-        for text, own, count in zip((first, second), ends, (min(len(ends[0]), room - kept), kept))
-    )
+    counts = (min(len(ends[0]), room - kept), kept)
+    cut = [text[: own[count - 1] if count else 0] for text, own, count in zip((first, second), ends, counts)]
+    return cut[0], cut[1]
+
+
+def _ends(tokenizer: Any, text: str) -> list[int]:
+    """Where in the text each of its tokens ends."""
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return [end for _, end in found["offset_mapping"]]

@@ -250,7 +250,7 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
         if applied.adapted is not None:
             applied.adapted.save(run.folder / "adapter")
         else:
-            save_plain(applied.model, run.folder / "model", start.base.tokenizer, whole)
+            save_plain(applied.model, run.folder / "model", start.base.tokenizer, whole, joint=task.joint)
         record = dataclasses.replace(record, files=_written(run.folder))
         record.write(run.folder)
     return record.to_dict()

@@ -26,8 +26,10 @@ def whole_state(model: nn.Module) -> dict[str, Any] | None:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def save_plain(model: Any, folder: Path, tokenizer: Any, whole: dict[str, Any] | None = None) -> None:
-    """Save a whole model for other tools; `whole` holds its tensors if it is sharded.
+def save_plain(
+    model: Any, folder: Path, tokenizer: Any, whole: dict[str, Any] | None = None, *, joint: str | None = None
+) -> None:
+    """Save a whole model for other tools; `whole` holds its tensors if it is sharded, and `joint` is as in `export`.
 
     Raises:
         LowdimError: a sharded model has structured layers, which can be made plain only in one process.
@@ -36,7 +38,7 @@ def save_plain(model: Any, folder: Path, tokenizer: Any, whole: dict[str, Any] |
     from lowdim.layers.core.swap import structured_layers
 
     if whole is None:
-        export(model, folder, "merged", tokenizer=tokenizer)
+        export(model, folder, "merged", tokenizer=tokenizer, joint=joint)
         return
     structured = next(iter(structured_layers(model)), None)
     if structured is not None:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import lowdim
-from lowdim.adapters import FLoRA, LaMDA, LoRA, RandLoRA, SVFit, load_adapter, registered_methods
+from lowdim.adapters import CorDA, FLoRA, LaMDA, LoRA, RandLoRA, SVFit, load_adapter, registered_methods
+from lowdim.calibrate import has_statistics
 from lowdim.surgery import matrix_shape
 
 HIGH = 24  # above a side of every odd layer
@@ -66,7 +67,8 @@ def adapt(model, chosen, x, **how):
 
 def pairs():
     """Every method with a rank, and each odd layer that it takes."""
-    return [(name, odd) for name in RANKED for odd in ODD if method(name).accepts(ODD[odd]())]
+    made = [(name, odd, method(name), ODD[odd]()) for name in RANKED for odd in ODD]
+    return [(name, odd) for name, odd, m, layer in made if m.accepts(layer) and has_statistics(layer, m.needs)]
 
 
 def test_every_method_with_a_rank_is_tried():
@@ -196,3 +198,12 @@ def test_the_ranks_of_a_convolution_are_capped_axis_by_axis():
     assert lowdim.adapt(model, FLoRA(ranks=8), cap_rank=True).capped_ranks == {"0": [3, 8, 2, 2]}
     with pytest.raises(ValueError, match="ranks must have 4 entries"):
         lowdim.adapt(nn.Sequential(nn.Conv2d(3, 16, 3)), FLoRA(ranks=(8, 8)), cap_rank=True)
+
+
+def test_layers_whose_inputs_have_no_statistics_are_left_out_by_default():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4, padding=1), nn.Conv2d(4, 6, 1))
+    adapted = lowdim.adapt(model, CorDA(rank=2), batches=[torch.randn(3, 4, 6, 6)])
+    assert list(adapted.layers) == ["1"]
+    with pytest.raises(ValueError, match="input statistics of a grouped convolution are not defined"):
+        lowdim.adapt(model, CorDA(rank=2, target_modules=["0"]), batches=[torch.randn(3, 4, 6, 6)])

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowdim.adapters.core.common import check_rank
-from lowdim.adapters.core.convolution import is_grouped
 from lowdim.adapters.core.low_rank import LoRAUpdate
 from lowdim.adapters.core.method import Method, Stats
 from lowdim.errors import check_choice, check_float, check_int
@@ -115,10 +114,6 @@ class CorDA(Method):
         check_choice("mode", self.mode, ("instruction", "knowledge"))
         check_float("damp", self.damp, 0.0, low_open=True)
         check_float("max_inverse_error", self.max_inverse_error, 0.0, low_open=True)
-
-    def accepts(self, layer: nn.Module) -> bool:
-        """Not grouped convolutions: each group has inputs, and so a covariance, of its own."""
-        return super().accepts(layer) and not is_grouped(layer)
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> CorDAUpdate:
         """Allocate `A`, `B` and their start."""

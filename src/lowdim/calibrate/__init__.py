@@ -14,7 +14,7 @@ for a pass of your own, with gradients.
 """
 
 from lowdim.calibrate.capturing import capture, capturing
-from lowdim.calibrate.collecting import KINDS, LossFn, collect
+from lowdim.calibrate.collecting import KINDS, LossFn, collect, has_statistics
 from lowdim.calibrate.passes import call_model
 
-__all__ = ["KINDS", "LossFn", "call_model", "capture", "capturing", "collect"]
+__all__ = ["KINDS", "LossFn", "call_model", "capture", "capturing", "collect", "has_statistics"]

@@ -14,7 +14,7 @@ from lowdim.errors import warn_caller
 from lowdim.linalg import wide, widest
 from lowdim.surgery import is_conv1d, is_quantized
 
-__all__ = ["KINDS", "LossFn", "collect"]
+__all__ = ["KINDS", "LossFn", "collect", "has_statistics"]
 
 KINDS = frozenset({"covariance", "context_covariance", "norms", "output_covariance", "gradient"})
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -247,6 +247,12 @@ class _Collector:
             if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"layer {name}: its {key} over the sample batches has NaN or infinite entries")
         return out
+
+
+def has_statistics(layer: nn.Module, needs: Iterable[str]) -> bool:
+    """Whether `collect` can gather these statistics of a layer: those of its inputs are not defined for some."""
+    special = isinstance(layer, nn.Embedding) or getattr(layer, "groups", 1) != 1
+    return not special or not set(needs) & {"covariance", "context_covariance", "norms"}
 
 
 def _layer_rows(layer: nn.Module, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from lowdim.adapters import LoRA, Method, ModelMethod, adapt
 from lowdim.adapters.core.attach import target_layers
 from lowdim.adapters.core.layer import kind_of
 from lowdim.catalogue import Variant
+from lowdim.errors import NoMatchingModuleError
 from lowdim.methods.applied import Applied
 from lowdim.methods.setup import Setup
 from lowdim.methods.strategy import Strategy, adamw, names_subclass
@@ -99,4 +100,10 @@ def _outside(method: Any, model: nn.Module, head: tuple[str, ...]) -> Any:
         return method
     found = list(target_layers(model, method))
     outside = [name for name in found if not any(name == h or name.startswith(f"{h}.") for h in head)]
+    if not outside:
+        kinds = ", ".join(sorted(method.takes))
+        raise NoMatchingModuleError(
+            f"{type(method).__name__} adapts {kinds} layers, and {type(model).__name__} has none outside its new head; choose "
+            "another method"
+        )
     return method if outside == found else dataclasses.replace(method, target_modules=outside)

@@ -9,7 +9,7 @@ from torch import nn
 from lowdim.methods.applied import Applied
 from lowdim.methods.setup import Setup
 from lowdim.methods.strategy import Strategy, adamw
-from lowdim.surgery import freeze
+from lowdim.surgery import freeze, freeze_statistics
 
 __all__ = ["ProbeStrategy"]
 
@@ -30,4 +30,5 @@ class ProbeStrategy(Strategy):
         freeze(model)
         for name in setup.head:
             model.get_submodule(name).requires_grad_(True)
+        freeze_statistics(model)
         return Applied(model, self.variant, lambda lr: adamw([p for p in model.parameters() if p.requires_grad], lr, setup))

@@ -20,7 +20,7 @@ from lowdim.optim.core.int8 import Int8Linear, Int8Parameter, Int8Store, check_i
 from lowdim.optim.core.options import TrainingOptions
 from lowdim.optim.core.parts import DenseStore, Layout, Parts, Projector, State
 from lowdim.optim.core.projectors import Identity, SVDProjector
-from lowdim.surgery import as_linear, is_linear, matrix_shape, swap_layers
+from lowdim.surgery import as_linear, is_linear, matrix_shape, never_called, swap_layers
 
 __all__ = ["QGaLore", "QuantizedSVDProjector"]
 
@@ -273,7 +273,8 @@ class QGaLore(ProjectedOptimizer):
             The model. Build the optimizer afterwards.
         """
         check_int("group_size", group_size, 1)
-        found = projected_layers(model, rank, target_modules)
+        read = never_called(model)  # code around such a layer computes with its weight, which must stay as it is
+        found = {name: m for name, m in projected_layers(model, rank, target_modules).items() if m not in read}
         sizes = {name: _group_size(m, group_size) for name, m in found.items() if is_linear(m)}
         for name in (name for name, size in sizes.items() if not size):
             _LOG.info("%s stays in floating point: no group size of 16 or more divides its inputs", name)

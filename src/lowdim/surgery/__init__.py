@@ -7,6 +7,8 @@ list, a regular expression as a string), and tied weights stay tied.
 | --- | --- |
 | `kinds` | which classes are layers of one matrix |
 | `behaviour` | whether a layer acts like its class: plain, scaled, or something else |
+| `callers` | which layers are read by their parent and never called |
+| `statistics` | running statistics of frozen normalisation layers |
 | `quantized` | weights in few bits, and their values |
 | `placement` | accelerate's hooks, offloaded weights, forward methods set on the instance |
 | `matrices` | a layer's weight as a matrix, and layers with another one |
@@ -16,6 +18,7 @@ list, a regular expression as a string), and tied weights stay tied.
 """
 
 from lowdim.surgery.behaviour import COMPUTED, Behaviour, behaviour, has_stored_weight, left_out_reason, shallow_copy
+from lowdim.surgery.callers import never_called
 from lowdim.surgery.find import Patterns, find_layers
 from lowdim.surgery.foreign import other_adapter, refuse_other_adapters
 from lowdim.surgery.kinds import CONVOLUTIONS, HEAD_NAMES, describe, is_conv1d, is_linear_class, is_matrix_class
@@ -43,6 +46,7 @@ from lowdim.surgery.replace import (
     without_tied,
 )
 from lowdim.surgery.stacked import loose_matrices, stacked_parameters, unreached_note
+from lowdim.surgery.statistics import freeze_statistics, release_statistics
 from lowdim.surgery.wrappers import holder, named_layers, plain_name, submodule, unwrap
 
 __all__ = [
@@ -60,6 +64,7 @@ __all__ = [
     "find_layers",
     "float_dtype",
     "freeze",
+    "freeze_statistics",
     "has_stored_weight",
     "holder",
     "is_conv1d",
@@ -77,11 +82,13 @@ __all__ = [
     "matrix_shape",
     "model_device",
     "named_layers",
+    "never_called",
     "other_adapter",
     "parent_and_child",
     "plain_name",
     "refuse_offloaded",
     "refuse_other_adapters",
+    "release_statistics",
     "replace_layer",
     "replace_layers",
     "shallow_copy",

@@ -10,6 +10,7 @@ from torch import nn
 
 from lowdim.errors import NoMatchingModuleError, nearest, warn_caller
 from lowdim.surgery.behaviour import left_out_reason
+from lowdim.surgery.callers import never_called
 from lowdim.surgery.foreign import refuse_other_adapters
 from lowdim.surgery.kinds import HEAD_NAMES, describe
 from lowdim.surgery.matrices import is_matrix_layer
@@ -29,12 +30,13 @@ def find_layers(
     exclude: Iterable[str] = (),
     accept: Accept = is_matrix_layer,
     other_adapters: bool = False,
+    uncalled: bool = False,
 ) -> dict[str, nn.Module]:
     """The layers that patterns name, in model order.
 
     Names are those of the plain model, whatever it is wrapped in (compiled, data-parallel). A layer that does more than its
-    class says (a router, an embedding of positions) is left out: by default in silence, with a warning where a pattern matches
-    it among others, and with an error where a pattern matches nothing else.
+    class says (a router, an embedding of positions), or whose weight is read without calling it, is left out: by default in
+    silence, with a warning where a pattern matches it among others, and with an error where a pattern matches nothing else.
 
     Args:
         target_modules: a list of module names or dotted suffixes (`"q_proj"`, `"layer.1.attention.query"`); a string is such a
@@ -44,6 +46,7 @@ def find_layers(
         exclude: skip a layer whose name contains one of these.
         accept: which layers can be selected; a pattern that matches only others is an error.
         other_adapters: search a model that carries another library's adapter, too.
+        uncalled: also layers that are read and never called, for methods that put nothing in their place.
 
     Raises:
         NoMatchingModuleError: a pattern matches nothing (the nearest names are listed), or only layers that cannot be selected.
@@ -59,7 +62,8 @@ def find_layers(
     if not other_adapters:
         refuse_other_adapters(model)
     modules = named_layers(model)
-    allowed = _remembered(accept)
+    unread = {} if uncalled else never_called(model)
+    allowed = _remembered(lambda module: module not in unread and accept(module))
     if target_modules is None or target_modules == "all-linear":
         heads = _heads(unwrap(model))
         found = [n for n, m in modules.items() if m not in heads and n.rsplit(".", 1)[-1] not in HEAD_NAMES and allowed(m)]
@@ -68,8 +72,8 @@ def find_layers(
         for pattern, match in _matches(target_modules, modules).items():
             taken = [n for n in match if allowed(modules[n])]
             if not taken:
-                raise _no_match(pattern, match, model, modules, allowed)
-            _tell_left_out(pattern, [n for n in match if n not in taken], modules)
+                raise _no_match(pattern, match, model, modules, allowed, unread)
+            _tell_left_out(pattern, [n for n in match if n not in taken], modules, unread)
             hits.update(taken)
         found = [n for n in modules if n in hits]
     found = [n for n in found if not any(part in n for part in skip)]
@@ -158,8 +162,8 @@ def _all_odd(modules: Mapping[str, nn.Module]) -> str:
     return ""
 
 
-def _tell_left_out(pattern: str, names: list[str], modules: Mapping[str, nn.Module]) -> None:
-    odd = {name: reason for name in names if (reason := left_out_reason(modules[name]))}
+def _tell_left_out(pattern: str, names: list[str], modules: Mapping[str, nn.Module], unread: Mapping[nn.Module, str]) -> None:
+    odd = {name: reason for name in names if (reason := unread.get(modules[name]) or left_out_reason(modules[name]))}
     if odd:
         name, reason = next(iter(odd.items()))
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
@@ -167,7 +171,12 @@ def _tell_left_out(pattern: str, names: list[str], modules: Mapping[str, nn.Modu
 
 
 def _no_match(
-    pattern: str, match: list[str], model: nn.Module, modules: Mapping[str, nn.Module], accept: Accept
+    pattern: str,
+    match: list[str],
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    accept: Accept,
+    unread: Mapping[nn.Module, str],
 ) -> NoMatchingModuleError:
     stacked = [name for name in stacked_parameters(model) if pattern in _suffixes(name)]
     if stacked and not match:
@@ -178,7 +187,8 @@ def _no_match(
             "or load the model with its experts as separate nn.Linear layers"
         )
     if match:
-        why = left_out_reason(modules[match[0]]) or _holds_stacked(match[0], model)
+        first = modules[match[0]]
+        why = unread.get(first) or left_out_reason(first) or _holds_stacked(match[0], model)
         return NoMatchingModuleError(
             f"target_modules: {pattern!r} matches only layers that cannot be adapted, "
             f"e.g. {match[0]} ({describe(modules[match[0]])}){why and f': {why}'}"

@@ -31,7 +31,7 @@ from lowdim.companion import Companion
 from lowdim.errors import NoGradientError, check_choice
 from lowdim.linalg import gather, is_sharded
 from lowdim.results import html_table
-from lowdim.surgery import plain_name, submodule
+from lowdim.surgery import freeze_statistics, plain_name, release_statistics, submodule
 
 __all__ = ["EXPORTERS", "Adapted", "by_layer", "kept_tensors", "load_kept"]
 
@@ -88,6 +88,7 @@ class Adapted(Companion):
                 layer.update.connect(shared, name)
         self._fused = FusedPaths(model, self.layers.values())
         self._fused.disable()
+        self._statistics = freeze_statistics(model)
         self._merged: _Merged | None = None
         self._awaits_gradient = True
         self.allow_unused = False
@@ -329,6 +330,7 @@ class Adapted(Companion):
         allow_training(self.model)
         self.drop_shared()
         self._fused.restore()
+        release_statistics(self.model, self._statistics)
         self.merge_report = MergeReport(changes, tuple(name for name in self.layers if name in self.tied))
         self.layers = {}
         return self.model
@@ -350,6 +352,7 @@ class Adapted(Companion):
         for parameter, flag in before.flags.items():
             parameter.requires_grad_(flag)
         self._fused.disable()
+        self._statistics = freeze_statistics(self.model)
         self.layers, self.shared, self._merged, self.merge_report = before.layers, before.shared, None, None
         return self.model
 

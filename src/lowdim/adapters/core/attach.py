@@ -21,7 +21,7 @@ from lowdim.adapters.core.guards import (
 )
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.method import Method, ModelMethod
-from lowdim.calibrate import LossFn, collect
+from lowdim.calibrate import LossFn, collect, has_statistics
 from lowdim.errors import warn_caller
 from lowdim.linalg import stream
 from lowdim.surgery import (
@@ -190,6 +190,8 @@ def target_layers(model: nn.Module, method: Method) -> dict[str, nn.Module]:
         if isinstance(layer, AdaptedLayer):
             return method.accepts(layer)
         if everything and not (is_linear_class(layer) or isinstance(layer, CONVOLUTIONS)):
+            return False
+        if everything and not has_statistics(layer, method.needs):
             return False
         return method.accepts(layer) and not behaviour(layer).reason
 

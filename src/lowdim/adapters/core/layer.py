@@ -38,6 +38,10 @@ _HOOKS = (
 )
 
 
+#: Types of a layer's sizes and settings.
+_SETTINGS = (int, float, str, tuple)
+
+
 class AdaptedLayer(nn.Module):
     """A frozen layer with a trained update: `y = base(x) + update(dropout(x))`.
 
@@ -220,6 +224,17 @@ class AdaptedLayer(nn.Module):
     def out_features(self) -> int:
         """Rows of the weight matrix."""
         return self.update.out_features
+
+    def __getattr__(self, name: str) -> Any:
+        """Sizes and settings of the layer (`stride`, `num_embeddings`), which code around it may ask for."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules") or {}
+            value = getattr(modules.get("base"), name, None) if not name.startswith("_") else None
+            if isinstance(value, _SETTINGS):
+                return value
+            raise
 
     def update_dtype(self) -> torch.dtype:
         """The dtype of the trained tensors."""

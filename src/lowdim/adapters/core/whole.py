@@ -21,7 +21,7 @@ from lowdim.adapters.core.shared import SHARED, free_name
 from lowdim.calibrate import LossFn
 from lowdim.errors import NoGradientError
 from lowdim.linalg import wide
-from lowdim.surgery import freeze, submodule
+from lowdim.surgery import freeze, freeze_statistics, release_statistics, submodule
 
 __all__ = ["WholeAdapted", "WholeMethod", "merge_parameters", "refuse_adapted"]
 
@@ -183,6 +183,7 @@ class WholeAdapted(Adapted):
         self.merge_report = merge_parameters(self.model, self.composition, self.places)
         self._flags, self._before = flags, before
         self.drop_shared()
+        release_statistics(self.model, self._statistics)
         return self.model
 
     def unmerge(self) -> nn.Module:
@@ -202,6 +203,7 @@ class WholeAdapted(Adapted):
         for parameter, flag in self._flags.items():
             parameter.requires_grad_(flag)
         self._before, self._flags, self.merge_report = {}, {}, None
+        self._statistics = freeze_statistics(self.model)
         return self.model
 
     def _plain(self) -> dict[str, nn.Parameter]:

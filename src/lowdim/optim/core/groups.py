@@ -168,7 +168,7 @@ def _is_linear(module: nn.Module) -> bool:
 def _matrices(model: nn.Module, target_modules: str | Iterable[str] | None) -> set[tuple[int, str]]:
     """`(id of the module, name of the parameter)` of the matrices that may be projected."""
     try:
-        layers = find_layers(model, target_modules, accept=_is_linear)
+        layers = find_layers(model, target_modules, accept=_is_linear, uncalled=True)
     except NoMatchingModuleError:
         if target_modules is not None:
             raise

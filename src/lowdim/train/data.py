@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from lowdim.errors import DataError, listed, shown
 from lowdim.train.columns import Column, Table, take
-from lowdim.train.labels import encode_labels
+from lowdim.train.labels import encode_labels, label_filter
 from lowdim.train.profiles import SAMPLE, Profile, blank
 from lowdim.train.roles import Roles, document_roles, labelled_roles, profiles
 from lowdim.train.splits import Splits, split
@@ -148,11 +148,15 @@ def _labelled(path: Path, text: str | None, label: str | None) -> _Labelled:
     *texts, marks = map(table.column, names)
     keep: list[int] = []
     empty = missing = 0
+    odd: list[Any] = []
+    is_label = label_filter(marks)
     for row, (*values, mark) in enumerate(zip(*texts, marks)):
         if any(map(blank, values)):
             empty += 1
         elif blank(mark):
             missing += 1
+        elif not is_label(mark):
+            odd.append(mark)
         else:
             for value, name in zip((*values, mark), names):
                 check_plain(value, name, path)
@@ -171,6 +175,8 @@ def _labelled(path: Path, text: str | None, label: str | None) -> _Labelled:
         notes.append(f"{empty} rows of {path} have an empty text and were left out")
     if missing:
         notes.append(f"{missing} rows of {path} have no label and were left out")
+    if odd:
+        notes.append(f"{len(odd)} rows of {path} have a label that is none, such as {shown(odd[0])}, and were left out")
     return _Labelled([column.as_strings() for column in texts], marks, notes, used)
 
 

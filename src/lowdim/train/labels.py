@@ -1,15 +1,23 @@
-"""Labels of any spelling as class indices."""
+"""Labels of any spelling as class indices: `1`, `1.0` and `"1"` are one class, `true` and `True` another; scores are none."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowdim.errors import DataError, listed, shown
+from lowdim.errors import DataError, listed, nearest, shown
+from lowdim.train.scores import check_no_scores, number
 
-__all__ = ["Labels", "encode_labels"]
+__all__ = ["Labels", "encode_labels", "label_filter"]
+
+_NAN = re.compile(r"[+-]?nan|<na>|nat", re.IGNORECASE)
+_INFINITE = re.compile(r"[+-]?inf(?:inity)?", re.IGNORECASE)
+_TRUTH = {"1": "true", "0": "false"}
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,28 @@ class Labels:
     notes: tuple[str, ...] = ()
 
 
-def encode_labels(values: Sequence[Any], source: str, classes: Sequence[str] = ()) -> Labels:
+def label_filter(values: Iterable[Any]) -> Callable[[Any], bool]:
+    """Whether a value of this column is a label: not empty, not NaN, and not infinite where labels are numbers.
+
+    Example:
+        >>> from lowdim.train.labels import label_filter
+        >>> is_label = label_filter(["1", "0", "inf", "", None])
+        >>> [is_label(value) for value in ("1", "inf", "nan", "", None, float("inf"))]
+        [True, False, False, False, False, False]
+    """
+    different = {value for value in values if isinstance(value, (str, int, float)) and not isinstance(value, bool)}
+    numbers = any(not isinstance(value, str) or number(value) is not None for value in different)
+
+    def is_label(value: Any) -> bool:
+        if isinstance(value, float):
+            return math.isfinite(value)
+        text = "" if value is None else str(value).strip()
+        return not (not text or _NAN.fullmatch(text) or (numbers and _INFINITE.fullmatch(text)))
+
+    return is_label
+
+
+def encode_labels(values: Iterable[Any], source: str, classes: Sequence[str] = ()) -> Labels:
     """The classes of labels.
 
     Args:
@@ -30,30 +59,92 @@ def encode_labels(values: Sequence[Any], source: str, classes: Sequence[str] = (
         classes: the classes in order, if an earlier file has fixed them; other labels are an error.
 
     Raises:
-        DataError: only one class, labels that are no classes, an unknown label.
+        DataError: only one class, scores, labels that are no classes, an unknown label.
+
+    Example:
+        >>> from lowdim.train.labels import encode_labels
+        >>> encode_labels([1, "1.0", "0", 0.0], "a file")
+        Labels(indices=(1, 1, 0, 0), classes=('0', '1'), notes=())
     """
-    names = [_spelling(value) for value in values]
-    known = list(classes) if classes else _ordered(set(names))
+    spelt: dict[tuple[type, Any], str] = {}  # each spelling is looked at once, and kept once
+    names: list[str] = []
+    for value in values:
+        key = type(value), value
+        if key not in spelt:
+            spelt[key] = _spelling(value)
+        names.append(spelt[key])
+    notes = _one_truth(names, classes)
+    counts = Counter(names)
+    known = list(classes) if classes else _ordered(counts)
     if len(known) < 2:
         raise DataError(f"{source}: there is only one class ({shown(known[0])}); classification needs at least two")
-    if not classes and len(known) > max(50, len(names) // 2):
-        raise DataError(
-            f"{source}: the labels have {len(known)} different values in {len(names)} rows, such as {shown(known[0])}; "
-            "are they classes? name another column with --label"
-        )
-    strange = sorted(set(names) - set(known))
+    if not classes:
+        notes += check_no_scores(counts, source)
+        if len(known) > max(50, len(names) // 2):
+            raise DataError(
+                f"{source}: the labels have {len(known)} different values in {len(names)} rows, such as {shown(known[0])}; "
+                "are they classes? name another column with --label"
+            )
+        notes += _variants(counts, source)
+    strange = sorted(set(counts) - set(known))
     if strange:
-        raise DataError(f"{source}: label {shown(strange[0])} does not occur in the training data (classes: {listed(known)})")
+        raise DataError(_unknown(strange[0], known, source))
     index = {name: i for i, name in enumerate(known)}
-    return Labels(tuple(index[name] for name in names), tuple(known))
+    return Labels(tuple(index[name] for name in names), tuple(known), tuple(notes))
 
 
 def _spelling(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).strip()
+    """The one name for all spellings of a label."""
+    text = unicodedata.normalize("NFC", " ".join(str(value).split()))
+    if text.lower() in ("true", "false"):
+        return text.lower()
+    amount = number(text)
+    if amount is None or re.match(r"[+-]?0\d", text):  # 007 is a code
+        return text
+    return str(int(amount)) if amount == int(amount) else repr(amount)
+
+
+def _one_truth(names: list[str], classes: Sequence[str]) -> list[str]:
+    """Where labels are written as `true` and `false` and as 1 and 0, they get one name, in place."""
+    found = set(names) | set(classes)
+    numbers, words = found & set(_TRUTH), found & set(_TRUTH.values())
+    if not (numbers and words):
+        return []
+    if not found <= {*_TRUTH, *_TRUTH.values()}:
+        both = listed(map(repr, sorted(numbers | words)))
+        return [f"labels {both} are different classes; give them one spelling if they are not"]
+    to_words = bool(words & set(classes)) or not classes
+    alias = _TRUTH if to_words else {word: digit for digit, word in _TRUTH.items()}
+    names[:] = [alias.get(name, name) for name in names]
+    return ["labels 1 and true are one class, and 0 and false"]
+
+
+def _variants(counts: Counter[str], source: str) -> list[str]:
+    """Labels that differ in little more than case or spaces."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(counts):
+        groups.setdefault(_loose(name), []).append(name)
+    return [
+        f"{source}: labels {listed(f'{shown(name)} ({counts[name]} rows)' for name in group)} differ only in case, spaces or "
+        "signs and are different classes; give them one spelling if they are not"
+        for group in groups.values()
+        if len(group) > 1
+    ][:5]
+
+
+def _loose(name: str) -> str:
+    """A name without case, spaces, punctuation between words, marks that cannot be seen, and zeros before a number."""
+    plain = unicodedata.normalize("NFKC", name).casefold()
+    plain = "".join(c for c in plain if unicodedata.category(c) not in ("Cf", "Zs", "Pd", "Pc"))
+    return re.sub(r"^0+(?=\d)", "", plain.strip("\"'.,;:!")) or name
+
+
+def _unknown(name: str, known: Sequence[str], source: str) -> str:
+    close = [other for other in known if _loose(other) == _loose(name)] or nearest(name, known, 1)
+    return (
+        f"{source}: label {shown(name)} does not occur in the training data (classes: {listed(known)}); "
+        f"nearest: {shown(close[0])}"
+    )
 
 
 def _ordered(labels: Iterable[str]) -> list[str]:

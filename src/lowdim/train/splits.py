@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowdim.errors import DataError, shown
 from lowdim.train.repeats import first_of_each, same_text
+from lowdim.train.scores import score_hint
 
 if TYPE_CHECKING:
     from lowdim.train.data import Examples
@@ -91,6 +92,7 @@ def places(
             left = " (duplicates are left out)" if len(unique) < len(examples) else ""
             raise DataError(
                 f"class {shown(name)} has {counts[index]} examples; at least {need} are needed to split the data{left}"
+                + score_hint(examples.classes)
             )
     rest, held = (unique, []) if test is not None else _stratified(examples, unique, held_out, seed, "test")
     train, chosen = _stratified(examples, rest, validation, seed, "validation")

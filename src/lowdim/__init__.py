@@ -42,3 +42,5 @@ def __dir__() -> list[str]:
 
 # transformers then reads the compressed models that `lowdim.pretrained` writes; nothing is imported before transformers is.
 after_import("transformers.quantizers", "lowdim.pretrained.registration:register")
+# `save_pretrained` of a model with layers of ours then writes what loads again, or says which call does.
+after_import("transformers.modeling_utils", "lowdim.pretrained.guard:install")

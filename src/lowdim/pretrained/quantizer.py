@@ -32,7 +32,7 @@ class LowdimConfig(QuantizationConfigMixin):
         version: of this format.
 
     Raises:
-        CheckpointError: another version.
+        CheckpointError: another version, or the mark of a checkpoint that holds an adapter.
     """
 
     def __init__(
@@ -41,8 +41,14 @@ class LowdimConfig(QuantizationConfigMixin):
         system: str | None = None,
         version: int = _VERSION,
         quant_method: str = METHOD,
+        adapter: bool = False,
         **unknown: Any,
     ):
+        if adapter:
+            raise CheckpointError(
+                "the folder is a checkpoint of a training and holds the model under the names that it has with its adapter: "
+                "load the base model, then lowdim.load_adapter(model, folder)"
+            )
         if version != _VERSION or unknown:
             extra = f" with {', '.join(map(repr, unknown))}" if unknown else ""
             raise CheckpointError(

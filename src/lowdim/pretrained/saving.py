@@ -15,7 +15,7 @@ from lowdim.layers.core.swap import structured_layers
 from lowdim.models import quiet
 from lowdim.modules import Rebuildable, describe_layers
 
-__all__ = ["save_compressed", "stored_bytes"]
+__all__ = ["prepare_compressed", "save_compressed", "stored_bytes"]
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -87,7 +87,7 @@ def save_compressed(
             f"model must be a transformers model; got {type(model).__name__}. Save the state dict of others with "
             "lowdim.files.write_tensors and load it with lowdim.compress.load_compressed"
         )
-    written = _dense(model) if dense else _compressed(model)
+    written = _dense(model) if dense else prepare_compressed(model)
     with quiet(), whole_folder(folder) as draft:
         written.save_pretrained(draft, max_shard_size=max_shard_size)
         if tokenizer is not None:
@@ -100,8 +100,12 @@ def save_compressed(
     return stored_bytes(written)
 
 
-def _compressed(model: Any) -> Any:
-    """The model, prepared so that transformers saves it as a compressed one."""
+def prepare_compressed(model: Any) -> Any:
+    """Give the model the description by which transformers saves it, and reads it again, as a compressed one; returns it.
+
+    Raises:
+        LowdimError: another library has quantized it, or a layer cannot be described in a file.
+    """
     from lowdim.pretrained.quantizer import LowdimConfig, LowdimQuantizer
 
     quantizer = getattr(model, "hf_quantizer", None)
@@ -114,7 +118,10 @@ def _compressed(model: Any) -> Any:
     layers = describe_layers(model)
     for name, module in structured_layers(model).items():
         if name not in layers:
-            raise LowdimError(f"layer {name} is a {type(module).__name__}, which a file cannot describe yet; use dense=True")
+            raise LowdimError(
+                f"layer {name} is a {type(module).__name__}, which a file cannot describe yet; save_compressed(model, folder, "
+                "dense=True) writes the dense model"
+            )
     if not layers and quantizer is not None:
         quantizer.remove_quantization_config(model)
     if layers:

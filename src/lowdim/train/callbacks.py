@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from lowdim.adapters.core.files.layout import TENSORS, read_adapter
+from lowdim.pretrained.guard import begin_checkpoints, end_checkpoints
+from lowdim.surgery import unwrap
 
 if TYPE_CHECKING:
     from lowdim.adapters import Adapted
@@ -25,6 +30,8 @@ class AdaptedCallback(_base()):
 
     If the method has a regularizer (SoRA, IncreLoRA, SaRA with a nuclear norm), its gradient is added once before each
     optimizer step, after the trainer has clipped the gradients of the loss. The trainer logs the task loss.
+
+    Checkpoints hold the adapter as `adapted.save` writes it, and can be resumed; `from_pretrained` refuses them.
 
     Args:
         regularize: False if your own `compute_loss` adds `adapted.regularizer()` to the loss.
@@ -50,7 +57,15 @@ class AdaptedCallback(_base()):
                 f"{type(self.adapted.method).__name__} has a regularizer, whose gradient cannot be added to scaled gradients: "
                 "train with bf16, or add adapted.regularizer() to the loss in compute_loss and set regularize=False"
             )
+        for model in self._models(kwargs.get("model")):
+            begin_checkpoints(model, self.adapted.save)
+        self._resume(args, state)
         self._follow(args, state, kwargs.get("lr_scheduler"))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """From here on, saving the model is the user's."""
+        for model in self._models(kwargs.get("model")):
+            end_checkpoints(model)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the regularizer's gradient. After the first backward pass every adapted layer must have a gradient."""
@@ -69,6 +84,16 @@ class AdaptedCallback(_base()):
         """Advance schedules, rank allocation and proximal steps."""
         self.adapted.step(kwargs.get("optimizer"))
         self._follow(args, state, kwargs.get("lr_scheduler"))
+
+    def _models(self, trained: Any) -> list[Any]:
+        """The model that the trainer saves, and the adapted one, which may be a part of it."""
+        return [self.adapted.model] if trained is None else [self.adapted.model, unwrap(trained)]
+
+    def _resume(self, args: Any, state: Any) -> None:
+        """Read the adapter of the checkpoint that the trainer continues from: it holds what is no part of the model."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if state.global_step and (folder / TENSORS).is_file():
+            self.adapted.load_state_dict(read_adapter(folder)[0])
 
     def _follow(self, args: Any, state: Any, scheduler: Any) -> None:
         if scheduler is not None:

@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from lowdim.methods import Applied, Losses
 from lowdim.optim import ProjectedOptimizer
+from lowdim.pretrained.guard import writes_checkpoints
 from lowdim.train.checkpoints import checkpoint_errors, complete, discard, newest_checkpoint, rotate
 from lowdim.train.metrics import metric_for
 from lowdim.train.rehearsing import rehearse_saving
@@ -104,6 +105,11 @@ class MethodTrainer(Trainer):
             if self.watch and isinstance(optimizer, ProjectedOptimizer):
                 logs.update({f"{SUBSPACE}{name}": value for name, value in _unclipped(optimizer.log(), logs).items()})
         super().log(logs, *args, **kwargs)
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        adapted = self.applied.adapted
+        with writes_checkpoints(self.model, None if adapted is None else adapted.save):
+            super()._save(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -176,7 +176,7 @@ def test_a_closed_gate_gets_a_gradient_and_can_open_again():
         update.B.normal_()
     optimizer = torch.optim.Adam(adapted.param_groups(0.1))
     assert set(adapted.effective_rank().values()) == {0}
-    adapted.model(torch.randn(20, 6)).square().mean().backward()
+    (adapted.model(torch.randn(20, 6)).square().mean() + adapted.regularizer()).backward()
     optimizer.step()
     adapted.step(optimizer)
     assert adapted.effective_rank() == {"0": 4}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lowdim.calibrate import LossFn
     from lowdim.catalogue import Variant
 
-__all__ = ["Applied", "Losses"]
+__all__ = ["Applied", "Losses", "add_penalties"]
 
 
 class Losses(NamedTuple):
@@ -91,25 +91,7 @@ class Applied:
             loss_fn: `loss_fn(model, batch) -> scalar`; it must call the model, whose output (or its `logits`) companions see.
             model: a wrapper of `self.model` (DDP), if there is one.
         """
-        called = self.model if model is None else model
-        if not self.companions:
-            task = loss_fn(called, batch)
-            return Losses(task, task, 0.0)
-        seen: list[Any] = []
-        handle = called.register_forward_hook(lambda module, args, out: seen.append(getattr(out, "logits", out)))
-
-        def again() -> Any:
-            loss_fn(called, batch)
-            return seen.pop()
-
-        try:
-            task = loss_fn(called, batch)
-            logits = seen.pop() if seen else None
-            penalties = [each.loss(again, logits) for each in self.companions]
-        finally:
-            handle.remove()
-        penalty = sum(penalties[1:], start=penalties[0])
-        return Losses(task + penalty, task, penalty)
+        return add_penalties(self.companions, self.model if model is None else model, batch, loss_fn)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Call once after each step of the optimizer: schedules, allocation of ranks, pruning."""
@@ -124,3 +106,30 @@ class Applied:
         """Call once, after the last step and before the model is evaluated, merged or saved."""
         for each in self.companions:
             each.finish()
+
+
+def add_penalties(companions: Iterable[Companion], model: nn.Module, batch: Any, loss_fn: LossFn) -> Losses:
+    """The task loss of a batch, and the sum of the terms that companions add.
+
+    Args:
+        loss_fn: `loss_fn(model, batch) -> scalar`; it must call the model, whose output (or its `logits`) companions see.
+    """
+    companions = tuple(companions)
+    if not companions:
+        task = loss_fn(model, batch)
+        return Losses(task, task, 0.0)
+    seen: list[Any] = []
+    handle = model.register_forward_hook(lambda module, args, out: seen.append(getattr(out, "logits", out)))
+
+    def again() -> Any:
+        loss_fn(model, batch)
+        return seen.pop()
+
+    try:
+        task = loss_fn(model, batch)
+        logits = seen.pop() if seen else None
+        penalties = [each.loss(again, logits) for each in companions]
+    finally:
+        handle.remove()
+    penalty = sum(penalties[1:], start=penalties[0])
+    return Losses(task + penalty, task, penalty)

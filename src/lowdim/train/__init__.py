@@ -9,6 +9,7 @@ from lowdim.lazy import lazy_names
 if TYPE_CHECKING:
     from lowdim.train.callbacks import AdaptedCallback
     from lowdim.train.loop import fit
+    from lowdim.train.mixin import AdaptedTrainerMixin
     from lowdim.train.recipes import Recipe, load_recipe
     from lowdim.train.run import run_recipe
     from lowdim.train.settings import FitResult, FitSettings
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptedCallback",
+    "AdaptedTrainerMixin",
     "FitResult",
     "FitSettings",
     "Recipe",
@@ -32,6 +34,7 @@ __all__ = [
 
 _HOMES = {
     "AdaptedCallback": "callbacks",
+    "AdaptedTrainerMixin": "mixin",
     "FitResult": "settings",
     "FitSettings": "settings",
     "fit": "loop",

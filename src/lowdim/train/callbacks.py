@@ -29,7 +29,9 @@ class AdaptedCallback(_base()):
     """A `transformers.TrainerCallback` for adapters: adds the regularizer and calls `adapted.step()`.
 
     If the method has a regularizer (SoRA, IncreLoRA, SaRA with a nuclear norm), its gradient is added once before each
-    optimizer step, after the trainer has clipped the gradients of the loss. The trainer logs the task loss.
+    optimizer step, after the trainer has clipped the gradients of the loss. The trainer logs the task loss. Prefer
+    `AdaptedTrainerMixin`, which clips both together, trains the method's own parameter groups and knows companions; this
+    callback is for trainers that cannot be subclassed.
 
     Checkpoints hold the adapter as `adapted.save` writes it, and can be resumed; `from_pretrained` refuses them.
 

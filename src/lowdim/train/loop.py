@@ -87,6 +87,7 @@ def _fit(
         applied,
         settings.lr,
         watch=settings.watch,
+        count_items=task.count_items,
         fingerprint=fingerprint,
         args=trainers.arguments(settings, max(1, settings.steps - applied.spent), folder),
         train_dataset=task.train,

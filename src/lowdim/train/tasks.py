@@ -102,6 +102,11 @@ class Task:
             batch = self.collate(rows[start : start + batch_size])
             yield {key: value.to(device) for key, value in batch.items()}
 
+    def count_items(self, batch: dict[str, Tensor]) -> int:
+        """The number over which the loss of a batch is a mean: rows with a label, or tokens that are predicted and count."""
+        labels = batch["labels"]
+        return int((labels if self.kind == "classify" else labels[:, 1:]).ne(-100).sum())
+
     @staticmethod
     def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The model's own loss on a batch with labels."""
@@ -129,7 +134,7 @@ class Task:
                     labels += batch["labels"].tolist()
                     predictions += output.logits.argmax(-1).tolist()
                 else:
-                    count = int((batch["labels"][:, 1:] != -100).sum())
+                    count = self.count_items(batch)
                     loss, tokens = loss + float(output.loss) * count, tokens + count
         finally:
             model.train(was_training)

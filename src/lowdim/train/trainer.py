@@ -17,13 +17,14 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from lowdim.methods import Applied, Losses
+from lowdim.methods import Applied
 from lowdim.optim import ProjectedOptimizer
 from lowdim.pretrained.guard import writes_checkpoints
 from lowdim.train.checkpoints import checkpoint_errors, complete, discard, newest_checkpoint, rotate
 from lowdim.train.metrics import metric_for
+from lowdim.train.mixin import PenaltyLog
 from lowdim.train.rehearsing import rehearse_saving
-from lowdim.train.settings import PENALTY, SUBSPACE, FitResult, FitSettings
+from lowdim.train.settings import SUBSPACE, FitResult, FitSettings
 from lowdim.train.spikes import SpikeAlarm
 
 if TYPE_CHECKING:
@@ -36,30 +37,41 @@ _KEPT = 3  # two complete checkpoints, and the next one while it is written
 _WORDS = {"captured": "captured", "overlap": "overlap with the last subspaces"}
 
 
-class MethodTrainer(Trainer):
+class MethodTrainer(PenaltyLog, Trainer):
     """`transformers.Trainer` with the optimizer, loss and companion of a method.
+
+    The loss of a step is the mean over all items (rows, or tokens that count) of its micro-batches on all processes: a
+    micro-batch with fewer items weighs less.
 
     Args:
         applied: the model that a strategy has prepared.
         lr: the peak rate.
         watch: log a projected optimizer's numbers about the gradients.
+        count_items: batch -> the items over which its loss is a mean; None: one in each batch.
         fingerprint: what the run builds on, kept in each checkpoint.
         others: options of `transformers.Trainer`.
     """
 
     def __init__(
-        self, applied: Applied, lr: float, *, watch: bool = False, fingerprint: Mapping[str, str] | None = None, **others: Any
+        self,
+        applied: Applied,
+        lr: float,
+        *,
+        watch: bool = False,
+        count_items: Callable[[Any], int] | None = None,
+        fingerprint: Mapping[str, str] | None = None,
+        **others: Any,
     ):
         self.applied, self.applied_lr, self.watch = applied, lr, watch
         self.fingerprint = fingerprint or {}
-        self._penalty: float | None = None  # summed since the last entry of the log
-        self._losses: Losses | None = None
-        self._logged_step = 0
+        self.count_items = count_items or (lambda batch: 1)
+        self._step_items, self._step_rows = 1, 1  # of all micro-batches of the step, on all processes
         super().__init__(model=applied.model, **others)
         self.remove_callback(PrinterCallback)
-        # Every loss here is a mean over the batch. Many classifiers accept any keyword and so seem to divide by the items of
-        # all accumulated batches, but do not; the trainer would then leave their gradient too large by that factor.
+        # Every loss here is a mean over the batch, and is weighted here. Many classifiers accept any keyword and so seem to
+        # divide by the items of all accumulated batches, but do not.
         self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = True
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The method's own optimizer, with its companion."""
@@ -67,29 +79,42 @@ class MethodTrainer(Trainer):
             self.optimizer = self.applied.start(self.applied_lr)
         return self.optimizer
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
+        """The micro-batches of a step; counts their items.
+
+        Raises:
+            FloatingPointError: no label of the step counts, so that its loss is not a number.
+        """
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [sum(map(self.count_items, samples)), sum(map(_rows, samples))]
+        summed: Any = self.accelerator.reduce(torch.tensor(counts, device=self.args.device), "sum")
+        self._step_items, self._step_rows = summed.tolist()
+        if samples and not self._step_items:
+            raise FloatingPointError(f"no label counts in the batch of step {self.state.global_step + 1}: all are -100")
+        return samples, None
+
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """The loss, in training with the method's penalty."""
+        """The loss, in training with the method's penalty, weighted by the share of the step's items in this batch.
+
+        The penalty is weighted by the share of the rows: one of the parameters alone counts once in a step, and one of the
+        model's outputs is a mean over the rows, whether their labels count or not.
+        """
         usual: Any = super().compute_loss
         if return_outputs or not model.training:
             return usual(model, inputs, return_outputs, **kwargs)
-        self._losses = self.applied.loss(inputs, lambda called, batch: usual(called, batch, **kwargs), model)
-        return self._losses.total
+        items = self.count_items(inputs)
+        processes = self.accelerator.num_processes  # gradients are averaged over them
+        weight, of_penalty = items * processes / self._step_items, _rows(inputs) * processes / self._step_rows
+        if not items:  # its mean would be 0/0
+            inputs = {**inputs, "labels": inputs["labels"].clamp(min=0)}
+        losses = self.applied.loss(inputs, lambda called, batch: usual(called, batch, **kwargs), model)
+        self.note(losses, weight, of_penalty)
+        return losses.task * weight + losses.penalty * of_penalty
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """One forward and backward pass; returns the task's loss, which is logged.
-
-        Raises:
-            FloatingPointError: the loss, or the method's penalty, is not finite.
-        """
-        total = super().training_step(*args, **kwargs)
-        if not bool(torch.isfinite(total)):  # before the optimizer uses it
+    def check_total(self, total: torch.Tensor) -> None:
+        """Raise FloatingPointError for a loss that is not finite, or a penalty that is not, before the optimizer uses it."""
+        if not bool(torch.isfinite(total)):
             raise FloatingPointError(f"the loss became {float(total):g} at step {self.state.global_step + 1}")
-        losses, self._losses = self._losses, None
-        if losses is None or not isinstance(losses.penalty, torch.Tensor) or not losses.penalty.requires_grad:
-            return total
-        share = self.current_gradient_accumulation_steps
-        self._penalty = (self._penalty or 0.0) + float(losses.penalty.detach().mean()) / share
-        return losses.task.detach().mean() / share
 
     def plain_optimizer(self) -> Any:
         """The optimizer without accelerate's wrapper."""
@@ -98,9 +123,6 @@ class MethodTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log also the method's penalty, and a projected optimizer's numbers if they are watched."""
         if "loss" in logs:
-            if self._penalty is not None:
-                logs[PENALTY] = self._penalty / max(1, self.state.global_step - self._logged_step)
-            self._penalty, self._logged_step = None, self.state.global_step
             optimizer = self.plain_optimizer()
             if self.watch and isinstance(optimizer, ProjectedOptimizer):
                 logs.update({f"{SUBSPACE}{name}": value for name, value in _unclipped(optimizer.log(), logs).items()})
@@ -315,6 +337,11 @@ def arguments(settings: FitSettings, steps: int, folder: Path) -> TrainingArgume
         use_cpu=not torch.cuda.is_available(),
         ddp_broadcast_buffers=False,  # frozen bases are the same on all processes, and large
     )
+
+
+def _rows(batch: Mapping[str, Any]) -> int:
+    """The number of rows of a batch."""
+    return len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
 
 
 def _check_complete(checkpoint: Path) -> None:

@@ -111,6 +111,8 @@ class ATLASAdapted(WholeAdapted):
         """`Δθ` of each block, float32 or better, differentiable in `coef`."""
         return self.offsets()
 
+    optional_regularizer = True
+
     def regularizer(self, p: float = 2, gamma: float = 0.5) -> Tensor:
         """`gamma · mean over blocks of ‖coef[:, j]‖_p`; with `blockwise=False` the only block is the model.
 

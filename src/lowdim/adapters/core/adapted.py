@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from lowdim.adapters.core.merging import (
 )
 from lowdim.adapters.core.method import Method
 from lowdim.adapters.core.shared import SHARED, free_name, shared_prefix
+from lowdim.adapters.core.update import WeightUpdate
 from lowdim.calibrate import LossFn
 from lowdim.companion import Companion
 from lowdim.errors import NoGradientError, check_choice
@@ -91,24 +93,52 @@ class Adapted(Companion):
         self._statistics = freeze_statistics(model)
         self._merged: _Merged | None = None
         self._awaits_gradient = True
+        self._regularized = False
         self.allow_unused = False
         self.merge_report: MergeReport | None = None
         self.capped_ranks: dict[str, Any] = {}
+
+    #: Whether a training without the regularizer is the method, too: `step()` does not ask for it then.
+    optional_regularizer: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Note calls of a method's own `regularizer`."""
+        super().__init_subclass__(**kwargs)
+        if "regularizer" in vars(cls):
+            cls.regularizer = _noted(cls.regularizer)  # type: ignore[method-assign]
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Call once after each optimizer step: advances schedules, allocates ranks, applies proximal steps.
 
         Raises:
             NoGradientError: in the first step with gradients, some adapted layers got none (see `check_gradients`).
+            RuntimeError: the method has a regularizer, and `regularizer()` was not called since the last step.
         """
-        if self._awaits_gradient and any(p.grad is not None for p in self.trainable().values()):
+        with_gradients = any(p.grad is not None for p in self.trainable().values())
+        if self._awaits_gradient and with_gradients:
             self.check_gradients()
+        self._check_regularized(with_gradients)
         for layer in self.layers.values():
             layer.update.step()
 
     def loss(self, forward: Callable[[], Any], logits: Any) -> Tensor | float:
         """`regularizer()`, as training loops that know a `Companion` call it."""
         return self.regularizer()
+
+    def _check_regularized(self, with_gradients: bool) -> None:
+        asked, self._regularized = self._regularized, False
+        if asked or self.optional_regularizer or not with_gradients:
+            return
+        with torch.enable_grad():
+            value = self.regularizer()
+        self._regularized = False
+        if isinstance(value, Tensor) and value.requires_grad:
+            name = type(self.method).__name__
+            raise RuntimeError(
+                f"adapted.step(): {name} has a regularizer, which was not added to the loss since the last step. Add "
+                "adapted.regularizer() to the loss before backward(); for a transformers Trainer there is "
+                "lowdim.train.AdaptedTrainerMixin. To train without it, set its weight to 0 in the method"
+            )
 
     def check_gradients(self) -> None:
         """After the first backward pass: every adapted layer must have a gradient, or it would never learn.
@@ -217,7 +247,11 @@ class Adapted(Companion):
         return groups
 
     def regularizer(self) -> Tensor | float:
-        """A scalar to add to the loss, or 0."""
+        """A scalar to add to the loss, or 0. `step()` raises if a method has one and this was not called."""
+        self._regularized = True
+        own = (getattr(layer.update.regularizer, "__func__", None) for layer in self.layers.values())
+        if all(method is WeightUpdate.regularizer for method in own):
+            return 0.0
         with whole_parameters(self.model) if self._spread() else nullcontext():
             terms = [term for layer in self.layers.values() if (term := layer.update.regularizer()) is not None]
         return torch.stack(terms).sum() if terms else 0.0
@@ -420,3 +454,14 @@ def by_layer(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, dic
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _noted(regularizer: Callable[..., Any]) -> Callable[..., Any]:
+    """A method's `regularizer` that notes its call, for `step()`."""
+
+    @functools.wraps(regularizer)
+    def call(self: Adapted, *args: Any, **kwargs: Any) -> Any:
+        self._regularized = True
+        return regularizer(self, *args, **kwargs)
+
+    return call

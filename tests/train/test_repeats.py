@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import random
 
 import pytest
 
 from lowdim import models
 from lowdim.errors import DataError
 from lowdim.train.data import Examples, split
+from lowdim.train.overlap import overlap_note, repeated_blocks
 from lowdim.train.packing import pretraining
 from lowdim.train.repeats import first_of_each, fold, same_tokens
 from lowdim.train.splits import places
@@ -243,3 +245,45 @@ def test_a_stream_never_trains_on_what_it_holds_out(tmp_path):
     seen = {bytes(t for t in row if t < 256).lower() for row in blocks}
     assert not any(f"{number}:".encode() in text for number in held[:-1] for text in seen)
     assert "duplicates of the first 131,072 documents" in task.notes[-1]
+
+
+# --- text that repeats itself within a document ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["again", "shuffled"])
+def test_a_text_file_that_repeats_itself_is_noticed(stories, tmp_path, order):
+    again = list(DOCUMENTS)
+    if order == "shuffled":
+        random.Random(0).shuffle(again)
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(DOCUMENTS + again))
+    task = language_modelling(stories, [path], max_length=64)
+    held = len(task.test) + len(task.validation)
+    count = int(task.notes[0].removeprefix("at least half of the text of ").split(f" of {held} held-out blocks is in the")[0])
+    assert count == held if order == "again" else count > held // 3
+    packed = pretraining(BYTES, [path], length=64, cache=tmp_path / "cache")
+    assert f"of {len(packed.validation) + len(packed.test)} held-out blocks" in packed.notes[0]
+    path.write_text("\n".join(DOCUMENTS))
+    assert language_modelling(stories, [path], max_length=64).notes == ()
+
+
+def test_a_play_does_not_repeat_itself(stories):
+    assert language_modelling(stories, ["lowdim:shakespeare"], max_length=64).notes == ()
+
+
+def test_blocks_that_repeat_are_counted(monkeypatch):
+    from lowdim.train import overlap
+
+    draw = random.Random(1)
+    train = [[draw.randrange(5000) for _ in range(40)] for _ in range(50)]
+    text = list(itertools.chain.from_iterable(train))
+    half = text[333:353] + [draw.randrange(5000) for _ in range(20)]
+    most = text[333:363] + [draw.randrange(5000) for _ in range(10)]
+    held = [text[17:57], most, half, [draw.randrange(5000) for _ in range(40)], text[-40:]]
+    assert repeated_blocks(train, held, 12) == 3
+    monkeypatch.setattr(overlap, "_AT_ONCE", 90)
+    assert repeated_blocks(train, held, 12) == 3, "in pieces as in one"
+    assert overlap_note(train, held, 5000)[0].startswith("at least half of the text of 3 of 5 held-out blocks")
+    assert overlap_note(train, [[1] * 40], 5000) == []
+    assert repeated_blocks(train, held, 40) == 2, "whole blocks only"
+    assert repeated_blocks(train, held, 41) == 0

@@ -40,6 +40,8 @@ class CompareSettings:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.text, (list, tuple)):
+            object.__setattr__(self, "text", ",".join(self.text))
         check_choice("--task", self.task, TASKS)
         for name, low in (("seeds", 1), ("trials", 1), ("steps", 3), ("batch_size", 1), ("max_length", 4)):
             check_int(f"--{name.replace('_', '-')}", getattr(self, name), low)

@@ -18,6 +18,7 @@ import torch
 
 from lowdim.errors import DataError
 from lowdim.train.data import TEXT_FILES, Used, read_documents, read_texts
+from lowdim.train.overlap import overlap_note
 from lowdim.train.repeats import Repeats, same_text
 from lowdim.train.streams import StreamSource, datasets_module, is_source
 from lowdim.train.tables import locate, read_text
@@ -107,7 +108,8 @@ def pretraining(
             parts, left = _stream_parts(source, apart, tokenizer, length, seed, held, label, limit), []
         else:
             table, left = _table(source, tokenizer, length, cache, apart)
-            parts = _table_parts(table, held, label, length, seed, limit)
+            parts, train = _table_parts(table, held, label, length, seed, limit)
+            left += overlap_note(_rows(train), [*_rows(parts[1]), *_rows(parts[2])], len(tokenizer))
     else:
         label, source = str(sources[0]), StreamSource(str(sources[0]), text)
         if streaming is False:
@@ -286,7 +288,16 @@ def _unseen(tokenizer: Any, apart: _Files | None, most: int | None = None) -> Un
     return unseen
 
 
-def _table_parts(table: Any, held: Any, label: str, length: int, seed: int, limit: int | None) -> tuple[Any, Any, Any]:
+def _rows(table: Any) -> Iterator[Any]:
+    """The blocks of a table, as arrays."""
+    for batch in table.with_format("numpy").iter(1024):
+        yield from batch["input_ids"]
+
+
+def _table_parts(
+    table: Any, held: Any, label: str, length: int, seed: int, limit: int | None
+) -> tuple[tuple[Any, Any, Any], Any]:
+    """The three parts, and the blocks that training is drawn from, in the order of the text."""
     count, share = len(table), max(1, min(FILE_HELD, len(table) // 20))
     last = 0 if held is not None else share
     if count < share + last + 1:
@@ -294,7 +305,7 @@ def _table_parts(table: Any, held: Any, label: str, length: int, seed: int, limi
     train = count - share - last
     order = torch.randperm(train, generator=torch.Generator().manual_seed(seed))[: limit or train].tolist()
     report = held if held is not None else table.select(range(count - last, count))
-    return table.select(order), table.select(range(train, train + share)), report
+    return (table.select(order), table.select(range(train, train + share)), report), table.select(range(train))
 
 
 def _stream_parts(

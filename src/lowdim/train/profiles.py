@@ -88,9 +88,10 @@ def profile(name: str, values: Sequence[Any]) -> Profile:
         return Profile(name, "empty")
     start = tuple("" if blank(value) else str(value) for value in values[:20])
     nested = [value for value in seen if isinstance(value, (list, tuple, dict, bytes))]
-    if nested or all(map(_is_written_chat, seen[:20])):
+    named = name.strip().lower() in _CHAT_NAMES
+    if nested or all(_is_written_chat(value, named) for value in seen[:20]):
         parts = [part for value in (nested or seen) for part in _strings(value)]
-        chat = not nested or name.strip().lower() in _CHAT_NAMES or any(map(_is_chat, nested))
+        chat = not nested or named or any(map(_is_chat, nested))
         kind = "lists" if parts and (chat or _words(parts) >= 3) else "other"
         held = type(nested[0]).__name__ if nested else ""
         return Profile(name, kind, sum(map(len, parts)) / len(values), nested=held, chat=chat, start=start)
@@ -143,9 +144,11 @@ def _is_chat(value: Any) -> bool:
     return isinstance(turn, dict) and len(_CHAT_KEYS & set(turn)) > 1
 
 
-def _is_written_chat(value: Any) -> bool:
-    """A chat in a table of strings."""
-    return isinstance(value, str) and bool(_WRITTEN_CHAT.match(value))
+def _is_written_chat(value: Any, named: bool) -> bool:
+    """A chat in a table of strings; in a column that is named as one, any list or dict."""
+    return isinstance(value, str) and bool(
+        _WRITTEN_CHAT.match(value) or (named and value.lstrip('" ').startswith(("[{", "[[", "{")))
+    )
 
 
 def _words(texts: Sequence[str]) -> float:

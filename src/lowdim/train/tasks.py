@@ -19,6 +19,7 @@ from lowdim.surgery import model_device
 from lowdim.train.data import Examples, Used, read_documents, read_examples
 from lowdim.train.inputs import Inputs, encode
 from lowdim.train.metrics import Metric, classification_score
+from lowdim.train.overlap import overlap_note
 from lowdim.train.repeats import same_tokens
 from lowdim.train.splits import places
 from lowdim.train.unseen import Unseen, left_out
@@ -258,6 +259,7 @@ def language_modelling(
                 f"{_name(files)} and {evaluation} give too little text for blocks of {max_length} tokens (--max-length)"
             )
     train, chosen = rest[: len(rest) - validation_count], rest[len(rest) - validation_count :]
+    notes += overlap_note(train, [*chosen, *held], len(tokenizer))
     random.Random(f"{seed}/blocks").shuffle(train)
     learn, choose, report = (datasets.Dataset.from_dict({"input_ids": p, "labels": p}) for p in (train[:limit], chosen, held))
     return Task(

@@ -14,6 +14,7 @@ from lowdim.surgery.callers import never_called
 from lowdim.surgery.foreign import refuse_other_adapters
 from lowdim.surgery.kinds import HEAD_NAMES, describe
 from lowdim.surgery.matrices import is_matrix_layer
+from lowdim.surgery.placement import refuse_offloaded
 from lowdim.surgery.stacked import stacked_parameters
 from lowdim.surgery.wrappers import named_layers, unwrap
 
@@ -50,7 +51,7 @@ def find_layers(
 
     Raises:
         NoMatchingModuleError: a pattern matches nothing (the nearest names are listed), or only layers that cannot be selected.
-        ValueError: the model carries another library's adapter.
+        ValueError: the model carries another library's adapter, or accelerate has offloaded a layer's weight.
 
     Example:
         >>> from torch import nn
@@ -85,7 +86,10 @@ def find_layers(
     first: dict[nn.Module, str] = {}
     for name, module in modules.items():
         first.setdefault(module, name)
-    return {first[m]: m for m in dict.fromkeys(modules[n] for n in found)}
+    layers = {first[m]: m for m in dict.fromkeys(modules[n] for n in found)}
+    for name, layer in layers.items():
+        refuse_offloaded(layer, name)
+    return layers
 
 
 def _remembered(accept: Accept) -> Accept:

@@ -26,10 +26,10 @@ def is_offloaded(layer: nn.Module) -> bool:
     return "_hf_hook" in layer.__dict__ and any(p is not None and p.is_meta for p in layer._parameters.values())
 
 
-def refuse_offloaded(layer: nn.Module) -> None:
+def refuse_offloaded(layer: nn.Module, name: str = "") -> None:
     """Raise ValueError if the layer's weight is not in memory."""
     if is_offloaded(layer):
-        raise ValueError(OFFLOADED)
+        raise ValueError(f"layer {name}: {OFFLOADED}" if name else OFFLOADED)
 
 
 def rebind_methods(copy: nn.Module, layer: nn.Module) -> None:

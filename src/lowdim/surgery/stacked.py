@@ -50,13 +50,17 @@ def unreached_note(model: nn.Module, taken: Iterable[str], patterns: str | Itera
     odd = _left_out(model, within) if patterns is None else {}
     total = sum(p.numel() for p in unwrap(model).parameters()) or 1
     parts = []
-    if (share := _numbers(loose.values()) / total) >= _WORTH_SAYING:
-        experts = any(p.ndim >= 3 for p in loose.values())
-        what = "experts stacked in parameters of three dimensions" if experts else "weights that a module keeps without a layer"
-        parts.append(f"{what} ({_some(loose)}; {share:.0%} of the model's parameters)")
-    if odd and (share := _numbers(p for m in odd.values() for p in m.parameters()) / total) >= _WORTH_SAYING:
+    for what, found in (
+        ("experts stacked in one parameter", {n: p for n, p in loose.items() if p.ndim >= 3}),
+        ("matrices that a module keeps without a layer", {n: p for n, p in loose.items() if p.ndim == 2}),
+    ):
+        if (share := _numbers(found.values()) / total) >= _WORTH_SAYING:
+            parts.append(f"{what} ({_some(found)}; {share:.0%} of the model's parameters)")
+    share = _numbers(p for module in odd.values() for p in module.parameters()) / total
+    if share >= _WORTH_SAYING or any(map(unreadable, odd.values())):  # the weights of the latter are no parameters
         first = next(iter(odd.values()))
-        parts.append(f"{_some(odd)} ({describe(first)}; {share:.0%} of the model's parameters): {left_out_reason(first)}")
+        much = f"; {share:.0%} of the model's parameters" if share else ""
+        parts.append(f"{_some(odd)} ({describe(first)}{much}): {left_out_reason(first)}")
     return f"not adapted, so these weights stay frozen: {'; '.join(parts)}" if parts else ""
 
 

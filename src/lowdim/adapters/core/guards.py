@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from lowdim.errors import CheckpointError, NoMatchingModuleError, nearest
 from lowdim.linalg import gather, is_sharded
 from lowdim.surgery import (
-    OFFLOADED,
     dense_matrix,
     describe,
-    is_offloaded,
     named_layers,
+    refuse_offloaded,
     refuse_other_adapters,
     tied_parameters,
     unwrap,
@@ -84,8 +83,7 @@ def refuse_missing(layers: Mapping[str, nn.Module], *, values: bool = True) -> N
     """Raise ValueError for a layer whose weight accelerate has offloaded, or, if `values` are needed, that is on meta."""
     for name, layer in layers.items():
         plain = getattr(layer, "plain", layer)
-        if is_offloaded(plain):
-            raise ValueError(f"layer {name} ({describe(plain)}) cannot be adapted: {OFFLOADED}")
+        refuse_offloaded(plain, name)
         weight = plain._parameters.get("weight")
         if values and weight is not None and weight.is_meta:
             raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lowdim.adapters.core.adapted import Adapted
 from lowdim.adapters.core.composed import Composition, Places, compose, is_composed, places_of, refuse_spread, release
 from lowdim.adapters.core.fingerprints import fingerprint
-from lowdim.adapters.core.guards import saved_modules, unchanged_on_error, whole_parameters
+from lowdim.adapters.core.guards import refuse_missing, saved_modules, unchanged_on_error, whole_parameters
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.merging import MergeReport, allow_training, change_of
 from lowdim.adapters.core.method import ModelMethod
@@ -21,7 +21,7 @@ from lowdim.adapters.core.shared import SHARED, free_name
 from lowdim.calibrate import LossFn
 from lowdim.errors import NoGradientError
 from lowdim.linalg import wide
-from lowdim.surgery import freeze, freeze_statistics, release_statistics, submodule
+from lowdim.surgery import freeze, freeze_statistics, named_layers, release_statistics, submodule
 
 __all__ = ["WholeAdapted", "WholeMethod", "merge_parameters", "refuse_adapted"]
 
@@ -61,6 +61,7 @@ class WholeMethod(ModelMethod, abstract=True):
     ) -> Any:
         """Freeze `model` and compose its parameters, in place; `lowdim.adapt` calls this."""
         refuse_adapted(model)
+        refuse_missing(named_layers(model), values=initialise)
         kept = saved_modules(model, modules_to_save, {})
         chosen = self.select(model, kept)
         shared = self.composition(chosen, model, seed=seed, dtype=dtype, initialise=initialise)

@@ -130,6 +130,7 @@ def _load_whole(
         lacking = "parameters" if not header.parameters else "shared"
         raise CheckpointError(f"{folder / TENSORS} is damaged: its description lacks {lacking}")
     refuse_adapted(model)
+    refuse_missing(named_layers(model), values=False)
     known, chosen = dict(model.named_parameters()), {}
     for name, entry in header.parameters.items():
         found = known.get(name)

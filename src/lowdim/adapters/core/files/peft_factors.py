@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.linalg import compress_factors, svd, truncated_svd, wide
 
-__all__ = ["Cut", "cut", "pad_rank"]
+__all__ = ["Cut", "cut", "pad_rank", "scale_in_peft"]
 
 #: The error up to which a rank is suggested.
 GOOD = 0.01
@@ -88,6 +88,14 @@ def _sketched(delta: Tensor, most: int, rank: int, max_error: float | None) -> t
         if len(met) or k == most:
             return u, s, vh, int(met[0]) + 1 if len(met) else k
         k = min(most, 2 * k)
+
+
+def scale_in_peft(layer: nn.Module) -> float:
+    """The factor by which PEFT scales an update of this layer: that of an embedding with one number called `embed_scale`."""
+    scale = getattr(layer, "embed_scale", None) if isinstance(layer, nn.Embedding) else None
+    if isinstance(scale, Tensor):
+        return float(scale) if scale.numel() == 1 else 1.0
+    return float(scale) if isinstance(scale, (int, float)) else 1.0
 
 
 def pad_rank(found: Cut, rank: int) -> Cut:

@@ -8,6 +8,7 @@ import sys
 from functools import partial
 
 import pytest
+import torch
 from torch import nn
 
 import lowdim
@@ -21,6 +22,7 @@ FEW, MANY = 20, 80
 
 
 def model(blocks):
+    torch.manual_seed(0)
     return nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(4, 4)}) for _ in range(blocks)])
 
 

@@ -205,7 +205,7 @@ def test_an_offloaded_model_is_refused_with_the_remedy(name, kind, tmp_path):
 def test_an_adapter_is_not_loaded_onto_offloaded_layers_until_they_are_back(tmp_path):
     lowdim.adapt(net(), LoRA(rank=2)).save(tmp_path / "a")
     model = offloaded(tmp_path, "cpu")
-    with pytest.raises(ValueError, match="layer 0.*has offloaded it"):
+    with pytest.raises(ValueError, match=r"layer 0.*has offloaded it"):
         lowdim.load_adapter(model, tmp_path / "a")
     remove_hook_from_submodules(model)
     assert list(lowdim.load_adapter(model, tmp_path / "a").layers) == ["0", "2", "4"]

@@ -128,7 +128,7 @@ def test_embeddings_of_positions_are_refused_by_name(name):
         model = bart()[0]
     else:
         model = T.WhisperModel(T.WhisperConfig(vocab_size=64, d_model=16, **layers, **sizes, **tokens))
-    with pytest.raises(NoMatchingModuleError, match="embed_positions.*forward method has arguments beyond the input"):
+    with pytest.raises(NoMatchingModuleError, match=r"embed_positions.*forward method has arguments beyond the input"):
         lowdim.adapt(model, LoRA(rank=2, target_modules=["decoder.embed_positions"]))
 
 
@@ -268,7 +268,7 @@ def test_a_weight_in_few_bits_is_read_with_its_scales(name, method):
 
 
 def test_a_layer_that_does_not_tell_its_dtype_is_merged_in_the_models():
-    layer, values = fine_grained(8, 12, (4, 6))
+    layer, _ = fine_grained(8, 12, (4, 6))
     model = nn.Sequential(nn.Linear(12, 12).bfloat16(), layer)
     assert lowdim.adapt(model, LoRA(rank=2)).merge()[1].weight.dtype == torch.bfloat16
     model = nn.Sequential(nn.Linear(12, 12).bfloat16(), fine_grained(8, 12, (4, 6))[0])
@@ -303,7 +303,7 @@ class Packed(nn.Module):
 
 
 def test_quantized_layers_of_other_classes_are_named():
-    with pytest.raises(NoMatchingModuleError, match="0 .Packed.* is left out: it keeps its weight quantized"):
+    with pytest.raises(NoMatchingModuleError, match=r"0 .Packed.* is left out: it keeps its weight quantized"):
         lowdim.adapt(nn.Sequential(Packed()), LoRA(rank=2))
     notes, adapted = told(lambda: lowdim.adapt(nn.Sequential(Packed(), nn.Linear(8, 8)), LoRA(rank=2)))
     assert list(adapted.layers) == ["1"]
@@ -438,9 +438,7 @@ def test_a_model_with_another_librarys_adapter_is_refused_with_the_way_on(name, 
     lowdim.adapt(net(), LoRA(rank=2)).save(tmp_path)
     model = FOREIGN[name]()
     flags = [p.requires_grad for p in model.parameters()]
-    refused = pytest.raises(
-        ValueError, match="already carries an adapter that lowdim did not make.*merge_and_unload|plain model"
-    )
+    refused = pytest.raises(ValueError, match=r"already carries an adapter that lowdim did not make.*merge_and_unload")
     for use in (
         lambda: lowdim.adapt(model, LoRA(rank=2)),
         lambda: lowdim.adapt(model, lowdim.adapters.SAID(dimension=4)),

@@ -28,7 +28,7 @@ from lowdim.errors import BudgetError, CheckpointError, LowdimError
 from lowdim.files import read_json
 from lowdim.records import ComparedRun, MethodRecord
 from lowdim.train.metrics import METRICS
-from lowdim.train.tasks import Task
+from lowdim.train.tasks import Task, language_modelling
 from lowdim.train.tokenizers import byte_tokenizer
 
 METHODS = ("linear-probe", "lora", "full", "lamda", "monarch")
@@ -90,7 +90,8 @@ def numbers(value):
 
 
 def by_name(result):
-    return {row["name"]: row for row in result["methods"]}
+    """The methods that were compared; rows of what was never trained are no candidates."""
+    return {row["name"]: row for row in result["methods"] if not row.get("trivial")}
 
 
 # --- one comparison --------------------------------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ def test_every_method_finishes_and_learns(whole):
 def test_every_method_gets_the_same(whole):
     folder, result, _ = whole
     seeds = set()
-    for row in result["methods"]:
+    for row in by_name(result).values():
         chosen = catalogue.variant(row["name"])
         assert [t["lr"] for t in row["trials"]] == list(chosen.rates[:2])
         best = max(row["trials"], key=lambda t: t["score"])
@@ -421,8 +422,20 @@ def test_a_budget_leaves_out_what_does_not_fit_and_says_why(whole, make, tmp_pat
 
 def test_a_time_limit_leaves_every_method_with_as_many_seeds(make, tmp_path):
     result, _ = run(make(methods=("linear-probe", "lora"), seeds=5, trials=1, steps=3, time_limit=1e-3), tmp_path / "out")
-    assert [len(row["scores"]) for row in result["methods"]] == [1, 1]
-    assert any("the time limit of 0 s left room for 1 of 5 seeds" in note for note in result["notes"])
+    assert [len(row["scores"]) for row in by_name(result).values()] == [1, 1]
+    assert any("the time limit of 1.00 ms left room for 1 of 5 seeds" in note for note in result["notes"])
+    assert any("the time limit of 1.00 ms was exceeded" in note for note in result["notes"])
+
+
+def test_a_time_limit_holds_for_trials_too(make, tmp_path):
+    settings = make(methods=("linear-probe", "lora"), seeds=2, trials=3, steps=3, time_limit=1e-3)
+    result, said = run(settings, tmp_path / "out")
+    assert [len(row["trials"]) for row in by_name(result).values()] == [1, 1]
+    assert any("left room for 1 of 3 learning rates of each method" in note for note in result["notes"])
+    assert "[4/4]" not in said
+    more, _ = run(make(methods=("linear-probe", "lora"), seeds=2, trials=3, steps=3), tmp_path / "out", resume=True)
+    assert [len(row["trials"]) for row in by_name(more).values()] == [3, 3], "what was left out is made without the limit"
+    assert not any("time limit" in note for note in more["notes"])
 
 
 def test_a_record_is_what_is_on_the_disk(make, tmp_path):
@@ -464,7 +477,12 @@ def test_language_models(tmp_path):
     )  # fmt: skip
     result, _ = run(settings, tmp_path / "out")
     rows = by_name(result)
-    assert list(rows) == ["lora", "galore"], "a language model has no new head to probe"
+    assert rows["linear-probe"]["status"] == "skipped", "it was named, so it is not dropped without a word"
+    assert "has no new head to probe" in rows.pop("linear-probe")["reason"]
+    (untouched,) = (row for row in result["methods"] if row.get("trivial"))
+    base = models.load_model("stories260k", "causal-lm")
+    task = language_modelling(models.load_tokenizer("stories260k"), [text], max_length=16)
+    assert untouched["mean"] == pytest.approx(task.evaluate(base, task.test, PERPLEXITY), rel=1e-4)
     assert result["metric"] == {"name": "perplexity", "higher_is_better": False}
     best = min(rows.values(), key=lambda row: row["mean"])
     assert result["winner"]["method"] == best["name"]
@@ -605,7 +623,7 @@ def test_pretraining_from_random_weights(tmp_path):
         batch_size=4, max_length=16, limit=32,
     )  # fmt: skip
     result, said = run(settings, tmp_path / "out")
-    rows = {row["name"]: row for row in result["methods"]}
+    rows = by_name(result)
     assert [row["status"] for row in rows.values()] == ["ok"] * len(chosen), said
     assert result["metric"]["name"] == "perplexity"
     assert all(1 < row["mean"] < 400 for row in rows.values())

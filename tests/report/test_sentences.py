@@ -24,16 +24,52 @@ def test_a_clear_winner_wins():
     assert headline(read(record)) == ("B wins", "Accuracy 0.800 [0.790, 0.810], 100 MiB peak memory, the highest of 2 methods.")
 
 
-def test_nobody_wins_within_noise():
-    record = _record(
-        _method("a", 0.79, 60 * 2**20, within_noise=True), _method("b", 0.8, within_noise=True), winner={"method": "b"}
+def test_where_all_are_within_noise_that_is_said_first():
+    record = _record(_method("a", 0.79, 60 * 2**20, within_noise=True), _method("b", 0.8), winner={"method": "a"})
+    verdict, rest = headline(read(record))
+    assert verdict == "No difference was shown"
+    assert rest == (
+        "All 2 methods are within noise of B, accuracy 0.800 [0.790, 0.810]. "
+        "A is the pick, 60.0 MiB peak memory, accuracy 0.790, at 0.60× its memory."
     )
+    assert "No method differs from B by more than noise" in _said(record)
+
+
+def test_some_within_noise_are_named():
+    near = _method("a", 0.79, 60 * 2**20, within_noise=True)
+    record = _record(near, _method("b", 0.8), _method("c", 0.5), winner={"method": "b"})
     verdict, rest = headline(read(record))
     assert verdict == "B scores best"
     assert rest.endswith("A is within noise of it at 0.60× the memory.")
-    record["methods"][0]["measured_peak_bytes"] = 10**9
+    near["measured_peak_bytes"] = 10**9
     assert headline(read(record))[1].endswith("A is within noise of it.")  # more memory is nothing to recommend it
-    assert "No method differs from B by more than noise" in _said(record)
+
+
+def _trivial(mean, within_noise):
+    what = "always answering the majority class, 'usual'"
+    return {**_method("majority-class", mean, None, scores=[mean], interval=None), "label": "Majority class", "trivial": True,
+            "baseline": True, "within_noise": within_noise, "reason": what}  # fmt: skip
+
+
+def test_a_best_that_is_no_better_than_a_constant_answer_is_not_praised():
+    record = _record(_method("a", 0.95), _method("b", 0.94), _trivial(0.95, True), winner={"method": "a"})
+    verdict, rest = headline(read(record))
+    assert verdict == "No method is clearly better than majority class"
+    assert rest.startswith(
+        "Always answering the majority class, 'usual' gives accuracy 0.950; the best method, A, has accuracy"
+    )
+    assert "f1 (macro) or mcc" in rest
+    record["metric"] = {"name": "f1", "higher_is_better": True}
+    assert "f1 (macro) 0.950" in headline(read(record))[1]
+    assert "Compare by" not in headline(read(record))[1]
+
+
+def test_a_trivial_row_is_no_candidate():
+    record = _record(_method("a", 0.97), _method("b", 0.9), _trivial(0.5, False), winner={"method": "a"})
+    assert headline(read(record)) == ("A wins", "Accuracy 0.970 [0.960, 0.980], 100 MiB peak memory, the highest of 2 methods.")
+    assert _said(record) == ""
+    alone = read(_record(_trivial(0.99, True)))
+    assert (alone.best, alone.baseline, headline(alone)[0]) == (None, None, "Nothing was compared")
 
 
 def test_nobody_wins_on_one_seed_or_without_a_word_on_noise():
@@ -43,11 +79,12 @@ def test_nobody_wins_on_one_seed_or_without_a_word_on_noise():
 
 
 def test_a_pick_that_is_not_the_best_says_so():
-    record = _record(_method("a", 0.79, 50 * 2**20, within_noise=True), _method("b", 0.8), winner={"method": "a"})
+    near = _method("a", 0.79, 50 * 2**20, within_noise=True)
+    record = _record(near, _method("b", 0.8), _method("c", 0.5), winner={"method": "a"})
     verdict, rest = headline(read(record))
     assert verdict == "A is the pick"
     assert "within noise of the highest score (B, 0.800), at 0.50× its memory" in rest
-    record["methods"][0]["within_noise"] = False
+    near["within_noise"] = False
     assert "behind the highest score (B, 0.800)" in headline(read(record))[1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -80,7 +81,7 @@ class LiveTable:
         self.bar.update(self.task, completed=self.done * self.steps)
         self._refresh()
         if self.live is None:
-            shown = record.failure or f"{self.metric.name} {_known(record):.4f}"
+            shown = record.failure or f"{self.metric.title} {_digits(_known(record), 4)}"
             kind = "test" if run.phase == "seed" else "validation"
             again = " (finished before)" if cached else ""
             self.console.print(
@@ -90,6 +91,19 @@ class LiveTable:
                 markup=False,
                 soft_wrap=True,
             )
+
+    def leave_out(self, variants: list[Variant]) -> None:
+        """These planned runs will not be made."""
+        for variant in variants:
+            self.todo[variant.name] -= 1
+            self.total -= 1
+        self.bar.update(self.task, total=self.total * self.steps)
+
+    def seconds_of(self, variants: Sequence[Variant]) -> float:
+        """The estimated time of one run of each of these methods; 0 before the first has ended."""
+        known = [t for times in self.spent.values() for t in times]
+        overall = sum(known) / len(known) if known else 0.0
+        return sum(sum(t) / len(t) if (t := self.spent[v.name]) else overall for v in variants)
 
     def seconds_left(self) -> float | None:
         """The estimated time of the remaining runs; None before the first has ended."""
@@ -113,8 +127,8 @@ class LiveTable:
     def _view(self) -> Group:
         table = Table(title=None, box=None, pad_edge=False, header_style="bold")
         table.add_column("method")
-        table.add_column(f"validation {self.metric.name}", justify="right")
-        table.add_column(f"test {self.metric.name}", justify="right")
+        table.add_column(f"validation {self.metric.title}", justify="right")
+        table.add_column(f"test {self.metric.title}", justify="right")
         table.add_column("now")
         for name, label in self.labels.items():
             state = self.state[name]
@@ -136,13 +150,21 @@ def _scores(values: list[float], metric: Metric) -> str:
     if not values:
         return "-"
     best = max(values) if metric.higher_is_better else min(values)
-    return f"{best:.3f} (best of {len(values)})"
+    return f"{_digits(best, 3)} (best of {len(values)})"
 
 
 def _mean(values: list[float]) -> str:
-    return "-" if not values else f"{sum(values) / len(values):.3f} ({len(values)})"
+    return "-" if not values else f"{_digits(sum(values) / len(values), 3)} ({len(values)})"
+
+
+def _digits(value: float, digits: int) -> str:
+    """A score; one beyond a million in powers of ten."""
+    return f"{value:.{digits}f}" if abs(value) < 1e6 or math.isnan(value) else f"{value:.4g}"
 
 
 def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    """A rough time as people say it."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    return f"{round(whole / 60)} min" if whole < 6000 else f"{whole // 3600} h {whole % 3600 // 60} min"

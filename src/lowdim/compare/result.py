@@ -10,7 +10,7 @@ from lowdim.catalogue import BASELINES, Variant
 from lowdim.records import ComparedRun, LossCurve, MethodRecord, Trial
 from lowdim.train.metrics import Metric, difference_is_noise, interval
 
-__all__ = ["mark", "remarks", "summarise"]
+__all__ = ["equals", "mark", "remarks", "summarise"]
 
 _FAMILY = {"probe": "baseline", "full": "baseline", "adapter": "adapters", "optimizer": "optim", "layer": "layers"}
 
@@ -62,8 +62,11 @@ def summarise(
 
 
 def mark(rows: Sequence[MethodRecord], metric: Metric) -> MethodRecord | None:
-    """Mark the Pareto front of score and memory, and the methods within noise of the best; returns the best row."""
-    done = [row for row in rows if row.status == "ok"]
+    """Mark the Pareto front of score and memory, and the methods within noise of the best; returns the best row.
+
+    A trivial row is never the best nor on the front; it is marked if the best is not clearly better than it.
+    """
+    done = [row for row in rows if row.status == "ok" and not row.trivial]
     if not done:
         return None
     sign = 1.0 if metric.higher_is_better else -1.0
@@ -72,7 +75,31 @@ def mark(rows: Sequence[MethodRecord], metric: Metric) -> MethodRecord | None:
         error = sampling_error(best.hits, row.hits)
         row.within_noise = row is not best and difference_is_noise(best.scores, row.scores, error)
         row.pareto = not any(_dominates(other, row, sign) for other in done if other is not row)
+    for row in rows:
+        if row.trivial and row.scores:
+            row.within_noise = sign * (_mean(best) - _mean(row)) <= 0 or _close(best, row)
     return best
+
+
+def equals(best: MethodRecord, rows: Sequence[MethodRecord]) -> list[MethodRecord]:
+    """The best and the methods whose scores give no reason to prefer it.
+
+    With several seeds these are the ones within noise. One seed has no spread: there the error of the finite test set decides,
+    and where that is unknown (language models), scores within one per cent of the best.
+    """
+    several = len(best.scores) > 1
+    return [row for row in rows if row is best or (row.within_noise if several else _close(best, row))]
+
+
+def _close(best: MethodRecord, row: MethodRecord) -> bool:
+    """Whether the scores do not tell the two apart; a row that was never trained has one score for all seeds."""
+    seeds = len(best.scores)
+    scores, hits = (row.scores * seeds, row.hits * seeds) if row.trivial else (row.scores, row.hits)
+    error = sampling_error(best.hits, hits)
+    if seeds > 1:
+        return difference_is_noise(best.scores, scores, error)
+    gap = abs(_mean(best) - _mean(row))
+    return gap <= (1.96 * error if error else 0.01 * abs(_mean(best)))
 
 
 def sampling_error(best: Sequence[str], other: Sequence[str]) -> float:
@@ -94,6 +121,7 @@ def remarks(best: MethodRecord | None, rows: Sequence[MethodRecord], rounds: int
     if best is None:
         return []
     notes = []
+    rows = [row for row in rows if not row.trivial]
     near = [row for row in rows if row.within_noise]
     if near:
         names = ", ".join(row.label for row in near)
@@ -106,7 +134,7 @@ def remarks(best: MethodRecord | None, rows: Sequence[MethodRecord], rounds: int
             notes.append(f"{label} does as well, within noise, at {share:.2f} x the memory of {best.label}")
     if rounds < 3:
         notes.append(f"{_seeds(rounds)} can say little of the spread; --seeds 3 or more is better")
-    edge = [row.label for row in rows if row.status == "ok" and len(row.trials) > 2 and row.lr in _ends(row)]
+    edge = [row.label for row in rows if row.status == "ok" and row.lr in _ends(row)]
     if edge:
         notes.append(f"the chosen rate is at the edge of those tried for: {', '.join(edge)}; more --trials may help them")
     return notes
@@ -131,7 +159,7 @@ def _seeds(count: int) -> str:
     return "1 seed" if count == 1 else f"{count} seeds"
 
 
-def _ends(row: MethodRecord) -> tuple[float, float]:
-    """The smallest and the largest rate that were tried."""
-    rates = [trial.lr for trial in row.trials]
-    return min(rates), max(rates)
+def _ends(row: MethodRecord) -> tuple[float, ...]:
+    """The smallest and the largest rate, if at least three were tried: of two, each is an end."""
+    rates = {trial.lr for trial in row.trials}
+    return (min(rates), max(rates)) if len(rates) > 2 else ()

@@ -24,13 +24,16 @@ from lowdim.compare.live import LiveTable
 from lowdim.compare.result import mark, remarks, summarise
 from lowdim.compare.runs import Contest, Run, finished_record, perform
 from lowdim.compare.settings import DEFAULT_METHODS, TRAINING_METHODS, CompareSettings
+from lowdim.compare.trivial import trivial_rows
+from lowdim.compare.verdict import verdict
 from lowdim.compare.winner import export_winner
 from lowdim.errors import CheckpointError, DataError, LowdimError
 from lowdim.files import read_json, write_json
 from lowdim.linalg import derive_seed
 from lowdim.locking import exclusive
 from lowdim.outputs import check_replaceable
-from lowdim.records import ComparedRun, ComparisonRecord, MetricRecord, ModelRecord, claim
+from lowdim.records import ComparedRun, ComparisonRecord, MethodRecord, MetricRecord, ModelRecord, claim
+from lowdim.train.baselines import Majority, majority
 from lowdim.train.environment import environment
 from lowdim.train.fingerprint import check_fingerprint, fingerprint_of
 from lowdim.train.garbage import isolated_gc
@@ -39,7 +42,7 @@ from lowdim.train.metrics import Metric, metric_for
 from lowdim.train.neighbours import padding_note
 from lowdim.train.recipes import Recipe
 from lowdim.train.tasks import Task
-from lowdim.units import format_bytes
+from lowdim.units import format_bytes, format_seconds
 
 __all__ = ["compare"]
 
@@ -82,8 +85,10 @@ def _compare(settings: CompareSettings, folder: Path, resume: bool, console: Con
     earlier = _claim(folder, settings, resume)
     metric = metric_for(settings.task, settings.metric)
     usual = TRAINING_METHODS if settings.task == "pretrain" else DEFAULT_METHODS
-    chosen = [v for v in methods(",".join(settings.methods) or usual) if _suits(v, settings.task)]
-    if not chosen:
+    named = methods(",".join(settings.methods) or usual)
+    unfit = {v.name: reason for v in named if (reason := v.unfit(settings.task)) is not None}
+    chosen = named if settings.methods else [v for v in named if v.name not in unfit]
+    if len(unfit) == len(named):
         raise ValueError(
             f"--methods {','.join(settings.methods)} is for --task classify"
             if settings.task == "causal-lm"
@@ -94,7 +99,11 @@ def _compare(settings: CompareSettings, folder: Path, resume: bool, console: Con
     task = _task(settings, tokenizer)
     for kind, line in task.remarks():
         console.print(f"  [{'yellow' if kind == 'note' else 'dim'}]{kind}[/] {escape(line)}", highlight=False)
-    forecasts, skipped = _forecast(settings, task, chosen, tokenizer, console)
+    for variant in chosen:
+        if variant.name in unfit:
+            console.print(f"  [yellow]left out[/] {variant.label}: {unfit[variant.name]}", highlight=False)
+    forecasts, skipped = _forecast(settings, task, [v for v in chosen if v.name not in unfit], tokenizer, console)
+    skipped |= unfit
     bench = _contest(settings, task, metric, folder, tokenizer, console)
     check_fingerprint(bench.parts, earlier, folder)
     described = {**settings.to_dict(), "command": command, "fingerprint": bench.parts}
@@ -102,11 +111,13 @@ def _compare(settings: CompareSettings, folder: Path, resume: bool, console: Con
     able = [v for v in chosen if v.name not in skipped]
     rates = {v.name: v.rates_for(bench.scratch)[: settings.trials] for v in able}
     trials = [Run(v, "trial", i, rate, settings.seed) for v in able for i, rate in enumerate(rates[v.name])]
+    constant = majority(task, task.test)
     done = _run_all(settings, bench, able, trials, begun=begun, console=console)
     rows = [
         summarise(v, metric, done.trials(v), done.seeds(v), forecast=forecasts.get(v.name), reason=skipped.get(v.name))
         for v in chosen
     ]
+    rows += trivial_rows(metric, constant, bench.untouched)
     best = mark(rows, metric)
     result = ComparisonRecord(
         title=f"{task.name}: {models.resolve(settings.model).label}",
@@ -121,18 +132,19 @@ def _compare(settings: CompareSettings, folder: Path, resume: bool, console: Con
             parameters=sum(p.numel() for p in bench.model.parameters()),
             dtype=str(next(bench.model.parameters()).dtype).removeprefix("torch."),
         ),
-        data=task.data_record(),
+        data={**task.data_record(), **({"majority": constant.to_dict()} if constant else {})},
         settings=settings.to_dict(),
         budget_bytes=settings.budget,
         methods=rows,
-        notes=[*done.notes, *done.of_methods(), *remarks(best, rows, done.rounds)],
+        notes=[*done.notes, *done.of_methods(), *_constant(constant, best, metric), *remarks(best, rows, done.rounds)],
     )
     if best is not None:
-        result.winner = export_winner(bench, settings, tokenizer, best, folder)
+        pick, why = verdict(best, rows, metric)
+        result.winner = export_winner(bench, settings, tokenizer, pick, folder, why)
     result.seconds = round(time.monotonic() - begun, 1)
     result = _finish(result, folder, console)
     if best is None:
-        reasons = "; ".join(f"{row.label}: {row.reason}" for row in rows)
+        reasons = "; ".join(f"{row.label}: {row.reason}" for row in rows if not row.trivial)
         raise LowdimError(f"no method finished ({reasons}); the runs are in {folder / 'runs'}")
     return result.to_dict()
 
@@ -155,10 +167,18 @@ def _claim(folder: Path, settings: CompareSettings, resume: bool) -> dict[str, s
     return parts if isinstance(parts, dict) else {}
 
 
-def _suits(variant: Variant, task: str) -> bool:
-    if task == "pretrain" and variant.kind == "adapter":
-        return False
-    return not (variant.name == "linear-probe" and task != "classify")  # a language model has no new head to probe
+def _constant(constant: Majority | None, best: MethodRecord | None, metric: Metric) -> list[str]:
+    """What a constant answer scores by every metric, and what that says of the best method."""
+    if constant is None:
+        return []
+    notes = [constant.sentence]
+    if best is None or best.mean is None:
+        return notes
+    if constant.classes < 2:
+        notes.append(f"all test texts have the class {constant.name!r}: no score on them says anything")
+    elif all(hits == "".join(map(str, constant.hits)) for hits in best.hits):
+        notes.append(f"{best.label} is right on the test texts of {constant.name!r} and on no other, as that answer is")
+    return notes
 
 
 def _task(settings: CompareSettings, tokenizer: Any) -> Task:
@@ -240,6 +260,8 @@ def _contest(settings: CompareSettings, task: Task, metric: Metric, folder: Path
     if (note := padding_note(model, task)) is not None:
         task.notes = (*task.notes, note)
         console.print(f"  [yellow]note[/] {escape(note)}", highlight=False)
+    able = settings.task != "classify" or not getattr(model, "new_modules", head)  # a new head has no answers yet
+    untouched = task.score(model, task.test, metric) if able else None
     score = fit_head(model, head, task)
     if score is not None:
         console.print(
@@ -261,6 +283,7 @@ def _contest(settings: CompareSettings, task: Task, metric: Metric, folder: Path
         fingerprint=digest.hexdigest(),
         parts=parts,
         scratch=scratch,
+        untouched=untouched,
     )
 
 
@@ -291,30 +314,49 @@ class _Done:
 def _run_all(
     settings: CompareSettings, bench: Contest, able: list[Variant], trials: list[Run], *, begun: float, console: Console
 ) -> _Done:
-    """All trials, then rounds of one seed per method, so that all methods have as many seeds at a time limit."""
+    """Rounds of one trial per method, then of one seed, so that all have as many at a time limit."""
     done = _Done()
     planned = [*(run.variant for run in trials), *able * settings.seeds]
+    limit = settings.time_limit
+
+    def fits(live: LiveTable, variants: Sequence[Variant]) -> bool:
+        """Whether a run of each of these methods ends before the limit, as far as earlier runs tell."""
+        return limit is None or time.monotonic() - begun + live.seconds_of(variants) <= limit
+
     with LiveTable(console, bench.metric, planned, bench.steps) as live:
-        for run in trials:
-            done.runs.append(_one(bench, run, live))
-        rates = {v.name: _best_rate(done.trials(v), bench.metric) for v in able}
-        for index in range(settings.seeds):
-            ready = [v for v in able if rates[v.name] is not None]
-            left = live.seconds_left()
-            spent = time.monotonic() - begun
-            if index and settings.time_limit and left and spent + left / (settings.seeds - index) > settings.time_limit:
-                done.notes.append(
-                    f"the time limit of {settings.time_limit:.0f} s left room for {index} of {settings.seeds} seeds"
-                )
+        rounds = [[run for run in trials if run.index == i] for i in range(max((run.index for run in trials), default=-1) + 1)]
+        for index, group in enumerate(rounds):
+            todo = [run for run in group if finished_record(bench, run) is None]
+            if index and todo and not fits(live, [*(run.variant for run in todo), *able]):  # each method's seed follows
+                live.leave_out([run.variant for late in rounds[index:] for run in late])
+                done.notes.append(_late(limit, f"{index} of {len(rounds)} learning rates of each method"))
                 break
-            for v in ready:
-                rate = rates[v.name]
-                assert rate is not None
-                # The same seed for every method: same order of data, so differences are paired.
-                run = Run(v, "seed", index, rate, derive_seed(settings.seed, "run", index) % 2**31)
-                done.runs.append(_one(bench, run, live))
+            done.runs += [_one(bench, run, live) for run in group]
+        rates = {v.name: _best_rate(done.trials(v), bench.metric) for v in able}
+        ready = [v for v in able if rates[v.name] is not None]
+        for index in range(settings.seeds):
+            runs = [_seed_run(settings, v, index, rates[v.name]) for v in ready]
+            todo = [run.variant for run in runs if finished_record(bench, run) is None]
+            if index and todo and not fits(live, todo):
+                done.notes.append(_late(limit, f"{index} of {settings.seeds} seeds"))
+                break
+            done.runs += [_one(bench, run, live) for run in runs]
             done.rounds += 1
+    spent = time.monotonic() - begun
+    if limit is not None and spent > limit:
+        least = "every method is tried with at least one rate and one seed"
+        done.notes.append(f"the time limit of {format_seconds(limit)} was exceeded ({format_seconds(spent)}): {least}")
     return done
+
+
+def _seed_run(settings: CompareSettings, variant: Variant, index: int, rate: float | None) -> Run:
+    """The same seed for every method: same order of data, so differences are paired."""
+    assert rate is not None
+    return Run(variant, "seed", index, rate, derive_seed(settings.seed, "run", index) % 2**31)
+
+
+def _late(limit: float | None, what: str) -> str:
+    return f"the time limit of {format_seconds(limit or 0.0)} left room for {what}"
 
 
 def _one(bench: Contest, run: Run, live: LiveTable) -> ComparedRun:
@@ -356,7 +398,7 @@ def _finish(result: ComparisonRecord, folder: Path, console: Console) -> Compari
         place = f"winner  {folder / winner.folder} ({winner.format})"
         console.print(place, highlight=False, markup=False, soft_wrap=True)
     console.print(f"report  {folder / _PAGE}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"took    {result.seconds:.0f} s", highlight=False)
+    console.print(f"took    {format_seconds(result.seconds)}", highlight=False)
     return result
 
 

@@ -22,7 +22,7 @@ from lowdim.records import ComparedRun
 from lowdim.train.environment import environment
 from lowdim.train.loop import FitSettings, fit
 from lowdim.train.metrics import Metric
-from lowdim.train.tasks import Task
+from lowdim.train.tasks import Score, Task
 
 __all__ = ["WEIGHTS", "Contest", "Run", "finished_record", "perform"]
 
@@ -60,6 +60,7 @@ class Contest:
     fingerprint: str  # of everything that decides the numbers
     parts: dict[str, str] = field(default_factory=dict)  # of it, by name: the base model, tokenizer and data
     scratch: bool = False
+    untouched: Score | None = None  # of the model on the test part before any training, where it can answer
 
 
 def perform(bench: Contest, run: Run, *, on_step: Callable[[], None] = lambda: None) -> ComparedRun:

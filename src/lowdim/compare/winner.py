@@ -24,8 +24,12 @@ from lowdim.records import ComparedRun, MethodRecord, WinnerRecord
 __all__ = ["export_winner", "restore"]
 
 
-def export_winner(bench: Contest, settings: CompareSettings, tokenizer: Any, best: MethodRecord, folder: Path) -> WinnerRecord:
-    """Export the best method's model (of its first seed) to `winner/`; returns its entry in the report.
+def export_winner(
+    bench: Contest, settings: CompareSettings, tokenizer: Any, best: MethodRecord, folder: Path, why: str = ""
+) -> WinnerRecord:
+    """Export the chosen method's model (of its first seed) to `winner/`; returns its entry in the report.
+
+    The size of the weights there becomes the method's `file_bytes`: a merged model is larger than what a run keeps.
 
     An adapter with a low-rank update (or that PEFT has itself) is exported as a PEFT folder, everything else merged.
     """
@@ -37,16 +41,18 @@ def export_winner(bench: Contest, settings: CompareSettings, tokenizer: Any, bes
     with own_files(folder / "winner", folder / "runs" / "winner.json") as draft:
         result = export(model, draft, kind, tokenizer=tokenizer, source=models.resolve(settings.model), joint=bench.task.joint)
         difference = _check(model, bench, settings, result, draft)
-    spread, count = best.interval, len(best.scores)
-    shown = f" [{spread[0]:.3f}, {spread[1]:.3f}]" if spread else ""
+    files = [file for file in (folder / "winner").rglob("*") if file.is_file()]
+    best.file_bytes = sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
     return WinnerRecord(
         method=best.name,
-        why=f"{best.label} is best: {bench.metric.name} {best.mean:.3f}{shown} over {count} seed{'s' * (count > 1)}",
+        why=why,
         folder="winner",
         format="PEFT adapter" if kind == "peft" else "merged model",
         exported=f"seed {index + 1}",
         largest_difference=difference,
         how_to_load=result.how_to_load,
+        file_bytes=best.file_bytes,
+        folder_bytes=sum(file.stat().st_size for file in files),
     )
 
 

@@ -251,7 +251,7 @@ def load_model(
         )
     if source.gguf:
         _forget_quantization(model)
-    whole.new_modules = tuple(sorted(new))
+    whole.new_modules = ("classifier",) if pooled else tuple(sorted(new))
     if pad_token_id is not None:
         declare_padding(model, pad_token_id)
     whole.config._name_or_path = source.path

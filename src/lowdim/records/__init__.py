@@ -1,7 +1,16 @@
 """The records of runs, comparisons and compressions: dataclasses that write their JSON files and read them again."""
 
 from lowdim.records.base import Record, claim
-from lowdim.records.comparison import ComparisonRecord, LossCurve, MethodRecord, MetricRecord, ModelRecord, Trial, WinnerRecord
+from lowdim.records.comparison import (
+    ComparisonRecord,
+    LossCurve,
+    MethodRecord,
+    MetricRecord,
+    ModelRecord,
+    Trial,
+    WinnerRecord,
+    metric_title,
+)
 from lowdim.records.compression import CompressionRecord
 from lowdim.records.run import RUN, ComparedRun, RunRecord
 
@@ -19,4 +28,5 @@ __all__ = [
     "Trial",
     "WinnerRecord",
     "claim",
+    "metric_title",
 ]

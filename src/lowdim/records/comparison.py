@@ -7,7 +7,31 @@ from typing import Any, ClassVar
 
 from lowdim.records.base import Record
 
-__all__ = ["ComparisonRecord", "LossCurve", "MethodRecord", "MetricRecord", "ModelRecord", "Trial", "WinnerRecord"]
+__all__ = [
+    "ComparisonRecord",
+    "LossCurve",
+    "MethodRecord",
+    "MetricRecord",
+    "ModelRecord",
+    "Trial",
+    "WinnerRecord",
+    "metric_title",
+]
+
+
+#: Metrics whose name alone does not say how classes are averaged.
+_TITLES = {"f1": "f1 (macro)"}
+
+
+def metric_title(name: str) -> str:
+    """The name of a metric as it is printed: F1 here is the mean over the classes.
+
+    Example:
+        >>> from lowdim.records import metric_title
+        >>> metric_title("f1"), metric_title("accuracy")
+        ('f1 (macro)', 'accuracy')
+    """
+    return _TITLES.get(name, name)
 
 
 @dataclass(frozen=True)
@@ -39,6 +63,7 @@ class MethodRecord(Record):
     Attributes:
         name, label, family: of the catalogue; `label` is what tables print.
         baseline: whether it is a baseline.
+        trivial: whether nothing was trained: a constant answer, or the model as it was. Such a row is no candidate.
         status: "ok", "skipped" (it was never run) or "failed".
         reason: why it was skipped, failed, or lost some of its runs.
         lr: the rate that was chosen among `trials`.
@@ -47,13 +72,16 @@ class MethodRecord(Record):
         hits: of each seed, right or wrong text by text.
         curves: the losses of each seed.
         pareto: whether no other method is better in score and memory.
-        within_noise: whether it differs from the best by no more than noise (None: not known).
+        within_noise: whether it differs from the best by no more than noise (None: not known); of a trivial row: whether the
+            best is not clearly better than it.
+        file_bytes: size of the run's saved weights; of the winner, that of the weights in `winner/`.
     """
 
     name: str
     label: str = ""
     family: str = ""
     baseline: bool = False
+    trivial: bool = False
     status: str = "ok"
     reason: str | None = None
     lr: float | None = None
@@ -71,6 +99,10 @@ class MethodRecord(Record):
     curves: list[LossCurve] = field(default_factory=list)
     pareto: bool = False
     within_noise: bool | None = False
+
+    def left_out(self) -> set[str]:
+        """`trivial` where it is False: rows of versions without such rows are written as they were."""
+        return set() if self.trivial else {"trivial"}
 
 
 @dataclass(frozen=True)
@@ -102,6 +134,7 @@ class WinnerRecord(Record):
         exported: which of its seeds.
         largest_difference: between the logits of the exported and the trained model (None: not checked).
         how_to_load: Python code.
+        file_bytes, folder_bytes: of its weights (`*.safetensors`), and of all its files.
     """
 
     method: str
@@ -111,6 +144,12 @@ class WinnerRecord(Record):
     exported: str
     largest_difference: float | None
     how_to_load: str
+    file_bytes: int | None = None
+    folder_bytes: int | None = None
+
+    def left_out(self) -> set[str]:
+        """Sizes that were not recorded."""
+        return {name for name in ("file_bytes", "folder_bytes") if getattr(self, name) is None}
 
 
 @dataclass(kw_only=True)

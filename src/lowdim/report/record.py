@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from lowdim.records import LossCurve, MethodRecord, Trial
+from lowdim.records import LossCurve, MethodRecord, Trial, metric_title
 from lowdim.report.text import number, plain
 
 __all__ = ["Candidate", "Comparison", "curve", "mapping", "read", "thin"]
@@ -67,12 +67,22 @@ class Comparison:
 
     @property
     def ranked(self) -> list[Candidate]:
-        """Those with a score, best first."""
-        return [c for c in self.candidates if c.ok and c.mean is not None]
+        """Those that were trained and have a score, best first."""
+        return [c for c in self.finished if c.mean is not None and not c.trivial]
+
+    @property
+    def compared(self) -> list[Candidate]:
+        """All but the trivial rows."""
+        return [c for c in self.candidates if not c.trivial]
+
+    @property
+    def unbeaten(self) -> Candidate | None:
+        """The trivial row that the best is not clearly better than, if there is one; of two, the better."""
+        return next((c for c in self.candidates if c.trivial and c.within_noise and c.mean is not None), None)
 
     @property
     def finished(self) -> list[Candidate]:
-        """Those that ran, with or without a score."""
+        """Those that ran, with or without a score, and the trivial rows."""
         return [c for c in self.candidates if c.ok]
 
     @property
@@ -172,7 +182,7 @@ def read(comparison: Any) -> Comparison:
         version=plain(record.get("lowdim"), 40),
         command=plain(record.get("command"), 2000),
         task=plain(record.get("task"), 80),
-        metric=plain(metric.get("name"), 60) or "score",
+        metric=metric_title(plain(metric.get("name"), 60)) or "score",
         higher=higher,
         environment=mapping(record.get("environment")),
         model=mapping(record.get("model")),
@@ -209,6 +219,7 @@ def _candidate(record: Mapping[str, Any], index: int) -> Candidate:
         status=status,
         reason=plain(record.get("reason"), 4000),
         baseline=record.get("baseline") is True,
+        trivial=record.get("trivial") is True,
         lr=number(record.get("lr")),
         trials=[Trial(lr, score) for lr, score in sorted((r, s) for r, s in pairs if r is not None and s is not None)],
         rates=[r for r, _ in pairs if r is not None],

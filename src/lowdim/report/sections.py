@@ -72,8 +72,15 @@ def key_figures(comparison: Comparison) -> str:
         ("Time per step", duration(chosen.seconds_per_step), against_baseline("seconds_per_step")),
         ("Trained parameters", count(chosen.trained_parameters), against_baseline("trained_parameters")),
         ("Saved file", size(chosen.file_bytes), against_baseline("file_bytes")),
+        *_trivial_tiles(comparison),
     ]
     return tile_list(tiles, f"Numbers of {chosen.label}")
+
+
+def _trivial_tiles(comparison: Comparison) -> list[tuple[str, str, str]]:
+    """What was never trained scores, next to the chosen method's numbers."""
+    rows = [c for c in comparison.finished if c.trivial]
+    return [(c.label, comparison.score(c.mean), f"{comparison.metric}: {c.reason}" if c.reason else "") for c in rows]
 
 
 def tile_list(tiles: list[tuple[str, str, str]], label: str) -> str:
@@ -121,12 +128,13 @@ def _row(comparison: Comparison, candidate: Candidate, shape: str) -> str:
     tag = '<span class="tag win">pick</span>' if chosen else ""
     near = ""
     if candidate.within_noise and candidate is not comparison.best:
-        near = '<span class="near" title="within noise of the best" aria-hidden="true">≈</span>'
-        near += '<span class="sr">within noise of the best</span>'
+        words = "the best is not clearly better" if candidate.trivial else "within noise of the best"
+        near = f'<span class="near" title="{words}" aria-hidden="true">≈</span><span class="sr">{words}</span>'
     total, trained = number(comparison.model.get("parameters")), candidate.trained_parameters
     share = percent(trained / total) if total and trained is not None and trained <= total else ""
     off = error(candidate.forecast_peak_bytes, candidate.measured_peak_bytes)
-    under = [esc(part) for part in dict.fromkeys(["baseline" if candidate.baseline else "", candidate.family]) if part]
+    kind = "not trained" if candidate.trivial else "baseline" if candidate.baseline else ""
+    under = [esc(part) for part in dict.fromkeys([kind, "" if candidate.trivial else candidate.family]) if part]
     under += [f'<span class="nb">lr {rate(candidate.lr)}</span>'] if candidate.lr is not None else []
     cells = [
         _cell(candidate.mean, f'<div class="scored"><div><b>{comparison.score(candidate.mean)}</b>{near}'

@@ -19,18 +19,22 @@ def headline(comparison: Comparison) -> tuple[str, str]:
         return _nothing(comparison)
     chosen = comparison.chosen or best
     others = [c for c in comparison.ranked if c is not chosen]
+    if (trivial := comparison.unbeaten) is not None:
+        return _unbeaten(comparison, trivial, best)
     if not others:
-        tried = len(comparison.candidates)
+        tried = len(comparison.compared)
         alone = f", the only one of {tried} candidates with a score" if tried > 1 else ""
         return chosen.label, _sentence(f"{_score(comparison, chosen)}{_peak(chosen)}{alone}.")
     level = "highest" if comparison.higher else "lowest"
+    near = [c for c in comparison.ranked if c.within_noise and c is not best]
+    if len(near) == len(others):
+        return _undecided(comparison, chosen, best)
     if chosen is not best:
         verdict = f"{chosen.label} is the pick"
         relation = "within noise of" if chosen.within_noise else "behind" if chosen.mean is not None else "chosen over"
         rest = f"{_score(comparison, chosen)}{_peak(chosen)}, {relation} the {level} score ({best.label}, "
         rest += f"{comparison.score(best.mean)}){_cost(chosen, best)}."
         return verdict, _sentence(rest)
-    near = [c for c in others if c.within_noise]
     # With one seed, or without information on noise, the best score decides nothing.
     settled = not near and all(len(c.scores) > 1 for c in (chosen, *others)) and any(c.within_noise is False for c in others)
     verdict = f"{chosen.label} {'wins' if settled else 'scores best'}"
@@ -38,19 +42,38 @@ def headline(comparison: Comparison) -> tuple[str, str]:
     return verdict, _sentence(rest) + _near(chosen, near) + _against(comparison, chosen)
 
 
+def _unbeaten(comparison: Comparison, trivial: Candidate, best: Candidate) -> tuple[str, str]:
+    """Where the best is not clearly better than what was never trained."""
+    what = (trivial.reason or "").strip() or trivial.label
+    rest = f"{what} gives {comparison.metric} {comparison.score(trivial.mean)}; "
+    rest += f"the best method, {best.label}, has {_score(comparison, best)}."
+    tell = " Compare by f1 (macro) or mcc, which give a constant answer no credit." if comparison.metric == "accuracy" else ""
+    return f"No method is clearly better than {trivial.label.lower()}", _sentence(rest) + tell
+
+
+def _undecided(comparison: Comparison, chosen: Candidate, best: Candidate) -> tuple[str, str]:
+    """Where all methods are within noise of the best."""
+    rest = f"all {len(comparison.ranked)} methods are within noise of {best.label}, {_score(comparison, best)}."
+    pick = f" {chosen.label} is the pick{_peak(chosen)}"
+    if chosen is not best:
+        pick += f", {comparison.metric} {comparison.score(chosen.mean)}{_cost(chosen, best)}"
+    return "No difference was shown", _sentence(rest) + pick + "."
+
+
 def caveats(comparison: Comparison) -> list[str]:
     """Caveats that a careful reader should know before acting on the headline."""
     ranked = comparison.ranked
+    ran = [c for c in comparison.finished if not c.trivial]
     lines = [*_seeds(comparison), *_noise(comparison), *_test_set(comparison)]
     edge = [c.label for c in ranked if c.at_edge]
     if edge:
         word = "its best learning rate was" if len(edge) == 1 else "the best learning rate was"
         lines.append(f"{_some(edge)}: {word} the smallest or largest one tried. A wider search could change the ranking.")
-    lines += [f"{c.label}: {c.reason.strip().splitlines()[0]}" for c in comparison.finished if c.reason and c.reason.strip()]
-    lost = [c.label for c in comparison.finished if any(line.lost for line in c.curves)]
+    lines += [f"{c.label}: {c.reason.strip().splitlines()[0]}" for c in ran if c.reason and c.reason.strip()]
+    lost = [c.label for c in ran if any(line.lost for line in c.curves)]
     if lost:
         lines.append(f"{_some(lost)}: the training loss was not finite at some steps.")
-    over = [c.label for c in comparison.finished if _over(c, comparison.budget)]
+    over = [c.label for c in ran if _over(c, comparison.budget)]
     if over:
         lines.append(f"{_some(over)}: measured peak memory is above the budget of {size(comparison.budget)}.")
     lines += _forecasts(comparison)
@@ -60,17 +83,17 @@ def caveats(comparison: Comparison) -> list[str]:
     parts = [f"{states['skipped']} {'was' if states['skipped'] == 1 else 'were'} skipped"] if states["skipped"] else []
     parts += [f"{states['failed']} failed"] if states["failed"] else []
     if parts and ranked:
-        lines.append(f"Of {plural(len(comparison.candidates), 'candidate')}, {series(parts)}: see the reasons below.")
+        lines.append(f"Of {plural(len(comparison.compared), 'candidate')}, {series(parts)}: see the reasons below.")
     return lines
 
 
 def _nothing(comparison: Comparison) -> tuple[str, str]:
-    if not comparison.candidates:
+    if not comparison.compared:
         return "Nothing was compared", "The record holds no methods."
-    if comparison.finished:
-        return "No method has a score", f"{plural(len(comparison.finished), 'method')} ran, but the record holds no scores."
-    skipped = sum(c.status == "skipped" for c in comparison.candidates)
-    failed = len(comparison.candidates) - skipped
+    if ran := [c for c in comparison.finished if not c.trivial]:
+        return "No method has a score", f"{plural(len(ran), 'method')} ran, but the record holds no scores."
+    skipped = sum(c.status == "skipped" for c in comparison.compared)
+    failed = len(comparison.compared) - skipped
     parts = [f"{failed} failed"] if failed else []
     parts += [f"{skipped} {'was' if skipped == 1 else 'were'} skipped"] if skipped else []
     return "No method finished", f"{series(parts)}; the reasons are below."

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowdim.outputs import write_page
+from lowdim.records import metric_title
 from lowdim.report import sections
 from lowdim.report.frame import answer, chart, document, footer, method_view, trust
 from lowdim.report.record import Candidate, curve, items, mapping, thin
@@ -47,6 +48,7 @@ def render_run(run: Mapping[str, Any]) -> str:
     method = mapping(run.get("method")) or {"name": run.get("method")}
     name = plain(run.get("label") or method.get("label") or method.get("name"), 120) or "Run"
     metric = plain(mapping(run.get("metric")).get("name") or run.get("metric"), 60) if run.get("metric") else "score"
+    metric = metric_title(metric)
     scores = [(f"{kind}{metric}", value) for key, kind in _SCORES if (value := number(run.get(key))) is not None]
     losses = run.get("losses")
     steps = items(run.get("loss_steps"))

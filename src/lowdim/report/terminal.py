@@ -32,7 +32,7 @@ def table(comparison: Mapping[str, Any], width: int | None = None) -> Table:
     Example:
         >>> record = {"methods": [{"name": "lora", "mean": 0.8, "interval": [0.7, 0.9]}]}
         >>> [str(column.header) for column in table(record, width=60).columns]
-        ['Method', 'score', 'Peak', 's/step', '★']
+        ['Method', 'score', 'Peak', 'Step', '★']
     """
     from rich import box
     from rich.console import Console
@@ -54,7 +54,7 @@ def table(comparison: Mapping[str, Any], width: int | None = None) -> Table:
         ("Trained", not narrow, "right"),
         ("Peak", True, "right"),
         ("Forecast", wide, "right"),
-        ("s/step", True, "right"),
+        ("Step", True, "right"),
         ("File", wide, "right"),
         ("★", True, "center"),
     ]

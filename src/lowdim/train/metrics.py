@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowdim.errors import MissingExtraError, check_choice
+from lowdim.records import metric_title
 
 __all__ = ["METRICS", "Metric", "classification_score", "difference_is_noise", "interval", "metric_for", "science"]
 
@@ -22,6 +23,11 @@ class Metric:
     higher_is_better: bool
     low: float = 0.0
     high: float = 1.0
+
+    @property
+    def title(self) -> str:
+        """As it is printed, with the kind of average: `f1 (macro)`."""
+        return metric_title(self.name)
 
     def better(self, a: float, b: float) -> bool:
         """Whether `a` beats `b`; a NaN beats nothing."""
@@ -63,6 +69,8 @@ def classification_score(metric: str, labels: Sequence[int], predictions: Sequen
         return float(scores.accuracy_score(labels, predictions))
     if metric == "f1":
         return float(scores.f1_score(labels, predictions, average="macro", zero_division=0))
+    if len({*labels, *predictions}) < 2:
+        return 0.0  # one class alone: no correlation, and a warning from scikit-learn
     return float(scores.matthews_corrcoef(labels, predictions))
 
 

@@ -52,6 +52,13 @@ class Companion:
     def finish(self) -> None:
         """Runs once, after the last step and before the model is evaluated, merged or saved."""
 
+    def compact(self) -> bool:
+        """Runs once, after `finish`, where the trained model is to be written; the training cannot go on afterwards.
+
+        Puts plain small layers in the place of those that the method has found to be smaller; True if it did.
+        """
+        return False
+
     def found_ranks(self) -> dict[str, int]:
         """Layer -> rank now, for methods that choose ranks while they train; it goes into the record of a run."""
         return {}

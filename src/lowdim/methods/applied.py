@@ -102,6 +102,14 @@ class Applied:
         """Layer -> rank now, where the method chooses them while it trains."""
         return {name: rank for each in self.companions for name, rank in each.found_ranks().items()}
 
+    def compact(self) -> bool:
+        """Call before the trained model is evaluated and written: layers become as small as the method has found they can be.
+
+        Returns:
+            Whether any did: the model is then written by `lowdim.pretrained.save_compressed`.
+        """
+        return sum(each.compact() for each in self.companions) > 0
+
     def finish(self) -> None:
         """Call once, after the last step and before the model is evaluated, merged or saved."""
         for each in self.companions:

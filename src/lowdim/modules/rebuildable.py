@@ -16,6 +16,7 @@ __all__ = ["Rebuildable", "describe_layers", "known_classes", "layer_class", "pl
 
 #: Class name in files -> the module that it is imported from.
 _HOMES = {
+    "InterpolativeLinear": "lowdim.modules",
     "LowRankLinear": "lowdim.modules",
     "WeLoreLinear": "lowdim.compress",
 }

@@ -32,7 +32,7 @@ from lowdim.train.loop import FitResult, FitSettings, check_tracker, fit
 from lowdim.train.metrics import Metric, metric_for
 from lowdim.train.neighbours import padding_note
 from lowdim.train.recipes import Recipe, load_recipe
-from lowdim.train.saving import save_plain, whole_state
+from lowdim.train.saving import make_small, save_plain, whole_state
 from lowdim.train.tasks import Task
 
 __all__ = ["load_run", "run_recipe"]
@@ -211,6 +211,9 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
         LowdimError: the loss, or an output, is not finite.
     """
     task, applied, variant = start.base.task, start.applied, run.strategy.variant
+    small = not result.failure and make_small(applied)  # what is scored is what will be written
+    if small:
+        run.say(f"note: {run.folder / 'model'} is written in compressed form; from_pretrained loads it after import lowdim")
     validation = math.nan if result.failure else task.evaluate(applied.model, task.validation, run.metric)
     if not math.isfinite(validation):
         reason = result.failure or "the trained model's outputs are not finite"
@@ -250,7 +253,7 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
         if applied.adapted is not None:
             applied.adapted.save(run.folder / "adapter")
         else:
-            save_plain(applied.model, run.folder / "model", start.base.tokenizer, whole, joint=task.joint)
+            save_plain(applied.model, run.folder / "model", start.base.tokenizer, whole, joint=task.joint, small=small)
         record = dataclasses.replace(record, files=_written(run.folder))
         record.write(run.folder)
     return record.to_dict()

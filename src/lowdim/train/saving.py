@@ -10,8 +10,9 @@ from torch import nn
 from lowdim.errors import LowdimError
 from lowdim.files import whole_folder
 from lowdim.linalg import is_sharded
+from lowdim.methods import Applied
 
-__all__ = ["save_plain", "whole_state"]
+__all__ = ["make_small", "save_plain", "whole_state"]
 
 
 def whole_state(model: nn.Module) -> dict[str, Any] | None:
@@ -26,17 +27,42 @@ def whole_state(model: nn.Module) -> dict[str, Any] | None:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
+def make_small(applied: Applied) -> bool:
+    """Make the trained layers as small as the method has found they can be, if a checkpoint can hold that; True if any is."""
+    from transformers import PreTrainedModel
+
+    model = applied.model
+    if not isinstance(model, PreTrainedModel) or any(is_sharded(p) for p in model.parameters()):
+        return False
+    return applied.compact()
+
+
 def save_plain(
-    model: Any, folder: Path, tokenizer: Any, whole: dict[str, Any] | None = None, *, joint: str | None = None
+    model: Any,
+    folder: Path,
+    tokenizer: Any,
+    whole: dict[str, Any] | None = None,
+    *,
+    joint: str | None = None,
+    small: bool = False,
 ) -> None:
-    """Save a whole model for other tools; `whole` holds its tensors if it is sharded, and `joint` is as in `export`.
+    """Save a whole model for other tools.
+
+    Args:
+        whole: its tensors, if it is sharded.
+        joint: as in `export`.
+        small: keep its compressed layers, as `lowdim.pretrained.save_compressed` writes them.
 
     Raises:
         LowdimError: a sharded model has structured layers, which can be made plain only in one process.
     """
     from lowdim.export import export
     from lowdim.layers.core.swap import structured_layers
+    from lowdim.pretrained import save_compressed
 
+    if small:
+        save_compressed(model, folder, tokenizer)
+        return
     if whole is None:
         export(model, folder, "merged", tokenizer=tokenizer, joint=joint)
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import nn
 from lowdim.layers.maestro.components import OrderedComponents
 from lowdim.layers.maestro.layers import MaestroConv2d, MaestroLinear
 from lowdim.linalg import is_sharded
+from lowdim.modules import InterpolativeLinear, LowRankLinear
 from lowdim.surgery import Patterns, as_linear, find_layers, float_dtype, is_linear, is_matrix_layer, swap_layers, without_tied
 
-__all__ = ["maestro_decompose", "maestro_layers", "maestro_merge", "maestro_recalibrate"]
+__all__ = ["maestro_compact", "maestro_decompose", "maestro_layers", "maestro_merge", "maestro_recalibrate"]
 
 
 def maestro_decompose(model: nn.Module, *, target_modules: Patterns = None) -> nn.Module:
@@ -49,7 +50,7 @@ def maestro_decompose(model: nn.Module, *, target_modules: Patterns = None) -> n
     def make(_: str, layer: nn.Module) -> nn.Module:
         if isinstance(layer, nn.Conv2d):
             return MaestroConv2d.from_conv(layer)
-        return MaestroLinear.from_linear(as_linear(layer, dtype=dtype))
+        return MaestroLinear.from_linear(as_linear(layer, dtype=dtype)).take_place_of(layer)
 
     layers, _ = without_tied(model, find_layers(model, target_modules, accept=accept), named=named)
     dtype = float_dtype(model)
@@ -80,9 +81,7 @@ def maestro_merge(model: nn.Module) -> nn.Module:
     Source: Horváth et al., "Maestro", ICML 2024, arXiv 2308.14929.
     """
     found = maestro_layers(model)
-    sharded = [name for name, layer in found.items() if is_sharded(layer.U)]
-    if sharded:
-        raise ValueError(f"model must hold whole parameters; got sharded ones (DTensor) in {sharded[0]}. Gather it first")
+    _check_whole(found)
     dense: dict[str, nn.Module] = {}
     for name, layer in found.items():
         out_features, in_features = layer.dense_shape
@@ -96,8 +95,62 @@ def maestro_merge(model: nn.Module) -> nn.Module:
     return model
 
 
+def maestro_compact(model: nn.Module) -> dict[str, nn.Module]:
+    """Put plain small layers in the place of trained Maestro ones, in place, each in its smallest exact form.
+
+    Formula: at rank r a layer becomes `LowRankLinear` (r (out + in) numbers), `InterpolativeLinear` (r (out + in − r) and r
+    indices) or dense (out · in), whichever holds the fewest. Convolutions become dense.
+
+    Returns:
+        Name -> new layer, of those that are smaller than dense ones. Build a new optimizer afterwards.
+
+    Raises:
+        ValueError: the parameters are sharded (gather them first).
+
+    Example:
+        >>> from torch import nn
+        >>> from lowdim.layers import MaestroLinear
+        >>> from lowdim.layers.maestro.model import maestro_compact
+        >>> model = nn.Sequential(MaestroLinear(8, 8), MaestroLinear(8, 8), MaestroLinear(8, 8))
+        >>> model[1].rank, model[2].rank = 6, 2
+        >>> _ = maestro_compact(model)
+        >>> [type(layer).__name__ for layer in model]
+        ['Linear', 'InterpolativeLinear', 'LowRankLinear']
+
+    Source: Horváth et al., "Maestro", ICML 2024, arXiv 2308.14929.
+    """
+    found = maestro_layers(model)
+    _check_whole(found)
+    swap_layers(model, found, _smallest)
+    small = (LowRankLinear, InterpolativeLinear)
+    return {name: new for name in found if isinstance(new := model.get_submodule(name), small)}
+
+
+@torch.no_grad()
+def _smallest(name: str, layer: Any) -> nn.Module:
+    """The layer in its smallest exact form; a rank of 0 is kept as a rank of 1 with zeros."""
+    (out_features, in_features), rank = layer.dense_shape, layer.rank
+    dense, factored = out_features * in_features, rank * (out_features + in_features)
+    interpolated = factored - rank * rank + rank
+    if not isinstance(layer, MaestroLinear) or min(factored, interpolated) >= dense:
+        return _plain(name, layer)
+    U, V = layer.prefix(rank)
+    if rank == 0:
+        U, V = layer.U.new_zeros(out_features, 1), layer.V.new_zeros(1, in_features)
+    thin = factored <= interpolated
+    new = LowRankLinear.from_factors(V, U, layer.bias) if thin else InterpolativeLinear.from_product(U, V, layer.bias)
+    new.transposed = layer.transposed
+    return new.train(layer.training)
+
+
+def _check_whole(layers: Mapping[str, OrderedComponents]) -> None:
+    sharded = [name for name, layer in layers.items() if is_sharded(layer.U)]
+    if sharded:
+        raise ValueError(f"model must hold whole parameters; got sharded ones (DTensor) in {sharded[0]}. Gather it first")
+
+
 def _plain(_: str, layer: Any) -> nn.Module:
-    return layer.to_conv() if isinstance(layer, MaestroConv2d) else layer.to_linear()
+    return layer.to_conv() if isinstance(layer, MaestroConv2d) else layer.to_plain()
 
 
 def maestro_layers(model: nn.Module) -> dict[str, OrderedComponents]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lowdim.companion import Companion
 from lowdim.errors import CheckpointError, check_choice, check_float, check_int
-from lowdim.layers.maestro.model import maestro_layers
+from lowdim.layers.maestro.model import maestro_compact, maestro_layers
 from lowdim.linalg import real_numbers, stream
 
 __all__ = ["MaestroSampler", "MaestroTraining"]
@@ -286,6 +286,10 @@ class MaestroTraining(Companion):
         found = {name: layer.shrink(self.threshold) for name, layer in self.sampler.layers.items()}
         self.sampler.reset()
         return found
+
+    def compact(self) -> bool:
+        """`maestro_compact`; False if no layer became smaller than a dense one."""
+        return bool(maestro_compact(self.model))
 
     def found_ranks(self) -> dict[str, int]:
         """The current rank of every layer."""

@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constrain
 # Neighbouring tests share models and runs that each process makes once, so each process starts with its own contiguous part.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist worksteal
 
-.PHONY: help demo test test-slow mutants fuzz lint format types layers docs tables bench ci clean setup-demo setup-test setup-dev
+.PHONY: help demo test test-slow mutants kill-sweep fuzz lint format types layers docs tables bench ci clean setup-demo setup-test setup-dev
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ mutants: setup-test  ## plant faults in a copy, one at a time; report those that
 
 fuzz: setup-test  ## damage 100,000 files, one at a time, and read them; results/fuzz.json lists those that are not answered rightly
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --count 100000
+
+kill-sweep: setup-test  ## kill commands at every write and at random, resume them, compare all bits; writes results/kill-sweep.json
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_sweep.py
 
 lint: setup-dev  ## ruff: check rules and format
 	$(BIN)/ruff check .

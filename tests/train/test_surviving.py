@@ -269,3 +269,18 @@ def test_the_state_of_a_companion_is_checked(tmp_path):
     flip(file, random.Random(0))
     with pytest.raises(CheckpointError, match=r"companion\.pt is damaged"):
         run_recipe(recipe(tmp_path, **keys), resume=True)
+
+
+def test_what_a_kill_left_of_checkpoints_is_put_in_order(whole, tmp_path):
+    """Killed while an older one was removed, and just before the manifest of the newest."""
+    out = shutil.copytree(whole(), tmp_path / "out")
+    place = out / "checkpoints"
+    shutil.copytree(place / "checkpoint-2", place / "checkpoint-1")
+    (place / "checkpoint-1" / "trainer_state.json").unlink()
+    (place / "checkpoint-1" / "manifest.json").unlink()
+    (place / "checkpoint-4" / "manifest.json").unlink()
+    (out / "run.json").unlink()
+    run_recipe(recipe(out), resume=True)
+    assert sorted(p.name for p in place.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    again, before = (folder / "checkpoints" / "checkpoint-4" / "manifest.json" for folder in (out, whole()))
+    assert again.read_bytes() == before.read_bytes()

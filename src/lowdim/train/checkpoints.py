@@ -15,7 +15,7 @@ from lowdim.errors import CheckpointError
 from lowdim.files import read_json, read_json_object, write_json
 from lowdim.train.fingerprint import check_fingerprint
 
-__all__ = ["MANIFEST", "checkpoint_errors", "complete", "discard", "newest_checkpoint", "rotate"]
+__all__ = ["MANIFEST", "checkpoint_errors", "complete", "discard", "newest_checkpoint", "rotate", "step_of"]
 
 MANIFEST = "manifest.json"
 _REMEDY = "remove that folder, and --resume continues from the checkpoint before it, or from the beginning"
@@ -59,8 +59,8 @@ def _is_complete(checkpoint: Path) -> bool:
 
 def _check_state(checkpoint: Path) -> None:
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    history = read_json_object(checkpoint / TRAINER_STATE_NAME).get("log_history")
-    if type(state.global_step) is not int or state.global_step != _step(checkpoint):
+    history = read_json_object(checkpoint / TRAINER_STATE_NAME).get("log_history", [])
+    if type(state.global_step) is not int or state.global_step != step_of(checkpoint):
         raise ValueError(f"{TRAINER_STATE_NAME} is of step {state.global_step!r}")
     if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
         raise ValueError(f"log_history in {TRAINER_STATE_NAME} is not a list of objects")
@@ -68,7 +68,7 @@ def _check_state(checkpoint: Path) -> None:
 
 def rotate(folder: Path, keep: int, step: int) -> None:
     """Remove all checkpoints up to this step except the newest complete ones; clocks play no part."""
-    earlier = [path for path in _by_step(folder) if _step(path) <= step]
+    earlier = [path for path in _by_step(folder) if step_of(path) <= step]
     kept = [path for path in earlier if _is_complete(path)][-keep:]
     for path in earlier:
         if path not in kept:
@@ -96,8 +96,9 @@ def checkpoint_errors(checkpoint: str | Path | None) -> Iterator[None]:
 
 def _by_step(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, from its name."""
     return int(checkpoint.name.rpartition("-")[2])

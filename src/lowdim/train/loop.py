@@ -79,7 +79,6 @@ def _fit(
     fingerprint: Mapping[str, str] | None,
 ) -> FitResult:
     from lowdim.train import trainer as trainers
-    from lowdim.train.checkpoints import newest_checkpoint
 
     result = FitResult()
     recorder = trainers.Recorder(applied.model, measure_memory)
@@ -98,7 +97,7 @@ def _fit(
         trainer.add_callback(callback)
     try:
         with quiet():  # otherwise there is a progress bar for each checkpoint
-            trainer.train(resume_from_checkpoint=newest_checkpoint(folder, fingerprint) if resume else None)
+            trainer.train(resume_from_checkpoint=trainer.resume_point(folder) if resume else None)
     except (FloatingPointError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         # The second: decomposing a gradient that is not finite.
         result.failure = str(error)

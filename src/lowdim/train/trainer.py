@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from lowdim.methods import Applied
 from lowdim.optim import ProjectedOptimizer
 from lowdim.pretrained.guard import writes_checkpoints
-from lowdim.train.checkpoints import checkpoint_errors, complete, discard, newest_checkpoint, rotate
+from lowdim.train.checkpoints import MANIFEST, checkpoint_errors, complete, discard, newest_checkpoint, rotate, step_of
 from lowdim.train.metrics import metric_for
 from lowdim.train.mixin import PenaltyLog
 from lowdim.train.rehearsing import rehearse_saving
@@ -161,6 +161,15 @@ class MethodTrainer(PenaltyLog, Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def resume_point(self, folder: Path) -> str | None:
+        """The newest checkpoint, checked; what a kill has left of older ones is removed."""
+        newest = newest_checkpoint(folder, self.fingerprint)
+        if newest is not None and self.args.should_save:
+            if not (Path(newest) / MANIFEST).exists():  # killed just before it, or written by an earlier version
+                complete(Path(newest), self.fingerprint)
+            rotate(folder, _KEPT - 1, step_of(Path(newest)))
+        return newest
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         folder, step = Path(str(self.args.output_dir)), self.state.global_step

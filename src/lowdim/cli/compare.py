@@ -23,13 +23,15 @@ def compare(
     label: Annotated[str | None, typer.Option("--label", help="Name of the label column.")] = None,
     methods: Methods = None,
     budget: Annotated[str | None, typer.Option("--budget", help="Memory, e.g. 8GiB; what does not fit is left out.")] = None,
-    metric: Annotated[str | None, typer.Option("--metric", help="accuracy, f1, mcc; perplexity, loss.")] = None,
+    metric: Annotated[str | None, typer.Option("--metric", help="accuracy, f1 (macro), mcc; perplexity, loss.")] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", help="Runs of each method at its chosen rate.")] = None,
     trials: Annotated[int | None, typer.Option("--trials", help="Learning rates tried for each method, 1 to 5.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps of each run.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Texts in an optimizer step.")] = 16,
     max_length: Annotated[int | None, typer.Option("--max-length", help="Tokens kept of a text.")] = None,
-    time_limit: Annotated[str | None, typer.Option("--time-limit", help="E.g. 90s, 10m, 2h: fewer seeds if needed.")] = None,
+    time_limit: Annotated[
+        str | None, typer.Option("--time-limit", help="E.g. 90s, 10m, 2h: fewer rates and seeds, at least one of both each.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the split and of everything that is drawn.")] = 0,
     out: Annotated[str, typer.Option("--out", help="Folder of the results.")] = "lowdim-compare",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the comparison in --out.")] = False,

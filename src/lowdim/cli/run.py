@@ -53,6 +53,7 @@ def run(
 
 def _run(loaded: Recipe, folder: Path, resume: bool, first: bool, console: Console) -> None:
     from lowdim.outputs import check_replaceable
+    from lowdim.records import metric_title
     from lowdim.report import write_run
     from lowdim.train.run import run_recipe
 
@@ -73,8 +74,8 @@ def _run(loaded: Recipe, folder: Path, resume: bool, first: bool, console: Conso
     if file.read_bytes() != before or not page.exists():  # a finished run that is resumed stays as it is
         write_run(record, page)
     console.print(
-        f"{record['label']}: validation {record['metric']} {record['before']:.4f} before, {record['validation']:.4f} after; "
-        f"test {record['test']:.4f}",
+        f"{record['label']}: validation {metric_title(record['metric'])} {record['before']:.4f} before, "
+        f"{record['validation']:.4f} after; test {record['test']:.4f}",
         highlight=False,
         markup=False,
     )

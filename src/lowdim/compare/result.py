@@ -116,11 +116,21 @@ def sampling_error(best: Sequence[str], other: Sequence[str]) -> float:
     return statistics.stdev(gaps) / math.sqrt(count) if count > 1 else 0.0
 
 
-def remarks(best: MethodRecord | None, rows: Sequence[MethodRecord], rounds: int) -> list[str]:
-    """Remarks on the table, in sentences; `rounds` is the number of seeds of each method."""
+def remarks(best: MethodRecord | None, rows: Sequence[MethodRecord], rounds: int, *, higher: bool = True) -> list[str]:
+    """Remarks on the table, in sentences.
+
+    Args:
+        rounds: the number of seeds of each method.
+        higher: whether a higher score is better.
+    """
     if best is None:
         return []
     notes = []
+    for start in (row for row in rows if row.trivial and row.mean is not None):
+        sign = 1.0 if higher else -1.0
+        below = [row.label for row in rows if not row.trivial and row.scores and sign * (_mean(row) - _mean(start)) < 0]
+        if below:
+            notes.append(f"worse than {start.reason or start.label}: {', '.join(below)}")
     rows = [row for row in rows if not row.trivial]
     near = [row for row in rows if row.within_noise]
     if near:

@@ -136,7 +136,12 @@ def _compare(settings: CompareSettings, folder: Path, resume: bool, console: Con
         settings=settings.to_dict(),
         budget_bytes=settings.budget,
         methods=rows,
-        notes=[*done.notes, *done.of_methods(), *_constant(constant, best, metric), *remarks(best, rows, done.rounds)],
+        notes=[
+            *done.notes,
+            *done.of_methods(),
+            *_constant(constant, best),
+            *remarks(best, rows, done.rounds, higher=metric.higher_is_better),
+        ],
     )
     if best is not None:
         pick, why = verdict(best, rows, metric)
@@ -167,7 +172,7 @@ def _claim(folder: Path, settings: CompareSettings, resume: bool) -> dict[str, s
     return parts if isinstance(parts, dict) else {}
 
 
-def _constant(constant: Majority | None, best: MethodRecord | None, metric: Metric) -> list[str]:
+def _constant(constant: Majority | None, best: MethodRecord | None) -> list[str]:
     """What a constant answer scores by every metric, and what that says of the best method."""
     if constant is None:
         return []

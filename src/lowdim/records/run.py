@@ -34,6 +34,7 @@ class RunRecord(Record):
         notes: what the method left out or changed, in sentences.
         fingerprint: checksums of what the run builds on: base model, tokenizer, data.
         files: checksums of the trained model's files.
+        file_bytes: size of its tensors as they were written, in `adapter/` or `model/`.
 
     Example:
         >>> import dataclasses
@@ -73,10 +74,11 @@ class RunRecord(Record):
     notes: list[str] = field(default_factory=list)
     fingerprint: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    file_bytes: int = 0
 
     def left_out(self) -> set[str]:
-        """Penalties, ranks and notes of a method that has none, and checksums of versions that kept none."""
-        names = ("penalties", "ranks", "capped_ranks", "notes", "fingerprint", "files")
+        """Penalties, ranks and notes of a method that has none, and checksums and sizes of versions that kept none."""
+        names = ("penalties", "ranks", "capped_ranks", "notes", "fingerprint", "files", "file_bytes")
         return {name for name in names if not getattr(self, name)}
 
 

@@ -36,7 +36,7 @@ class Recipe(BaseModel):
     label: str | None = Field(None, description="Name of the label column")
     limit: int | None = Field(None, ge=1, description="Maximum number of training texts or blocks")
     max_length: int = Field(128, ge=4, description="Tokens of a text or block")
-    metric: str | None = Field(None, description="accuracy, f1, mcc; perplexity, loss")
+    metric: str | None = Field(None, description="accuracy, f1 (macro), mcc; perplexity, loss")
 
     steps: int = Field(100, ge=1, description="Optimizer steps")
     batch_size: int = Field(16, ge=1, description="Texts of a forward pass, per device")

@@ -25,6 +25,7 @@ from lowdim.files import write_text
 from lowdim.locking import exclusive
 from lowdim.methods import Applied, Setup, Strategy, strategy_for, with_options
 from lowdim.records import RUN, RunRecord, claim
+from lowdim.train.baselines import Majority, majority, worth
 from lowdim.train.environment import environment
 from lowdim.train.fingerprint import check_fingerprint, fingerprint_of
 from lowdim.train.loading import load_base, load_task, recipe_tokenizer
@@ -159,7 +160,9 @@ def _start(run: _Run, base: _Base) -> _Start:
         task.notes = (*task.notes, note)
         run.say(f"note: {note}")
     before = task.evaluate(model, task.validation, run.metric)
-    run.say(f"before: validation {run.metric.name} {before:.4f}")
+    run.say(f"before: validation {run.metric.title} {before:.4f}")
+    if (constant := majority(task, task.validation)) is not None:
+        run.say(f"on the validation part, {constant.sentence}")
     setup = Setup(
         lr=lr,
         steps=recipe.steps,
@@ -220,6 +223,11 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
         raise LowdimError(
             f"{reason}; try a smaller learning rate than {start.lr:g}. No trained model was written to {run.folder}"
         )
+    test = task.evaluate(applied.model, task.test, run.metric)
+    constant = majority(task, task.test)
+    doubts = _doubts(run.metric, start.before, validation, test, constant)
+    for doubt in doubts:
+        run.say(f"note: {doubt}")
     record = RunRecord(
         method=variant.name,
         label=variant.label,
@@ -231,8 +239,8 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
         metric=run.metric.name,
         before=start.before,
         validation=validation,
-        test=task.evaluate(applied.model, task.test, run.metric),
-        data=task.data_record(),
+        test=test,
+        data={**task.data_record(), **({"majority": constant.to_dict()} if constant else {})},
         losses=list(result.losses),
         loss_steps=result.steps,
         evaluations=[list(row) for row in result.evaluations],
@@ -245,7 +253,7 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
         penalties=list(result.penalties),
         ranks=applied.ranks(),
         capped_ranks=applied.capped_ranks,
-        notes=list(applied.notes),
+        notes=[*applied.notes, *doubts],
         fingerprint=start.base.fingerprint,
     )
     whole = whole_state(applied.model)
@@ -254,9 +262,27 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
             applied.adapted.save(run.folder / "adapter")
         else:
             save_plain(applied.model, run.folder / "model", start.base.tokenizer, whole, joint=task.joint, small=small)
-        record = dataclasses.replace(record, files=_written(run.folder))
+        record = dataclasses.replace(record, files=_written(run.folder), file_bytes=_weight_bytes(run.folder))
         record.write(run.folder)
     return record.to_dict()
+
+
+def _doubts(metric: Metric, before: float, validation: float, test: float, constant: Majority | None) -> list[str]:
+    """Why the scores are no success: worse than before training, or no better than a constant answer."""
+    found = []
+    if metric.better(before, validation):
+        found.append(
+            f"the training made the model worse: validation {metric.title} {before:.4g} before, {validation:.4g} after; "
+            "try a smaller learning rate"
+        )
+    if constant is not None and (doubt := worth(constant, test, metric)) is not None:
+        found.append(f"on the test part, {doubt}")
+    return found
+
+
+def _weight_bytes(folder: Path) -> int:
+    """The size of the trained model's tensors as they were written."""
+    return sum(file.stat().st_size for name in _MODELS for file in (folder / name).rglob("*.safetensors"))
 
 
 def _holds(path: Path, recipe: Recipe) -> bool:

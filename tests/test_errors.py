@@ -77,3 +77,14 @@ def test_messages_cut_the_value():
         with pytest.raises(ValueError) as caught:
             check()
         assert len(str(caught.value)) < 300
+
+
+def test_no_message_is_longer_than_two_thousand_characters():
+    from lowdim.errors import CheckpointError, DataError, InUseError, unknown
+
+    long = "x" * 10**6
+    for error in (CheckpointError(f"begins {long} ends"), DataError(f"begins {long} ends"), InUseError(f"begins {long} ends")):
+        assert len(str(error)) == 2000
+        assert str(error).startswith("begins x")
+        assert str(error).endswith("x ends")
+    assert len(str(unknown("--method", long, [long, *(f"name {i}" for i in range(5000))]))) < 2000

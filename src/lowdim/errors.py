@@ -17,9 +17,15 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+#: Characters of a message, whatever the values hold that it names.
+LONGEST_MESSAGE = 2000
+
 
 class LowdimError(Exception):
-    """Base of every error that lowdim raises on purpose."""
+    """Base of every error that lowdim raises on purpose; its message is cut to `LONGEST_MESSAGE`."""
+
+    def __init__(self, *args: object):
+        super().__init__(*(cut(arg, LONGEST_MESSAGE) if isinstance(arg, str) else arg for arg in args))
 
 
 class CheckpointError(LowdimError, ValueError):
@@ -105,6 +111,17 @@ def shown(value: object, limit: int = 80) -> str:
         text = brief.repr(value)
     except ValueError:  # Python refuses to print integers of thousands of digits
         text = f"a value of type {type(value).__name__} that is too long to print"
+    return cut(text, limit)
+
+
+def cut(text: str, limit: int = 80) -> str:
+    """The text, or its beginning and its end with three dots between them, where it is longer than `limit`.
+
+    Example:
+        >>> from lowdim.errors import cut
+        >>> cut("a long name", 9)
+        'a l...ame'
+    """
     if len(text) <= limit:
         return text
     tail = max(0, (limit - 3) // 2)
@@ -131,7 +148,7 @@ def listed(names: Iterable[object], limit: int = 400) -> str:
     shown_parts: list[str] = []
     used = 0
     for part in parts:
-        part = part if len(part) <= 80 else f"{part[:60]}...{part[-17:]}"
+        part = cut(part)
         used += len(part) + 2
         if shown_parts and used > limit:
             break
@@ -150,8 +167,8 @@ def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
 def unknown(argument: str, value: object, options: Iterable[str]) -> UnknownNameError:
     """The error for a `value` that is not one of `options`, with the nearest names."""
     names = list(options)
-    close = ", ".join(nearest(str(value), names))
-    return UnknownNameError(f"{argument} must be one of {', '.join(names)}; got {shown(value)} (nearest: {close})")
+    close = listed(nearest(str(value), names))
+    return UnknownNameError(f"{argument} must be one of {listed(names, 1000)}; got {shown(value)} (nearest: {close})")
 
 
 def check_options(cls: type, options: Iterable[str]) -> None:

@@ -227,34 +227,33 @@ def test_fasttext_labels_stand_anywhere_and_one_in_each_line(tmp_path):
 MEMORY = """
 import resource, sys
 import pyarrow.parquet
-from lowdim.train.tables import read_rows
+from lowdim.train.data import read_documents, read_examples
+reader, small, large, size = sys.argv[1:]
+reader = {"documents": read_documents, "examples": read_examples}[reader]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-read_rows(sys.argv[1])
+reader([small])
 before = peak()
-table = read_rows(sys.argv[2])
-print((peak() - before) / int(sys.argv[3]))
+found = reader([large])
+print((peak() - before) / int(size))
 """
+SENTENCE = "a sentence about thing number {n} that goes on for about a hundred and forty characters or so until it ends"
 
 
 @pytest.mark.parametrize(
-    ("name", "head", "line"),
+    ("reader", "name", "head", "line"),
     [
-        (
-            "a.csv",
-            "text,label\n",
-            "a sentence about thing number {n} that goes on until it comes to its end,{n}\n",
-        ),
-        ("a.csv", "text,a,b,c,d\n", "ünë söntence {n} 😀,{n},0,1,x\n"),
-        ("a.tsv", "text\tlabel\n", '"a sentence ""about"" thing number {n} that goes on until it comes to its end"\t1\n'),
-        ("a.jsonl", "", '{{"text": "a sentence about thing number {n} that goes on until its end", "label": 1}}\n'),
+        ("examples", "a.csv", "text,label\n", f"{SENTENCE},{{k}}\n"),
+        ("documents", "a.csv", "text,number\n", f"{SENTENCE} ünd 😀,{{n}}\n"),
+        ("examples", "a.tsv", "text\tlabel\n", f'"{SENTENCE}, ""so"" they say"\t{{k}}\n'),
+        ("examples", "a.jsonl", "", f'{{{{"text": "{SENTENCE}", "label": {{k}}}}}}\n'),
     ],
 )
-def test_a_table_takes_at_most_twice_its_size(tmp_path, name, head, line):
+def test_a_table_takes_at_most_twice_its_size(tmp_path, reader, name, head, line):
     """Measured in a process of its own, after a small file has loaded what reading needs."""
     small, large = tmp_path / f"small{name[1:]}", tmp_path / name
-    put(small, head + "".join(line.format(n=n) for n in range(5_000)))
-    put(large, head + "".join(line.format(n=n) for n in range(60_000)))
-    words = [sys.executable, "-c", MEMORY, str(small), str(large), str(large.stat().st_size)]
+    put(small, head + "".join(line.format(n=n, k=n % 2) for n in range(6_000)))
+    put(large, head + "".join(line.format(n=n, k=n % 2) for n in range(80_000)))
+    words = [sys.executable, "-c", MEMORY, reader, str(small), str(large), str(large.stat().st_size)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) <= 2

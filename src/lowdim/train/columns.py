@@ -19,10 +19,11 @@ try:
 except ImportError:  # an install without the extra
     pa = None
 
-__all__ = ["Column", "Table", "TableBuilder", "arrow", "take"]
+__all__ = ["Column", "Table", "TableBuilder", "arrow", "strings", "take"]
 
 _BATCH = 2**20  # characters that are held as Python objects at once
 _ROWS = 4096  # and rows
+_LARGE = 2**29  # characters, each of up to four bytes, that offsets of four bytes cannot count
 _FEW = 127  # different values that one byte can number
 _KINDS = {bool: "bool", int: "int64", float: "float64"}
 
@@ -92,11 +93,7 @@ class Column(Sequence[Any]):
         kind = self._data.type.value_type if pa.types.is_dictionary(self._data.type) else self._data.type
         if not self._coded and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             return self
-        builder = TableBuilder(["text"])
-        for value in self:
-            text = None if value is None else str(value)
-            builder.append({"text": text}, len(text or ""))
-        return builder.table(Path()).column("text")
+        return strings(None if value is None else str(value) for value in self)
 
     def take(self, indices: Iterable[int]) -> Column:
         """The values at these places."""
@@ -202,7 +199,7 @@ def _joined(arrays: list[Any], empty: Any) -> Any:
     """Arrays as one of chunks; they differ in type only where some have no value, or few different strings."""
     types = {array.type for array in arrays if array.type != pa.null()}
     only = types.pop() if len(types) == 1 else pa.string() if types else empty
-    if only == pa.string() and sum(array.nbytes for array in arrays) >= 2**30:
+    if pa.large_string() in types or (only == pa.string() and sum(array.nbytes for array in arrays) >= _LARGE):
         only = pa.large_string()  # whose offsets have eight bytes
     return pa.chunked_array([array if array.type == only else array.cast(only) for array in arrays], only).unify_dictionaries()
 
@@ -226,6 +223,8 @@ def _coded(values: list[Any]) -> Any:
 
 
 def _strings(values: list[str | None]) -> Any:
+    if sum(len(value) for value in values if value) >= _LARGE:
+        return pa.array(values, pa.large_string())
     builder = pa.lib.StringBuilder()  # `pa.array` would import pandas, which takes more memory than most files
     builder.append_values(values)
     return builder.finish()
@@ -237,6 +236,14 @@ def _compact(array: Any) -> Any:
     if len(packed.dictionary) > min(_FEW, len(array) // 4):
         return array
     return pa.DictionaryArray.from_arrays(packed.indices.cast(pa.int8()), packed.dictionary)
+
+
+def strings(texts: Iterable[str | None]) -> Column:
+    """Strings as a column; they are taken one after the other."""
+    builder = TableBuilder(["text"])
+    for text in texts:
+        builder.append({"text": text}, len(text or ""))
+    return builder.table(Path()).column("text")
 
 
 def take(texts: Sequence[str], indices: Sequence[int]) -> Sequence[str]:

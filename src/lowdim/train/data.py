@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowdim.errors import DataError, listed, shown
-from lowdim.train.columns import Column, Table, take
+from lowdim.train.columns import Column, Table, strings, take
 from lowdim.train.labels import encode_labels, label_filter
 from lowdim.train.profiles import SAMPLE, Profile, blank
 from lowdim.train.roles import Roles, document_roles, labelled_roles, profiles
@@ -96,7 +97,7 @@ class Documents:
         columns: of each table.
     """
 
-    texts: list[str]
+    texts: Sequence[str]
     notes: list[str] = field(default_factory=list)
     columns: tuple[Used, ...] = ()
 
@@ -146,7 +147,7 @@ def _labelled(path: Path, text: str | None, label: str | None) -> _Labelled:
     assert roles.label is not None
     names = (*roles.text, roles.label)
     *texts, marks = map(table.column, names)
-    keep: list[int] = []
+    keep = array("q")
     empty = missing = 0
     odd: list[Any] = []
     is_label = label_filter(marks)
@@ -162,8 +163,8 @@ def _labelled(path: Path, text: str | None, label: str | None) -> _Labelled:
                 check_plain(value, name, path)
             keep.append(row)
     if not keep:
-        held = " and ".join(map(repr, roles.text))
-        raise DataError(f"{path}: no row has both a text ({held}) and a label ({roles.label!r})")
+        held = " and ".join(map(shown, roles.text))
+        raise DataError(f"{path}: no row has both a text ({held}) and a label ({shown(roles.label)})")
     if len(keep) < len(table):
         *texts, marks = (column.take(keep) for column in (*texts, marks))
     if label is None and roles.label in marks:
@@ -190,10 +191,12 @@ def read_documents(paths: Sequence[str | Path], *, text: str | None = None) -> D
         DataError: unreadable or empty files; several columns or lists that belong to one example.
         UnknownNameError: the text column cannot be found.
     """
-    found, used = Documents([]), []
+    texts: list[Column] = []
+    notes: list[str] = []
+    used: list[Used] = []
     for path in map(locate, paths):
         if path.suffix.lower() in TEXT_FILES:
-            found.texts.append(read_text(path))
+            texts.append(strings([read_text(path)]))
             continue
         table = read_rows(path, (text,))
         columns = profiles(table)
@@ -202,22 +205,24 @@ def read_documents(paths: Sequence[str | Path], *, text: str | None = None) -> D
             _check_late(table, columns, path)
         used.append(Used(str(path), roles))
         name = roles.text[0]
-        texts = []
-        for value in table.column(name):
+        keep = array("q")
+        for row, value in enumerate(table.column(name)):
             if not blank(value):
                 check_plain(value, name, path)
-                texts.append(str(value))
+                keep.append(row)
         told = any(c.name in roles.unused and c.kind in ("text", "word", "lists") for c in columns)
-        found.notes.extend([*table.notes, *([used[-1].sentence] if told else [])])
-        if len(texts) < len(table):
-            found.notes.append(f"{len(table) - len(texts)} rows of {path} have an empty text and were left out")
-        found.texts.extend(texts)
-    if not found.texts:
+        notes += [*table.notes, *([used[-1].sentence] if told else [])]
+        if len(keep) < len(table):
+            notes.append(f"{len(table) - len(keep)} rows of {path} have an empty text and were left out")
+        column = table.column(name) if len(keep) == len(table) else table.column(name).take(keep)
+        texts.append(column.as_strings())
+    found = Column.concatenated(texts)
+    if not len(found):
         raise DataError(f"{listed(paths)}: no text was found")
-    return Documents(found.texts, found.notes, tuple(used))
+    return Documents(found, notes, tuple(used))
 
 
-def read_texts(paths: Sequence[str | Path], *, text: str | None = None) -> tuple[list[str], list[str]]:
+def read_texts(paths: Sequence[str | Path], *, text: str | None = None) -> tuple[Sequence[str], list[str]]:
     """The documents of `read_documents`, and its notes."""
     found = read_documents(paths, text=text)
     return found.texts, found.notes
@@ -233,7 +238,7 @@ def _check_late(table: Table, columns: Sequence[Profile], path: Path) -> None:
 def late_column(source: str, name: str) -> DataError:
     """The error for a column that holds something only after the rows that have decided."""
     return DataError(
-        f"{source}: column {name!r} is empty in the first {SAMPLE} rows and holds values later; name the column of the text "
+        f"{source}: column {shown(name)} is empty in the first {SAMPLE} rows and holds values later; name the text column "
         "with --text"
     )
 

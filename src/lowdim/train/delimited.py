@@ -42,7 +42,7 @@ def _table(path: Path, records: Iterator[_Record], dialect: Dialect) -> tuple[Ta
     if twice:
         raise DataError(f"{path}: duplicate column name {shown(twice[0])} ({listed(header)})")
     notes = [note for note in dialect.notes if dialect.quotes or note.startswith(str(path))]
-    builder, number, repeated, counted = TableBuilder(header), 1, 0, False
+    builder, number, repeated, counted, line = TableBuilder(header), 1, 0, False, 1
     for line, row in records:
         number += 1
         if len(row) == len(header) + 1 and row[0] == "1" and number == 2:
@@ -55,6 +55,8 @@ def _table(path: Path, records: Iterator[_Record], dialect: Dialect) -> tuple[Ta
             repeated += 1
             continue
         builder.append(dict(zip(header, row)), sum(map(len, row)))
+    if counted and number == 2:
+        raise DataError(_ragged(path, line, number, len(header), header[1:], dialect))
     if number == 1:
         raise DataError(f"{path} has a header and no rows")
     if repeated:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowdim.errors import DataError, UnknownNameError, listed, nearest
+from lowdim.errors import DataError, UnknownNameError, cut, listed, nearest, shown
 from lowdim.train.columns import Table
 from lowdim.train.profiles import SAMPLE, Profile, profile
 
@@ -232,7 +232,7 @@ def _asked(columns: Sequence[Profile], asked: str, option: str, name: str) -> Pr
     found = next((c for c in columns if c.name == asked), None)
     if found is None:
         close = ", ".join(_name(n) for n in nearest(asked, [c.name for c in columns]))
-        raise UnknownNameError(f"{option}: {name} has no column {asked!r}; nearest: {close}; {_all(columns)}")
+        raise UnknownNameError(f"{option}: {name} has no column {shown(asked)}; nearest: {close}; {_all(columns)}")
     if found.nested:
         raise DataError(f"{option} {asked}: {name}: {_held([found])}: write each example as one string")
     return found
@@ -250,7 +250,7 @@ def _roles(columns: Sequence[Profile], text: tuple[str, ...], label: str | None 
 
 
 def _name(name: str) -> str:
-    return name if name.strip() else "(unnamed)"
+    return cut(name) if name.strip() else "(unnamed)"
 
 
 def _all(columns: Sequence[Profile]) -> str:
@@ -260,5 +260,5 @@ def _all(columns: Sequence[Profile]) -> str:
 def _held(columns: Sequence[Profile]) -> str:
     held = " and ".join(dict.fromkeys(f"a {c.nested or 'chat written as a string'}" for c in columns))
     if len(columns) == 1:
-        return f"column {columns[0].name!r} must hold text or numbers; got {held}"
+        return f"column {_name(columns[0].name)!r} must hold text or numbers; got {held}"
     return f"columns {listed(_name(c.name) for c in columns)} must hold text or numbers; got {held}"

@@ -252,9 +252,11 @@ def test_pairs_are_found(tmp_path, kind, name):
         ({"text": SENTENCES, "remark": ASKED}, "which column holds the label"),
         ({"source": SENTENCES, "target": ASKED}, "which column holds the label"),
         ({"text": SENTENCES, "id": ROWS}, "which column holds the label"),
-        ({"title": SENTENCES, "abstract": ASKED, "label": SHORT}, "--text title,abstract reads two as a pair"),
+        ({"title": SENTENCES, "abstract": ASKED, "label": SHORT}, "--text title --text abstract reads two as a pair"),
         ({"comment": ASKED, "parent": [s * 2 for s in SENTENCES], "label": SHORT}, "which column holds the text"),
         ({"id": IDS, "label": SHORT}, "which column holds the text"),
+        ({"x1": list(range(12)), "x2": list(range(12)), "label": SHORT}, "which column holds the text"),
+        ({"premise": SENTENCES, "choice1": ASKED, "choice2": ASKED[::-1], "label": SHORT}, "which column holds the text"),
     ],
 )
 def test_a_text_is_no_label_and_an_id_no_text(tmp_path, kind, columns, message):

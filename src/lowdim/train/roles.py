@@ -7,6 +7,7 @@ several belong to one example, an id is never a text, and a column of texts is n
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,8 +120,8 @@ def document_roles(columns: Sequence[Profile], asked: str | None, name: str) -> 
     if parts:
         raise DataError(
             f"{name}: columns {listed(_name(c.name) for c in parts)} may all belong to an example, and a language model is "
-            f"trained on one: join them into one column, or name the one to train on with --text, e.g. --text {parts[0].name} "
-            f"({_all(columns)})"
+            f"trained on one: join them into one column, or name the one to train on with --text, e.g. "
+            f"--text {shlex.quote(parts[0].name)} ({_all(columns)})"
         )
     return _roles(columns, (found.name,))
 
@@ -196,10 +197,10 @@ def _found_texts(columns: Sequence[Profile], mark: Profile | None, name: str) ->
         if lists:
             raise DataError(f"{name}: {_held(lists)}: write each example as one string, or name another with --text")
     if len(texts) > 1:
-        one, two = texts[0].name, texts[1].name
+        one, two = (shlex.quote(c.name) for c in texts[:2])
         raise UnknownNameError(
             f"{name}: which column holds the text? Columns {listed(_name(c.name) for c in texts)} do: --text {one} takes one, "
-            f"--text {one},{two} reads two as a pair; {_all(columns)}"
+            f"--text {one} --text {two} reads two as a pair; {_all(columns)}"
         )
     words = [c for c in rest if c.kind == "word"]
     return texts or ([max(words, key=lambda c: c.size)] if words else [])
@@ -209,14 +210,16 @@ def _pair(columns: Sequence[Profile], *, sure: bool) -> list[Profile] | None:
     """Two columns with the names of a pair; where the label is not known yet, only two columns of texts."""
     kinds = ("text", "word", "number") if sure else ("text",)
     usable = {c.plain: c for c in reversed(columns) if c.kind in kinds}
-    named = next(([usable[one], usable[two]] for one, two in _PAIR_NAMES if one in usable and two in usable), None)
+    named = [[usable[one], usable[two]] for one, two in _PAIR_NAMES if one in usable and two in usable]
+    named = [pair for pair in named if any(c.string for c in pair)]
     if named:
-        return named
+        return named[0]
     found = [[c, usable[two]] for one, c in usable.items() if (two := _partner(one)) in usable]
-    found = [pair for pair in found if any(c.kind == "text" for c in pair)] or found
-    others = [c for c in columns if c.kind == "text" or c.plain in _TEXT_NAMES]
-    good = len(found) == 1 and (all(c.string for c in found[0]) or found[0][0].kind == "text")
-    return found[0] if good and (found[0][0] in others or not others) else None
+    found = [pair for pair in found if any(c.kind == "text" for c in pair)] or [
+        pair for pair in found if all(c.string for c in pair)
+    ]
+    others = [c for c in columns if (c.kind == "text" or c.plain in _TEXT_NAMES) and not any(c in pair for pair in found)]
+    return found[0] if len(found) == 1 and not others else None
 
 
 def _partner(name: str) -> str | None:

@@ -44,6 +44,10 @@ class UnknownNameError(LowdimError, ValueError):
     """A name (method, column, metric, recipe key) is not one of those allowed."""
 
 
+class WrittenModelError(LowdimError, RuntimeError):
+    """What was written is not the model that was measured: it gives other outputs when it is loaded again."""
+
+
 class BudgetError(LowdimError, ValueError):
     """None of the requested methods fits the memory budget."""
 

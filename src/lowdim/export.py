@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lowdim.adapters import Adapted, to_peft
 from lowdim.adapters.core.files.peft_targets import TARGETS
 from lowdim.errors import check_choice
 from lowdim.files import read_tensors, whole_folder, write_tensors, write_text
 from lowdim.layers import densify
-from lowdim.models import Source, encoder_options, quiet
+from lowdim.models import Probe, Source, encoder_options, quiet, room_for
 from lowdim.models.sentence_classifier import SentenceClassifier
 from lowdim.results import Result
 
@@ -36,6 +38,9 @@ class ExportResult(Result):
         ranks: layer -> rank that was written, for a PEFT adapter.
         suggested_rank: the smallest common rank with an error of at most 1 % in every layer, where something was truncated.
         notes: what users of `target` need to know: the command, limits to raise.
+        largest_difference: between the outputs of the trained model and of the one that the folder gave when it was loaded
+            again; None if that was not possible (no peft, an unknown base model, no room for a second model), or the update
+            was truncated.
     """
 
     left_out: ClassVar[tuple[str, ...]] = ("reload",)
@@ -48,6 +53,7 @@ class ExportResult(Result):
     ranks: dict[str, int] = field(default_factory=dict)
     suggested_rank: int | None = None
     notes: tuple[str, ...] = ()
+    largest_difference: float | None = None
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each layer of an adapter: its rank and its error; no rows for a merged model."""
@@ -71,8 +77,12 @@ def export(
     max_error: float | None = None,
     target: str | None = None,
     joint: str | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> ExportResult:
     """Write a trained model for other tools. If it fails, nothing is left in `folder`.
+
+    What was written is loaded again and compared with the trained model on two short inputs, where memory for a second model is
+    free; that costs the time of loading it, and two passes of 16 tokens through each.
 
     Args:
         model: an `Adapted`, or a transformers model (which can only be written merged). Writing it merged merges it, in place;
@@ -90,6 +100,8 @@ def export(
         joint: for a classifier of pairs of texts, what stands between them (`""`: what the tokenizer puts there); the loading
             instructions then show how a pair is read.
 
+        inputs: keywords of the model for that comparison; None makes two short rows.
+
     Returns:
         An `ExportResult` that states the errors.
 
@@ -97,6 +109,7 @@ def export(
         UnknownNameError: unknown format or target.
         ValueError: PEFT export of a model without an adapter, or of one that `target` cannot load; a model that transformers
             cannot write; `rank`, `max_error` or `target` for another format than `"peft"`.
+        WrittenModelError: the folder does not give the outputs of the trained model; nothing is left in it.
         OSError: no space or no permission.
     """
     check_choice("--format", format, FORMATS)
@@ -104,20 +117,43 @@ def export(
     if format == "peft":
         if not isinstance(model, Adapted):
             raise ValueError("only an adapted model can be written as a PEFT adapter; export it as 'merged'")
-        return _peft(model, folder, source, {"rank": rank, "max_error": max_error, "target": target}, joint)
+        return _peft(model, folder, source, {"rank": rank, "max_error": max_error, "target": target}, joint, inputs)
     if (rank, max_error, target) != (None, None, None):
         raise ValueError(
             "a rank, an error or a target is for --format peft; a merged model is written whole and loads anywhere"
         )
-    return _merged(model.merge() if isinstance(model, Adapted) else model, folder, tokenizer, source, joint)
+    trained = model.model if isinstance(model, Adapted) else model  # many models have a part of that name
+    probe = Probe.of(trained, inputs=inputs)
+    plain = densify(model.merge() if isinstance(model, Adapted) else model)
+    if probe is not None:
+        probe.check(plain, "the merged model")
+    return _merged(plain, folder, tokenizer, source, joint, inputs)
 
 
-def _peft(adapted: Adapted, folder: Path, source: Source | None, how: dict[str, Any], joint: str | None) -> ExportResult:
+def _peft(
+    adapted: Adapted,
+    folder: Path,
+    source: Source | None,
+    how: dict[str, Any],
+    joint: str | None,
+    inputs: Mapping[str, Tensor] | None,
+) -> ExportResult:
     model: Any = adapted.model
     base = source.path if source else getattr(model.config, "_name_or_path", None) or "BASE_MODEL"
     options = _options(model)
     if source and source.gguf:
         options["gguf_file"] = source.gguf
+    probe = Probe.of(model, inputs=inputs) if source is not None and room_for(model) else None
+
+    def load(place: Path) -> nn.Module:
+        import transformers
+        from peft import PeftModel
+
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT misses shared bases that it finds in another layer
+            bare = getattr(transformers, _auto(model)).from_pretrained(base, trust_remote_code=False, **options)
+            return _with_head(PeftModel.from_pretrained(bare, str(place)), place, model)
+
     with whole_folder(folder) as draft:
         root = getattr(model, "export_root", "")
         written = to_peft(adapted, draft, **how, native=how["rank"] is None, root=root, name=folder.name)
@@ -140,25 +176,38 @@ def _peft(adapted: Adapted, folder: Path, source: Source | None, how: dict[str, 
         if written.notes:
             page += f"\n## For {TARGETS[how['target']]}\n\n" + "".join(f"- {_code(note)}\n" for note in written.notes)
         write_text(draft / "README.md", page)
-
-    def reload() -> nn.Module:
-        import transformers
-        from peft import PeftModel
-
-        with quiet():
-            bare = getattr(transformers, _auto(model)).from_pretrained(base, trust_remote_code=False, **options)
-            return _with_head(PeftModel.from_pretrained(bare, str(folder)), folder, model)
-
-    errors = {name: error for name, error in written.errors.items() if error}
-    return ExportResult(folder, "peft", snippet, reload, errors, written.ranks, written.suggested_rank, written.notes)
+        errors = {name: error for name, error in written.errors.items() if error}
+        difference = None if errors or probe is None or not _has_peft() else probe.check(load(draft), "the PEFT adapter")
+    how_ranked = (errors, written.ranks, written.suggested_rank, written.notes)
+    return ExportResult(folder, "peft", snippet, lambda: load(folder), *how_ranked, difference)
 
 
-def _merged(model: nn.Module, folder: Path, tokenizer: Any, source: Source | None, joint: str | None) -> ExportResult:
-    model = densify(model)
+def _has_peft() -> bool:
+    return importlib.util.find_spec("peft") is not None
+
+
+def _merged(
+    model: nn.Module,
+    folder: Path,
+    tokenizer: Any,
+    source: Source | None,
+    joint: str | None,
+    inputs: Mapping[str, Tensor] | None,
+) -> ExportResult:
     inner: Any = model.encoder if isinstance(model, SentenceClassifier) else model
     if not hasattr(inner, "save_pretrained"):
         raise ValueError(f"only transformers models can be written merged; got {type(model).__name__}")
     options = _options(model, for_merged=True)
+    probe = Probe.of(model, inputs=inputs) if room_for(model) else None
+
+    def load(place: Path) -> nn.Module:
+        import transformers
+
+        with quiet():
+            return _with_head(
+                getattr(transformers, _auto(model)).from_pretrained(place, trust_remote_code=False, **options), place, model
+            )
+
     with whole_folder(folder) as draft, quiet():
         inner.save_pretrained(draft)
         if tokenizer is not None:
@@ -179,16 +228,8 @@ def _merged(model: nn.Module, folder: Path, tokenizer: Any, source: Source | Non
                 f"{_pair_lines(repr(folder.name), joint)}"
             )
         write_text(draft / "README.md", _readme("A merged model written by lowdim", snippet))
-
-    def reload() -> nn.Module:
-        import transformers
-
-        with quiet():
-            return _with_head(
-                getattr(transformers, _auto(model)).from_pretrained(folder, trust_remote_code=False, **options), folder, model
-            )
-
-    return ExportResult(folder, "merged", snippet, reload)
+        difference = None if probe is None else probe.check(load(draft), "the merged model in the folder", same=True)
+    return ExportResult(folder, "merged", snippet, lambda: load(folder), largest_difference=difference)
 
 
 def _auto(model: nn.Module) -> str:

@@ -27,7 +27,7 @@ from lowdim.compare.settings import DEFAULT_METHODS, TRAINING_METHODS, CompareSe
 from lowdim.compare.trivial import trivial_rows
 from lowdim.compare.verdict import verdict
 from lowdim.compare.winner import export_winner
-from lowdim.errors import CheckpointError, DataError, LowdimError
+from lowdim.errors import CheckpointError, DataError, LowdimError, WrittenModelError
 from lowdim.files import read_json, write_json
 from lowdim.linalg import derive_seed
 from lowdim.locking import exclusive
@@ -143,14 +143,21 @@ def _compare(settings: CompareSettings, folder: Path, resume: bool, console: Con
             *remarks(best, rows, done.rounds, higher=metric.higher_is_better),
         ],
     )
+    lost: WrittenModelError | None = None
     if best is not None:
         pick, why = verdict(best, rows, metric)
-        result.winner = export_winner(bench, settings, tokenizer, pick, folder, why)
+        try:
+            result.winner = export_winner(bench, settings, tokenizer, pick, folder, why)
+        except WrittenModelError as error:  # the comparison itself is complete
+            lost = error
+            result.notes.append(f"the winner was not written: {error}")
     result.seconds = round(time.monotonic() - begun, 1)
     result = _finish(result, folder, console)
     if best is None:
         reasons = "; ".join(f"{row.label}: {row.reason}" for row in rows if not row.trivial)
         raise LowdimError(f"no method finished ({reasons}); the runs are in {folder / 'runs'}")
+    if lost is not None:
+        raise WrittenModelError(f"the comparison in {folder} is complete, but its winner was not written: {lost}") from lost
     return result.to_dict()
 
 

@@ -6,16 +6,15 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lowdim import models
-from lowdim.adapters import Adapted, load_adapter
+from lowdim.adapters import load_adapter
 from lowdim.catalogue import variant
 from lowdim.checksums import check_files
 from lowdim.compare.runs import WEIGHTS, Contest
 from lowdim.compare.settings import CompareSettings
-from lowdim.export import ExportResult, export
+from lowdim.export import export
 from lowdim.files import read_tensors
 from lowdim.methods import Setup, strategy_for
 from lowdim.outputs import own_files
@@ -32,6 +31,9 @@ def export_winner(
     The size of the weights there becomes the method's `file_bytes`: a merged model is larger than what a run keeps.
 
     An adapter with a low-rank update (or that PEFT has itself) is exported as a PEFT folder, everything else merged.
+
+    Raises:
+        WrittenModelError: the folder gives other outputs than the trained model; nothing is left in it.
     """
     runs = folder / "runs" / best.name
     index = next(i for i in range(len(best.scores) + 8) if _usable(runs / f"seed-{i}"))
@@ -39,8 +41,15 @@ def export_winner(
     model = restore(bench, run)
     kind = "peft" if _exact_in_peft(model) else "merged"
     with own_files(folder / "winner", folder / "runs" / "winner.json") as draft:
-        result = export(model, draft, kind, tokenizer=tokenizer, source=models.resolve(settings.model), joint=bench.task.joint)
-        difference = _check(model, bench, settings, result, draft)
+        result = export(
+            model,
+            draft,
+            kind,
+            tokenizer=tokenizer,
+            source=models.resolve(settings.model),
+            joint=bench.task.joint,
+            inputs=_batch(bench),
+        )
     files = [file for file in (folder / "winner").rglob("*") if file.is_file()]
     best.file_bytes = sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
     return WinnerRecord(
@@ -49,7 +58,7 @@ def export_winner(
         folder="winner",
         format="PEFT adapter" if kind == "peft" else "merged model",
         exported=f"seed {index + 1}",
-        largest_difference=difference,
+        largest_difference=result.largest_difference,
         how_to_load=result.how_to_load,
         file_bytes=best.file_bytes,
         folder_bytes=sum(file.stat().st_size for file in files),
@@ -95,17 +104,7 @@ def _exact_in_peft(model: Any) -> bool:
     return thin or model.method.peft(model) is not None
 
 
-@torch.no_grad()
-def _check(model: Any, bench: Contest, settings: CompareSettings, result: ExportResult, folder: Path) -> float | None:
-    """Largest difference of logits between the trained model and the one that other tools load from the folder."""
+def _batch(bench: Contest) -> dict[str, Any]:
+    """Eight rows of the test part, without labels."""
     rows = [bench.task.test[i] for i in range(min(8, len(bench.task.test)))]
-    batch = bench.task.collate(rows)
-    trained: nn.Module = model.model if isinstance(model, Adapted) else model  # many models have a part of that name
-    device = next(trained.parameters()).device
-    want = trained.eval()(**{k: v.to(device) for k, v in batch.items()}).logits.cpu()
-    try:
-        again = result.reload()
-    except ImportError:
-        return None
-    got = again.eval()(**batch).logits
-    return float((got - want).abs().max())
+    return {name: value for name, value in bench.task.collate(rows).items() if name != "labels"}

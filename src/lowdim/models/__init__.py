@@ -18,10 +18,12 @@ from lowdim.models.load import (
     resolve,
 )
 from lowdim.models.padding import declare_padding
+from lowdim.models.probe import Probe, room_for
 
 __all__ = [
     "NAMES",
     "TASKS",
+    "Probe",
     "Source",
     "assets",
     "build",
@@ -36,4 +38,5 @@ __all__ = [
     "quiet",
     "reads_segments",
     "resolve",
+    "room_for",
 ]

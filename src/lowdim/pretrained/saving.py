@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lowdim.errors import LowdimError
 from lowdim.files import whole_folder, write_json, write_tensors
 from lowdim.layers.core.swap import structured_layers
-from lowdim.models import quiet
+from lowdim.models import Probe, quiet
 from lowdim.modules import Rebuildable, describe_layers
 
 __all__ = ["prepare_compressed", "save_compressed", "stored_bytes"]
@@ -44,6 +44,9 @@ def save_compressed(
     max_shard_size: str | int = "50GB",
 ) -> int:
     """Write a compressed transformers model as a checkpoint, and read it back before it replaces the old one.
+
+    What was read back is also asked for its outputs on two short inputs, which must be those of `model` (up to rounding with
+    `dense`). It costs memory for a second copy of the model and the time of loading it.
 
     With lowdim imported, `from_pretrained(folder)` of the model's own class or of `AutoModel...` gives the same tensors, and
     so bit-identical outputs; otherwise nothing is written. The model can be saved again afterwards, as a checkpoint of
@@ -87,6 +90,7 @@ def save_compressed(
             f"model must be a transformers model; got {type(model).__name__}. Save the state dict of others with "
             "lowdim.files.write_tensors and load it with lowdim.compress.load_compressed"
         )
+    probe = Probe.of(model)
     written = _dense(model) if dense else prepare_compressed(model)
     with quiet(), whole_folder(folder) as draft:
         written.save_pretrained(draft, max_shard_size=max_shard_size)
@@ -96,7 +100,9 @@ def save_compressed(
             write_tensors(draft / "factors.safetensors", _factors(model))
         if record is not None:
             write_json(draft / "compression.json", record)
-        _read_back(written, draft)
+        again = _read_back(written, draft)
+        if probe is not None:
+            probe.check(again, "the checkpoint", same=not dense)
     return stored_bytes(written)
 
 
@@ -148,8 +154,8 @@ def _factors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _read_back(model: Any, draft: Path) -> None:
-    """Load the written checkpoint and compare it with the model, tensor by tensor."""
+def _read_back(model: Any, draft: Path) -> Any:
+    """The model that the written checkpoint gives, compared with `model` tensor by tensor."""
     again, info = type(model).from_pretrained(draft, dtype="auto", output_loading_info=True)
     odd = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in sorted(map(str, info[kind]))]
     here, there = model.state_dict(), again.state_dict()
@@ -161,6 +167,7 @@ def _read_back(model: Any, draft: Path) -> None:
             f"the checkpoint of {type(model).__name__} does not read back as it was written: {names}"
             f"{' ...' if len(odd) > 5 else ''}; nothing was left in the folder"
         )
+    return again
 
 
 def _equal(one: Tensor, two: Tensor) -> bool:

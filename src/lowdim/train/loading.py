@@ -64,7 +64,7 @@ def load_base(recipe: Recipe, num_labels: int, tokenizer: Any) -> nn.Module:
     model = random_model(recipe.model, recipe.task, recipe.seed, fitted, num_labels=num_labels)
     if tokenizer.pad_token_id is not None:
         models.declare_padding(model, tokenizer.pad_token_id)
-    return model.to(dtype)
+    return cast_stored(model, dtype)
 
 
 def random_model(name: str, task: str, seed: int, tokenizer: Any = None, *, num_labels: int = 2) -> nn.Module:
@@ -75,3 +75,19 @@ def random_model(name: str, task: str, seed: int, tokenizer: Any = None, *, num_
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return models.build(config, task, num_labels=num_labels)
+
+
+def cast_stored(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast the tensors that a file holds, in place, as `from_pretrained(dtype=...)` does.
+
+    `model.to(dtype)` would round buffers that no file holds as well, such as the frequencies of rotary positions; the model
+    that is loaded again would compute something else.
+    """
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = buffer.to(dtype)
+    return model

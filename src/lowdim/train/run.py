@@ -22,6 +22,7 @@ from lowdim.catalogue import Variant, variant
 from lowdim.checksums import check_files, checksums
 from lowdim.errors import CheckpointError, LowdimError
 from lowdim.files import write_text
+from lowdim.linalg import many_processes
 from lowdim.locking import exclusive
 from lowdim.methods import Applied, Setup, Strategy, strategy_for, with_options
 from lowdim.records import RUN, RunRecord, claim
@@ -33,7 +34,7 @@ from lowdim.train.loop import FitResult, FitSettings, check_tracker, fit
 from lowdim.train.metrics import Metric, metric_for
 from lowdim.train.neighbours import padding_note
 from lowdim.train.recipes import Recipe, load_recipe
-from lowdim.train.saving import make_small, save_plain, whole_state
+from lowdim.train.saving import check_adapter, make_small, save_plain, whole_state
 from lowdim.train.tasks import Task
 
 __all__ = ["load_run", "run_recipe"]
@@ -211,7 +212,7 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
     """Score the trained model, and write it with its record.
 
     Raises:
-        LowdimError: the loss, or an output, is not finite.
+        LowdimError: the loss, or an output, is not finite; or what was written does not give the trained model's outputs.
     """
     task, applied, variant = start.base.task, start.applied, run.strategy.variant
     small = not result.failure and make_small(applied)  # what is scored is what will be written
@@ -260,6 +261,9 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
     if run.first:
         if applied.adapted is not None:
             applied.adapted.save(run.folder / "adapter")
+            if whole is None and not many_processes():
+                recipe, tokenizer = run.recipe, start.base.tokenizer
+                check_adapter(applied.model, run.folder / "adapter", lambda: load_base(recipe, task.num_labels, tokenizer))
         else:
             save_plain(applied.model, run.folder / "model", start.base.tokenizer, whole, joint=task.joint, small=small)
         record = dataclasses.replace(record, files=_written(run.folder), file_bytes=_weight_bytes(run.folder))

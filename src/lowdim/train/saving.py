@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lowdim.errors import LowdimError
+from lowdim.errors import LowdimError, WrittenModelError
 from lowdim.files import whole_folder
 from lowdim.linalg import is_sharded
 from lowdim.methods import Applied
+from lowdim.models import Probe, room_for
 
-__all__ = ["make_small", "save_plain", "whole_state"]
+__all__ = ["check_adapter", "make_small", "save_plain", "whole_state"]
 
 
 def whole_state(model: nn.Module) -> dict[str, Any] | None:
@@ -75,3 +78,23 @@ def save_plain(
     with whole_folder(folder) as draft:
         model.save_pretrained(draft, state_dict=whole)
         tokenizer.save_pretrained(draft)
+
+
+def check_adapter(model: nn.Module, folder: Path, base: Callable[[], nn.Module]) -> None:
+    """Load a written adapter over a fresh base model and compare outputs, where memory for a second model is free.
+
+    Raises:
+        WrittenModelError: they differ; the adapter is removed.
+    """
+    from lowdim.adapters import load_adapter
+
+    probe = Probe.of(model) if room_for(model) else None
+    if probe is None:
+        return
+    fresh = base()
+    load_adapter(fresh, folder)
+    try:
+        probe.check(fresh, f"the adapter in {folder}", same=True)
+    except WrittenModelError:
+        shutil.rmtree(folder)
+        raise

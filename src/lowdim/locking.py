@@ -135,4 +135,4 @@ def _release(place: Path, handle: int) -> None:
 
 def _refusal(target: str | Path, holder: str) -> str:
     by = f" ({holder})" if holder else ""
-    return f"{target} is in use by another lowdim command{by}; wait until it ends, or name another place with --out"
+    return f"{target} is in use by another lowdim command{by}; wait until it ends, or name another output"

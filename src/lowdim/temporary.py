@@ -40,7 +40,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 def is_temporary(path: Path) -> bool:
     """Whether the name is that of a temporary file or folder of lowdim, or of its lock."""
-    return _NAME.fullmatch(path.name) is not None or path.name == LOCK
+    return _NAME.fullmatch(path.name) is not None or (path.name.startswith(".") and path.name.endswith(LOCK))
 
 
 def clear_temporaries(target: str | Path) -> None:

@@ -448,3 +448,15 @@ def test_no_alpha_takes_the_rank():
     assert IncreLoRA(rank=3, target_rank=3, alpha=0).attach(layer).update.scaling == pytest.approx(1.0, rel=1e-5)
     assert IncreLoRA(target_rank=6).attach(layer).update.rank_step == 3
     assert IncreLoRA(target_rank=1).attach(layer).update.rank_step == 1
+
+
+def test_uncertainty_is_an_absolute_distance():
+    """`U ← β2 U + (1−β2) |S − I|` with the new I: a score that falls is as uncertain as one that rises."""
+    shared = line().shared
+    I, U = [0.0, 0.0], [0.0, 0.0]
+    for scores in ([4.0, 1.0], [1.0, 2.0], [0.5, 0.0]):
+        shared.observe(torch.tensor(scores, dtype=torch.float64), 0.8, 0.6)
+        I = [0.8 * i + 0.2 * s for i, s in zip(I, scores, strict=True)]
+        U = [0.6 * u + 0.4 * abs(s - i) for u, i, s in zip(U, I, scores, strict=True)]
+    assert shared.I.tolist() == pytest.approx(I)
+    assert shared.U.tolist() == pytest.approx(U)

@@ -8,10 +8,12 @@ import torch
 from lowdim.adapters.diffora_search import DiffoRAAdapted
 from lowdim.layers.maestro_model import maestro_layers
 
+import tiny
 from lowdim import models
 from lowdim.catalogue import variant, variants
 from lowdim.methods import apply, strategy_for, with_options
 from lowdim.train.loop import FitSettings, fit
+from lowdim.train.metrics import metric_for
 from lowdim.train.tasks import language_modelling
 
 RATE = 1e-3
@@ -200,3 +202,38 @@ def test_what_a_companion_draws_follows_from_the_seed_of_the_run(task):
 
 def test_every_row_with_a_companion_is_looked_at():
     assert {name for name, row in variants().items() if row.companion} == {"sst", "maestro", "low-rank-restart"}
+
+
+@pytest.mark.parametrize(("name", "steps", "shrinks"), [("maestro", 40, 4), ("maestro", 70, 7)])
+def test_a_companions_schedule_is_that_of_the_run(task, name, steps, shrinks):
+    """`total_steps` of the run, not twice as many: Maestro shrinks ten times."""
+    applied = ready(task, name, steps)
+    applied.start(1e-3)
+    assert applied.companion.shrink_interval == shrinks
+
+
+@pytest.mark.parametrize(("name", "itself"), [("q-galore", True), ("galore", False), ("lora", False)])
+def test_gradients_are_clipped_once(task, tmp_path, monkeypatch, name, itself):
+    """By the optimizer where the trainer cannot see its gradients, else by the trainer: in a comparison as in a run."""
+    from lowdim.compare import runs
+    from lowdim.train.trainer import arguments
+
+    seen = []
+
+    class Enough(Exception):
+        pass
+
+    def fit(applied, task, settings, folder, **_):
+        seen.append((applied.start(1e-3), arguments(settings, 5, tmp_path).max_grad_norm))
+        raise Enough
+
+    monkeypatch.setattr(runs, "fit", fit)
+    model = tiny.llama()
+    bench = runs.Contest(
+        model=model, task=task, head=(), metric=metric_for("causal-lm"), steps=5, batch_size=2, folder=tmp_path, fingerprint=""
+    )
+    with pytest.raises(Enough):
+        runs.perform(bench, runs.Run(variant(name), "trial", 0, 1e-3, 0))
+    ((optimizer, by_trainer),) = seen
+    assert getattr(optimizer, "max_norm", None) == (1.0 if itself else None)
+    assert by_trainer == (0.0 if itself else 1.0)

@@ -710,3 +710,16 @@ def on_shards(net):
 
 
 SHARDED = {"q-galore": Subject(floating_net, on_shards)}
+
+
+def test_defaults_are_those_of_the_papers_code():
+    group = QGaLore([torch.nn.Parameter(torch.zeros(8, 6))], rank=2).param_groups[0]
+    wanted = {
+        "cos_threshold": 0.4,
+        "gamma": 2,
+        "queue_size": 5,
+        "projector_bits": 4,
+        "projector_group_size": 256,
+        "scale": 0.25,
+    }
+    assert {name: group[name] for name in wanted} == wanted

@@ -323,4 +323,11 @@ FAULTS = [
         "wide(thin[1])",
         Tests(("adapters/test_peft_format.py", "adapters/test_several.py"), "strength"),
     ),
+    Fault(
+        "IncreLoRA's uncertainty has a sign",
+        "adapters/increlora/growth.py",
+        "(scores - self.I).abs(), alpha",
+        "(scores - self.I), alpha",
+        Tests(("adapters/test_increlora.py",), "uncertainty"),
+    ),
 ]

@@ -197,6 +197,13 @@ FAULTS = [
         Tests(("optim/test_q_galore.py", "optim/test_int8.py"), "used_once or test_store"),
     ),
     Fault(
+        "Q-GaLore waits for subspaces that agree more than the authors' do",
+        "optim/q_galore.py",
+        "        cos_threshold: float = 0.4,\n",
+        "        cos_threshold: float = 0.9,\n",
+        of("q_galore", "defaults_are"),
+    ),
+    Fault(
         "16-bit weights are rounded to the nearest",
         "optim/core/rounding.py",
         "target.copy_(source if generator is None else round_at_random(source, draws, p.dtype))",

@@ -111,8 +111,8 @@ FAULTS = [
     Fault(
         "WeLore keeps one rank more",
         "compress/welore.py",
-        "swap_layers(model, factored, lambda name, layer: _factor(layer, kept[name]))",
-        "swap_layers(model, factored, lambda name, layer: _factor(layer, kept[name] + 1))",
+        "swap_layers(model, factored, lambda name, layer: _factor(layer, kept[name], dtype))",
+        "swap_layers(model, factored, lambda name, layer: _factor(layer, kept[name] + 1, dtype))",
         Tests(("compress/test_welore.py::TestWeLore",), shared=True),
     ),
     Fault(

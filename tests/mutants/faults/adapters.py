@@ -270,7 +270,7 @@ FAULTS = [
     Fault(
         "an adapter that is switched off leaves its part of the weight out",
         "adapters/core/layer.py",
-        "            y = y + self._start(x).to(y)\n",
+        "            y = y + self._like(self._start(x), y)\n",
         "            pass\n",
         formula("svfit", "TestSVFit", "strength or rows"),
     ),

@@ -109,22 +109,22 @@ class AdaptedLayer(nn.Module):
         if self.strength == 1.0 and self.rows is None and self.taken == self.rebased:
             return self._add(y, x)
         if self.rebased:  # y is (W₀ − start) x so far
-            y = y + self._start(x).to(y)
+            y = y + self._like(self._start(x), y)
         if self.strength == 0.0:
             return y
         if self.rows is None:
-            return y + self._change(x).to(y)
+            return y + self._like(self._change(x), y)
         rows = self.rows
-        return y.index_add(0, rows.to(y.device), self._change(x[rows.to(x.device)]).to(y))
+        return y.index_add(0, rows.to(y.device), self._like(self._change(x[rows.to(x.device)]), y))
 
     def _add(self, y: Tensor, x: Tensor) -> Tensor:
         if self.kind == "embedding":
-            return y + self._looked_up(x).to(y)
+            return y + self._like(self._looked_up(x), y)
         x = self._ready(self._drop(x))
         if self.kind.startswith("conv"):
-            return y + convolve(self.update, cast(nn.Conv2d, self.plain), x).to(y)
-        if x.device != y.device or "forward" in self.update.__dict__:  # placed by accelerate: its hook runs in forward
-            return y + self.update(x).to(y)
+            return y + self._like(convolve(self.update, cast(nn.Conv2d, self.plain), x), y)
+        if self._is_placed():
+            return y + self._like(self.update(x), y)
         return self.update.add_to(y, x, inplace=self._may_overwrite())
 
     def _change(self, x: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class AdaptedLayer(nn.Module):
         return out if self.strength == 1.0 else self.strength * out
 
     def _looked_up(self, index: Tensor) -> Tensor:
-        found = self.update.columns(index.to(self._place(index)))
+        found = self.update.columns(index.to(self._place(index)) if self._is_placed() else index)
         return found if self.gain == 1.0 else found * self.gain
 
     def _start(self, x: Tensor) -> Tensor:
@@ -244,6 +244,13 @@ class AdaptedLayer(nn.Module):
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
+    def _is_placed(self) -> bool:
+        """Whether accelerate moves inputs and outputs of the base or of the update, which may then be on several devices."""
+        return "_hf_hook" in self.plain.__dict__ or "_hf_hook" in self.update.__dict__
+
+    def _like(self, out: Tensor, y: Tensor) -> Tensor:
+        return out.to(y) if self._is_placed() else out.to(y.dtype)
+
     def _place(self, x: Tensor) -> torch.device:
         """The device of the update's tensors; that of `x` if it has none, or accelerate has offloaded them."""
         tensor = next(self.update.parameters(), None)
@@ -256,8 +263,8 @@ class AdaptedLayer(nn.Module):
         parameter = next(self.update.parameters(), None)
         if parameter is None:
             return x
-        if x.device != parameter.device and not parameter.is_meta:
-            x = x.to(parameter.device)
+        if self._is_placed():
+            x = x.to(self._place(x))
         if x.dtype == parameter.dtype or torch.is_autocast_enabled(x.device.type):
             return x
         return x.to(parameter.dtype)

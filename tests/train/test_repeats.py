@@ -154,6 +154,23 @@ def test_texts_that_are_equal_after_cutting(stories, tmp_path):
     assert "39 texts that give the same tokens as another" in task.notes[0]
 
 
+def test_words_that_the_tokenizer_does_not_know(bert_folder, tmp_path):
+    """A few texts that only differ in them are one text to the model; where most do, they are compared by their characters."""
+    tokenizer = models.load_tokenizer(str(bert_folder))
+    known = itertools.product(("one", "two", "three"), ("good", "bad", "dull"), ("plot", "story", "it"))
+    rows = [{"text": f"the film {' '.join(words)}", "label": i % 2} for i, words in enumerate(known)]
+    smiles = [{"text": f"the film was good {smile}", "label": i % 2} for i, smile in enumerate("😀😡")]
+    task = classification(tokenizer, [dump(tmp_path / "few.jsonl", rows + smiles)])
+    assert sum(task.sizes().values()) == 28
+    assert [note.split(" ", 1)[1][:25] for note in task.notes] == ["texts that give the same ", "duplicate texts have diff"]
+    many = [{"text": f"the film {i}", "label": i % 2} for i in range(60)]
+    task = classification(tokenizer, [dump(tmp_path / "many.jsonl", many)])
+    assert sum(task.sizes().values()) == 60
+    assert task.notes == (
+        "59 texts have the tokens of another text, since the tokenizer does not know the words that they differ in",
+    )
+
+
 # --- documents ------------------------------------------------------------------------------------------------------------
 
 DOCUMENTS = [f"Document {i}: a mouse named N{i} went to the market and bought {i * 7} apples." for i in range(60)]

@@ -20,7 +20,7 @@ from lowdim.train.data import Examples, Used, read_documents, read_examples
 from lowdim.train.inputs import Inputs, encode
 from lowdim.train.metrics import Metric, classification_score
 from lowdim.train.overlap import overlap_note
-from lowdim.train.repeats import same_tokens
+from lowdim.train.repeats import same_text, same_tokens
 from lowdim.train.splits import places
 from lowdim.train.unseen import Unseen, left_out
 
@@ -183,8 +183,9 @@ def classification(
     length = max_length if most is None else min(max_length, most)
     inputs = encode(tokenizer, examples.texts, examples.others, length=length, segments=segments)
     apart = None if held is None else encode(tokenizer, held.texts, held.others, length=length, segments=segments)
+    unknown = tokenizer.unk_token_id if _unfit(examples, inputs, tokenizer.unk_token_id) else None
     tokens, held_tokens = (
-        [] if part is None else [same_tokens(ids, tokenizer.unk_token_id) for ids in part.ids()] for part in (inputs, apart)
+        [] if part is None else [same_tokens(ids, unknown) for ids in part.ids()] for part in (inputs, apart)
     )
     parts = places(examples, tokens=tokens, test=held, test_tokens=held_tokens, seed=seed)
     train = parts.train if limit is None else _first(parts.train, examples.labels, limit)
@@ -287,6 +288,18 @@ def _rows(inputs: Inputs, examples: Examples, where: Sequence[int]) -> Any:
     columns = {name: column.take(pa.array(where, pa.int64())) for name, column in inputs.columns.items()}
     labels = pa.array([examples.labels[i] for i in where], pa.int64())
     return datasets.Dataset(pa.table({**columns, "labels": labels}))
+
+
+def _unfit(examples: Examples, inputs: Inputs, unknown: int | None) -> bool:
+    """Whether more than a tenth of the texts differ only in words that the tokenizer does not know.
+
+    They are then compared by their characters: they are not the same, and few would be left.
+    """
+    if unknown is None:
+        return False
+    vague = [(same_text(*texts), same_tokens(ids)) for texts, ids in zip(examples.each(), inputs.ids()) if unknown in ids]
+    texts, tokens = (len(set(keys)) for keys in zip(*vague)) if vague else (0, 0)
+    return texts - tokens > len(examples) // 10
 
 
 def _indistinct(inputs: Inputs, where: Sequence[int]) -> list[str]:

@@ -160,6 +160,8 @@ def test_a_header_is_a_header_and_an_unusual_one_is_shown(tmp_path, header, note
 
 
 def test_columns_without_a_name_are_told_apart(tmp_path):
+    again = read_rows(put(tmp_path / "b.csv", ",Unnamed: 0,text\n0,0,good\n1,1,bad\n"))
+    assert again.columns == ("Unnamed: 0.1", "Unnamed: 0", "text")
     table = read_rows(put(tmp_path / "a.csv", ",text,\n0,good,x\n1,bad,y\n"))
     assert table.columns == ("Unnamed: 0", "text", "Unnamed: 2")
 
@@ -207,6 +209,34 @@ def test_values_of_json_keep_their_types(tmp_path):
     assert table[2:4][0] == {"value": 1.0, "number": 2}
 
 
+@pytest.mark.parametrize("size", [10, 2**18 - 3, 2**18, 700_000])
+def test_a_list_of_json_is_read_in_pieces(tmp_path, size):
+    values = [{"text": "x" * size, "n": 1}, {"text": 'a, ]}[{ \\ " ü', "n": [1, {}]}, {"n": 12}] * 3
+    for content in (json.dumps(values), json.dumps(values, indent=3, ensure_ascii=False), f" \n{json.dumps(values)}\n\n"):
+        table = read_rows(put(tmp_path / "a.json", content))
+        assert list(table) == [{"text": row.get("text"), "n": row["n"]} for row in values]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"a": 1},]', "is not JSON"),
+        ('[{"a": 1} {"a": 2}]', "is not JSON"),
+        ('[{"a": 1}', "is not JSON"),
+        ('[{"a": 1}] x', "is not JSON"),
+        ('[{"a": 1}, 2]', "must hold a JSON list of objects; entry 2 is of type int"),
+        ('{\n "a": 1\n}', "must hold a JSON list of objects"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[]", "has no rows"),
+        ("1", "must hold a JSON list of objects"),
+        ('{"a": 1}\n{"a": \n', "line 2 is not JSON"),
+    ],
+)
+def test_what_is_no_list_of_json_objects_is_refused(tmp_path, content, message):
+    with pytest.raises(DataError, match=message):
+        read_rows(put(tmp_path / "a.json", content))
+
+
 def test_many_batches_of_rows_are_one_table(tmp_path):
     count = 20_000
     content = "".join(json.dumps({"n": n, **({"odd": str(n)} if n % 2 else {})}) + "\n" for n in range(count))
@@ -220,6 +250,8 @@ def test_fasttext_labels_stand_anywhere_and_one_in_each_line(tmp_path):
     content = "__label__a first\nsecond __label__b\n thi__label__rd __label__a one \nno label\n__label__a __label__a twice\n"
     found = [("a", "first"), ("b", "second"), ("a", "thi__label__rd one"), (None, "no label"), ("a", "twice")]
     assert rows(put(tmp_path / "a.txt", content)) == found
+    with pytest.raises(DataError, match=r"b\.txt, line 1 has 2 labels \(x, y\)"):
+        read_rows(put(tmp_path / "b.txt", "__label__x,__label__y one\n"))
     with pytest.raises(DataError, match=r"a\.txt, line 2 has 2 labels \(sauce, cheese\)"):
         read_rows(put(tmp_path / "a.txt", "__label__x one\n__label__sauce how much __label__cheese in it\n"))
 
@@ -245,14 +277,16 @@ SENTENCE = "a sentence about thing number {n} that goes on for about a hundred a
         ("examples", "a.csv", "text,label\n", f"{SENTENCE},{{k}}\n"),
         ("documents", "a.csv", "text,number\n", f"{SENTENCE} ünd 😀,{{n}}\n"),
         ("examples", "a.tsv", "text\tlabel\n", f'"{SENTENCE}, ""so"" they say"\t{{k}}\n'),
+        ("examples", "a.json", "[", f'{{{{"text": "{SENTENCE} 😀", "label": {{k}}}}}},\n'),
         ("examples", "a.jsonl", "", f'{{{{"text": "{SENTENCE}", "label": {{k}}}}}}\n'),
     ],
 )
 def test_a_table_takes_at_most_twice_its_size(tmp_path, reader, name, head, line):
     """Measured in a process of its own, after a small file has loaded what reading needs."""
     small, large = tmp_path / f"small{name[1:]}", tmp_path / name
-    put(small, head + "".join(line.format(n=n, k=n % 2) for n in range(6_000)))
-    put(large, head + "".join(line.format(n=n, k=n % 2) for n in range(80_000)))
+    for path, count in ((small, 6_000), (large, 80_000)):
+        content = head + "".join(line.format(n=n, k=n % 2) for n in range(count))
+        put(path, f"{content[:-2]}]" if head == "[" else content)
     words = [sys.executable, "-c", MEMORY, reader, str(small), str(large), str(large.stat().st_size)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

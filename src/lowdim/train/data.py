@@ -148,7 +148,7 @@ def _labelled(path: Path, text: str | None, label: str | None) -> _Labelled:
     names = (*roles.text, roles.label)
     *texts, marks = map(table.column, names)
     keep = array("q")
-    empty = missing = 0
+    empty = missing = marked = 0
     odd: list[Any] = []
     is_label = label_filter(marks)
     for row, (*values, mark) in enumerate(zip(*texts, marks)):
@@ -161,6 +161,7 @@ def _labelled(path: Path, text: str | None, label: str | None) -> _Labelled:
         else:
             for value, name in zip((*values, mark), names):
                 check_plain(value, name, path)
+            marked += any(isinstance(value, str) and "__label__" in value for value in values)
             keep.append(row)
     if not keep:
         held = " and ".join(map(shown, roles.text))
@@ -176,6 +177,8 @@ def _labelled(path: Path, text: str | None, label: str | None) -> _Labelled:
         notes.append(f"{empty} rows of {path} have an empty text and were left out")
     if missing:
         notes.append(f"{missing} rows of {path} have no label and were left out")
+    if marked:
+        notes.append(f"{marked} texts of {path} hold fastText's mark __label__, which may give the answer away")
     if odd:
         notes.append(f"{len(odd)} rows of {path} have a label that is none, such as {shown(odd[0])}, and were left out")
     return _Labelled([column.as_strings() for column in texts], marks, notes, used)

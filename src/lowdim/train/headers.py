@@ -32,7 +32,14 @@ def named_columns(header: Sequence[str]) -> list[str]:
         >>> named_columns(["", "text ", "label"])
         ['Unnamed: 0', 'text', 'label']
     """
-    return [name.strip().lstrip("\ufeff").strip() or f"Unnamed: {place}" for place, name in enumerate(header)]
+    names = [name.strip().lstrip("\ufeff").strip() for name in header]
+    for place, name in enumerate(names):
+        if not name:
+            name = f"Unnamed: {place}"
+            while name in names:  # a table that pandas has written, read and written again
+                name += ".1"
+            names[place] = name
+    return names
 
 
 def check_header(table: Table, confirmed: Collection[str] = ()) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from lowdim.errors import DataError, shown
 from lowdim.files import parse_json
@@ -12,6 +14,9 @@ from lowdim.train.columns import Table, TableBuilder
 from lowdim.train.encoding import open_text, read_text
 
 __all__ = ["read_json_lines", "read_json_list"]
+
+_PIECE = 2**18  # characters that are read at once
+_NOT_SPACE = re.compile(r"[^ \t\n\r]")
 
 
 def read_json_lines(path: Path) -> Table:
@@ -29,29 +34,102 @@ def read_json_lines(path: Path) -> Table:
 
 
 def read_json_list(path: Path) -> Table:
-    """The objects of a JSON list, or of a file with one object a line.
+    """The objects of a JSON list, or of a file with one object a line; the list is never whole in memory.
 
     Raises:
         DataError: it is neither, or holds a lone surrogate.
     """
-    content = read_text(path)
-    try:
-        value = parse_json(content)
-    except ValueError as error:
-        if content.lstrip().startswith("{") and {"\n", "\r"} & set(
-            content.strip()
-        ):  # such files often hold one object per line
-            return read_json_lines(path)
-        raise DataError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-        raise DataError(f"{path} must hold a JSON list of objects")
+    if _one_a_line(path):
+        return read_json_lines(path)
     builder = TableBuilder()
-    surrogates = "\\u" in content
-    for number, row in enumerate(value, 1):
-        if surrogates:
-            _check_unicode(row, f"{path}, row {number}")
-        builder.append(row, len(content) // len(value))
+    try:
+        with open_text(path) as stream:
+            for number, (row, size, text) in enumerate(_elements(stream), 1):
+                if not isinstance(row, dict):
+                    raise DataError(f"{path} must hold a JSON list of objects; entry {number} is of type {type(row).__name__}")
+                if "\\u" in text:
+                    _check_unicode(row, f"{path}, row {number}")
+                builder.append(row, size)
+    except _NotAListError:
+        raise _fault(path) from None
     return builder.table(path)
+
+
+class _NotAListError(Exception):
+    """The text is no JSON list."""
+
+
+def _one_a_line(path: Path) -> bool:
+    """Whether the first of several lines is an object of its own."""
+    with open_text(path) as stream:
+        lines = (line for line in stream if line.strip())
+        first, more = next(lines), next(lines, None)
+    if more is None or not first.lstrip().startswith("{"):
+        return False
+    try:
+        return isinstance(parse_json(first), dict)
+    except ValueError:
+        return False
+
+
+def _elements(stream: TextIO) -> Iterator[tuple[Any, int, str]]:
+    """The elements of a JSON list with their numbers of characters and the text that holds them."""
+    decode, text, place, ended = json.JSONDecoder().raw_decode, "", 0, False
+
+    def more() -> None:
+        nonlocal text, place, ended
+        piece = stream.read(max(_PIECE, len(text) - place))  # twice as much each time, so that long elements are cheap
+        text, place, ended = text[place:] + piece, 0, not piece
+
+    def sign() -> str:
+        nonlocal place
+        while True:
+            found = _NOT_SPACE.search(text, place)
+            if found or ended:
+                break
+            place = len(text)
+            more()
+        if not found:
+            return ""
+        place = found.end()
+        return found[0]
+
+    if sign() != "[":
+        raise _NotAListError
+    mark = sign()
+    while mark != "]":
+        place -= 1
+        while True:
+            try:
+                value, end = decode(text, place)
+                if end < len(text) or ended:
+                    break
+            except RecursionError:
+                raise _NotAListError from None
+            except ValueError:
+                if ended:
+                    raise _NotAListError from None
+            more()
+        yield value, end - place, text[place:end]
+        place = end
+        mark = sign()
+        if mark == ",":
+            mark = sign()
+            if mark == "]":
+                raise _NotAListError
+        elif mark != "]":
+            raise _NotAListError
+    if sign():
+        raise _NotAListError
+
+
+def _fault(path: Path) -> DataError:
+    """What is wrong with a file that is no JSON list."""
+    try:
+        parse_json(read_text(path))
+    except ValueError as error:
+        return DataError(f"{path} is not JSON: {error}")
+    return DataError(f"{path} must hold a JSON list of objects")
 
 
 def _object(path: Path, number: int, line: str) -> dict[str, Any]:

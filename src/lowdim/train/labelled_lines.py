@@ -33,7 +33,8 @@ def read_labelled_lines(path: Path) -> Table:
 
 
 def _marked(path: Path, number: int, line: str) -> tuple[str | None, str]:
-    labels = list(dict.fromkeys(_MARK.findall(line)))
+    joined = "".join(f"__label__{mark}" for mark in _MARK.findall(line))  # __label__a,__label__b are two
+    labels = list(dict.fromkeys(mark.strip(",;|") for mark in joined.split("__label__")[1:]))
     if len(labels) > 1:
         raise DataError(
             f"{path}, line {number} has {len(labels)} labels ({listed(labels)}), and a text is trained with one; keep one in "

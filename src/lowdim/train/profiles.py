@@ -29,7 +29,7 @@ _CHAT_NAMES = (
 _CHAT_KEYS = frozenset({"role", "content", "from", "value", "user", "assistant"})
 _WRITTEN_CHAT = re.compile(r"""\s*"?\[\s*\{\s*["'\\]{1,2}(?:role|content|from|value)["'\\]{1,2}\s*:""")
 _ID_NAME = re.compile(
-    r"(?:.*[\s_.:#-])?(?:ids?|idx|guids?|uuids?|uid)\d*|unnamed: \d+|__index_level_\d+__|[qpd]id\d*|docno|index|urls?|uri"
+    r"(?:.*[\s_.:#-])?(?:ids?|idx|guids?|uuids?|uid)\d*|unnamed: [\d.]+|__index_level_\d+__|[qpd]id\d*|docno|index|urls?|uri"
 )
 _ID_CAMEL = re.compile(r".*[a-z](?:Id|ID|Idx|Url|URL)\d*")
 _ID_VALUE = re.compile(r"https?://\S+|(?=\S*\d)[\w.:/#@+-]{1,64}")

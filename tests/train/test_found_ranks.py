@@ -142,3 +142,46 @@ def test_convolutions_become_dense():
     assert maestro_compact(model) == {}
     assert type(model[0]) is nn.Conv2d
     assert torch.allclose(model(x), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("closed", [3, 8], ids=["some gates", "every gate"])
+def test_closed_ranks_are_cut_from_an_adapter(closed, tmp_path):
+    import lowdim
+    import tiny
+    from lowdim.adapters import SoRA
+
+    def base():
+        torch.manual_seed(0)
+        return tiny.llama()
+
+    adapted = lowdim.adapt(base(), SoRA(rank=8, alpha=12), seed=1)
+    with torch.no_grad():
+        for layer in adapted.layers.values():
+            layer.update.B.normal_()
+            layer.update.gate[:closed] = 0.0
+    rows = torch.arange(8).reshape(1, 8)
+    want, ranks = adapted.model.eval()(rows).logits, adapted.found_ranks()
+    full = sum(t.numel() for t in adapted.state_dict().values())
+    assert not adapted.compact()
+    assert sum(t.numel() for t in adapted.state_dict().values()) < full * (max(1, 8 - closed) + 0.1) / 8
+    assert adapted.found_ranks() == ranks
+    assert torch.allclose(adapted.model(rows).logits, want, atol=1e-6)
+    adapted.save(tmp_path / "adapter")
+    loaded = lowdim.load_adapter(base(), tmp_path / "adapter")
+    assert loaded.found_ranks() == ranks
+    assert torch.equal(loaded.model.eval()(rows).logits, adapted.model(rows).logits)
+    plain = loaded.merge()
+    assert torch.allclose(plain(rows).logits, want, atol=1e-5)
+
+
+def test_a_run_cuts_closed_ranks(tmp_path):
+    options = {"rank": 8, "threshold": 0.2, "sparse_lambda": 1.0}
+    record = run_recipe(_recipe(tmp_path / "out", method="sora", options=options))
+    tensors = load_file(tmp_path / "out" / "adapter" / "adapter.safetensors")
+    held = {name.rpartition(".update.gate")[0]: len(t) for name, t in tensors.items() if name.endswith(".update.gate")}
+    assert min(record["ranks"].values()) < 8
+    assert held == {name: max(1, rank) for name, rank in record["ranks"].items()}
+    from lowdim.train.run import load_run
+
+    adapted, _, _ = load_run(tmp_path / "out")
+    assert adapted.found_ranks() == record["ranks"]

@@ -32,12 +32,27 @@ class SoRAUpdate(GatedLoRAUpdate):
         self, out_features: int, in_features: int, rank: int, scaling: float, *, proximal: str, dtype: Any, device: Any
     ):
         super().__init__(out_features, in_features, rank, scaling, dtype=dtype, device=device)
-        self.proximal = proximal
+        self.proximal, self.full_rank = proximal, rank
         self.gate = nn.Parameter(torch.empty(rank, dtype=dtype, device=device))
 
     def gates(self) -> Tensor:
         """`gate`."""
         return self.gate
+
+    def meta(self) -> dict[str, Any]:
+        """The rank, once closed ranks have been cut."""
+        return {"rank": self.rank} if self.rank < self.full_rank else {}
+
+    @torch.no_grad()
+    def cut(self) -> None:
+        """Remove ranks whose gate is closed, for good; one is kept where all are. Existing optimizers hold the old tensors."""
+        kept = self.gate.nonzero().squeeze(1)
+        kept = kept if len(kept) else kept.new_zeros(1)
+        if len(kept) == self.rank:
+            return
+        self.rank = len(kept)
+        for name, value in (("A", self.A[kept]), ("B", self.B[:, kept]), ("gate", self.gate[kept])):
+            setattr(self, name, nn.Parameter(value.clone(), requires_grad=getattr(self, name).requires_grad))
 
     @torch.no_grad()
     def proximal_step(self, t: float) -> None:
@@ -96,6 +111,13 @@ class SoRAAdapted(Adapted):
         gates = {id(gate) for gate in self._gates().values()}
         groups = super().param_groups(lr, weight_decay)
         return [{**group, "weight_decay": 0.0} if id(group["params"][0]) in gates else group for group in groups]
+
+    def compact(self) -> bool:
+        """Cut closed ranks from every layer: what is saved then holds open ones only, and closed ones cannot open again."""
+        for layer in self.layers.values():
+            update: Any = layer.update
+            update.cut()
+        return False
 
     def found_ranks(self) -> dict[str, int]:
         """`effective_rank()`."""
@@ -198,8 +220,10 @@ class SoRA(Method):
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> SoRAUpdate:
         """Allocate `A`, `B` and `gate`."""
-        scaling = self.alpha / self.rank
-        return SoRAUpdate(out_features, in_features, self.rank, scaling, proximal=self.proximal, dtype=dtype, device=device)
+        rank, how = stats.get("rank", self.rank), {"proximal": self.proximal, "dtype": dtype, "device": device}
+        update = SoRAUpdate(out_features, in_features, rank, self.alpha / self.rank, **how)
+        update.full_rank = self.rank
+        return update
 
     def initialise(self, update: SoRAUpdate, weight: Tensor, stats: Stats, generator: torch.Generator | None) -> None:
         """Draw `A` and `gate`; `B` is zero, so the output does not change."""

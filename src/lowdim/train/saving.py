@@ -31,11 +31,15 @@ def whole_state(model: nn.Module) -> dict[str, Any] | None:
 
 
 def make_small(applied: Applied) -> bool:
-    """Make the trained layers as small as the method has found they can be, if a checkpoint can hold that; True if any is."""
+    """Make the trained layers as small as the method has found they can be, if a file can hold that.
+
+    Returns:
+        Whether a whole model has compressed layers; an adapter holds its open ranks only, in its usual form.
+    """
     from transformers import PreTrainedModel
 
     model = applied.model
-    if not isinstance(model, PreTrainedModel) or any(is_sharded(p) for p in model.parameters()):
+    if (applied.adapted is None and not isinstance(model, PreTrainedModel)) or any(is_sharded(p) for p in model.parameters()):
         return False
     return applied.compact()
 

@@ -14,8 +14,8 @@ import re
 import reprlib
 import sys
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
 #: Characters of a message, whatever the values hold that it names.
 LONGEST_MESSAGE = 2000
@@ -175,6 +175,15 @@ def unknown(argument: str, value: object, options: Iterable[str]) -> UnknownName
     return UnknownNameError(f"{argument} must be one of {listed(names, 1000)}; got {shown(value)} (nearest: {close})")
 
 
+class Options:
+    """Base of dataclasses of options: an unknown name is an error that lists the known ones."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Check the names of the options; the dataclass sets them."""
+        check_options(cls, options)
+        return super().__new__(cls)
+
+
 def check_options(cls: type, options: Iterable[str]) -> None:
     """Raise TypeError unless the names of the options are fields of this dataclass.
 
@@ -186,14 +195,16 @@ def check_options(cls: type, options: Iterable[str]) -> None:
     """
     if not dataclasses.is_dataclass(cls):  # the decorator has not run yet
         return
-    fields = [field for field in dataclasses.fields(cls) if field.init]
-    names = [field.name for field in fields]
+    refuse_strange(cls.__name__, options, [field.name for field in dataclasses.fields(cls) if field.init])
+
+
+def refuse_strange(who: str, options: Iterable[str], names: Sequence[str]) -> None:
+    """Raise TypeError for a name among `options` that is not one of `names`, which are those of `who`."""
     strange = [name for name in options if name not in names]
     if strange:
         close = ", ".join(nearest(strange[0], names, 2))
         raise TypeError(
-            f"{cls.__name__} has no option {', '.join(map(repr, strange))} (nearest: {close}); "
-            f"its options are {', '.join(names)}"
+            f"{who} has no option {', '.join(map(repr, strange))} (nearest: {close}); its options are {', '.join(names)}"
         )
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import lowdim
 from lowdim.adapters import FLoRA, LaMDA, LoRA, SoRA
+from lowdim.compress import LoRDConfig
 from lowdim.errors import NoMatchingModuleError
 from lowdim.layers import Monarch, swap_linear
 
@@ -203,7 +204,14 @@ def test_matrices_that_attention_keeps_by_itself_are_named():
     block = nn.TransformerEncoderLayer(8, 2, 16)
     notes, adapted = told(lambda: lowdim.adapt(nn.ModuleList([block]), LoRA(rank=2)))
     assert list(adapted.layers) == ["0.linear1", "0.linear2"]
-    assert any("*.self_attn.in_proj_weight" in note for note in notes)
+    assert any("*.self_attn.in_proj_weight" in note and "experts" not in note for note in notes)
+
+
+def test_transposed_convolutions_are_named_and_not_called_experts():
+    notes, _ = told(lambda: lowdim.adapt(nn.Sequential(nn.ConvTranspose1d(4, 4, 3), nn.Linear(4, 4)), LoRA(rank=2)))
+    assert len(notes) == 1
+    assert "(*.weight; 67% of the model's parameters)" in notes[0]
+    assert "experts" not in notes[0]
 
 
 # Weights in few bits
@@ -470,6 +478,15 @@ def test_a_merged_peft_model_is_adapted():
 def test_an_unknown_option_names_the_methods_own(method, options, told):
     with pytest.raises(TypeError, match=told):
         method(**options)
+
+
+def test_configurations_and_layers_name_their_options_too():
+    for make in (lambda: LoRDConfig(param_ration=0.5), lambda: lowdim.train.FitSettings(learning_rate=0.1)):
+        with pytest.raises(TypeError, match=r"has no option '(param_ration|learning_rate)'.*its options are "):
+            make()
+    for fresh in (True, False):
+        with pytest.raises(TypeError, match=r"Monarch has no option 'blocks' \(nearest: nblocks\); its options are nblocks"):
+            swap_linear(net(), Monarch, blocks=2, fresh=fresh)
 
 
 @pytest.mark.parametrize("cls", lowdim.adapters.registered_methods().values(), ids=lambda cls: cls.__name__)

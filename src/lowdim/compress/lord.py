@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowdim.calibrate import collect
 from lowdim.compress.core.report import CompressedLayer, CompressionReport, attach_report
-from lowdim.errors import check_float, check_int, nearest
+from lowdim.errors import Options, check_float, check_int, nearest
 from lowdim.linalg import canonical_signs, compute_dtype
 from lowdim.modules import LowRankLinear
 from lowdim.ranks import parameter_rank
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LoRDConfig:
+class LoRDConfig(Options):
     """How `lord` decomposes a model.
 
     Attributes:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowdim import ranks as rank_rules
 from lowdim.compress.core.report import CompressedLayer, CompressionReport, attach_report
-from lowdim.errors import NoMatchingModuleError, check_float
+from lowdim.errors import NoMatchingModuleError, Options, check_float
 from lowdim.linalg import balanced_factors, compute_dtype
 from lowdim.modules import LowRankLinear
 from lowdim.surgery import (
@@ -43,7 +43,7 @@ class _DefaultTarget(float):
 
 
 @dataclass(frozen=True)
-class WeLoreConfig:
+class WeLoreConfig(Options):
     """How `welore` reduces a model.
 
     Attributes:

@@ -14,25 +14,33 @@ from lowdim.surgery.wrappers import holder, named_layers, plain_name, unwrap
 
 __all__ = ["loose_matrices", "stacked_parameters", "unreached_note"]
 
-#: A smaller share of the model's numbers is not worth a warning.
-_WORTH_SAYING = 0.01
+#: A smaller share of the model's numbers is not worth a warning: of experts and left-out layers, and of other matrices.
+_WORTH_SAYING, _MUCH = 0.01, 0.05
 
 
 def stacked_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters `(n, rows, columns)` with n > 1 that are not the kernel of a convolution: routed experts, by name."""
-    return {name: p for name, p in loose_matrices(model).items() if p.ndim >= 3}
+    return _loose(model)[0]
 
 
 def loose_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of two or more dimensions, all larger than 1, of modules that are not layers of one matrix, by name."""
-    found: dict[str, nn.Parameter] = {}
+    stacked, others = _loose(model)
+    return stacked | others
+
+
+def _loose(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Stacked matrices, and the other ones: of torch's own layers (attention, recurrent, transposed) and of two dimensions."""
+    stacked: dict[str, nn.Parameter] = {}
+    others: dict[str, nn.Parameter] = {}
     for name, module in named_layers(model).items():
         if is_matrix_class(module) or isinstance(module, CONVOLUTIONS):
             continue
+        own = type(module).__module__.startswith("torch.nn.")
         for leaf, parameter in module._parameters.items():
             if parameter is not None and parameter.ndim >= 2 and min(parameter.shape) > 1:
-                found[f"{name}.{leaf}"] = parameter
-    return found
+                (others if own or parameter.ndim == 2 else stacked)[f"{name}.{leaf}"] = parameter
+    return stacked, others
 
 
 def unreached_note(model: nn.Module, taken: Iterable[str], patterns: str | Iterable[str] | None) -> str:
@@ -46,15 +54,15 @@ def unreached_note(model: nn.Module, taken: Iterable[str], patterns: str | Itera
     inside = set(taken)
     within = lambda name: holder(name, inside) is not None  # noqa: E731
     named = _matcher(patterns)
-    loose = {name: p for name, p in loose_matrices(model).items() if not within(name) and named(name)}
+    stacked, others = ({name: p for name, p in loose.items() if not within(name) and named(name)} for loose in _loose(model))
     odd = _left_out(model, within) if patterns is None else {}
     total = sum(p.numel() for p in unwrap(model).parameters()) or 1
     parts = []
-    for what, found in (
-        ("experts stacked in one parameter", {n: p for n, p in loose.items() if p.ndim >= 3}),
-        ("matrices that a module keeps without a layer", {n: p for n, p in loose.items() if p.ndim == 2}),
+    for what, found, least in (
+        ("experts stacked in one parameter", stacked, _WORTH_SAYING),
+        ("matrices that are not a linear layer's or a convolution's", others, _MUCH),
     ):
-        if (share := _numbers(found.values()) / total) >= _WORTH_SAYING:
+        if (share := _numbers(found.values()) / total) >= least:
             parts.append(f"{what} ({_some(found)}; {share:.0%} of the model's parameters)")
     share = _numbers(p for module in odd.values() for p in module.parameters()) / total
     if share >= _WORTH_SAYING or any(map(unreadable, odd.values())):  # the weights of the latter are no parameters

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from lowdim.errors import Options
 from lowdim.methods import WARMUP
 from lowdim.results import Result
 
@@ -16,7 +17,7 @@ SUBSPACE = "subspace_"  # prefix of a projected optimizer's log keys
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitSettings:
+class FitSettings(Options):
     """Settings of the training loop that do not depend on the method."""
 
     steps: int

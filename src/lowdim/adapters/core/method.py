@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lowdim.adapters.core.layer import AdaptedLayer, gain_of, kind_of
 from lowdim.adapters.core.update import WeightUpdate
-from lowdim.errors import CheckpointError, check_options
+from lowdim.errors import CheckpointError, Options
 from lowdim.surgery import COMPUTED, dense_matrix, describe, is_quantized, matrix_shape, stores_codes
 
 __all__ = ["Method", "ModelMethod", "Stats", "method_class", "open_field", "registered_methods"]
@@ -25,7 +25,7 @@ Stats = Mapping[str, Any]
 _REGISTRY: dict[str, type[Method]] = {}
 
 
-class Method:
+class Method(Options):
     """Hyperparameters of an adapter, as a frozen dataclass; makes updates, holds no tensors.
 
     Subclass with `@dataclass(frozen=True)`. A subclass registers under its class name, which checkpoints refer to.
@@ -60,11 +60,6 @@ class Method:
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(f"a method named {cls.__name__!r} is already registered by {other.__module__}")
         _REGISTRY[cls.__name__] = cls
-
-    def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Check the names of the options; the dataclass sets them."""
-        check_options(cls, options)
-        return super().__new__(cls)
 
     def blank(
         self, out_features: int, in_features: int, *, stats: Stats, dtype: torch.dtype, device: torch.device

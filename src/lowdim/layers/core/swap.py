@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from lowdim.errors import refuse_strange
 from lowdim.linalg import derive_seed
 from lowdim.modules import StructuredLinear
 from lowdim.surgery import (
@@ -22,6 +24,10 @@ from lowdim.surgery import (
 )
 
 __all__ = ["densify", "plain_layers", "structured_layers", "swap_linear"]
+
+
+#: Arguments of structured layers that the replaced layer determines.
+_OF_THE_LAYER = frozenset({"linear", "in_features", "out_features", "bias", "device", "dtype"})
 
 
 def swap_linear(
@@ -51,7 +57,7 @@ def swap_linear(
         The model. Build the optimizer afterwards: the old parameters are gone.
 
     Raises:
-        TypeError: `layer_class` has no `from_linear`.
+        TypeError: `layer_class` has no `from_linear`, or no hyperparameter of that name.
         ValueError: a pattern matches nothing, or a layer does not allow the hyperparameters, such as a rank above its smaller
             side without `cap_rank` (named; the model is unchanged).
 
@@ -64,6 +70,9 @@ def swap_linear(
     make = getattr(layer_class, "from_linear", None)
     if not callable(make):
         raise TypeError(f"layer_class must have from_linear(linear, **how); got {layer_class!r}")
+    known = inspect.signature(layer_class if fresh else make).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        refuse_strange(layer_class.__name__, how, [name for name in known if name not in _OF_THE_LAYER])
     found = find_layers(model, target_modules, exclude=exclude, accept=is_linear)
     layers, _ = without_tied(model, found, named=target_modules not in (None, "all-linear"))
 

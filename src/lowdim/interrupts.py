@@ -18,6 +18,10 @@ _RESUMED = ("run", "compare")  # commands with --resume
 _received: list[int] = []
 
 
+class _Interruption(KeyboardInterrupt):
+    """A signal. Python itself ends by SIGINT where a plain KeyboardInterrupt has passed through `exec`, whatever came after."""
+
+
 class _InterruptedExit(SystemExit):
     """The end of a command whose line has been printed."""
 
@@ -67,7 +71,7 @@ def _install() -> dict[int, object]:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     _received.append(number)
-    raise KeyboardInterrupt
+    raise _Interruption
 
 
 def _advice(arguments: Sequence[str]) -> str:

@@ -114,6 +114,16 @@ def test_a_command_is_ended(number, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) in (["out", "recipe.yaml"], ["recipe.yaml"]), "the lock is gone"
 
 
+def test_a_signal_in_code_that_is_executed():
+    """As in every dataclass: Python forgets the exit code where a plain KeyboardInterrupt passes through `exec`."""
+    code = (
+        "from lowdim.interrupts import interruptible\n"
+        "with interruptible(['list']):\n    exec('import os, signal; os.kill(os.getpid(), signal.SIGTERM); signal.pause()')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (143, "interrupted; nothing was written. To try again: lowdim list\n")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
 def test_any_encoding_shows_any_text(encoding, monkeypatch):
     raw = io.BytesIO()

@@ -96,6 +96,8 @@ def _finish(stream: _Forgiving) -> None:
 
 
 def _forgiving(stream: Any) -> Any:
+    if stream is None:  # closed before the start
+        return open(os.devnull, "w", encoding="utf-8")
     if type(stream) is not io.TextIOWrapper:
         return stream
     stream.flush()

@@ -11,13 +11,14 @@ companion.finish()                                               # once, after t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Companion", "RateFactor"]
+__all__ = ["Companion", "RateFactor", "warn_of_lost_updates"]
 
 
 class Companion:
@@ -117,3 +118,47 @@ class RateFactor:
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for group, rate in zip(optimizer.param_groups, self._kept):
             group["lr"] = rate
+
+
+def warn_of_lost_updates(optimizer: Any) -> None:
+    """Warn where an optimizer rounds most of its updates of 16-bit weights away.
+
+    An update of about the learning rate is lost where it is below half of a weight's last bit: `lr < ε/2 · RMS(W)`, with
+    ε = 2⁻⁷ for bfloat16 and 2⁻¹⁰ for float16. Optimizers of lowdim do not lose it (`keeps_small_updates`).
+
+    Args:
+        optimizer: any torch optimizer, or a wrapper with an attribute `.optimizer`.
+
+    Warns:
+        UserWarning: it would; the message names the share of the weights, and what to use instead.
+
+    Example:
+        >>> import torch, warnings
+        >>> from lowdim.companion import warn_of_lost_updates
+        >>> optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))], lr=1e-4)
+        >>> with warnings.catch_warnings(record=True) as found:
+        ...     warnings.simplefilter("always")
+        ...     warn_of_lost_updates(optimizer)
+        >>> len(found)
+        1
+    """
+    import torch
+
+    plain = getattr(optimizer, "optimizer", optimizer)
+    if getattr(plain, "keeps_small_updates", False) or getattr(plain, "bf16_stochastic_round", False):
+        return
+    lost, total = 0, 0
+    for group in plain.param_groups:
+        lr = float(group.get("initial_lr", group["lr"]))
+        for p in group["params"]:
+            total += p.numel()
+            if p.requires_grad and p.numel() and p.dtype in (torch.bfloat16, torch.float16):
+                size = float(p.detach().float().square().mean().sqrt())
+                lost += p.numel() * (lr < torch.finfo(p.dtype).eps / 2 * size)
+    if lost:
+        warnings.warn(
+            f"{type(plain).__name__} rounds updates to 16 bits: at this learning rate most updates of {lost / total:.0%} of "
+            "the trained numbers are lost. Use lowdim.optim.AdamW (stochastic rounding, or master_weights=True), or train in "
+            "float32",
+            stacklevel=2,
+        )

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+import lowdim
+from lowdim.companion import warn_of_lost_updates
 from lowdim.linalg import stream
 from lowdim.optim import AdamW, DCTAdamW, Fira, GaLore, QGaLore, Restart, param_groups, quantize_linears
 from lowdim.optim.core.rounding import round_at_random
+from lowdim.testing.processes import in_processes
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -283,3 +286,62 @@ def test_states_of_a_former_lowdim_load():
     optimizer = GaLore(param_groups(model, rank=4), lr=1e-3)
     optimizer.load_state_dict(saved)
     train(model, optimizer, 1)
+
+
+# --- optimizers that lose updates ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lr", "value", "lost"),
+    [
+        (torch.bfloat16, 1e-3, 1.0, True),
+        (torch.bfloat16, 5e-3, 1.0, False),  # above half of the last bit, 1/256
+        (torch.bfloat16, 1e-4, 0.02, False),
+        (torch.bfloat16, 1e-5, 0.02, True),
+        (torch.float16, 1e-4, 1.0, True),
+        (torch.float16, 1e-3, 1.0, False),
+        (torch.float32, 1e-7, 1.0, False),
+    ],
+)
+def test_who_loses_updates_is_told(dtype, lr, value, lost, recwarn):
+    p = nn.Parameter(torch.full((10,), value, dtype=dtype))
+    warn_of_lost_updates(torch.optim.AdamW([p], lr=lr))
+    assert [w for w in recwarn if "lowdim.optim.AdamW" in str(w.message)] == recwarn.list
+    assert len(recwarn) == lost
+    warn_of_lost_updates(AdamW([p], lr=lr))
+    assert len(recwarn) == lost
+
+
+def test_an_adapter_tells_at_its_first_step():
+    model = nn.Sequential(nn.Linear(8, 8)).to(torch.bfloat16)
+    adapted = lowdim.adapt(model, lowdim.adapters.LoRA(rank=2))
+    optimizer = torch.optim.AdamW(adapted.param_groups(1e-6), lr=1e-6)
+    with pytest.warns(UserWarning, match=r"AdamW rounds updates to 16 bits: .* of the trained numbers are lost"):
+        adapted.step(optimizer)
+
+
+def _sharded(rank, world, name, masters):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    model = net(torch.bfloat16)
+    if world > 1:
+        fully_shard(model)
+    optimizer = MAKERS[name](param_groups(model, rank=4), lr=2e-3, master_weights=masters)
+    for step in range(20):
+        for i, p in enumerate(model.parameters()):
+            grad = (2 + torch.randn(p.shape, generator=stream(step, "grad", i))).bfloat16()
+            p.grad = grad if world == 1 else distribute_tensor(grad, p.device_mesh, p.placements)
+        optimizer.step()
+    return [(p.full_tensor() if world > 1 else p).detach().float().numpy() for p in model.parameters()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "galore"])
+def test_sharded_weights_move_as_far(name, masters):
+    start = [p.detach().float() for p in net(torch.bfloat16).parameters()]
+    want, got = _sharded(0, 1, name, masters), in_processes(_sharded, 2, name, masters)
+    for a, b, begin in zip(want, got, start, strict=True):
+        a, b = torch.from_numpy(a) - begin, torch.from_numpy(b) - begin
+        assert float(b.mean()) == pytest.approx(float(a.mean()), rel=1e-3 if masters else 0.25)

@@ -130,6 +130,9 @@ def perform(bench: Contest, run: Run, *, on_step: Callable[[], None] = lambda: N
         record.seconds_per_step, record.measured_peak_bytes = result.seconds_per_step, result.peak_bytes
         record.failure = result.failure
         if record.failure is None:
+            record.ranks = applied.ranks() or None
+            if applied.adapted is not None:
+                applied.adapted.compact()  # what is scored is what is written
             _score(record, model, bench)
         if run.phase == "seed" and record.failure is None:
             record.file_bytes, record.files = _save(applied, run, bench)

@@ -99,6 +99,7 @@ class ComparedRun(Record):
         hits: "1" or "0" for each text of the test part, classified right or wrong: paired comparisons need it.
         file_bytes: size of the trained tensors.
         files: checksums of the files with the trained tensors (None: only another seed's are kept).
+        ranks: layer -> the rank that the method chose in training.
         retry: the machine failed (memory, disk, device) and not the method, so the run is tried again.
         capped_ranks, notes: layers that got a smaller rank than the others, and what the method says of the model.
     """
@@ -130,6 +131,7 @@ class ComparedRun(Record):
     hits: str | None = None
     file_bytes: int | None = None
     files: dict[str, str] | None = None
+    ranks: dict[str, int] | None = None
     retry: bool = False
     capped_ranks: dict[str, Any] | None = None
     notes: list[str] | None = None

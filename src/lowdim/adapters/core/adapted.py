@@ -29,7 +29,7 @@ from lowdim.adapters.core.method import Method
 from lowdim.adapters.core.shared import SHARED, free_name, shared_prefix
 from lowdim.adapters.core.update import WeightUpdate
 from lowdim.calibrate import LossFn
-from lowdim.companion import Companion
+from lowdim.companion import Companion, warn_of_lost_updates
 from lowdim.errors import NoGradientError, check_choice
 from lowdim.linalg import gather, is_sharded
 from lowdim.results import html_table
@@ -94,6 +94,7 @@ class Adapted(Companion):
         self._merged: _Merged | None = None
         self._awaits_gradient = True
         self._regularized = False
+        self._looked_at_optimizer = False
         self.allow_unused = False
         self.merge_report: MergeReport | None = None
         self.capped_ranks: dict[str, Any] = {}
@@ -113,10 +114,16 @@ class Adapted(Companion):
         Raises:
             NoGradientError: in the first step with gradients, some adapted layers got none (see `check_gradients`).
             RuntimeError: the method has a regularizer, and `regularizer()` was not called since the last step.
+
+        Warns:
+            UserWarning: in the first step, if the optimizer is given and loses small updates of 16-bit weights.
         """
         with_gradients = any(p.grad is not None for p in self.trainable().values())
         if self._awaits_gradient and with_gradients:
             self.check_gradients()
+        if optimizer is not None and not self._looked_at_optimizer:
+            self._looked_at_optimizer = True
+            warn_of_lost_updates(optimizer)
         self._check_regularized(with_gradients)
         for layer in self.layers.values():
             layer.update.step()

@@ -54,11 +54,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     Class attributes for compositions:
         method: name that a checkpoint carries.
         structural: group keys that fix the shape and meaning of the state; loading a checkpoint with others is an error.
+        keeps_small_updates: of 16-bit weights: see `lowdim.companion.warn_of_lost_updates`.
         hides_gradients: whether its weights have no `.grad` that a trainer could clip (INT8).
     """
 
     method: str = "projected"
     hides_gradients: bool = False
+    keeps_small_updates: bool = True
     structural: tuple[str, ...] = ("rank",)
 
     def __init__(

@@ -3,6 +3,8 @@
 import pytest
 
 import tiny
+from lowdim import models
+from lowdim.plan import forecast
 from lowdim.records import RunRecord
 from lowdim.report import render_run
 from lowdim.train.recipes import Recipe
@@ -49,3 +51,5 @@ def test_the_size_is_that_of_what_was_written(method, bert_folder, two_classes, 
     assert record["file_bytes"] == sum(file.stat().st_size for file in files) > 0
     assert RunRecord.read(tmp_path / "out").file_bytes == record["file_bytes"]
     assert "Saved file" in render_run(record)
+    planned = forecast(models.load_config(str(bert_folder)), method, batch_size=8, sequence_length=16)
+    assert planned.file_bytes == pytest.approx(record["file_bytes"], abs=20_000)  # a file has a header

@@ -43,7 +43,7 @@ class Forecast(Result):
         usual: the peak of a step that refreshes nothing and creates no state; equals `total` for most methods.
         peak_at: `"forward"`, `"backward"` or `"optimizer"`: where in the step the peak is.
         trained_parameters: number of trained parameters.
-        file_bytes: bytes saved at the end (the adapter, or the model).
+        file_bytes: bytes of the tensors that are written at the end: the adapter, or a plain model.
         flops: floating-point operations of one step, all of its batches, matrix products and convolutions only.
         seconds_per_step: a rough estimate from this machine's speed; see `lowdim.plan.work`.
         batch_size, sequence_length, accumulate: of one forward pass, and the number of them in an optimizer step.

@@ -112,7 +112,7 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
         amounts = {
             "trained": applied.trained(),
             "weight_bytes": weight_bytes,
-            "file_bytes": _file_bytes(applied, head, plain_bytes),
+            "file_bytes": _file_bytes(applied, plain_bytes),
             "flops": work.flops,
             "seconds": work.seconds,
         }
@@ -223,12 +223,6 @@ def _checkpoint(model: nn.Module) -> None:
     enable({"use_reentrant": False})
 
 
-def _file_bytes(applied: Applied, head: tuple[str, ...], plain_bytes: int) -> int:
-    """Bytes saved at the end: the adapter with its head, the head alone, or all weights."""
-    if applied.kind == "compress":
-        return plain_bytes  # the layers are plain again, with exact zeros
-    if applied.adapted is not None:
-        return unique_bytes(applied.adapted.state_dict().values())
-    if applied.kind == "probe":
-        return unique_bytes(t for name in head for t in applied.model.get_submodule(name).state_dict().values())
-    return unique_bytes(applied.model.state_dict().values())
+def _file_bytes(applied: Applied, plain_bytes: int) -> int:
+    """Bytes of the tensors that are written at the end: the adapter with its head, or a whole plain model."""
+    return plain_bytes if applied.adapted is None else unique_bytes(applied.adapted.state_dict().values())

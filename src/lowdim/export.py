@@ -18,8 +18,10 @@ from lowdim.errors import check_choice
 from lowdim.files import read_tensors, whole_folder, write_tensors, write_text
 from lowdim.layers import densify
 from lowdim.models import Probe, Source, encoder_options, quiet, room_for
+from lowdim.models.classes import encoder_of, imported, is_sentence_transformer, loading_class
 from lowdim.models.sentence_classifier import SentenceClassifier
 from lowdim.results import Result
+from lowdim.surgery import parent_and_child
 
 __all__ = ["FORMATS", "ExportResult", "export"]
 
@@ -139,23 +141,27 @@ def _peft(
     inputs: Mapping[str, Tensor] | None,
 ) -> ExportResult:
     model: Any = adapted.model
-    base = source.path if source else getattr(model.config, "_name_or_path", None) or "BASE_MODEL"
+    root = getattr(model, "export_root", "") or encoder_of(model)
+    config: Any = getattr(model.get_submodule(root), "config", None)
+    base = source.path if source else getattr(config, "_name_or_path", None) or "BASE_MODEL"
     options = _options(model)
     if source and source.gguf:
         options["gguf_file"] = source.gguf
     probe = Probe.of(model, inputs=inputs) if source is not None and room_for(model) else None
 
     def load(place: Path) -> nn.Module:
-        import transformers
         from peft import PeftModel
 
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT misses shared bases that it finds in another layer
-            bare = getattr(transformers, _auto(model)).from_pretrained(base, trust_remote_code=False, **options)
+            bare = _load(model, base, options)
+            if is_sentence_transformer(model):
+                parent, child = parent_and_child(bare, root)
+                setattr(parent, child, PeftModel.from_pretrained(bare.get_submodule(root), str(place)))
+                return bare
             return _with_head(PeftModel.from_pretrained(bare, str(place)), place, model)
 
     with whole_folder(folder) as draft:
-        root = getattr(model, "export_root", "")
         written = to_peft(adapted, draft, **how, native=how["rank"] is None, root=root, name=folder.name)
         if isinstance(model, SentenceClassifier):
             write_tensors(draft / "head.safetensors", model.classifier.state_dict())
@@ -168,9 +174,8 @@ def _peft(
             )
         else:
             snippet = (
-                f"from peft import PeftModel\nfrom transformers import {_imported(model, joint)}\n\n"
-                f"base = {_auto(model)}.from_pretrained({base!r}, {_typed(options)})\n"
-                f'model = PeftModel.from_pretrained(base, "{folder.name}")\n{_pair_lines(repr(base), joint)}'
+                f"from peft import PeftModel\n{_imports(model, joint)}\n"
+                f"{_peft_lines(model, root, base, options, folder)}{_pair_lines(repr(base), joint)}"
             )
         page = _readme("A PEFT adapter written by lowdim", snippet)
         if written.notes:
@@ -201,15 +206,11 @@ def _merged(
     probe = Probe.of(model, inputs=inputs) if room_for(model) else None
 
     def load(place: Path) -> nn.Module:
-        import transformers
-
         with quiet():
-            return _with_head(
-                getattr(transformers, _auto(model)).from_pretrained(place, trust_remote_code=False, **options), place, model
-            )
+            return _with_head(_load(model, place, options), place, model)
 
     with whole_folder(folder) as draft, quiet():
-        inner.save_pretrained(draft)
+        inner.save_pretrained(str(draft))
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         if isinstance(model, SentenceClassifier):
@@ -223,8 +224,8 @@ def _merged(
             )
         else:
             snippet = (
-                f"from transformers import {_imported(model, joint)}\n\n"
-                f'model = {_auto(model)}.from_pretrained("{folder.name}", {_typed(options)})\n'
+                f"{_imports(model, joint)}\n"
+                f"model = {_call(model, repr(folder.name), options)}\n"
                 f"{_pair_lines(repr(folder.name), joint)}"
             )
         write_text(draft / "README.md", _readme("A merged model written by lowdim", snippet))
@@ -232,21 +233,30 @@ def _merged(
     return ExportResult(folder, "merged", snippet, lambda: load(folder), largest_difference=difference)
 
 
-def _auto(model: nn.Module) -> str:
-    """The class of transformers that loads it."""
-    if isinstance(model, SentenceClassifier):
-        return "AutoModel"
-    return "AutoModelForSequenceClassification" if "SequenceClassification" in type(model).__name__ else "AutoModelForCausalLM"
+def _load(model: nn.Module, place: str | Path, options: dict[str, Any]) -> Any:
+    """The model in a folder, as the loading instructions load it."""
+    module, name = loading_class(model)
+    if is_sentence_transformer(model):
+        return imported(module, name)(str(place), trust_remote_code=False)
+    return imported(module, name).from_pretrained(place, trust_remote_code=False, **options)
+
+
+def _call(model: nn.Module, place: str, options: dict[str, Any]) -> str:
+    """The call of `_load`, as text."""
+    name = loading_class(model)[1]
+    return f"{name}({place})" if is_sentence_transformer(model) else f"{name}.from_pretrained({place}, {_typed(options)})"
 
 
 def _options(model: Any, *, for_merged: bool = False) -> dict[str, Any]:
     """Keywords with which `from_pretrained` gives this very model."""
     options: dict[str, Any] = {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
-    if isinstance(model, SentenceClassifier):
+    if isinstance(model, SentenceClassifier) or getattr(model, "pooler", True) is None:
         return {**options, **encoder_options(model.config)}
-    if _auto(model).endswith("SequenceClassification") and not for_merged:
-        options |= {"num_labels": model.config.num_labels, "pad_token_id": model.config.pad_token_id}
-    return options
+    name = type(model).__name__
+    if for_merged or "Classification" not in name:
+        return options
+    options["num_labels"] = model.config.num_labels
+    return {**options, "pad_token_id": model.config.pad_token_id} if "SequenceClassification" in name else options
 
 
 def _typed(options: dict[str, Any]) -> str:
@@ -276,8 +286,20 @@ def _batch_line(joint: str | None) -> str:
     return f'batch = tokenizer({texts}, padding=True, truncation=True, return_tensors="pt")\n'
 
 
-def _imported(model: nn.Module, joint: str | None) -> str:
-    return _auto(model) if joint is None else f"{_auto(model)}, AutoTokenizer"
+def _imports(model: nn.Module, joint: str | None) -> str:
+    module, name = loading_class(model)
+    names = [name] if joint is None else [name, "AutoTokenizer"]
+    return f"from {module} import {', '.join(names)}\n"
+
+
+def _peft_lines(model: nn.Module, root: str, base: str, options: dict[str, Any], folder: Path) -> str:
+    """How the base model is loaded, and the adapter over it, or over the part of it that the adapter is for."""
+    call = _call(model, repr(base), options)
+    if not root:
+        return f'base = {call}\nmodel = PeftModel.from_pretrained(base, "{folder.name}")\n'
+    first, _, rest = root.partition(".")
+    part = f"model[{first}].{rest}" if first.isdigit() else f"model.{root}"
+    return f'model = {call}\n{part} = PeftModel.from_pretrained({part}, "{folder.name}")\n'
 
 
 def _pair_lines(base: str, joint: str | None) -> str:

@@ -31,7 +31,7 @@ def damage(folder, kind):
         ("flipped", "is damaged: its tensors and description do not match its digest"),
         ("foreign", "was not written by lowdim"),
         ("missing", "adapter.safetensors does not exist"),
-        ("peft", "already holds a PEFT adapter"),
+        ("peft", "adapter_config.json: peft_type: Field required"),
     ],
 )
 def test_export_refuses_a_damaged_adapter(kind, part, refused, finished, tmp_path):
@@ -151,3 +151,54 @@ def test_export_of_a_run_from_random_weights(call, refused, recipe, tmp_path):
     assert call("run", recipe(pretrained=False))[0] == 0
     assert "started from random weights" in refused("export", tmp_path / "out", tmp_path / "peft")
     assert call("export", tmp_path / "out", tmp_path / "merged", "--format", "merged")[0] == 0
+
+
+@pytest.fixture(scope="module")
+def pefts(tmp_path_factory):
+    """A folder that PEFT wrote for a language model, and one for a classifier."""
+    peft = pytest.importorskip("peft")
+    place = tmp_path_factory.mktemp("peft")
+    config = {"r": 2, "init_lora_weights": False, "target_modules": ["q_proj"]}
+    for name, task in (("lm", "CAUSAL_LM"), ("classes", "SEQ_CLS")):
+        kind = "causal-lm" if name == "lm" else "classify"
+        model = models.load_model("stories260k", kind, num_labels=3, pad_token_id=0)
+        peft.get_peft_model(model, peft.LoraConfig(**config, task_type=task)).save_pretrained(place / name)
+    return place
+
+
+@pytest.mark.parametrize("name", ["lm", "classes"])
+@pytest.mark.parametrize("options", [["--format", "merged"], ["--rank", "1"], ["--format", "peft"]], ids="-".join)
+def test_export_of_what_peft_wrote(name, options, call, pefts, tmp_path):
+    code, out, err = call("export", pefts / name, tmp_path / "out", *options)
+    assert (code, err) == (0, "")
+    assert f"written {tmp_path / 'out'}" in " ".join(out.split())
+    wanted = "config.json" if "merged" in options else "adapter_config.json"
+    assert (tmp_path / "out" / wanted).is_file()
+
+
+def test_what_peft_wrote_is_diagnosed(call, pefts):
+    code, out, err = call("diagnose", "intruders", "--base", "stories260k", "--tuned", pefts / "lm", "--k", "2")
+    assert (code, err) == (0, "")
+    assert "q_proj" in out
+
+
+def test_export_of_another_kind_of_model(call, tmp_path):
+    import torch
+    from transformers import ViTForImageClassification
+
+    import zoo
+
+    with models.quiet():
+        zoo.MODELS["vit-classifier"].build().save_pretrained(tmp_path / "base")
+        model = ViTForImageClassification.from_pretrained(tmp_path / "base")
+    adapted = lowdim.adapt(model, lowdim.adapters.LoRA(rank=2), modules_to_save=["classifier"])
+    with torch.no_grad():
+        for parameter in adapted.trainable().values():
+            parameter.add_(0.1)
+    adapted.save(tmp_path / "adapter")
+    code, _, err = call("export", tmp_path / "adapter", tmp_path / "out", "--format", "merged")
+    assert (code, err) == (0, "")
+    with models.quiet():
+        again = ViTForImageClassification.from_pretrained(tmp_path / "out").eval()
+    batch = zoo.MODELS["vit-classifier"].batch()
+    assert torch.allclose(zoo.logits_of(again, batch), zoo.logits_of(model.eval(), batch), atol=1e-5)

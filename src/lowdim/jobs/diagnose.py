@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowdim.errors import UnknownNameError
+from lowdim.jobs.adapted import holds_adapter, load_adapted
 from lowdim.jobs.options import check_options
 from lowdim.jobs.systems import diagnostic
 
@@ -64,8 +65,10 @@ def _flags(names: Any) -> str:
 
 
 def _source(name: str) -> Any:
-    """A path unchanged; for any other name the model."""
+    """A path unchanged; an adapter's folder, and any other name, as the model."""
     path = Path(name)
+    if path.is_dir() and holds_adapter(path):
+        return load_adapted(path)[1].merge()
     if path.exists():
         return path
     from lowdim import models

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowdim.errors import CheckpointError, DataError, check_choice
+from lowdim.errors import DataError, UnknownNameError, check_choice
+from lowdim.jobs.adapted import load_adapted
 from lowdim.outputs import new_folder
 
 __all__ = ["ExportSettings", "export"]
@@ -17,7 +18,7 @@ class ExportSettings:
     """One export.
 
     Attributes:
-        adapter: a folder of `adapted.save`, of `lowdim run`, or of a run of a comparison.
+        adapter: a folder of `adapted.save`, of PEFT, of `lowdim run`, or of a run of a comparison.
         out: the folder that is written.
         model: the base model; None uses the name in the adapter's record.
         format: `"peft"` or `"merged"`.
@@ -63,7 +64,7 @@ def export(settings: ExportSettings) -> Any:
             adapted,
             settings.out,
             settings.format,
-            tokenizer=models.load_tokenizer(name),
+            tokenizer=_tokenizer(name),
             source=models.resolve(name),
             rank=settings.rank,
             max_error=settings.max_error,
@@ -82,10 +83,18 @@ def _joint(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def _tokenizer(name: str) -> Any:
+    """What turns inputs into the model's, to be saved next to a merged model; None where the base model has nothing of it."""
+    from lowdim import models
+
+    try:
+        return models.load_tokenizer(name)
+    except UnknownNameError:
+        return models.load_processor(name)
+
+
 def _load(settings: ExportSettings) -> tuple[str, Any]:
     """The base model's name, and the model with the adapter attached."""
-    from lowdim import models
-    from lowdim.adapters import load_adapter
     from lowdim.train.run import load_run
 
     folder = settings.adapter
@@ -98,23 +107,4 @@ def _load(settings: ExportSettings) -> tuple[str, Any]:
         return recipe.model, adapted
     if (folder / "adapter").is_dir():  # a run of a comparison
         folder = folder / "adapter"
-    base, labels = _description(folder)
-    name = settings.model or base
-    if not name:
-        raise DataError(f"{folder} does not say which model it is for; name it with --model")
-    kind = settings.task or ("classify" if labels else "causal-lm")
-    pad = models.load_tokenizer(name).pad_token_id
-    return name, load_adapter(models.load_model(name, kind, num_labels=labels or 2, pad_token_id=pad), folder)
-
-
-def _description(folder: Path) -> tuple[str | None, int]:
-    """The base model that an adapter names, and the number of classes of its head (0 without a head)."""
-    from lowdim.adapters.core.files.layout import TENSORS, read_adapter
-    from lowdim.surgery import HEAD_NAMES
-
-    if not (folder / TENSORS).is_file() and (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"{folder} already holds a PEFT adapter; load it with peft.PeftModel.from_pretrained")
-    tensors, header = read_adapter(folder)
-    heads = tuple(f"{name}." for name in header.modules_to_save if name.rpartition(".")[2] in HEAD_NAMES)
-    sizes = [len(t) for key, t in sorted(tensors.items()) if t.ndim == 2 and heads and key.startswith(heads)]
-    return header.base, sizes[-1] if sizes else 0  # the last matrix of a head gives the logits
+    return load_adapted(folder, model=settings.model, task=settings.task)

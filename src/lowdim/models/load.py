@@ -39,8 +39,10 @@ __all__ = [
     "encoder_options",
     "fit_vocabulary",
     "head_modules",
+    "load_by_class",
     "load_config",
     "load_model",
+    "load_processor",
     "load_tokenizer",
     "longest_text",
     "quiet",
@@ -264,6 +266,46 @@ def _forget_quantization(model: Any) -> None:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+def load_by_class(name: str, kind: str, *, num_labels: int | None = None) -> nn.Module:
+    """A pre-trained model of any kind, in float32.
+
+    Args:
+        kind: a model class of transformers, or one of its Auto classes.
+        num_labels: of a head that an adapter brings along.
+
+    Raises:
+        UnknownNameError: no such class, or the model cannot be found or read.
+    """
+    import torch
+
+    from lowdim.models.classes import class_named
+
+    transformers = _transformers()
+    cls = getattr(transformers, kind, None) if kind.startswith("AutoModel") else class_named(kind)
+    source = resolve(name)
+    options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+    with quiet():
+        try:
+            model = cls.from_pretrained(source.path, dtype=torch.float32, **source.options, **options)
+        except Exception as error:  # transformers raises various errors for a damaged folder
+            raise source.failure(name, f"cannot be loaded as {kind}", error) from error
+    model.config._name_or_path = source.path
+    return model
+
+
+def load_processor(name: str) -> Any:
+    """What makes a model's inputs from pictures or sound; None if it has no such part that can be read."""
+    transformers = _transformers()
+    source = resolve(name)
+    with quiet():
+        for kind in ("AutoProcessor", "AutoImageProcessor", "AutoFeatureExtractor"):
+            try:
+                return getattr(transformers, kind).from_pretrained(source.path, **source.options)
+            except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError):
+                continue
+    return None
 
 
 def build(config: Any, task: str, *, num_labels: int = 2) -> nn.Module:

@@ -14,6 +14,8 @@ from lowdim.adapters.core.attach import put_in_place
 from lowdim.adapters.core.composed import is_composed
 from lowdim.adapters.core.files.bounds import BoundedAllocation
 from lowdim.adapters.core.files.layout import TENSORS, Header, Layer, read_adapter
+from lowdim.adapters.core.files.peft_in import attach_peft
+from lowdim.adapters.core.files.peft_reader import is_peft_folder
 from lowdim.adapters.core.fingerprints import base_difference, layer_difference
 from lowdim.adapters.core.guards import error_context, plain_model, pristine_matrix, refuse_missing
 from lowdim.adapters.core.method import Method, registered_methods
@@ -33,15 +35,15 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
 
     Args:
         model: the model that the adapter was trained on, without adapters.
-        folder: a folder that `Adapted.save` wrote.
+        folder: a folder that `Adapted.save` wrote, or PEFT with a LoRA (which does not say what its base model's weights are).
         check_base: reject a base model with other weights; False attaches anyway.
 
     Returns:
         An `Adapted` in the state in which it was saved, schedules included.
 
     Raises:
-        CheckpointError: a file is missing, truncated, not written by lowdim, of a newer version, or for another base model.
-            The model is then unchanged.
+        CheckpointError: a file is missing, truncated, not written by lowdim or PEFT, of a newer version, or for another base
+            model; or an adapter of PEFT's that is more than `B A`. The model is then unchanged.
         ValueError: the model has an adapter, and the one in the file acts on the model as a whole (SAID, aTLAS).
 
     Example:
@@ -57,8 +59,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         True
     """
     folder, model = Path(folder), plain_model(model)
-    if not (folder / TENSORS).is_file() and (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"{folder} holds a PEFT adapter; load it with peft.PeftModel.from_pretrained")
+    if not (folder / TENSORS).is_file() and is_peft_folder(folder):
+        return attach_peft(model, folder)
     tensors, header = read_adapter(folder)
     method = _method(header, tensors, folder)
     if isinstance(method, WholeMethod):

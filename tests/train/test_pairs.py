@@ -9,6 +9,7 @@ from lowdim import models
 from lowdim.compare import compare
 from lowdim.compare.settings import CompareSettings
 from lowdim.errors import DataError
+from lowdim.jobs import ExportSettings, export
 from lowdim.train.inputs import encode, joint_of
 from lowdim.train.recipes import Recipe, load_recipe
 from lowdim.train.run import run_recipe
@@ -159,6 +160,9 @@ def test_a_run_records_its_columns(file, tmp_path):
     assert any(line.startswith("data: ") and "columns 'sentence2' and 'sentence1'" in line for line in said)
     assert f"example: {data['example']}" in said
     assert "\\n" in data["example"]
+    done = export(ExportSettings(adapter=tmp_path / "run", out=tmp_path / "peft"))
+    assert "tokenizer(['a text\\nits partner']" in done.how_to_load
+    assert done.how_to_load in (tmp_path / "peft" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("model", ["pooled", "stories260k"])

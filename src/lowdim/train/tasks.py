@@ -228,7 +228,8 @@ def language_modelling(
 
     Args: see `classification`.
 
-    Held-out blocks are contiguous, at the end of the text, so that neighbouring blocks do not leak.
+    A document is read once (`lowdim.train.unseen`). Held-out blocks are contiguous, at the end of the text, so that
+    neighbouring blocks do not leak.
 
     Raises:
         DataError: no text, or fewer than three blocks of it.

@@ -43,6 +43,9 @@ def written(folder, name, marks):
         ({"a.jsonl": [True, False], "b.csv": ["True", "False"], "c.txt": ["TRUE", "FALSE"]}, ("false", "true")),
         ({"a.jsonl": [True, False, "true", "False"]}, ("false", "true")),
         ({"a.jsonl": ["gr\u00fcn", "gru\u0308n", "very  rot", "very rot "]}, ("grün", "very rot")),
+        ({"a.csv": ["__label__a", "b"], "b.txt": ["a", "b"]}, ("a", "b")),
+        ({"a.csv": ["1e+00", "0e+00"], "b.jsonl": [1, 0]}, ("0", "1")),
+        ({"a.csv": ["1e5", "2e5"]}, ("1e5", "2e5")),
         ({"a.csv": ["007", "008"]}, ("007", "008")),
         ({"a.jsonl": [10**30, 1]}, ("1", str(10**30))),
     ],
@@ -144,6 +147,19 @@ def test_scores_are_refused_with_a_word_on_regression(name):
     with pytest.raises(DataError, match=r"look like scores .*lowdim has no regression yet") as error:
         encode_labels(SCORES[name], "a.csv")
     assert len(str(error.value)) < 600
+
+
+def test_the_name_of_the_column_says_that_numbers_are_scores(tmp_path):
+    rows = "".join(f"text number {i},{i % 12}\n" for i in range(120))
+    with pytest.raises(DataError, match="look like scores"):
+        read_examples([put(tmp_path / "a.csv", f"text,rating\n{rows}")], label="rating")
+    assert len(read_examples([put(tmp_path / "b.csv", f"text,label\n{rows}")]).classes) == 12
+
+
+@pytest.mark.parametrize("mark", ["NA", "n/a", "null", "?"])
+def test_marks_of_what_is_missing_are_named(mark):
+    (note,) = encode_labels(["pos", mark, "neg"], "a file").notes
+    assert f"label {mark!r} (1 rows) is trained as a class" in note
 
 
 @pytest.mark.parametrize("format", [".csv", ".jsonl", ".parquet", ".txt"])

@@ -66,6 +66,7 @@ def test_quotes_of_glue_are_text_and_the_reading_is_said_where_there_are_two(tmp
         ("a.csv", "text,label\ngood, fine,1\n", "row 2 has 3 fields, the header 2 .*separated by ','; .*must be in quotes"),
         ("a.tsv", "text\tlabel\nb\t1\nc\n", "line 3: row 3 has 1 fields, the header 2 .*separated by a tab"),
         ("a.csv", "text:label\ngood:1\nbad:0\n", "seem to be separated by ':'"),
+        ("a.csv", "text label\ngood 1\nbad 0\n", "seem to be separated by a space"),
         ("a.csv", "text^label\ngood^1\nbad^0\n", r"seem to be separated by '\^'"),
         ("a.tsv", "text::label\ngood::1\nbad::0\n", "seem to be separated by '::'"),
         ("a.csv", "text\x01label\ngood\x011\nbad\x010\n", r"seem to be separated by '\\x01'"),
@@ -102,6 +103,19 @@ def test_commas_in_the_header_do_not_hide_the_separator(tmp_path):
         ("a, b", "pos"),
         ("c, d", "neg"),
     ]
+
+
+def test_words_of_a_text_are_no_columns(tmp_path):
+    quoted, plain = '"The first, document"\n"The second, document"\n', "Breaking News\nOther News\nMore News\n"
+    for content in (quoted, plain):
+        assert read_rows(put(tmp_path / "a.csv", f"text\n{content}")).columns == ("text",)
+    assert read_rows(put(tmp_path / "b.csv", plain)).columns == ("Breaking News",)
+    with pytest.raises(DataError, match="looks like data"):
+        read_rows(put(tmp_path / "c.csv", quoted))
+
+
+def test_a_header_in_quotes_over_fields_without(tmp_path):
+    assert read_rows(put(tmp_path / "a.tsv", '"text"\t"label"\na film\t1\n')).columns == ("text", "label")
 
 
 def test_a_header_that_is_repeated_is_left_out_and_counted(tmp_path):

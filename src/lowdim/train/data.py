@@ -126,7 +126,7 @@ def read_examples(
                 f"({listed(single.roles.text)}); name the same columns for both with --text"
             )
     marks = list(itertools.chain.from_iterable(part.labels for part in parts))
-    labels = encode_labels(marks, ", ".join(map(str, paths)), classes)
+    labels = encode_labels(marks, ", ".join(map(str, paths)), classes, used[0].roles.label or "")
     texts, *others = [Column.concatenated(columns) for columns in zip(*(part.texts for part in parts))]
     notes = (*itertools.chain.from_iterable(part.notes for part in parts), *labels.notes)
     return Examples(texts, labels.indices, labels.classes, notes, others[0] if others else (), tuple(used))

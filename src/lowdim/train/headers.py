@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from lowdim.errors import DataError, listed, shown
 from lowdim.train.columns import Table
 
-__all__ = ["check_header", "named_columns"]
+__all__ = ["check_header", "has_usual_name", "named_columns"]
 
 _SAMPLE = 1000  # rows that are compared with the header
 _USUAL = frozenset((
@@ -21,6 +21,7 @@ _USUAL = frozenset((
 _NUMBER = re.compile(r"[+-]?(?:\d[\d,. ]*|\.\d+)(?:[eE][+-]?\d+)?\s*%?")
 _SENTENCE = re.compile(r"""(?:\S+\s+){2,}\S+[.!?…][")'”’]*""")
 _LINK = re.compile(r"https?://|\S+@\S+\.\w+$|__label__")
+_CLAUSE = re.compile(r"[^\W\d]+[,;!?] \w")
 _WORD = re.compile(r"[a-z][A-Za-z0-9_]*")
 
 
@@ -60,12 +61,13 @@ def check_header(table: Table, confirmed: Collection[str] = ()) -> list[str]:
             f"{table.path}: the first row, {listed(map(repr, header))}, looks like data ({why}); begin the file with a row of "
             "column names; if it is one, name the column of the text with --text"
         )
-    if _usual(header) or all(_WORD.fullmatch(name) or name.startswith("Unnamed: ") for name in header):
+    if has_usual_name(header) or all(_WORD.fullmatch(name) or name.startswith("Unnamed: ") for name in header):
         return []
     return [f"{table.path}: the first row was read as the names of the columns: {listed(map(repr, header))}"]
 
 
-def _usual(header: Sequence[str]) -> bool:
+def has_usual_name(header: Sequence[str]) -> bool:
+    """Whether one of these is a name that columns often have."""
     return any(name.lower().replace(" ", "_").replace("-", "_") in _USUAL for name in header)
 
 
@@ -77,10 +79,10 @@ def _looks_like_data(table: Table) -> str:
     numbers = [name for name in header if _NUMBER.fullmatch(name)]
     if numbers and header not in (list(map(str, range(n, n + len(header)))) for n in (0, 1)):
         return f"{shown(numbers[0])} is a number"
-    if _usual(header):
+    if has_usual_name(header):
         return ""
     for name in header:
-        if _LINK.match(name):
+        if _LINK.match(name) or _CLAUSE.search(name):
             return f"{shown(name)} is no name"
         if len(name) > 100 or _SENTENCE.fullmatch(name):
             return f"{shown(name)} is a sentence"

@@ -17,6 +17,7 @@ __all__ = ["Labels", "encode_labels", "label_filter"]
 
 _NAN = re.compile(r"[+-]?nan|<na>|nat", re.IGNORECASE)
 _INFINITE = re.compile(r"[+-]?inf(?:inity)?", re.IGNORECASE)
+_MISSING = re.compile(r"#?n/?a|null|nil|\\n|\?+|-+", re.IGNORECASE)
 _TRUTH = {"1": "true", "0": "false"}
 
 
@@ -50,13 +51,14 @@ def label_filter(values: Iterable[Any]) -> Callable[[Any], bool]:
     return is_label
 
 
-def encode_labels(values: Iterable[Any], source: str, classes: Sequence[str] = ()) -> Labels:
+def encode_labels(values: Iterable[Any], source: str, classes: Sequence[str] = (), column: str = "") -> Labels:
     """The classes of labels.
 
     Args:
         values: strings, numbers or booleans, as the files have them.
         source: names of the files, for messages.
         classes: the classes in order, if an earlier file has fixed them; other labels are an error.
+        column: name of the column, which may say that numbers are scores.
 
     Raises:
         DataError: only one class, scores, labels that are no classes, an unknown label.
@@ -79,13 +81,13 @@ def encode_labels(values: Iterable[Any], source: str, classes: Sequence[str] = (
     if len(known) < 2:
         raise DataError(f"{source}: there is only one class ({shown(known[0])}); classification needs at least two")
     if not classes:
-        notes += check_no_scores(counts, source)
+        notes += check_no_scores(counts, source, column)
         if len(known) > max(50, len(names) // 2):
             raise DataError(
                 f"{source}: the labels have {len(known)} different values in {len(names)} rows, such as {shown(known[0])}; "
                 "are they classes? name another column with --label"
             )
-        notes += _variants(counts, source)
+        notes += [*_variants(counts, source), *_missing(counts, source)]
     strange = sorted(set(counts) - set(known))
     if strange:
         raise DataError(_unknown(strange[0], known, source))
@@ -95,7 +97,7 @@ def encode_labels(values: Iterable[Any], source: str, classes: Sequence[str] = (
 
 def _spelling(value: Any) -> str:
     """The one name for all spellings of a label."""
-    text = unicodedata.normalize("NFC", " ".join(str(value).split()))
+    text = unicodedata.normalize("NFC", " ".join(str(value).split())).removeprefix("__label__")
     if text.lower() in ("true", "false"):
         return text.lower()
     amount = number(text)
@@ -130,6 +132,16 @@ def _variants(counts: Counter[str], source: str) -> list[str]:
         for group in groups.values()
         if len(group) > 1
     ][:5]
+
+
+def _missing(counts: Counter[str], source: str) -> list[str]:
+    """Labels by which programs mark that there is none."""
+    marks = [name for name in counts if _MISSING.fullmatch(name)]
+    return [
+        f"{source}: label {shown(name)} ({counts[name]} rows) is trained as a class; leave these rows out if it means that "
+        "they have no label"
+        for name in marks
+    ]
 
 
 def _loose(name: str) -> str:

@@ -9,7 +9,7 @@ from lowdim.errors import DataError, listed, shown
 
 __all__ = ["check_no_scores", "number", "score_hint"]
 
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+|[0-9]+\.[0-9]*(?:[eE][+-]?[0-9]+)?|\.[0-9]+(?:[eE][+-]?[0-9]+)?)")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:[eE][+-][0-9]+)?|[0-9]+\.[0-9]*(?:[eE][+-]?[0-9]+)?|\.[0-9]+(?:[eE][+-]?[0-9]+)?)")
 #: A number with a decimal comma, thousands, a currency, a share of a whole, or a unit.
 _MEASURE = re.compile(
     r"[€$£¥]?\s*(?P<sign>[+-]?)(?P<number>[0-9]{1,3}(?:[,' ][0-9]{3})+(?:\.[0-9]+)?|[0-9]*[.,]?[0-9]+(?:[eE][+-]?[0-9]+)?)"
@@ -18,6 +18,10 @@ _MEASURE = re.compile(
     re.IGNORECASE,
 )
 _CLASSES = 10  # so many different whole numbers may be classes whatever they are
+_SCORE_NAME = re.compile(
+    r"score|rating|percent|price|amount|similarity|relatedness|grade|points|probability|confidence|(?:^|[_\W])(?:age|year|value)s?$",
+    re.IGNORECASE,
+)
 _ROUND = (100, 1000)  # the ends of scales
 _NO_REGRESSION = "lowdim has no regression yet"
 
@@ -34,15 +38,16 @@ def number(text: str) -> float | None:
         return None
     if len(text) > 300:
         return None
-    amount = int(text) if text.lstrip("+-").isdigit() else float(text)
+    amount = int(text) if text[1:].isdigit() or text.isdigit() else float(text)
     return amount if abs(amount) < 1e300 else None
 
 
-def check_no_scores(counts: Counter[str], source: str) -> list[str]:
+def check_no_scores(counts: Counter[str], source: str, column: str = "") -> list[str]:
     """What the user should know of labels that are numbers.
 
     Args:
         counts: rows of each label.
+        column: name of the column that holds them.
 
     Raises:
         DataError: they look like measurements: fractions, or many whole numbers that do not count classes.
@@ -54,7 +59,8 @@ def check_no_scores(counts: Counter[str], source: str) -> list[str]:
     first, last, different = values[0], values[-1], len(values)
     about = f"{different} different numbers from {first:.6g} to {last:.6g}"
     fractions = any(value != int(value) for value in values) or any("%" in name or "/" in name for name in amounts)
-    if fractions or (different > _CLASSES and not _counts_classes(values, counts.total())):
+    ids = not _SCORE_NAME.search(column) and _counts_classes(values, counts.total())
+    if fractions or (different > _CLASSES and not ids):
         some = listed(list(map(shown, amounts))[:4])
         raise DataError(
             f"{source}: the labels look like scores or measurements, not like classes: {about}, such as {some}. "

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lowdim.errors import DataError, shown
 from lowdim.train.encoding import open_text
+from lowdim.train.headers import has_usual_name
 
 __all__ = ["Dialect", "find_dialect", "long_fields", "spelt"]
 
@@ -118,14 +119,16 @@ def _widths(lines: list[str], mark: str) -> list[int]:
 def _check_others(path: Path, lines: list[str]) -> None:
     """Refuse a table of one column whose rows all hold the same number of some other separator."""
     rows = [line.strip() for line in lines[: _ROWS + 1]][: max(2, len(lines) - 1)]
-    least = 3 if len(rows) > 2 else 2
+    if len(rows) < 2 or rows[0].startswith('"'):
+        return
     for mark in _OTHERS:
         counts = {row.count(mark) for row in rows}
-        if len(rows) >= least and len(counts) == 1 and counts != {0} and not any(row.startswith(mark) for row in rows[:1]):
-            raise DataError(
-                f"{path}: the fields seem to be separated by {spelt(mark)} ({shown(rows[0])}); write the table with commas, "
-                "semicolons, tabs or '|' as separator"
-            )
+        if len(counts) != 1 or counts == {0} or (mark == " " and not has_usual_name(rows[0].split())):
+            continue
+        raise DataError(
+            f"{path}: the fields seem to be separated by {spelt(mark)} ({shown(rows[0])}); write the table with commas, "
+            "semicolons, tabs or '|' as separator"
+        )
 
 
 @dataclass
@@ -155,7 +158,7 @@ def _tab_quotes(path: Path, skip: int) -> tuple[bool, str]:
     if not even:
         return True, ""
     if not found.whole:
-        return False, ""
+        return found.header and not found.loose and not fault, ""
     raw, meant = found.example
     idle = [column for column in found.idle if found.plain[column]]
     if fault or found.loose or (idle and not found.header):

@@ -64,6 +64,7 @@ SEVERAL = {
     "a document and a question on it": {"question": ASKED, "document": SENTENCES},
     "premise and hypothesis": {"premise": SENTENCES, "hypothesis": ASKED, "label": SHORT},
     "a longer text beside `text`": {"text": ASKED, "transcript": [s * 3 for s in SENTENCES]},
+    "short questions and answers": {"prompt": ["hi", "ho"] * 6, "response": SHORT},
     "short strings of any name": {"left": SHORT, "right": SHORT[::-1]},
 }
 LISTS = {
@@ -124,6 +125,7 @@ ONE = {
         "text",
     ),
     "single words": ({"text": SHORT, "n": list(range(12))}, "text"),
+    "an empty column of a usual name": ({"text": [""] * 12, "story": SENTENCES}, "story"),
     "an empty usual name": ({"text": [""] * 12, "content": SENTENCES}, "content"),
 }
 

@@ -102,7 +102,7 @@ def document_roles(columns: Sequence[Profile], asked: str | None, name: str) -> 
             raise DataError(f"--text {asked}: a language model is trained on one column; join them into one, or name one")
         return _roles(columns, (_asked(columns, asked, "--text", name).name,))
     usable = [c for c in columns if c.kind not in ("empty", "id")]
-    document = _first([c for c in columns if c.kind not in ("lists", "other")], _DOCUMENT_NAMES)
+    document = _usual([c for c in columns if c.kind not in ("lists", "other")], _DOCUMENT_NAMES)
     lists = [c for c in usable if c.kind == "lists" and (c.chat or document is None)]
     if lists:
         raise DataError(
@@ -115,14 +115,14 @@ def document_roles(columns: Sequence[Profile], asked: str | None, name: str) -> 
         words = [c for c in usable if c.kind == "word"]
         found = _first(words, _TEXT_NAMES) or next(iter(words), None)
         parts = words if found is not None and found.plain not in _TEXT_NAMES and len(words) > 1 else []
-    if found is None:
-        raise UnknownNameError(f"{name}: no column holds text; {_all(columns)}")
     if parts:
         raise DataError(
             f"{name}: columns {listed(_name(c.name) for c in parts)} may all belong to an example, and a language model is "
             f"trained on one: join them into one column, or name the one to train on with --text, e.g. "
             f"--text {shlex.quote(parts[0].name)} ({_all(columns)})"
         )
+    if found is None:
+        raise UnknownNameError(f"{name}: no column holds text; {_all(columns)}")
     return _roles(columns, (found.name,))
 
 
@@ -185,7 +185,7 @@ def _found_texts(columns: Sequence[Profile], mark: Profile | None, name: str) ->
     pair = _pair(rest, sure=mark is not None)
     if pair:
         return pair
-    usual = _first(rest, _TEXT_NAMES)
+    usual = _usual(rest, _TEXT_NAMES)
     texts = [c for c in rest if c.kind == "text"]
     if usual is not None and usual.kind not in ("lists", "other"):
         longer = [c for c in texts if c is not usual and c.size > usual.size]
@@ -246,6 +246,13 @@ def _first(columns: Sequence[Profile], usual: Sequence[str]) -> Profile | None:
     found = {c.plain: c for c in reversed(columns)}
     names = [u for u in usual if u in found]
     return next((found[u] for u in names if found[u].kind != "empty"), found[names[0]] if names else None)
+
+
+def _usual(columns: Sequence[Profile], usual: Sequence[str]) -> Profile | None:
+    """The first column with a usual name; an empty one only where no other holds strings."""
+    found = _first(columns, usual)
+    empty = found is not None and found.kind == "empty" and any(c.string or c.kind == "lists" for c in columns)
+    return None if empty else found
 
 
 def _roles(columns: Sequence[Profile], text: tuple[str, ...], label: str | None = None) -> Roles:

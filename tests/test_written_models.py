@@ -151,15 +151,30 @@ def test_a_compression_checks_outputs_and_not_only_tensors(tmp_path, other_confi
         assert files(tmp_path) == []
 
 
-def test_a_comparison_is_kept_when_its_winner_cannot_be_written(tmp_path, lossy_save):
-    from lowdim.compare import CompareSettings, compare
+def comparison():
+    from lowdim.compare import CompareSettings
 
-    settings = CompareSettings(
+    return CompareSettings(
         model="stories260k", task="causal-lm", data=(SHAKESPEARE,), methods=("full",), trials=1, seeds=1, steps=3, limit=40,
         max_length=16, batch_size=4,
     )  # fmt: skip
+
+
+def test_weights_that_were_kept_must_have_the_score_that_was_measured(tmp_path, monkeypatch):
+    from lowdim.compare import compare, runs
+
+    plain = runs._tensors
+    monkeypatch.setattr(runs, "_tensors", lambda model: {name: 3 * tensor for name, tensor in plain(model).items()})
+    with pytest.raises(WrittenModelError, match=r"seed .* give perplexity \S+ on the test part, and \S+ was measured"):
+        compare(comparison(), tmp_path / "out")
+    assert files(tmp_path / "out" / "winner") == []
+
+
+def test_a_comparison_is_kept_when_its_winner_cannot_be_written(tmp_path, lossy_save):
+    from lowdim.compare import compare
+
     with pytest.raises(WrittenModelError, match=f"is complete, but its winner was not written: .*{NOT_THE_MODEL}"):
-        compare(settings, tmp_path / "out")
+        compare(comparison(), tmp_path / "out")
     assert files(tmp_path / "out" / "winner") == []
     record = lowdim.files.read_json(tmp_path / "out" / "comparison.json")
     assert record["winner"] is None

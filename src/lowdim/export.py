@@ -101,7 +101,6 @@ def export(
             error lists the obstacles before anything is written.
         joint: for a classifier of pairs of texts, what stands between them (`""`: what the tokenizer puts there); the loading
             instructions then show how a pair is read.
-
         inputs: keywords of the model for that comparison; None makes two short rows.
 
     Returns:

@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 
 from lowdim import models
-from lowdim.adapters import load_adapter
+from lowdim.adapters import Adapted, load_adapter
 from lowdim.catalogue import variant
 from lowdim.checksums import check_files
 from lowdim.compare.runs import WEIGHTS, Contest
 from lowdim.compare.settings import CompareSettings
+from lowdim.errors import WrittenModelError
 from lowdim.export import export
 from lowdim.files import read_tensors
 from lowdim.methods import Setup, strategy_for
@@ -33,12 +34,14 @@ def export_winner(
     An adapter with a low-rank update (or that PEFT has itself) is exported as a PEFT folder, everything else merged.
 
     Raises:
-        WrittenModelError: the folder gives other outputs than the trained model; nothing is left in it.
+        WrittenModelError: what was kept of the run has another score than was measured, or the folder gives other outputs;
+            nothing is left in it.
     """
     runs = folder / "runs" / best.name
     index = next(i for i in range(len(best.scores) + 8) if _usable(runs / f"seed-{i}"))
     run = runs / f"seed-{index}"
     model = restore(bench, run)
+    _check_score(model, ComparedRun.read(run), bench)
     kind = "peft" if _exact_in_peft(model) else "merged"
     with own_files(folder / "winner", folder / "runs" / "winner.json") as draft:
         result = export(
@@ -63,6 +66,21 @@ def export_winner(
         file_bytes=best.file_bytes,
         folder_bytes=sum(file.stat().st_size for file in files),
     )
+
+
+def _check_score(model: Any, record: ComparedRun, bench: Contest) -> None:
+    """Score the model that was kept once more; devices may differ in the last digits, and so in one text of the test part.
+
+    Raises:
+        WrittenModelError: it is not the score that was recorded.
+    """
+    trained: nn.Module = model.model if isinstance(model, Adapted) else model  # many models have a part of that name
+    found = bench.task.evaluate(trained, bench.task.test, bench.metric)
+    if record.test is not None and not abs(found - record.test) <= max(1e-3 * abs(record.test), 1.5 / len(bench.task.test)):
+        raise WrittenModelError(
+            f"the weights of seed {record.seed} of {record.label} give {bench.metric.name} {found:.4g} on the test part, and "
+            f"{record.test:.4g} was measured after training: they are not the model that was measured"
+        )
 
 
 def restore(bench: Contest, run: Path) -> Any:

@@ -319,3 +319,8 @@ def test_a_pair_with_an_empty_text_is_left_out(tmp_path):
     found = read_examples([write(tmp_path, "jsonl", columns)])
     assert len(found) == 10
     assert "2 rows of" in found.notes[-1]
+
+
+def test_a_shipped_sample_is_named_as_it_was_given():
+    (used,) = read_examples(["lowdim:sentence-polarity"]).columns
+    assert used.sentence == "lowdim:sentence-polarity: the text is column 'text' and the label 'label'"

@@ -116,7 +116,7 @@ def read_examples(
         DataError: unreadable file, no rows, only one class, an unknown label, lists in place of texts, pairs and single texts.
         UnknownNameError: a column that does not exist, or cannot be found (the columns are listed).
     """
-    parts = [_labelled(locate(path), text, label) for path in paths]
+    parts = [_labelled(given, text, label) for given in paths]
     used = [part.used for part in parts]
     for each in used:
         if each.roles.pair != used[0].roles.pair:
@@ -141,7 +141,8 @@ class _Labelled(NamedTuple):
     used: Used
 
 
-def _labelled(path: Path, text: str | None, label: str | None) -> _Labelled:
+def _labelled(given: str | Path, text: str | None, label: str | None) -> _Labelled:
+    path = locate(given)
     table = read_rows(path, (text, label))
     roles = labelled_roles(profiles(table), text, label, str(path))
     assert roles.label is not None
@@ -171,7 +172,7 @@ def _labelled(path: Path, text: str | None, label: str | None) -> _Labelled:
     if label is None and roles.label in marks:
         first = listed(table.columns)
         raise DataError(f"{path}: the first row, {first}, looks like data; begin the file with a row of column names")
-    used = Used(str(path), roles)
+    used = Used(str(given), roles)
     notes = [*table.notes, *([used.sentence] if roles.unused else [])]
     if empty:
         notes.append(f"{empty} rows of {path} have an empty text and were left out")
@@ -197,7 +198,8 @@ def read_documents(paths: Sequence[str | Path], *, text: str | None = None) -> D
     texts: list[Column] = []
     notes: list[str] = []
     used: list[Used] = []
-    for path in map(locate, paths):
+    for given in paths:
+        path = locate(given)
         if path.suffix.lower() in TEXT_FILES:
             texts.append(strings([read_text(path)]))
             continue
@@ -206,7 +208,7 @@ def read_documents(paths: Sequence[str | Path], *, text: str | None = None) -> D
         roles = document_roles(columns, text, str(path))
         if text is None:
             _check_late(table, columns, path)
-        used.append(Used(str(path), roles))
+        used.append(Used(str(given), roles))
         name = roles.text[0]
         keep = array("q")
         for row, value in enumerate(table.column(name)):

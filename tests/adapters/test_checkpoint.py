@@ -343,6 +343,16 @@ def test_a_module_whose_state_is_no_tensor_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_trained_beside_the_adapter_and_not_saved_is_said(tmp_path):
+    model = small_model()
+    adapted = lowdim.adapt(model, LoRA(rank=1))
+    adapted.save(tmp_path / "quiet")
+    model.score.weight.requires_grad_(True)
+    for write in (adapted.save, adapted.export):
+        with pytest.warns(UserWarning, match=r"^score\.weight can be trained and will not be saved .* modules_to_save"):
+            write(tmp_path / "loud")
+
+
 # The base model's dtype
 
 

@@ -30,7 +30,7 @@ from lowdim.adapters.core.shared import SHARED, free_name, shared_prefix
 from lowdim.adapters.core.update import WeightUpdate
 from lowdim.calibrate import LossFn
 from lowdim.companion import Companion, warn_of_lost_updates
-from lowdim.errors import NoGradientError, check_choice
+from lowdim.errors import NoGradientError, check_choice, warn_caller
 from lowdim.linalg import gather, is_sharded
 from lowdim.results import html_table
 from lowdim.surgery import freeze_statistics, plain_name, release_statistics, submodule
@@ -339,7 +339,22 @@ class Adapted(Companion):
         """
         if not self._attached():
             raise ValueError("there is no adapter to save: the model has been merged")
+        self.warn_of_unsaved()
         return write_adapter(Path(folder), self.description(), {**self.state_dict(), **self.method.saved()})
+
+    def warn_of_unsaved(self) -> None:
+        """Warn of parameters that are trained and that no file of the adapter would hold."""
+        mine = set(self.layers.values())
+        if any(isinstance(module, AdaptedLayer) and module not in mine for module in self.model.modules()):
+            return  # they may be the modules that another adapter saves
+        held = self._own() | {id(p) for name in self.modules_to_save for p in submodule(self.model, name).parameters()}
+        lost = [name for name, parameter in self.trainable().items() if id(parameter) not in held]
+        if lost:
+            shown = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+            warn_caller(
+                f"{shown} can be trained and will not be saved with the adapter: name the module in modules_to_save of "
+                "lowdim.adapt, or freeze it"
+            )
 
     def _attached(self) -> bool:
         return bool(self.layers)

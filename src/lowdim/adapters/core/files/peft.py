@@ -112,6 +112,7 @@ def to_peft(
         reasons = problems(adapted, target)
         if reasons:
             raise ValueError(f"{TARGETS[target]} cannot load this adapter; merge it instead. " + "; ".join(reasons))
+    adapted.warn_of_unsaved()
     model, layers, kept = _below(adapted, root)
     plan = plan_names(model, layers, kept, heads=target is None)
     if not plan.factored:

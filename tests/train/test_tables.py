@@ -305,3 +305,24 @@ def test_a_table_takes_at_most_twice_its_size(tmp_path, reader, name, head, line
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) <= 2
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "as_dictionary"), [(2_000_000, 10, True), (2_000_000, 10, False), (20_000, 90_000, False)]
+)
+def test_a_small_parquet_file_of_endless_repeats_is_refused(tmp_path, count, length, as_dictionary):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    zeros = pa.array([0] * count, pa.int32())
+    text = pa.DictionaryArray.from_arrays(zeros, ["x" * length])
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": text, "label": zeros}), path, compression="zstd", store_schema=as_dictionary)
+    assert path.stat().st_size < 1_000_000
+    with pytest.raises(DataError, match=r"a\.parquet holds [0-9,]+ rows in [0-9,]+ bytes, so nearly all of them are repeats"):
+        read_rows(path)
+
+
+def test_a_parquet_file_that_compresses_well_is_read(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"text": f"the film number {index} was good", "label": "good"} for index in range(3000)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", compression="zstd")
+    assert list(read_rows(tmp_path / "a.parquet")) == rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from lowdim.errors import DataError, listed, shown, unknown
 from lowdim.train.columns import Column, Table, arrow
@@ -15,6 +16,8 @@ from lowdim.train.labelled_lines import read_labelled_lines
 
 __all__ = ["FORMATS", "SHIPPED", "Column", "Table", "locate", "read_rows", "read_text"]
 
+#: A parquet file may hold this many times its size in memory, and so many bytes more; it is read so many rows at a time.
+_PARQUET_FACTOR, _PARQUET_FREE, _PARQUET_ROWS = 100, 2**26, 256
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".text", ".md")
 
 #: Samples that are shipped with the package, by name.
@@ -62,7 +65,9 @@ def _read_parquet(path: Path) -> Table:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(path)
+        rows = _bounded_parquet(pyarrow, path)
+    except DataError:
+        raise
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a parquet file ({str(error).splitlines()[0][:200]})") from None
     twice = [name for name, count in Counter(rows.column_names).items() if count > 1]
@@ -74,6 +79,22 @@ def _read_parquet(path: Path) -> Table:
         except ValueError as error:
             raise DataError(f"{path}: column {shown(name)} holds text that is not UTF-8 ({str(error)[:200]})") from None
     return Table(path, {name: Column(rows.column(name)) for name in rows.column_names})
+
+
+def _bounded_parquet(pyarrow: Any, path: Path) -> Any:
+    """The table, read in batches: a small file can stand for billions of repeated values."""
+    size = path.stat().st_size
+    with pyarrow.parquet.ParquetFile(path) as file:
+        rows, batches, held = file.metadata.num_rows, [], 0
+        endless = f"{path} holds {rows:,} rows in {size:,} bytes, so nearly all of them are repeats; keep each row once"
+        if rows > size + _PARQUET_ROWS:
+            raise DataError(endless)
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+            held += batch.nbytes
+            if held > _PARQUET_FACTOR * size + _PARQUET_FREE:
+                raise DataError(endless)
+            batches.append(batch)
+        return pyarrow.Table.from_batches(batches, file.schema_arrow)
 
 
 _READERS = {

@@ -40,8 +40,8 @@ class InterpolativeLinear(StructuredLinear, Rebuildable):
         >>> torch.allclose(layer.dense_weight(), U @ V, atol=1e-4)
         True
 
-    Not for training from scratch, nor for low ranks, where `LowRankLinear` is smaller: `rank² > rank` numbers are saved against
-    its two factors, for a product with two gathers.
+    Not for training from scratch, nor where speed counts at a low rank: against the two factors of `LowRankLinear` it saves
+    `rank² − rank` numbers, and gathers its inputs twice.
 
     Source: Cheng, Gimbutas, Martinsson, Rokhlin, "On the compression of low rank matrices", SIAM J. Sci. Comput. 26 (2005).
     """

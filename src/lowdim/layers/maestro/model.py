@@ -112,7 +112,7 @@ def maestro_compact(model: nn.Module) -> dict[str, nn.Module]:
         >>> from lowdim.layers import MaestroLinear
         >>> from lowdim.layers.maestro.model import maestro_compact
         >>> model = nn.Sequential(MaestroLinear(8, 8), MaestroLinear(8, 8), MaestroLinear(8, 8))
-        >>> model[1].rank, model[2].rank = 6, 2
+        >>> model[1].rank, model[2].rank = 4, 1
         >>> _ = maestro_compact(model)
         >>> [type(layer).__name__ for layer in model]
         ['Linear', 'InterpolativeLinear', 'LowRankLinear']

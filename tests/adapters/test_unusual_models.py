@@ -78,6 +78,22 @@ def test_an_update_is_scaled_as_its_embedding_is(kind, tmp_path):
     torch.testing.assert_close(adapted.merge()(ids), out)
 
 
+@pytest.mark.parametrize("kind", [LoRA, SoRA])
+def test_the_row_of_padding_is_not_trained(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 4, padding_idx=2), nn.Linear(4, 1))
+    before = model[0].weight.detach().clone()
+    adapted = lowdim.adapt(model, kind(rank=2, target_modules=["0"]))
+    optimizer = torch.optim.AdamW(adapted.param_groups(0.1))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.arange(6)).square().sum().backward()
+        optimizer.step()
+    after = adapted.merge()[0].weight
+    assert torch.equal(after[2], before[2])
+    assert bool(((after - before).abs().sum(1) > 1e-4)[[0, 1, 3, 4, 5]].all())
+
+
 def gemma():
     T = pytest.importorskip("transformers")
     return made(T.Gemma3ForCausalLM, T.Gemma3TextConfig(**SIZES, head_dim=8)), "embed_tokens", lambda m: m(IDS).logits

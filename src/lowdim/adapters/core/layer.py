@@ -24,7 +24,7 @@ from lowdim.surgery import (
     with_matrix,
 )
 
-__all__ = ["AdaptedLayer", "gain_of", "kind_of"]
+__all__ = ["AdaptedLayer", "gain_of", "kind_of", "padding_of"]
 
 #: What nn.Module keeps of the hooks that act on its input, output and gradients.
 _HOOKS = (
@@ -75,6 +75,7 @@ class AdaptedLayer(nn.Module):
         self.rebased = matrix is not None and not shares and not is_quantized(layer)
         self.base = with_matrix(layer, matrix) if matrix is not None and self.rebased else layer
         self.update = update
+        update.padding_idx = padding_of(layer)
         self.dropout = dropout
         self.kind = kind_of(layer)
         self.strength = 1.0
@@ -287,6 +288,12 @@ def gain_of(layer: nn.Module) -> float:
     if found.reason:
         raise TypeError(f"{describe(layer)} cannot be adapted: {found.reason}")
     return found.gain
+
+
+def padding_of(layer: nn.Module) -> int | None:
+    """The row of an embedding that is not trained, nor by an adapter; None if there is none."""
+    plain = layer.plain if isinstance(layer, AdaptedLayer) else layer
+    return plain.padding_idx if isinstance(plain, nn.Embedding) else None
 
 
 def kind_of(layer: nn.Module) -> str:

@@ -30,5 +30,10 @@ class LoRAUpdate(ThinUpdate):
         return self.B
 
     def columns(self, index: Tensor) -> Tensor:
-        """`scaling · B A[:, index]` for an embedding."""
-        return self.expand(F.embedding(index, self.A.T))
+        """`scaling · B A[:, index]` for an embedding; the column of `padding_idx` gets no gradient."""
+        return self.expand(F.embedding(index, self.A.T, padding_idx=self.padding_idx))
+
+    @torch.no_grad()
+    def clear_column(self, index: int) -> None:
+        """`A[:, index] ← 0`."""
+        self.A[:, index] = 0.0

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.layer import AdaptedLayer, gain_of, kind_of
+from lowdim.adapters.core.layer import AdaptedLayer, gain_of, kind_of, padding_of
 from lowdim.adapters.core.update import WeightUpdate
 from lowdim.errors import CheckpointError, Options
 from lowdim.surgery import COMPUTED, dense_matrix, describe, is_quantized, matrix_shape, stores_codes
@@ -139,6 +139,9 @@ class Method(Options):
         if initialise:
             with torch.no_grad():
                 self.initialise(update, weight, given, generator)
+                padding = padding_of(layer)
+                if padding is not None:
+                    update.clear_column(padding)
         return self.layer_type(layer, update, self.dropout)
 
     def param_groups(self, parameters: Mapping[str, nn.Parameter], lr: float) -> list[dict[str, Any]]:

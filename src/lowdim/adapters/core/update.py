@@ -25,6 +25,8 @@ class WeightUpdate(nn.Module):
 
     #: Names of parameters on which weight decay would pull the pre-trained weight itself towards zero.
     no_decay: frozenset[str] = frozenset()
+    #: The row of an embedding that is not trained, as `padding_idx` of nn.Embedding says; set by the adapted layer.
+    padding_idx: int | None = None
 
     def __init__(self, out_features: int, in_features: int):
         super().__init__()
@@ -79,6 +81,9 @@ class WeightUpdate(nn.Module):
     def columns(self, index: Tensor) -> Tensor:
         """Rows `dense()[:, index].T`, `(*index, out)`, for embeddings; not all methods support it."""
         raise NotImplementedError(f"{type(self).__name__} cannot adapt an embedding")
+
+    def clear_column(self, index: int) -> None:
+        """Make column `index` of a fresh update zero, for an embedding's `padding_idx`; updates that adapt embeddings do."""
 
     def meta(self) -> dict[str, Any]:
         """What `Method.blank` needs besides the shapes to allocate this update again (JSON)."""

@@ -17,9 +17,9 @@ COUNT = 10_000
 _WEIGHT = sum(reader.weight for reader in READERS.values())
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", [name for name, reader in READERS.items() if reader.quick])
 def test_a_damaged_file_is_answered_rightly(name):
-    assert list(sweep(name, 12 * READERS[name].weight)) == []
+    assert list(sweep(name, 6 * READERS[name].weight)) == []
 
 
 @pytest.mark.slow

@@ -7,9 +7,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lowdim
@@ -28,6 +30,7 @@ class Reader:
         read: reads the folder; what it returns is compared where `sealed`.
         sealed: the files carry checksums, so that what is read is what was written, or an error.
         weight: how often, relative to the others.
+        quick: whether the valid folder is made within a second.
     """
 
     make: Callable[[Path], object]
@@ -35,6 +38,7 @@ class Reader:
     read: Callable[[Path], Any]
     sealed: bool = False
     weight: int = 1
+    quick: bool = True
 
 
 def _adapter(name: str) -> Reader:
@@ -48,7 +52,7 @@ def _adapter(name: str) -> Reader:
         adapted = lowdim.load_adapter(model, folder / "adapter")
         return {"y": bases.output(adapted.model, x), **_state(adapted.model)}
 
-    return Reader(make, ("adapter/*",), read, sealed=True, weight=4)
+    return Reader(make, ("adapter/*",), read, sealed=True, weight=8)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -153,11 +157,60 @@ def _make_with_whole(folder: Path) -> None:
             shutil.copy(path, folder / ".whole")
 
 
+def _make_checkpoint(folder: Path) -> None:
+    with curves.workplace() as place:
+        curves.run({"model": "small", "method": "lamda", "save_steps": 4}, "out")
+        newest = max((place / "out" / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        shutil.copytree(newest, folder / newest.name)
+
+
+def _read_checkpoint(folder: Path) -> dict[str, Tensor]:
+    from lowdim.errors import CheckpointError
+    from lowdim.train.checkpoints import newest_checkpoint
+
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        raise CheckpointError("it does not count as complete, so training begins anew")
+    return load_file(Path(newest) / "model.safetensors")
+
+
+def _make_compared_run(folder: Path) -> None:
+    with curves.workplace() as place:
+        runs.compare(resume=False)
+        for method in ("linear-probe", "svfit"):
+            shutil.copytree(place / "out" / "runs" / method / "seed-0", folder / method)
+
+
+def _read_compared_run(folder: Path) -> dict[str, Tensor]:
+    from lowdim import models
+    from lowdim.compare.winner import restore
+
+    found = {}
+    for method in ("linear-probe", "svfit"):
+        model = models.load_model(str(curves.MODELS / "bert"), "classify")
+        whole = restore(SimpleNamespace(model=model, scratch=False), folder / method)  # type: ignore[arg-type]
+        found |= {f"{method}.{key}": value for key, value in _state(getattr(whole, "model", whole)).items()}
+    return found
+
+
+def _read_peft(folder: Path) -> dict[str, Tensor]:
+    model, (x, _) = bases.read(adapters.CASES["lora"].base)
+    return {"y": bases.output(lowdim.load_adapter(model, folder / "peft").model, x)}
+
+
 READERS = {
     "adapter": _adapter("lora"),
     "adapter of shared parts": _adapter("randlora-sparse"),
     "adapter with a schedule": _adapter("lamda"),
     "adapter of gates": _adapter("sora"),
+    "PEFT adapter": Reader(
+        lambda folder: adapters.load("lora")[0].export(folder / "peft"),
+        ("peft/*.json", "peft/*.safetensors"),
+        _read_peft,
+        weight=2,
+    ),
+    "checkpoint": Reader(_make_checkpoint, ("*/*",), _read_checkpoint, sealed=True, weight=2, quick=False),
+    "run of a comparison": Reader(_make_compared_run, ("*/*", "*/adapter/*"), _read_compared_run, sealed=True, quick=False),
     "compressed model": Reader(_make_compressed, ("*.safetensors",), _read_compressed, sealed=True),
     "page of a comparison": Reader(
         lambda folder: shutil.copy(runs.COMPARISON / "comparison.json", folder), ("comparison.json",), _read_report, weight=2
@@ -165,8 +218,8 @@ READERS = {
     "page of a run": Reader(
         lambda folder: shutil.copy(runs.FOLDER / "lora" / "run.json", folder), ("run.json",), _read_report, weight=2
     ),
-    "weights of a diagnosis": Reader(_make_sharded, ("*.safetensors", "*.json"), _read_weights, weight=4),
+    "weights of a diagnosis": Reader(_make_sharded, ("*.safetensors", "*.json"), _read_weights, weight=8),
     "model folder": Reader(save_bert, ("*.json",), _read_folder),
-    "recipe": Reader(_make_recipe, ("recipe.yaml",), _read_recipe, weight=3),
-    "data": Reader(_make_with_whole, ("*.jsonl", "*.json", "*.csv", "*.tsv", "*.txt", "*.parquet"), _read_data, weight=4),
+    "recipe": Reader(_make_recipe, ("recipe.yaml",), _read_recipe, weight=4),
+    "data": Reader(_make_with_whole, ("*.jsonl", "*.json", "*.csv", "*.tsv", "*.txt", "*.parquet"), _read_data, weight=8),
 }

@@ -235,6 +235,16 @@ def test_files_of_other_people_in_the_winner_are_kept(copy):
     assert (winner / "README.md").read_text() == "my own page"
 
 
+def test_a_winner_of_an_earlier_version_is_replaced(copy):
+    (copy / "runs" / "winner.json").unlink()
+    (copy / "winner" / "my-notes.txt").write_text("mine")
+    weights = next((copy / "winner").glob("*.safetensors"))
+    weights.write_bytes(b"other")
+    run(copy, resume=True, seeds=2)
+    assert weights.stat().st_size > 1000
+    assert (copy / "winner" / "my-notes.txt").read_text() == "mine"
+
+
 def test_a_page_that_someone_has_changed_is_kept(copy):
     page = copy / "report.html"
     page.write_text(page.read_text() + "<p>my remarks</p>")

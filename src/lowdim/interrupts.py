@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
+from typing import Any
 
 __all__ = ["interruptible", "was_interrupted"]
 
@@ -61,7 +62,7 @@ def was_interrupted() -> bool:
     return bool(_received)
 
 
-def _install() -> dict[int, object]:
+def _install() -> dict[int, Any]:
     """Set the handlers; returns those that were there."""
     if threading.current_thread() is not threading.main_thread():
         return {}

@@ -17,7 +17,8 @@ from lowdim.temporary import clear_temporaries, is_temporary, temporary_folder
 
 __all__ = ["check_replaceable", "new_folder", "output_file", "own_files", "write_page"]
 
-_PAGE_SEAL = re.compile(rb"\n<!-- written by lowdim, (blake2b:[0-9a-f]+) -->\n\Z")
+_PAGE_MARK, _OLD_PAGE = b"<!-- written by lowdim, ", b'<p class="made">lowdim '
+_PAGE_SEAL = re.compile(re.escape(b"\n" + _PAGE_MARK) + rb"(blake2b:[0-9a-f]+) -->\n\Z")
 
 
 @contextlib.contextmanager
@@ -74,6 +75,8 @@ def write_page(path: str | Path, page: str) -> Path:
 
 def _own_page(path: Path) -> bool:
     content = path.read_bytes()
+    if _PAGE_MARK not in content:
+        return _OLD_PAGE in content  # of a version that did not seal its pages
     found = _PAGE_SEAL.search(content)
     return found is not None and checksum([content[: found.start()]]) == found[1].decode()
 
@@ -105,7 +108,7 @@ def own_files(folder: Path, manifest: Path) -> Iterator[Path]:
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; move it")
-    earlier = _known(manifest)
+    earlier, unknown = _known(manifest), not manifest.exists() and _is_old(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(folder) as place:
         draft = place / folder.name
@@ -113,7 +116,7 @@ def own_files(folder: Path, manifest: Path) -> Iterator[Path]:
         now = checksums(draft)
         there = {name: value for name in {*earlier, *now} if (value := _checksum_or_none(folder / name)) is not None}
         for name, value in there.items():
-            if name in now and value not in (now[name], *earlier.get(name, ())):
+            if name in now and value not in (now[name], *earlier.get(name, ())) and not unknown:
                 raise FileExistsError(
                     f"{folder / name} was not written by lowdim, or was changed since; move it and continue with --resume"
                 )
@@ -126,6 +129,12 @@ def own_files(folder: Path, manifest: Path) -> Iterator[Path]:
                 (folder / name).unlink()
         _remove_empty_folders(folder)
         write_json(manifest, {name: [value] for name, value in now.items()}, sealed=True)
+
+
+def _is_old(folder: Path) -> bool:
+    """Whether an earlier version, which kept no manifest, has written the folder's files of the usual names."""
+    readme = folder / "README.md"
+    return readme.is_file() and b"written by lowdim" in readme.read_bytes()
 
 
 def _known(manifest: Path) -> dict[str, list[str]]:

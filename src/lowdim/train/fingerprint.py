@@ -66,7 +66,7 @@ def _of_weights(model: nn.Module) -> str:
 def _parts(name: str, value: Any) -> Iterator[bytes | memoryview]:
     yield f"{name} {tuple(value.shape)} {value.dtype}".encode() if isinstance(value, torch.Tensor) else name.encode()
     if type(value) is torch.Tensor and value.device.type != "meta":
-        yield memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     else:  # quantized tensors, and other state
         stream = io.BytesIO()
         torch.save(value, stream)

@@ -131,7 +131,9 @@ def trainer(adapted, folder, steps, callback=True, **options):
     return transformers.Trainer(adapted.model, arguments, train_dataset=data, eval_dataset=data[:2], callbacks=callbacks)
 
 
-@pytest.mark.parametrize("method", [LoRA(rank=2), LaMDA(rank=2), SoRA(rank=2)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method", [LoRA(rank=2), LaMDA(rank=2), SoRA(rank=2), SAID(dimension=50)], ids=lambda m: type(m).__name__
+)
 def test_a_checkpoint_holds_the_adapter_and_is_resumed(method, tmp_path):
     whole = lowdim.adapt(llama(), method)
     trainer(whole, tmp_path / "whole", 4).train()

@@ -174,3 +174,19 @@ def test_the_best_checkpoint_is_loaded(tmp_path):
     fit.train()
     best = lowdim.load_adapter(llama(), fit.state.best_model_checkpoint)
     assert torch.equal(logits(best.model), logits(adapted.model))
+
+
+def test_the_mixins_checkpoints_hold_the_adapter(tmp_path):
+    from lowdim.train import AdaptedTrainerMixin
+
+    class AdaptedTrainer(AdaptedTrainerMixin, transformers.Trainer):
+        pass
+
+    adapted = lowdim.adapt(llama(), LoRA(rank=2))
+    plain = trainer(adapted, tmp_path, 2, callback=False)
+    fit = AdaptedTrainer(adapted.model, plain.args, train_dataset=plain.train_dataset, adapted=adapted)
+    fit.train()
+    loaded = lowdim.load_adapter(llama(), tmp_path / "checkpoint-2")
+    assert torch.equal(logits(loaded.model), logits(adapted.model))
+    with pytest.raises(ValueError, match="has an adapter"):
+        fit.save_model(tmp_path / "out")

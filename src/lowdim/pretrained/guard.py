@@ -98,7 +98,8 @@ def _refuse_adapted(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} has an adapter, and save_pretrained would lose it: adapted.save(folder) writes the "
             "adapter, adapted.export(folder) writes it for PEFT, and adapted.merge() gives a plain model that save_pretrained "
-            "writes. In transformers.Trainer, callbacks=[lowdim.train.AdaptedCallback(adapted)] keeps it in the checkpoints"
+            "writes. In transformers.Trainer, lowdim.train.AdaptedTrainerMixin or callbacks=[lowdim.train.AdaptedCallback("
+            "adapted)] keeps it in the checkpoints"
         )
 
 

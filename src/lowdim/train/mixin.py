@@ -192,6 +192,7 @@ def _steps() -> Any:
                 each.step(kwargs.get("optimizer"))
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_train_end(args, state, control, **kwargs)
             self.adapted.finish()
             for each in self.companions:
                 each.finish()

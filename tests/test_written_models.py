@@ -165,7 +165,7 @@ def test_weights_that_were_kept_must_have_the_score_that_was_measured(tmp_path, 
 
     plain = runs._tensors
     monkeypatch.setattr(runs, "_tensors", lambda model: {name: 3 * tensor for name, tensor in plain(model).items()})
-    with pytest.raises(WrittenModelError, match=r"seed .* give perplexity \S+ on the test part, and \S+ was measured"):
+    with pytest.raises(WrittenModelError, match=r"seed .* give perplexity \S+ on the validation part, and \S+ was measured"):
         compare(comparison(), tmp_path / "out")
     assert files(tmp_path / "out" / "winner") == []
 

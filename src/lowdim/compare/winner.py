@@ -69,17 +69,19 @@ def export_winner(
 
 
 def _check_score(model: Any, record: ComparedRun, bench: Contest) -> None:
-    """Score the model that was kept once more; devices may differ in the last digits, and so in one text of the test part.
+    """Score the model that was kept once more, on the validation part: the test part is looked at once for each seed.
+
+    Devices may differ in the last digits, and so in one text.
 
     Raises:
         WrittenModelError: it is not the score that was recorded.
     """
     trained: nn.Module = model.model if isinstance(model, Adapted) else model  # many models have a part of that name
-    found = bench.task.evaluate(trained, bench.task.test, bench.metric)
-    if record.test is not None and not abs(found - record.test) <= max(1e-3 * abs(record.test), 1.5 / len(bench.task.test)):
+    found, want = bench.task.evaluate(trained, bench.task.validation, bench.metric), record.validation
+    if want is not None and not abs(found - want) <= max(1e-3 * abs(want), 1.5 / len(bench.task.validation)):
         raise WrittenModelError(
-            f"the weights of seed {record.seed} of {record.label} give {bench.metric.name} {found:.4g} on the test part, and "
-            f"{record.test:.4g} was measured after training: they are not the model that was measured"
+            f"the weights of seed {record.seed} of {record.label} give {bench.metric.name} {found:.4g} on the validation part, "
+            f"and {want:.4g} was measured after training: they are not the model that was measured"
         )
 
 

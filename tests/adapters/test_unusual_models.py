@@ -127,7 +127,10 @@ def test_scaled_embeddings_agree_adapted_merged_and_in_peft(make, dtype, tmp_pat
     assert (want - before).abs().max() > 5 * allowed
     assert adapted.export(tmp_path).exact
     peft = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    again = copy.deepcopy(base)
+    lowdim.load_adapter(again, tmp_path)
     with torch.no_grad():
+        assert (run(again) - want).abs().max() < allowed
         assert (run(peft.base_model.model) - want).abs().max() < allowed
         assert (run(adapted.merge()) - want).abs().max() < allowed
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lowdim.adapters.core.adapted import EXPORTERS, Adapted, kept_tensors
 from lowdim.adapters.core.files.peft_check import check_in_peft
-from lowdim.adapters.core.files.peft_factors import Cut, cut, pad_rank, scale_in_peft
+from lowdim.adapters.core.files.peft_factors import Cut, cut, factor_for_peft, pad_rank
 from lowdim.adapters.core.files.peft_names import PREFIX, plan_names
 from lowdim.adapters.core.files.peft_targets import TARGETS, problems, rank_limit, usage
 from lowdim.adapters.core.layer import AdaptedLayer
@@ -264,9 +264,8 @@ def _as_lora(
 
 def _layout(prefix: str, layer: AdaptedLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
     """PEFT's two tensors for `ΔW = B A`, the one with the rank in front first."""
-    factor = layer.gain / scale_in_peft(layer.plain)
-    if abs(factor - 1.0) > 2e-3:  # less is the rounding of a scale to 16 bits
-        B = B * factor
+    factor = factor_for_peft(layer.plain, layer.gain)
+    B = B if factor == 1.0 else B * factor
     if layer.kind == "embedding":
         return {f"{prefix}.lora_embedding_A": A, f"{prefix}.lora_embedding_B": B}
     plain = layer.plain

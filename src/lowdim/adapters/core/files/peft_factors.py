@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.linalg import compress_factors, svd, truncated_svd, wide
 
-__all__ = ["Cut", "cut", "pad_rank", "scale_in_peft"]
+__all__ = ["Cut", "cut", "factor_for_peft", "pad_rank", "scale_in_peft"]
 
 #: The error up to which a rank is suggested.
 GOOD = 0.01
@@ -96,6 +96,12 @@ def scale_in_peft(layer: nn.Module) -> float:
     if isinstance(scale, Tensor):
         return float(scale) if scale.numel() == 1 else 1.0
     return float(scale) if isinstance(scale, (int, float)) else 1.0
+
+
+def factor_for_peft(layer: nn.Module, gain: float) -> float:
+    """What an update's factors are multiplied by for PEFT, which does not scale it by the layer's `gain`; 1 where it does."""
+    factor = gain / scale_in_peft(layer)
+    return factor if abs(factor - 1.0) > 2e-3 else 1.0  # less is the rounding of a scale to 16 bits
 
 
 def pad_rank(found: Cut, rank: int) -> Cut:

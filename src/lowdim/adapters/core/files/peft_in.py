@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from lowdim.adapters.core.adapted import Adapted, load_kept
 from lowdim.adapters.core.attach import put_in_place
 from lowdim.adapters.core.composed import is_composed
+from lowdim.adapters.core.files.peft_factors import factor_for_peft
 from lowdim.adapters.core.files.peft_reader import PeftAdapter, read_peft
 from lowdim.adapters.core.fingerprints import layer_fingerprint
-from lowdim.adapters.core.guards import error_context
-from lowdim.adapters.core.layer import AdaptedLayer, kind_of
+from lowdim.adapters.core.guards import error_context, refuse_missing
+from lowdim.adapters.core.layer import AdaptedLayer, gain_of, kind_of
 from lowdim.adapters.core.low_rank import LoRAUpdate
 from lowdim.adapters.core.method import method_class
 from lowdim.errors import CheckpointError, nearest
@@ -36,6 +37,7 @@ def attach_peft(model: nn.Module, folder: Path) -> Adapted:
         raise CheckpointError(f"{folder}: the model's parameters are composed by another adapter: merge() that first")
     modules = named_layers(model)
     layers = {name: _layer(modules, name, folder) for name in found.factors}
+    refuse_missing(layers, values=False)
     _check_bases(modules, found, folder)
     kept = _kept_modules(model, found, folder)
     parts = {name: _matrices(name, layer, *found.factors[name], folder) for name, layer in layers.items()}
@@ -110,7 +112,11 @@ def _matrices(name: str, layer: nn.Module, A: Tensor, B: Tensor, folder: Path) -
         )
     if kind_of(layer) == "other" or not A.is_floating_point() or not B.is_floating_point():
         raise CheckpointError(f"{folder} adapts layer {name}, a {type(plain).__name__}, which lowdim's LoRA cannot")
-    return A, B
+    try:
+        factor = factor_for_peft(plain, gain_of(layer))
+    except TypeError as error:
+        raise CheckpointError(f"{folder} adapts layer {name}: {error}") from None
+    return A, B if factor == 1.0 else B / factor
 
 
 def _kept_modules(model: nn.Module, found: PeftAdapter, folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -16,14 +16,14 @@ COMMANDS = {
     "list": {"name", "--available", "--can", "--json"},
     "plan": {
         "--model", "--budget", "--methods", "--task", "--batch-size", "--length", "--dtype", "--gradient-checkpointing",
-        "--rank", "--layerwise", "--accumulate", "--tokenizer", "--classes", "--layers", "--json",
+        "--rank", "--layerwise", "--accumulate", "--tokenizer", "--classes", "--layers", "--json", "--master-weights",
     },
     "compare": {
         "--model", "--data", "--eval", "--task", "--tokenizer", "--text", "--label", "--methods", "--budget", "--metric",
         "--seeds",
         "--trials", "--steps", "--batch-size", "--max-length", "--time-limit", "--seed", "--out", "--resume",
     },
-    "run": {"recipe", "--out", "--resume", "--steps", "--check"},
+    "run": {"recipe", "--out", "--resume", "--steps", "--check", "--master-weights"},
     "export": {"adapter", "out", "--model", "--format", "--rank", "--task", "--for", "--max-error"},
     "compress": {
         "--model", "--out", "--data", "--text", "--method", "--option", "--param-ratio", "--target", "--threshold",

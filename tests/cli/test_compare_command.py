@@ -85,10 +85,7 @@ def test_compare_refuses_options_that_contradict(compare):
 def test_compare_refuses_a_method_that_does_not_fit_the_model(compare, monkeypatch):
     from lowdim import catalogue
 
-    for options, part in (
-        ({"rank": 40}, "on layer bert.encoder.layer.0.attention.self.query"),
-        ({"target_modules": ["qery"]}, "'qery' matches no module"),
-    ):
+    for options, part in (({"target_modules": ["qery"]}, "'qery' matches no module"),):  # a rank that is too large is capped
         baselines = tuple(
             dataclasses.replace(b, options={**b.options, **options}) if b.name == "lora" else b for b in catalogue.BASELINES
         )

@@ -39,7 +39,6 @@ def test_run_refuses_a_recipe_at_once(changes, part, check, refused, recipe, tmp
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"options": {"rank": 99}}, "LoRA on layer model.layers.0.self_attn.q_proj"),
         ({"options": {"target_modules": ["q_prj"]}}, "'q_prj' matches no module"),
         ({"metric": "f1"}, "metric for causal-lm must be one of perplexity, loss; got 'f1'"),
         ({"model": "nowhere"}, "'nowhere' is not a folder"),

@@ -84,7 +84,7 @@ def refuse_missing(layers: Mapping[str, nn.Module], *, values: bool = True) -> N
     for name, layer in layers.items():
         plain = getattr(layer, "plain", layer)
         refuse_offloaded(plain, name)
-        weight = plain._parameters.get("weight")
+        weight = dict(plain._parameters.items()).get("weight")  # a TorchScript module's are no dictionary
         if values and weight is not None and weight.is_meta:
             raise ValueError(
                 f"layer {name} ({describe(plain)}) has no values, only a shape (the meta device): load its weights first"

@@ -279,6 +279,9 @@ RECORDS = {
     "Result": "the base itself",
     "Outcome": "the record of a reproduction, filled in while it runs",
     "CompareSettings": "settings, not a result",
+    "Majority": "what a record says of a constant answer",
+    "Roles": "what a record says of the columns",
+    "Used": "what a record says of the columns",
 }
 
 

@@ -308,3 +308,16 @@ def test_trackers():
     if "comet_ml" not in get_available_reporting_integrations():
         with pytest.raises(ImportError, match="'comet_ml' is not installed"):
             check_tracker("comet_ml")
+
+
+def test_after_autocast_the_model_computes_in_its_own_dtype(tmp_path):
+    """accelerate wraps the forward pass for bf16; what is scored and written afterwards is the plain model."""
+    applied = ready(rank=2)
+    assert run(applied, tmp_path, steps=2, bf16=True).failure is None
+    model, ids = applied.model.eval(), torch.arange(8)[None]
+    assert "forward" not in vars(model)
+    with torch.no_grad():
+        found = model(input_ids=ids).logits
+        assert torch.equal(found, type(model).forward(model, input_ids=ids).logits)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not torch.equal(found, model(input_ids=ids).logits.float())

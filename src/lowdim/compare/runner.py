@@ -29,6 +29,7 @@ from lowdim.compare.verdict import verdict
 from lowdim.compare.winner import export_winner
 from lowdim.errors import CheckpointError, DataError, LowdimError, WrittenModelError
 from lowdim.files import read_json, write_json
+from lowdim.garbage import isolated_gc
 from lowdim.linalg import derive_seed
 from lowdim.locking import exclusive
 from lowdim.outputs import check_replaceable
@@ -36,7 +37,6 @@ from lowdim.records import ComparedRun, ComparisonRecord, MethodRecord, MetricRe
 from lowdim.train.baselines import Majority, majority
 from lowdim.train.environment import environment
 from lowdim.train.fingerprint import check_fingerprint, fingerprint_of
-from lowdim.train.garbage import isolated_gc
 from lowdim.train.loading import load_task, random_model, recipe_tokenizer
 from lowdim.train.metrics import Metric, metric_for
 from lowdim.train.neighbours import padding_note

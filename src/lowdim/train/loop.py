@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowdim.errors import check_choice
+from lowdim.garbage import isolated_gc
 from lowdim.methods import Applied
 from lowdim.models import quiet
-from lowdim.train.garbage import isolated_gc
 from lowdim.train.settings import FitResult, FitSettings
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ def _fit(
         result.failure = str(error)
     finally:
         recorder.close()
+        _end_autocast(applied.model)
     applied.finish()
     result.read(trainer.state.log_history)
     result.peak_bytes = recorder.peak_bytes
@@ -110,6 +111,16 @@ def _fit(
         result.seconds_per_step = statistics.median(recorder.times)
     applied.model.zero_grad(set_to_none=True)
     return result
+
+
+def _end_autocast(model: Any) -> None:
+    """Undo what accelerate put around `forward` for bf16: scores and files are those of the model in its own dtype."""
+    forward = vars(model).pop("_original_forward", None)
+    if forward is None:
+        return
+    vars(model).pop("forward", None)
+    if forward != model.forward:  # it was already replaced on the instance, by hooks
+        model.forward = forward
 
 
 def check_tracker(name: str) -> None:

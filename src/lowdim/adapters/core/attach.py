@@ -23,6 +23,7 @@ from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.method import Method, ModelMethod
 from lowdim.calibrate import LossFn, collect, has_statistics
 from lowdim.errors import warn_caller
+from lowdim.garbage import paused_gc
 from lowdim.linalg import stream
 from lowdim.surgery import (
     CONVOLUTIONS,
@@ -144,6 +145,7 @@ def _fingerprints(method: Method, layers: Mapping[str, nn.Module]) -> dict[str, 
     return found
 
 
+@paused_gc()
 def put_in_place(
     model: nn.Module,
     method: Method,
@@ -176,6 +178,7 @@ def put_in_place(
     return (method.adapted_type or Adapted)(model, method, wrapped, fingerprints, modules_to_save, seed, tied, shared)
 
 
+@paused_gc()
 def target_layers(model: nn.Module, method: Method) -> dict[str, nn.Module]:
     """The layers that the method's `target_modules` name in this model; an already adapted layer counts as one layer."""
     patterns: Patterns = method.target_modules

@@ -1,4 +1,4 @@
-"""Garbage collection of one run's objects only."""
+"""Garbage collection where many objects are made: of one run's objects only, or later."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["isolated_gc"]
+__all__ = ["isolated_gc", "paused_gc"]
 
 _depth = 0
 
@@ -19,7 +19,7 @@ def isolated_gc() -> Iterator[None]:
     transformers loaded a full collection takes half a second, which is long for a short run; the objects of a run are few.
 
     Example:
-        >>> from lowdim.train.garbage import isolated_gc
+        >>> from lowdim.garbage import isolated_gc
         >>> with isolated_gc():
         ...     one = []
         ...     one.append(one)
@@ -36,3 +36,23 @@ def isolated_gc() -> Iterator[None]:
         gc.collect()
         if _depth == 0:
             gc.unfreeze()
+
+
+@contextmanager
+def paused_gc() -> Iterator[None]:
+    """No garbage collection inside the block: thousands of new modules would each time be searched with all that is loaded.
+
+    Example:
+        >>> import gc
+        >>> from lowdim.garbage import paused_gc
+        >>> with paused_gc():
+        ...     gc.isenabled()
+        False
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

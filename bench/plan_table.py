@@ -22,9 +22,7 @@ def main() -> None:
     done = subprocess.run([sys.executable, "-m", "lowdim", *WORDS], capture_output=True, text=True, check=True)
     rows = [{key: value for key, value in row.items() if "seconds" not in key} for row in json.loads(done.stdout)]
     what = "Forecasts of peak memory; times, which depend on the machine, are left out."
-    write_json(
-        RESULTS, {"command": f"lowdim {' '.join(WORDS)}", "what": what, "environment": environment(), "forecasts": rows}
-    )
+    write_json(RESULTS, {"command": f"lowdim {' '.join(WORDS)}", "what": what, "environment": environment(), "forecasts": rows})
 
 
 if __name__ == "__main__":

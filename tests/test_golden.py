@@ -159,7 +159,10 @@ def test_a_comparison_is_read_and_resumed():
     trained = [method for method in now["methods"] if not method.get("trivial")]  # rows that an earlier lowdim did not have
     for got, want in zip(trained, stored["methods"], strict=True):
         assert {key: got[key] for key in decided} == {key: want[key] for key in decided}
-    assert now["winner"]["method"] == stored["winner"]["method"]
+    # An earlier lowdim named the highest mean; today the cheapest of those that cannot be told apart is handed over.
+    assert stored["winner"]["method"] == "svfit"
+    assert now["winner"]["method"] == "linear-probe"
+    assert all(method["within_noise"] for method in trained)
 
 
 @pytest.mark.parametrize("name", exports.PEFT)

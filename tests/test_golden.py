@@ -162,7 +162,7 @@ def test_a_comparison_is_read_and_resumed():
     # An earlier lowdim named the highest mean; today the cheapest of those that cannot be told apart is handed over.
     assert stored["winner"]["method"] == "svfit"
     assert now["winner"]["method"] == "linear-probe"
-    assert all(method["within_noise"] for method in trained)
+    assert "the cheapest" in now["winner"]["why"]
 
 
 @pytest.mark.parametrize("name", exports.PEFT)

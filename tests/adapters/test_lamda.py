@@ -413,14 +413,9 @@ def test_bad_input():
 def test_transformers_trainer_resumes_bit_for_bit(tmp_path, at):
     """A plain Trainer, which makes its own optimizer after it has loaded the model: before and after B is all frozen."""
     transformers = pytest.importorskip("transformers")
+    from lowdim.train import AdaptedCallback
+
     data = [{"input_ids": ids, "labels": ids} for ids in torch.arange(24).view(24, 1).expand(24, 6) % 7]
-
-    class Step(transformers.TrainerCallback):
-        def __init__(self, adapted):
-            self.adapted = adapted
-
-        def on_optimizer_step(self, *args, **kwargs):
-            self.adapted.step()
 
     def run(folder, **resume):
         config = transformers.LlamaConfig(
@@ -433,7 +428,7 @@ def test_transformers_trainer_resumes_bit_for_bit(tmp_path, at):
             str(folder), max_steps=7, save_steps=at, per_device_train_batch_size=3, learning_rate=0.05, weight_decay=0.1,
             report_to=[], disable_tqdm=True, use_cpu=True,
         )  # fmt: skip
-        transformers.Trainer(model, args, train_dataset=data, callbacks=[Step(adapted)]).train(**resume)
+        transformers.Trainer(model, args, train_dataset=data, callbacks=[AdaptedCallback(adapted)]).train(**resume)
         return model.state_dict()
 
     straight = run(tmp_path / "straight")

@@ -326,3 +326,12 @@ def test_a_parquet_file_that_compresses_well_is_read(tmp_path):
     rows = [{"text": f"the film number {index} was good", "label": "good"} for index in range(3000)]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", compression="zstd")
     assert list(read_rows(tmp_path / "a.parquet")) == rows
+
+
+@pytest.mark.parametrize("text", ['""', '""\n', '""\n""\n'])
+def test_a_table_of_empty_lines_has_no_header(tmp_path, text):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(
+        DataError, match=r"a\.csv (has no header: all of its lines are empty|is empty|has a header and no rows)"
+    ):
+        read_rows(tmp_path / "a.csv")

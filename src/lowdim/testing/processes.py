@@ -34,6 +34,7 @@ def in_processes(function: Callable[..., Any], world: int = 2, *arguments: Any) 
 
 def _work(rank: int, world: int, port: int, queue: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))  # by which accelerate knows of the others
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     result = function(rank, world, *arguments)

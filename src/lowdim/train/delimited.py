@@ -37,7 +37,10 @@ def read_delimited(path: Path, confirmed: Collection[str] = ()) -> Table:
 
 
 def _table(path: Path, records: Iterator[_Record], dialect: Dialect) -> tuple[Table, list[str]]:
-    header = named_columns(next(records)[1])
+    first = next(records, None)
+    if first is None:
+        raise DataError(f"{path} has no header: all of its lines are empty")
+    header = named_columns(first[1])
     twice = [name for name, count in Counter(header).items() if count > 1]
     if twice:
         raise DataError(f"{path}: duplicate column name {shown(twice[0])} ({listed(header)})")

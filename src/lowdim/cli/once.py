@@ -23,7 +23,7 @@ class OnceCommand(TyperCommand):
             typer.BadParameter: an option with one value is given more than once.
         """
         if not ctx.resilient_parsing:
-            _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+            given: list[Any] = self.make_parser(ctx).parse_args(args=list(args))[2]
             single = [p for p in given if p.param_type_name == "option" and not (p.multiple or p.is_flag or p.count)]
             for parameter in dict.fromkeys(single):
                 if single.count(parameter) > 1:

@@ -239,7 +239,7 @@ def _widths(scores: Array, apart: NDArray[np.bool_], pooled: _Parts, level: floa
     variance = np.full(count, pooled.variance)
     degrees = np.full(count, pooled.degrees)
     for index in np.flatnonzero(apart):
-        own = _own_mean_squares(scores, index)
+        own = _own_mean_squares(scores, int(index))
         variance[index], degrees[index] = own.variance, own.degrees
     total = variance[:, None] + variance[None, :]
     free = np.minimum(degrees[:, None], degrees[None, :])  # the wider of the two, on the safe side

@@ -161,6 +161,10 @@ def _mean(values: Scores | None) -> float:
     return float(values.mean())
 
 
+def _rate(candidate: Candidate) -> float:
+    return candidate.lr
+
+
 def _widened(
     scores: dict[Candidate, Scores | None],
     advance: Advance,
@@ -176,7 +180,7 @@ def _widened(
                 if len(own) < 2:
                     break
                 best = max(own, key=lambda c: _mean(scores[c]))
-                edge = max(own, key=lambda c: c.lr) if upward else min(own, key=lambda c: c.lr)
+                edge = sorted(own, key=_rate)[-1 if upward else 0]
                 further = widen(best, upward) if best == edge else None
                 if further is None or further in scores:
                     break

@@ -283,7 +283,7 @@ def load_by_class(name: str, kind: str, *, num_labels: int | None = None) -> nn.
     from lowdim.models.classes import class_named
 
     transformers = _transformers()
-    cls = getattr(transformers, kind, None) if kind.startswith("AutoModel") else class_named(kind)
+    cls: Any = getattr(transformers, kind, None) if kind.startswith("AutoModel") else class_named(kind)
     source = resolve(name)
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
     with quiet():

@@ -44,7 +44,7 @@ def install() -> None:
         _describe_compressed(self)
         return plain(self, save_directory, *args, **kwargs)
 
-    upload = PreTrainedModel.push_to_hub
+    upload: Any = PreTrainedModel.push_to_hub
 
     @functools.wraps(upload)
     def push_to_hub(self: Any, *args: Any, **kwargs: Any) -> Any:

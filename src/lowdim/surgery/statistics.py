@@ -30,7 +30,7 @@ def freeze_statistics(model: nn.Module) -> list[nn.Module]:
         >>> model.train()[1].training
         False
     """
-    found = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+    found: list[nn.Module] = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
     for module in found:
         module.train = functools.partial(_train, module)  # type: ignore[method-assign]
         module.train(module.training)

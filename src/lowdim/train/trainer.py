@@ -130,7 +130,7 @@ class MethodTrainer(PenaltyLog, Trainer):
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         adapted = self.applied.adapted
-        with writes_checkpoints(self.model, None if adapted is None else adapted.save):
+        with writes_checkpoints(self.applied.model, None if adapted is None else adapted.save):
             super()._save(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -282,6 +282,7 @@ RECORDS = {
     "Majority": "what a record says of a constant answer",
     "Roles": "what a record says of the columns",
     "Used": "what a record says of the columns",
+    "Turn": "a message, as chat templates take it",
 }
 
 

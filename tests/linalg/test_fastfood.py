@@ -32,7 +32,7 @@ def dense(found, out_dim, in_dim):
 
 @pytest.mark.parametrize("name", ["fastfood", "fastfood_full", "fastfood_tall"])
 def test_vectors(name):
-    case = vectors.load("said", name)
+    case = vectors.load("intrinsic-dimension", name)
     how = case.hyperparameters
     given = FastfoodDraws(case["signs"], case["permutation"], case["gaussian"])
     assert fastfood_size(how["out_dim"]) == how["padded"] == len(given)

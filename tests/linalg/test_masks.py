@@ -17,7 +17,7 @@ def by_hand(weight, n, m):
     return mask
 
 
-@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 4), (1, 16), (4, 4)])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 2), (2, 4), (3, 4), (1, 16), (4, 4), (1, 32), (20, 32)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_largest_of_each_group_stay(n, m, dtype):
     weight = torch.randn(5, 32).to(dtype)

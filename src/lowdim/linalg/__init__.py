@@ -1,11 +1,22 @@
 """Numerics that several systems share: pure functions of tensors; nothing here knows a model."""
 
-from lowdim.linalg.affine import dequantize_affine, pack_nibbles, quantize_affine, store_affine, unpack_nibbles
+from lowdim.linalg.affine import (
+    dequantize_affine,
+    dequantize_nibbles,
+    pack_nibbles,
+    quantize_affine,
+    store_affine,
+    unpack_nibbles,
+)
+from lowdim.linalg.ams_sketch import AMSSketch
+from lowdim.linalg.arrays import as_given, as_tensor
 from lowdim.linalg.balance import balance_factors, balance_factors_
 from lowdim.linalg.bits import pack_bits, unpack_bits
 from lowdim.linalg.context import context_svd
 from lowdim.linalg.cost import Cost, chain_cost
 from lowdim.linalg.dct import dct, dct_columns, dct_matrix
+from lowdim.linalg.delta import delta_product, unit_rows
+from lowdim.linalg.dense_sketches import SRHT, GaussianSketch, PooledGaussian, make_sketch
 from lowdim.linalg.draw import draw_normal, draw_uniform
 from lowdim.linalg.fastfood import (
     FastfoodDraws,
@@ -15,14 +26,19 @@ from lowdim.linalg.fastfood import (
     fastfood_transpose,
     hadamard_transform,
 )
+from lowdim.linalg.features import exp_features
+from lowdim.linalg.lanczos import Lanczos, lanczos
 from lowdim.linalg.ldu import ldu, ldu_steps
 from lowdim.linalg.leading import has_numbers, leading_vectors
 from lowdim.linalg.lowrank import add_low_rank, add_product, compress_factors, low_rank_norm, low_rank_product
 from lowdim.linalg.masks import largest_mask, nm_mask, smallest_mask
 from lowdim.linalg.monarch import monarch_dense, monarch_multiply, monarch_project
+from lowdim.linalg.operators import Operator, as_operator
+from lowdim.linalg.orthogonal import cayley, cayley_inverse, cayley_signs, householder_product, householder_vectors
 from lowdim.linalg.quantize import dequantize_blockwise, dynamic_codebook, quantize_blockwise
-from lowdim.linalg.random import derive_seed, real_numbers, stream, stream_on
+from lowdim.linalg.random import derive_seed, real_numbers, seeded, stream, stream_on
 from lowdim.linalg.random_rows import combine_rows, random_rows
+from lowdim.linalg.remember import Memory, recall, remembered
 from lowdim.linalg.scaled_sum import scaled_sum
 from lowdim.linalg.sharded import (
     broadcast,
@@ -32,10 +48,31 @@ from lowdim.linalg.sharded import (
     many_processes,
     match,
     mean_over_processes,
+    one_writes,
     owner,
     replicate,
 )
-from lowdim.linalg.sketch import CountSketch
+from lowdim.linalg.sketch import CountSketch, Sketch
+from lowdim.linalg.spd import (
+    bw_distance2,
+    bw_exp,
+    bw_geodesic,
+    bw_log,
+    bw_transport,
+    lyapunov,
+    spd_exp,
+    spd_log,
+    spd_power,
+    symmetric_abs,
+)
+from lowdim.linalg.state_space import (
+    DiscreteModes,
+    power_states,
+    power_sum,
+    s4d_discrete,
+    s4d_init,
+    s4d_kernel,
+)
 from lowdim.linalg.svd import (
     balanced_factors,
     canonical_signs,
@@ -46,20 +83,40 @@ from lowdim.linalg.svd import (
     truncated_svd,
 )
 from lowdim.linalg.tucker import mode_products, tucker, tucker_reconstruct, unfold
-from lowdim.linalg.wide import wide, widest
+from lowdim.linalg.wide import wide, widest, without_autocast
 
 __all__ = [
+    "SRHT",
+    "AMSSketch",
     "Cost",
     "CountSketch",
+    "DiscreteModes",
     "FastfoodDraws",
+    "GaussianSketch",
+    "Lanczos",
+    "Memory",
+    "Operator",
+    "PooledGaussian",
+    "Sketch",
     "add_low_rank",
     "add_product",
+    "as_given",
+    "as_operator",
+    "as_tensor",
     "balance_factors",
     "balance_factors_",
     "balanced_factors",
     "broadcast",
+    "bw_distance2",
+    "bw_exp",
+    "bw_geodesic",
+    "bw_log",
+    "bw_transport",
     "canonical_signs",
     "captured_energy",
+    "cayley",
+    "cayley_inverse",
+    "cayley_signs",
     "chain_cost",
     "combine_rows",
     "compress_factors",
@@ -68,12 +125,15 @@ __all__ = [
     "dct",
     "dct_columns",
     "dct_matrix",
+    "delta_product",
     "dequantize_affine",
     "dequantize_blockwise",
+    "dequantize_nibbles",
     "derive_seed",
     "draw_normal",
     "draw_uniform",
     "dynamic_codebook",
+    "exp_features",
     "fastfood",
     "fastfood_draws",
     "fastfood_size",
@@ -81,7 +141,10 @@ __all__ = [
     "gather",
     "hadamard_transform",
     "has_numbers",
+    "householder_product",
+    "householder_vectors",
     "is_sharded",
+    "lanczos",
     "largest_mask",
     "ldu",
     "ldu_steps",
@@ -89,6 +152,8 @@ __all__ = [
     "local",
     "low_rank_norm",
     "low_rank_product",
+    "lyapunov",
+    "make_sketch",
     "many_processes",
     "match",
     "mean_over_processes",
@@ -97,27 +162,42 @@ __all__ = [
     "monarch_multiply",
     "monarch_project",
     "nm_mask",
+    "one_writes",
     "owner",
     "pack_bits",
     "pack_nibbles",
+    "power_states",
+    "power_sum",
     "quantize_affine",
     "quantize_blockwise",
     "random_rows",
     "range_finder",
     "real_numbers",
+    "recall",
+    "remembered",
     "replicate",
+    "s4d_discrete",
+    "s4d_init",
+    "s4d_kernel",
     "scaled_sum",
+    "seeded",
     "smallest_mask",
+    "spd_exp",
+    "spd_log",
+    "spd_power",
     "store_affine",
     "stream",
     "stream_on",
     "svd",
+    "symmetric_abs",
     "truncated_svd",
     "tucker",
     "tucker_reconstruct",
     "unfold",
+    "unit_rows",
     "unpack_bits",
     "unpack_nibbles",
     "wide",
     "widest",
+    "without_autocast",
 ]

@@ -11,7 +11,7 @@ from lowdim.errors import check_int
 from lowdim.linalg.leading import has_numbers
 from lowdim.linalg.svd import compute_dtype
 
-__all__ = ["dequantize_affine", "pack_nibbles", "quantize_affine", "store_affine", "unpack_nibbles"]
+__all__ = ["dequantize_affine", "dequantize_nibbles", "pack_nibbles", "quantize_affine", "store_affine", "unpack_nibbles"]
 
 #: Entries processed at a time: temporaries fit a processor's cache, and are small compared with a large weight on a GPU.
 _CHUNK = {"cpu": 2**17}
@@ -113,9 +113,9 @@ def store_affine(
 
 @torch.no_grad()
 def dequantize_affine(
-    codes: Tensor,  # (...) uint8
+    codes: Tensor,  # (...) uint8 or int8
     scales: Tensor,  # (groups, 1)
-    zeros: Tensor,  # (groups, 1)
+    zeros: Tensor | None,  # (groups, 1)
     *,
     group_size: int = 256,
     dtype: torch.dtype | None = None,
@@ -123,6 +123,7 @@ def dequantize_affine(
     """The tensor that `quantize_affine` stored, `(codes − zero) scale`.
 
     Args:
+        zeros: None means 0 everywhere (codes with a sign).
         dtype: of the result; the scales' by default.
 
     Returns:
@@ -140,17 +141,64 @@ def dequantize_affine(
     Source: Zhang et al., "Q-GaLore", arXiv 2407.08296.
     """
     groups = _groups("codes", codes.numel(), group_size)
-    for name, tensor in (("scales", scales), ("zeros", zeros)):
-        if tensor.numel() != groups:
-            raise ValueError(f"{name} must have {groups} entries, one per group of {group_size}; got {tensor.numel()}")
-    scales, zeros = scales.reshape(-1, 1), zeros.reshape(-1, 1)
+    scales, zeros = _by_group(scales, zeros, groups, group_size)
     out = torch.empty(codes.shape, dtype=dtype or scales.dtype, device=codes.device)
     source, target = codes.reshape(-1, group_size), out.view(-1, group_size)
     for rows in _pieces(target, group_size, all_at_once=True):
         part = target[rows]
         part.copy_(source[rows])  # integers up to 255 and their differences are exact in every floating dtype
-        part.sub_(zeros[rows]).mul_(scales[rows])
+        _scale(part, scales[rows], None if zeros is None else zeros[rows])
     return out
+
+
+@torch.no_grad()
+def dequantize_nibbles(
+    packed: Tensor,  # (numel / 2) uint8
+    scales: Tensor,  # (groups, 1)
+    zeros: Tensor,  # (groups, 1)
+    *,
+    group_size: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`dequantize_affine` of the codes that `pack_nibbles` packed, without all of them at once: `(2 · len(packed),)`.
+
+    Raises:
+        ValueError: group_size is odd or does not divide the number of codes; scales or zeros do not have one entry per group.
+
+    Example:
+        >>> import torch, lowdim.linalg as la
+        >>> packed = la.pack_nibbles(torch.tensor([1, 2, 15, 0], dtype=torch.uint8))
+        >>> la.dequantize_nibbles(packed, torch.tensor([[0.5]]), torch.tensor([[1.0]]), group_size=4).tolist()
+        [0.0, 0.5, 7.0, -0.5]
+    """
+    groups = _groups("codes", 2 * packed.numel(), group_size)
+    if group_size % 2:
+        raise ValueError(f"group_size must be even, as two codes share a byte; got {group_size}")
+    scales, known = _by_group(scales, zeros, groups, group_size)
+    assert known is not None
+    out = torch.empty(2 * packed.numel(), dtype=dtype or scales.dtype, device=packed.device)
+    source, target = packed.reshape(groups, group_size // 2), out.view(groups, group_size // 2, 2)
+    for rows in _pieces(out.view(groups, group_size), group_size, all_at_once=False):
+        part, codes = target[rows], source[rows]
+        part[..., 0].copy_(codes & 15)
+        part[..., 1].copy_(codes >> 4)
+        _scale(out.view(groups, group_size)[rows], scales[rows], known[rows])
+    return out
+
+
+def _by_group(scales: Tensor, zeros: Tensor | None, groups: int, group_size: int) -> tuple[Tensor, Tensor | None]:
+    """Scales and zeros as columns, `(groups, 1)`."""
+    for name, tensor in (("scales", scales), ("zeros", zeros)):
+        if tensor is not None and tensor.numel() != groups:
+            raise ValueError(f"{name} must have {groups} entries, one per group of {group_size}; got {tensor.numel()}")
+    return scales.reshape(-1, 1), None if zeros is None else zeros.reshape(-1, 1)
+
+
+def _scale(part: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
+    """`(part − zero) scale`, in place."""
+    if zeros is not None:
+        part.sub_(zeros)
+    part.mul_(scales)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowdim.errors import check_float
+from lowdim.linalg.remember import remembered
 from lowdim.linalg.svd import svd
 from lowdim.linalg.wide import widest
 
@@ -14,6 +15,7 @@ __all__ = ["context_svd"]
 _DOUBLINGS = 40
 
 
+@remembered
 def context_svd(
     W: Tensor,  # (out, in)
     C: Tensor,  # (in, in)

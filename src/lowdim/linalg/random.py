@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["derive_seed", "real_numbers", "stream", "stream_on"]
+__all__ = ["derive_seed", "real_numbers", "seeded", "stream", "stream_on"]
 
 
 def derive_seed(seed: int, *purpose: object) -> int:
@@ -27,6 +27,17 @@ def stream(seed: int, *purpose: object) -> torch.Generator:
         True
     """
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
+
+
+def seeded(seed: int | None, generator: torch.Generator | None) -> torch.Generator | None:
+    """The generator of a layer with both options: the given one has priority; None, torch's default one, without either.
+
+    Example:
+        >>> from lowdim.linalg import seeded
+        >>> seeded(3, None).initial_seed(), seeded(None, None)
+        (3, None)
+    """
+    return torch.Generator().manual_seed(seed) if generator is None and seed is not None else generator
 
 
 def stream_on(device: torch.device | str, seed: int, *purpose: object) -> torch.Generator:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["broadcast", "gather", "is_sharded", "local", "many_processes", "match", "mean_over_processes", "owner", "replicate"]
+__all__ = [
+    "broadcast",
+    "gather",
+    "is_sharded",
+    "local",
+    "many_processes",
+    "match",
+    "mean_over_processes",
+    "one_writes",
+    "owner",
+    "replicate",
+]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -56,6 +69,18 @@ def broadcast(tensor: Tensor, like: Any) -> None:
         mesh = like.device_mesh
         for axis in range(mesh.ndim):  # the owner's first line, then every line from its first member
             torch.distributed.broadcast(tensor, group=mesh.get_group(axis), group_src=0)
+
+
+@contextmanager
+def one_writes(parameters: Iterable[Any]) -> Iterator[bool]:
+    """Whether this process writes what all have gathered: the first, if any parameter is sharded. The others wait for it."""
+    if not any(map(is_sharded, parameters)):
+        yield True
+        return
+    try:
+        yield dist.get_rank() == 0
+    finally:
+        dist.barrier()
 
 
 def many_processes() -> bool:

@@ -2,15 +2,109 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from lowdim.errors import check_int
+from lowdim.errors import MissingExtraError, check_int
 
-__all__ = ["CountSketch"]
+__all__ = ["ColumnSketch", "CountSketch", "Sketch"]
 
 
-class CountSketch:
+class Sketch(ABC):
+    """A linear map `S (m, n)` that is known by its products."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """`(m, n)`."""
+
+    @abstractmethod
+    def apply(
+        self,
+        x: Tensor,  # (n,) or (n, k)
+    ) -> Tensor:
+        """`S X` in the dtype and on the device of X; differentiable."""
+
+    @abstractmethod
+    def apply_transposed(
+        self,
+        y: Tensor,  # (m,) or (m, k)
+    ) -> Tensor:
+        """`Sᵀ Y` in the dtype and on the device of Y."""
+
+    def as_linear_operator(self) -> Any:
+        """As scipy's `LinearOperator` in float64: `S @ A`, `S.T @ y`.
+
+        Raises:
+            ValueError: a sketch with batch dimensions. MissingExtraError: scipy is not installed.
+        """
+        try:
+            from scipy.sparse.linalg import LinearOperator
+        except ImportError as error:
+            raise MissingExtraError("scipy", "science", "as_linear_operator") from error
+        if len(self.shape) != 2:
+            raise ValueError(f"a linear operator has no batch dimensions; this sketch has the shape {self.shape}")
+
+        def of(product: Any) -> Any:
+            return lambda x: product(torch.from_numpy(np.array(x, dtype=np.float64))).numpy()
+
+        forth, back = of(self.apply), of(self.apply_transposed)
+        how: dict[str, Any] = {"matmat": forth, "rmatmat": back, "dtype": np.dtype(np.float64)}
+        how |= {"matvec": lambda x: forth(x.ravel()), "rmatvec": lambda y: back(y.ravel())}
+        return LinearOperator(self.shape, **how)
+
+
+class ColumnSketch(Sketch):
+    """A sketch that is defined by its products with columns."""
+
+    _shape: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(m, n)`."""
+        return self._shape
+
+    def apply(
+        self,
+        x: Tensor,  # (n,) or (n, k)
+    ) -> Tensor:
+        """`S X` in the dtype and on the device of X; differentiable."""
+        return self._over("x", x, self.shape[1], self._forth)
+
+    def apply_transposed(
+        self,
+        y: Tensor,  # (m,) or (m, k)
+    ) -> Tensor:
+        """`Sᵀ Y` in the dtype and on the device of Y."""
+        return self._over("y", y, self.shape[0], self._back)
+
+    @abstractmethod
+    def _forth(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _back(self, y: Tensor) -> Tensor: ...
+
+    def dense(self) -> Tensor:
+        """The matrix `(m, n)` in float64."""
+        return self.apply(torch.eye(self.shape[1], dtype=torch.float64, device=self._device))
+
+    @property
+    @abstractmethod
+    def _device(self) -> torch.device: ...
+
+    @staticmethod
+    def _over(name: str, x: Tensor, n: int, product: Callable[[Tensor], Tensor]) -> Tensor:
+        if x.ndim not in (1, 2) or len(x) != n:
+            raise ValueError(f"{name} must have shape ({n},) or ({n}, k); got {tuple(x.shape)}")
+        return product(x) if x.ndim == 2 else product(x[:, None])[:, 0]
+
+
+class CountSketch(Sketch):
     """A sketch with one ±1 in each column: `(S X)_i = Σ_{j: bucket_j = i} sign_j X_j`.
 
     Args:
@@ -88,6 +182,20 @@ class CountSketch:
         signed = (x * (signs[..., None] if tail else signs)).reshape(index.shape[0], *tail)
         out = x.new_zeros(systems * self.rows, *tail)
         return out.index_add(0, index, signed).reshape(*size[:-1], self.rows, *tail)
+
+    def apply_transposed(
+        self,
+        y: Tensor,  # (*batch, rows) or (*batch, rows, k)
+    ) -> Tensor:
+        """`Sᵀ Y`: `(*batch, n)` or `(*batch, n, k)`."""
+        batch, n = self.buckets.shape[:-1], self.buckets.shape[-1]
+        size = (*batch, self.rows)
+        if y.shape[: len(size)] != size or y.ndim - len(size) > 1:
+            raise ValueError(f"y must have shape {tuple(size)} or {tuple(size)} + (k,); got {tuple(y.shape)}")
+        columns = y if y.ndim > len(size) else y[..., None]
+        index = self.buckets.to(y.device)[..., None].expand(*batch, n, columns.shape[-1])
+        out = columns.gather(-2, index) * self.signs.to(y)[..., None]
+        return out if y.ndim > len(size) else out[..., 0]
 
     def dense(self) -> Tensor:
         """The matrix `(*batch, rows, n)`."""

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lowdim.linalg.remember import remembered
+
 __all__ = ["balanced_factors", "canonical_signs", "captured_energy", "compute_dtype", "range_finder", "svd", "truncated_svd"]
 
 
@@ -35,6 +37,7 @@ def canonical_signs(
     return u, phase.transpose(-2, -1) * vh
 
 
+@remembered
 def svd(
     matrix: Tensor,  # (..., m, n)
 ) -> tuple[Tensor, Tensor, Tensor]:

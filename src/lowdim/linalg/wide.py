@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["wide", "widest"]
+__all__ = ["wide", "widest", "without_autocast"]
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -30,3 +33,18 @@ def widest(tensor: Tensor) -> Tensor:
         torch.float64
     """
     return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def without_autocast(
+    place: str,  # a device's type, such as "cuda"
+) -> Any:
+    """A context in which products keep the dtype of their operands, also on devices that have no autocast.
+
+    Example:
+        >>> import torch, lowdim.linalg as la
+        >>> x = torch.ones(2, 2)
+        >>> with torch.autocast("cpu", torch.bfloat16), la.without_autocast("cpu"):
+        ...     print((x @ x).dtype)
+        torch.float32
+    """
+    return torch.autocast(place, enabled=False) if torch.amp.is_autocast_available(place) else nullcontext()

@@ -1,5 +1,6 @@
 """One process for an output: the lock is taken, refused, given back, and ends with its process; dead files are cleared."""
 
+import errno
 import json
 import os
 import signal
@@ -27,6 +28,20 @@ with exclusive(out), temporary_folder(out / "sub") as folder:
     print("held", flush=True)
     time.sleep(100)
 """
+
+
+def test_a_full_disk_is_named_and_leaves_no_lock(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    message = r"could not write .*out \(No space left on device\); nothing was changed"
+    with pytest.raises(OSError, match=message), exclusive(tmp_path / "new" / "out"):
+        pytest.fail("the lock was not taken")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    with exclusive(tmp_path / "new" / "out"):
+        assert (tmp_path / "new").is_dir()
 
 
 @pytest.fixture

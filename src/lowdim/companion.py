@@ -73,16 +73,19 @@ class Companion:
 
 
 class RateFactor:
-    """A temporary factor on the learning rate (a warm-up after a restart), under any scheduler.
+    """A factor on the learning rate (a warm-up after a restart, a rate of its own for each layer), under any scheduler.
 
-    Multiplies every group's learning rate within `optimizer.step()`, and restores it afterwards.
+    Multiplies each group's learning rate within `optimizer.step()`, and restores it afterwards.
 
     A scheduler writes `group["lr"]` from its own memory after each step, so a factor that was written there would be lost or,
     with some schedulers, multiplied in for good. Hooks around the step leave the groups as they found them.
 
     Args:
         optimizer: any torch optimizer; not one that updates in the backward pass, whose steps happen elsewhere.
-        factor: called before each step; 1 leaves the rates alone.
+        factor: called before each step; a number for all groups, or a list with one number a group. 1 leaves the rates alone.
+
+    Raises:
+        ValueError: at a step, a list that has not one number for each of the optimizer's groups.
 
     Example:
         >>> import torch
@@ -94,7 +97,7 @@ class RateFactor:
         (-0.25, 1.0)
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[], float]):
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[], float | list[float]]):
         self.factor = factor
         self._kept: list[Any] = []
         self._handles = [
@@ -110,10 +113,13 @@ class RateFactor:
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._kept = [group["lr"] for group in optimizer.param_groups]
-        factor = self.factor()
-        if factor != 1.0:
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * factor
+        factor, groups = self.factor(), optimizer.param_groups
+        factors = factor if isinstance(factor, list) else [factor] * len(groups)
+        if len(factors) != len(groups):
+            raise ValueError(f"factor must give one number for each of the {len(groups)} parameter groups; got {len(factors)}")
+        for group, each in zip(groups, factors):
+            if each != 1.0:
+                group["lr"] = group["lr"] * each
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for group, rate in zip(optimizer.param_groups, self._kept):

@@ -96,6 +96,14 @@ class MissingExtraError(LowdimError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str):
         super().__init__(f"{purpose} needs the package {package!r}: pip install 'lowdim[{extra}]'")
+        self._given = package, extra, purpose
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it may come from another process
+        return type(self), self._given
+
+
+class MissingPackageError(LowdimError, ImportError):
+    """A package that the user named, and that is in no extra of lowdim's, is not installed."""
 
 
 def shown(value: object, limit: int = 80) -> str:
@@ -132,12 +140,12 @@ def cut(text: str, limit: int = 80) -> str:
     return f"{text[: limit - 3 - tail]}...{text[len(text) - tail :]}"
 
 
-def warn_caller(message: str) -> None:
-    """A UserWarning that points to the code that called lowdim."""
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning that points to the code that called lowdim."""
     frame, level = sys._getframe(1), 1
     while frame is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] == "lowdim":
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level + 1)
+    warnings.warn(message, category, stacklevel=level + 1)
 
 
 def listed(names: Iterable[object], limit: int = 400) -> str:
@@ -161,10 +169,13 @@ def listed(names: Iterable[object], limit: int = 400) -> str:
     return ", ".join(shown_parts) + (f" and {rest:,} more" if rest else "")
 
 
+_COMPARED = 1000  # characters of a name: what is longer is no misspelt name
+
+
 def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
     """The `count` options closest to `name`, best first; the first few options if none is close."""
     names = list(options)
-    found = difflib.get_close_matches(name, names, n=count, cutoff=0.4)
+    found = difflib.get_close_matches(name[:_COMPARED], names, n=count, cutoff=0.4)
     return found or names[:count]
 
 

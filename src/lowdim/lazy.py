@@ -28,7 +28,7 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
     A class with a base from another package (an estimator, a transformers cache) cannot be defined without importing that
     base. Its module imports it at the top, and the family lists the class in a table::
 
-        _HOMES = {"FewShot": "fewshot", "LoKi": "loki.estimator"}
+        _HOMES = {"FewShot": "fewshot", "LokiClassifier": "loki.classifier"}
         __getattr__ = lazy_names(__name__, _HOMES)
 
     Args:

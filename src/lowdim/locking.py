@@ -56,7 +56,7 @@ def exclusive(target: str | Path) -> Iterator[None]:
 
     Raises:
         InUseError: another command works on it.
-        OSError: its parent folder cannot be made.
+        OSError: its parent folder cannot be made, or the disk is full.
 
     Example:
         >>> import pathlib, tempfile
@@ -101,8 +101,12 @@ def _acquire(path: Path, target: str | Path) -> tuple[Path, int]:
             if os.path.samestat(os.fstat(handle), os.stat(place)):
                 break
         os.close(handle)  # whoever held it before has just removed the file
-    os.ftruncate(handle, 0)
-    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    try:
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except OSError as error:
+        _release(place, handle)
+        raise OSError(error.errno, f"could not write {target} ({error.strerror}); nothing was changed") from error
     return place, handle
 
 

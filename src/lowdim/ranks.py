@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lowdim.errors import check_float, check_int
 
-__all__ = ["by_energy", "capped_note", "energy_rank", "parameter_rank", "welore", "welore_at"]
+__all__ = ["Choices", "by_energy", "by_error_per_byte", "capped_note", "energy_rank", "parameter_rank", "welore", "welore_at"]
 
 
 def energy_rank(
@@ -75,6 +75,98 @@ def by_energy(spectra: list[Tensor], *, rank: int, choices: Sequence[int]) -> li
             result[i] = choice
         start = stop
     return result
+
+
+class Choices(NamedTuple):
+    """What one layer can become, from the largest to the smallest.
+
+    Attributes:
+        sizes: bytes of each choice, falling.
+        errors: what each choice costs, on a scale that all layers share.
+    """
+
+    sizes: Tensor  # (n,)
+    errors: Tensor  # (n,)
+
+
+def by_error_per_byte(layers: Mapping[str, Choices], allowed: int) -> dict[str, int]:
+    """Choose for each layer so that all fit into `allowed` bytes: always the step that costs least error for each byte saved.
+
+    Every layer starts at its first choice. A step goes on to the choice with the smallest `(error' - error) / (size - size')`,
+    which is the next corner of the layer's lower convex hull; the cheapest step of all layers is taken until they fit. What is
+    left then goes to the layers whose steps came last: each takes the smallest error that fits.
+
+    Args:
+        allowed: bytes of all layers together.
+
+    Returns:
+        The index of each layer's choice.
+
+    Raises:
+        ValueError: no layers, a layer without choices, sizes that do not fall; or all smallest are above `allowed`.
+
+    Example:
+        >>> import torch
+        >>> from lowdim.ranks import Choices, by_error_per_byte
+        >>> steep = Choices(torch.tensor([100, 60, 20]), torch.tensor([0.0, 0.5, 1.0]))
+        >>> flat = Choices(torch.tensor([100, 60, 20]), torch.tensor([0.0, 0.1, 0.2]))
+        >>> by_error_per_byte({"steep": steep, "flat": flat}, 130)
+        {'steep': 0, 'flat': 2}
+    """
+    check_int("allowed", allowed, 0)
+    if not layers:
+        raise ValueError("layers must name at least one layer; got none")
+    tables = {name: _checked(name, choices) for name, choices in layers.items()}
+    least = sum(int(sizes[-1]) for sizes, _ in tables.values())
+    if least > allowed:
+        raise ValueError(f"allowed must be at least {least}, the bytes of all smallest choices; got {allowed}")
+    steps = [
+        (slope, order, name, to)
+        for order, (name, (sizes, errors)) in enumerate(tables.items())
+        for slope, to in _hull(sizes.tolist(), errors.tolist())
+    ]
+    steps.sort(key=lambda step: step[:2])  # stable: the steps of a layer keep their order
+    chosen = dict.fromkeys(tables, 0)
+    size = sum(int(sizes[0]) for sizes, _ in tables.values())
+    taken: list[str] = []
+    for _, _, name, to in steps:
+        if size <= allowed:
+            break
+        sizes = tables[name][0]
+        size -= int(sizes[chosen[name]] - sizes[to])
+        chosen[name] = to
+        taken.append(name)
+    for name in dict.fromkeys(reversed(taken)):
+        sizes, errors = tables[name]
+        fits = sizes <= int(sizes[chosen[name]]) + allowed - size
+        best = int(torch.where(fits, errors, math.inf).argmin())
+        if float(errors[best]) < float(errors[chosen[name]]):
+            size += int(sizes[best] - sizes[chosen[name]])
+            chosen[name] = best
+    return chosen
+
+
+def _checked(name: str, choices: Choices) -> tuple[Tensor, Tensor]:
+    sizes, errors = choices.sizes.to("cpu", torch.int64), choices.errors.to("cpu", torch.float64)
+    if sizes.ndim != 1 or not len(sizes) or sizes.shape != errors.shape or bool((sizes.diff() >= 0).any()):
+        raise ValueError(f"layer {name}: choices must be sizes that fall, and as many errors; got {tuple(choices.sizes.shape)}")
+    if not bool(torch.isfinite(errors).all()):
+        raise ValueError(f"layer {name}: an error is not finite")
+    return sizes, errors
+
+
+def _hull(sizes: Sequence[int], errors: Sequence[float]) -> list[tuple[float, int]]:
+    """The corners after the first of the lower convex hull of `errors` over `sizes`: (error for each byte, index), rising."""
+    corners: list[tuple[float, int]] = [(-math.inf, 0)]
+    for i in range(1, len(sizes)):
+        while True:
+            slope, last = corners[-1]
+            new = (errors[i] - errors[last]) / (sizes[last] - sizes[i])
+            if new > slope or len(corners) == 1:
+                break
+            corners.pop()
+        corners.append((new, i))
+    return corners[1:]
 
 
 def capped_note(ranks: Mapping[str, Any]) -> tuple[str, ...]:

@@ -6,14 +6,21 @@ import dataclasses
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, ClassVar
 
 from lowdim.errors import MissingExtraError
+from lowdim.files import write_json
+from lowdim.outputs import write_page
 
-__all__ = ["Result", "html_table", "json_value"]
+__all__ = ["Result", "html_table", "json_value", "save_result"]
 
 _SHOWN = 20  # rows of a table in a terminal or a notebook
+_STYLE = (
+    "body{font:15px/1.5 sans-serif;margin:2em auto;max-width:60em;padding:0 1em}h1{font-size:1.2em}"
+    "table{border-collapse:collapse;margin:1.5em 0}caption{text-align:left;font-weight:bold}"
+    "th,td{padding:.2em .8em .2em 0;text-align:left;border-bottom:1px solid #ccc}"
+)
 
 
 class Result:
@@ -139,15 +146,48 @@ def json_value(value: Any, where: str = "value") -> Any:
     raise TypeError(f"{where} is a {type(value).__name__}, which JSON cannot represent")
 
 
-def html_table(caption: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """A small table for a notebook: everything in it is escaped, and long tables are cut."""
+def save_result(result: Result, path: str | Path, *tables: tuple[str, Sequence[Mapping[str, Any]]]) -> Path:
+    """Write a result as a page that needs nothing else (.html) or as its record (.json).
+
+    Args:
+        result: its summary stands first on the page.
+        path: where; an old file is replaced.
+        tables: of the page, each a caption and its rows, whole; one without rows is left out.
+
+    Raises:
+        ValueError: another ending.
+
+    Example:
+        >>> import tempfile
+        >>> from dataclasses import dataclass
+        >>> from lowdim.results import Result, save_result
+        >>> @dataclass(frozen=True)
+        ... class Answer(Result):
+        ...     value: float
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     page = save_result(Answer(0.5), folder + "/answer.html", ("Values", [{"x": 1}])).read_text()
+        >>> "<h1>Answer: value 0.5</h1>" in page, "<td>1</td>" in page
+        (True, True)
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        return write_json(path, result.to_dict())
+    if path.suffix != ".html":
+        raise ValueError(f"path must end in .html (a page) or .json (the record); got {path}")
+    head = f'<meta charset="utf-8"><title>{html.escape(type(result).__name__)}</title><style>{_STYLE}</style>'
+    body = [f"<h1>{html.escape(result.summary)}</h1>", *(html_table(name, rows, limit=None) for name, rows in tables if rows)]
+    return write_page(path, "\n".join([f'<!doctype html><html lang="en"><head>{head}</head><body>', *body, "</body></html>"]))
+
+
+def html_table(caption: str, rows: Sequence[Mapping[str, Any]], *, limit: int | None = _SHOWN) -> str:
+    """A table in HTML: everything in it is escaped; of a long one the first `limit` rows."""
     lines = [f"<table><caption>{html.escape(caption)}</caption>"]
     if rows:
         lines += _html_row("th", rows[0])
-        for row in rows[:_SHOWN]:
+        for row in rows[:limit]:
             lines += _html_row("td", map(_shown, row.values()))
-        if len(rows) > _SHOWN:
-            lines.append(f'<tr><td colspan="{len(rows[0])}">and {len(rows) - _SHOWN} more</td></tr>')
+        if limit is not None and len(rows) > limit:
+            lines.append(f'<tr><td colspan="{len(rows[0])}">and {len(rows) - limit} more</td></tr>')
     return "\n".join([*lines, "</table>"])
 
 

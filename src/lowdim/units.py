@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["format_bytes", "format_seconds", "parse_bytes"]
+__all__ = ["format_bytes", "format_seconds", "parse_bytes", "parse_seconds"]
 
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "": 1}
 _PATTERN = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:([KMGT])(I?)(B?)|B)?\s*", re.IGNORECASE)
 
 
@@ -72,3 +73,20 @@ def format_seconds(seconds: float) -> str:
     value = size / scale
     digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
     return f"{'-' if seconds < 0 else ''}{value:.{digits}f} {unit}"
+
+
+def parse_seconds(text: str) -> float:
+    """`90`, `90s`, `10m` or `2h` in seconds.
+
+    Raises:
+        ValueError: anything else.
+
+    Example:
+        >>> from lowdim.units import parse_seconds
+        >>> parse_seconds("10m")
+        600.0
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
+    if not match or float(match[1]) <= 0:
+        raise ValueError(f"--time-limit must be a positive number with unit s, m or h, such as 90s or 10m; got {text!r}")
+    return float(match[1]) * _SECONDS[match[2]]

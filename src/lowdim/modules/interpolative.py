@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowdim.errors import check_int
-from lowdim.modules.rebuildable import Rebuildable
-from lowdim.modules.structured import StructuredLinear
-from lowdim.surgery import layer_dtype, matrix_shape
+from lowdim.modules.structured import RebuildableLinear
 
 __all__ = ["InterpolativeLinear"]
 
 
-class InterpolativeLinear(StructuredLinear, Rebuildable):
+class InterpolativeLinear(RebuildableLinear):
     """A linear layer whose weight is stored by an interpolative decomposition.
 
     Formula: `W = C [1, T] P`: `C (out, rank)` are the columns `chosen` of W, `T (rank, in − rank)` expresses the other columns
@@ -104,17 +102,6 @@ class InterpolativeLinear(StructuredLinear, Rebuildable):
     def description(self) -> dict[str, Any]:
         """Rank, and whether there is a bias."""
         return {"rank": self.rank, "bias": self.bias is not None}
-
-    @classmethod
-    def blank(cls, layer: nn.Module, **description: Any) -> Self:
-        """A layer on the meta device, without numbers, in the sizes and dtype of `layer`.
-
-        Raises:
-            ValueError, TypeError: a description that does not fit the layer.
-        """
-        out_features, in_features = matrix_shape(layer)
-        bias = description.pop("bias")
-        return cls(in_features, out_features, bias, device="meta", dtype=layer_dtype(layer), **description).take_place_of(layer)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""

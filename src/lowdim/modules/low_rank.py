@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowdim.errors import check_choice, check_float, check_int
-from lowdim.linalg import balance_factors_, balanced_factors, draw_normal, draw_uniform
-from lowdim.modules.rebuildable import Rebuildable
-from lowdim.modules.structured import StructuredLinear
-from lowdim.surgery import is_linear, layer_dtype, matrix_shape
+from lowdim.linalg import balance_factors_, balanced_factors, compute_dtype, draw_normal, draw_uniform, seeded
+from lowdim.modules.structured import RebuildableLinear
+from lowdim.surgery import is_linear, plain_weight
 
 __all__ = ["LowRankLinear"]
 
 _INITS = ("kaiming", "orthogonal", "zero", "svd", "random")
 
 
-class LowRankLinear(StructuredLinear, Rebuildable):
+class LowRankLinear(RebuildableLinear):
     """A linear layer whose weight is a product of two thin matrices.
 
     Formula: `y = c · B (A x) + bias`, `A (rank, in)`, `B (out, rank)`, `c = alpha / rank` (1 where alpha is None).
@@ -79,9 +78,7 @@ class LowRankLinear(StructuredLinear, Rebuildable):
         self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        if generator is None and seed is not None:
-            generator = torch.Generator().manual_seed(seed)
-        self.reset_parameters(init, generator, std=std)
+        self.reset_parameters(init, seeded(seed, generator), std=std)
 
     @property
     def scale(self) -> float:
@@ -115,7 +112,7 @@ class LowRankLinear(StructuredLinear, Rebuildable):
     def _draw_svd(self, generator: torch.Generator | None, std: float) -> None:
         if self.A.is_meta:
             return
-        draw = torch.empty(self.out_features, self.in_features, device=self.A.device)
+        draw = torch.empty(self.out_features, self.in_features, dtype=compute_dtype(self.A.dtype), device=self.A.device)
         draw_normal(draw, std, generator)
         A, B = balanced_factors(draw, self.rank)
         self.A.copy_(A)
@@ -188,9 +185,7 @@ class LowRankLinear(StructuredLinear, Rebuildable):
             TypeError: not an nn.Linear.
             ValueError: rank outside [1, min(in, out)], NaN or infinity in the weight.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be nn.Linear; got {type(linear).__name__}")
-        weight = linear.weight.detach()
+        weight = plain_weight(linear)
         check_int("rank", rank, 1, min(weight.shape))
         _check_alpha(alpha)
         scale = 1.0 if alpha is None else alpha / rank
@@ -201,17 +196,6 @@ class LowRankLinear(StructuredLinear, Rebuildable):
     def description(self) -> dict[str, Any]:
         """Rank, whether there is a bias, and alpha where there is one."""
         return {"rank": self.rank, "bias": self.bias is not None} | ({} if self.alpha is None else {"alpha": self.alpha})
-
-    @classmethod
-    def blank(cls, layer: nn.Module, **description: Any) -> Self:
-        """A layer on the meta device, without numbers, in the sizes and dtype of `layer`.
-
-        Raises:
-            ValueError, TypeError: a description that does not fit the layer.
-        """
-        out_features, in_features = matrix_shape(layer)
-        bias = description.pop("bias")
-        return cls(in_features, out_features, bias, device="meta", dtype=layer_dtype(layer), **description).take_place_of(layer)
 
     @classmethod
     def recognise(cls, layer: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:

@@ -87,15 +87,20 @@ class MaskedLinear(nn.Module, Rebuildable):
     def to_linear(self) -> nn.Linear:
         """A plain layer with the weight that is used now; it shares no tensor with this one."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            weight = self.dense_weight().to(self.weight.dtype).clone()
+            return self._linear(self.dense_weight().to(self.weight.dtype).clone())
+
+    def to_plain(self) -> nn.Module:
+        """`to_linear`, or a Conv1D where it replaced one."""
+        return self._plain(self.to_linear())
+
+    def _linear(self, weight: Tensor) -> nn.Linear:
+        """A plain layer with this weight `(out, in)`, and with bias and mode of this one."""
         linear = make_linear(weight, self.bias, requires_grad=self.weight.requires_grad)
         if self.bias is not None:
             linear.bias.requires_grad_(self.bias.requires_grad)
         return linear.train(self.training)
 
-    def to_plain(self) -> nn.Module:
-        """`to_linear`, or a Conv1D where it replaced one."""
-        linear = self.to_linear()
+    def _plain(self, linear: nn.Linear) -> nn.Module:
         return as_conv1d(linear) if self.transposed else linear
 
     @classmethod

@@ -7,7 +7,9 @@ list, a regular expression as a string), and tied weights stay tied.
 | --- | --- |
 | `kinds` | which classes are layers of one matrix |
 | `behaviour` | whether a layer acts like its class: plain, scaled, or something else |
+| `blocks` | the blocks of a transformer |
 | `callers` | which layers are read by their parent and never called |
+| `modes` | evaluation mode for a while |
 | `statistics` | running statistics of frozen normalisation layers |
 | `quantized` | weights in few bits, and their values |
 | `placement` | accelerate's hooks, offloaded weights, forward methods set on the instance |
@@ -15,14 +17,17 @@ list, a regular expression as a string), and tied weights stay tied.
 | `wrappers` | plain names of compiled, data-parallel and checkpointed models |
 | `foreign`, `stacked` | other libraries' adapters; experts and other weights that are no layer's |
 | `find`, `replace` | layers by name, and other layers in their place |
+| `sharding` | FSDP2: parameters spread over processes, block by block |
 """
 
 from lowdim.surgery.behaviour import COMPUTED, Behaviour, behaviour, has_stored_weight, left_out_reason, shallow_copy
+from lowdim.surgery.blocks import blocks_of
 from lowdim.surgery.callers import never_called
 from lowdim.surgery.find import Patterns, find_layers
 from lowdim.surgery.foreign import other_adapter, refuse_other_adapters
 from lowdim.surgery.kinds import CONVOLUTIONS, HEAD_NAMES, describe, is_conv1d, is_linear_class, is_matrix_class
 from lowdim.surgery.matrices import (
+    as_conv1d,
     as_linear,
     dense_matrix,
     float_dtype,
@@ -30,24 +35,29 @@ from lowdim.surgery.matrices import (
     is_matrix_layer,
     make_linear,
     matrix_shape,
+    plain_weight,
     weight_matrix,
     with_matrix,
 )
+from lowdim.surgery.modes import evaluating
 from lowdim.surgery.placement import OFFLOADED, carry_hook, is_offloaded, refuse_offloaded
 from lowdim.surgery.quantized import is_quantized, known_dtype, layer_dtype, stores_codes
 from lowdim.surgery.replace import (
     freeze,
+    freeze_except,
     model_device,
     parent_and_child,
     replace_layer,
     replace_layers,
     swap_layers,
     tied_parameters,
+    unchanged_on_error,
     without_tied,
 )
+from lowdim.surgery.sharding import shard, units
 from lowdim.surgery.stacked import loose_matrices, stacked_parameters, unreached_note
 from lowdim.surgery.statistics import freeze_statistics, release_statistics
-from lowdim.surgery.wrappers import holder, named_layers, plain_name, submodule, unwrap
+from lowdim.surgery.wrappers import holder, is_compiled, named_layers, plain_name, submodule, unwrap
 
 __all__ = [
     "COMPUTED",
@@ -56,17 +66,22 @@ __all__ = [
     "OFFLOADED",
     "Behaviour",
     "Patterns",
+    "as_conv1d",
     "as_linear",
     "behaviour",
+    "blocks_of",
     "carry_hook",
     "dense_matrix",
     "describe",
+    "evaluating",
     "find_layers",
     "float_dtype",
     "freeze",
+    "freeze_except",
     "freeze_statistics",
     "has_stored_weight",
     "holder",
+    "is_compiled",
     "is_conv1d",
     "is_linear",
     "is_linear_class",
@@ -86,17 +101,21 @@ __all__ = [
     "other_adapter",
     "parent_and_child",
     "plain_name",
+    "plain_weight",
     "refuse_offloaded",
     "refuse_other_adapters",
     "release_statistics",
     "replace_layer",
     "replace_layers",
     "shallow_copy",
+    "shard",
     "stacked_parameters",
     "stores_codes",
     "submodule",
     "swap_layers",
     "tied_parameters",
+    "unchanged_on_error",
+    "units",
     "unreached_note",
     "unwrap",
     "weight_matrix",

@@ -13,6 +13,7 @@ from lowdim.surgery.placement import carry_hook, refuse_offloaded
 from lowdim.surgery.quantized import dequantized, is_quantized, known_dtype
 
 __all__ = [
+    "as_conv1d",
     "as_linear",
     "dense_matrix",
     "float_dtype",
@@ -20,6 +21,7 @@ __all__ = [
     "is_matrix_layer",
     "make_linear",
     "matrix_shape",
+    "plain_weight",
     "weight_matrix",
     "with_matrix",
 ]
@@ -60,6 +62,17 @@ def weight_matrix(layer: nn.Module) -> Tensor:
     raise TypeError(f"layer must have a weight matrix (nn.Linear, Conv1D, a convolution, nn.Embedding); got {describe(layer)}")
 
 
+def plain_weight(linear: nn.Linear) -> Tensor:
+    """The weight of an nn.Linear, detached: what a `from_linear` starts from.
+
+    Raises:
+        TypeError: not an nn.Linear.
+    """
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear must be nn.Linear; got {type(linear).__name__}")
+    return linear.weight.detach()
+
+
 @torch.no_grad()
 def dense_matrix(layer: nn.Module) -> Tensor:
     """The weight as a plain matrix `(out_features, in_features)`: `weight_matrix`, or a quantized weight's values in float32.
@@ -90,16 +103,15 @@ def with_matrix(layer: nn.Module, matrix: Tensor, *, dtype: torch.dtype | None =
     """A layer like `layer` with another weight matrix `(out, in)`; the given layer is unchanged.
 
     The new weight has the old one's dtype, device, layout and `requires_grad`. Bias and hooks are shared; functions that
-    were set on the instance (accelerate's hooks) act on the new layer. A quantized layer becomes a plain nn.Linear in the
-    dtype that it computed in; `dtype` is for those which do not tell.
+    were set on the instance (accelerate's hooks) act on the new layer. A quantized layer becomes a plain nn.Linear (or the
+    Conv1D that it was) in the dtype that it computed in; `dtype` is for those which do not tell.
 
     Raises:
         TypeError: the weight is not a parameter but computed from others (weight_norm, a parametrization).
     """
     if is_quantized(layer):
-        bias, dtype = cast("Tensor | None", layer.bias), known_dtype(layer) or dtype or torch.get_default_dtype()
-        plain = make_linear(matrix.to(dtype), bias if bias is None else bias.to(dtype), requires_grad=False)
-        plain.train(layer.training)
+        linear = _plain_linear(layer, matrix, dtype)
+        plain = as_conv1d(linear) if getattr(layer, "transposed", False) else linear
         carry_hook(layer, plain)
         return plain
     old = layer._parameters.get("weight")
@@ -111,6 +123,13 @@ def with_matrix(layer: nn.Module, matrix: Tensor, *, dtype: torch.dtype | None =
     copy = shallow_copy(layer)
     copy.weight = nn.Parameter(value, requires_grad=old.requires_grad)
     return copy
+
+
+def _plain_linear(layer: nn.Module, matrix: Tensor, dtype: torch.dtype | None) -> nn.Linear:
+    """The nn.Linear that takes the place of a quantized layer, in the dtype that it computes in."""
+    bias, dtype = cast("Tensor | None", layer.bias), known_dtype(layer) or dtype or torch.get_default_dtype()
+    plain = make_linear(matrix.to(dtype), bias if bias is None else bias.to(dtype), requires_grad=False)
+    return plain.train(layer.training)
 
 
 def make_linear(
@@ -128,6 +147,18 @@ def make_linear(
     return linear
 
 
+def as_conv1d(linear: nn.Linear) -> nn.Module:
+    """Transformers' Conv1D, whose weight is `(in, out)`, with the numbers, mode and `requires_grad` of a linear layer."""
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        layer = Conv1D(linear.out_features, linear.in_features)
+    layer.weight = nn.Parameter(linear.weight.detach().T.contiguous(), linear.weight.requires_grad)
+    bias = linear.bias if linear.bias is not None else layer.weight.new_zeros(linear.out_features)  # a Conv1D always has one
+    layer.bias = nn.Parameter(bias.detach(), layer.weight.requires_grad if linear.bias is None else bias.requires_grad)
+    return layer.train(linear.training)
+
+
 def as_linear(layer: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Linear:
     """The layer itself if it is a plain nn.Linear; for transformers' Conv1D an nn.Linear over the same numbers.
 
@@ -139,7 +170,9 @@ def as_linear(layer: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Linea
     """
     refuse_offloaded(layer)
     if is_quantized(layer):
-        return cast(nn.Linear, with_matrix(layer, dequantized(layer), dtype=dtype)).requires_grad_(True)
+        linear = _plain_linear(layer, dequantized(layer), dtype)
+        carry_hook(layer, linear)
+        return linear.requires_grad_(True)
     if isinstance(layer, nn.Linear):
         return layer
     if not is_conv1d(layer):

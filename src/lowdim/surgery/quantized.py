@@ -7,7 +7,7 @@ quanto). Its values come from that method, from its scales where the class is kn
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,9 @@ def dequantized(layer: nn.Module) -> Tensor:
     Raises:
         TypeError: no way to read them is known, and the layer cannot be run here.
     """
+    own: Any = getattr(layer, "dense_weight", None)
+    if callable(own):  # lowdim's QuantizedLinear
+        return cast(Tensor, own(torch.float32))
     weight: Any = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and _has_own_values(weight):
         return weight.dequantize().to(torch.float32)

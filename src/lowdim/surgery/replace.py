@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from lowdim.surgery.wrappers import is_compiled, submodule, unwrap
 
 __all__ = [
     "freeze",
+    "freeze_except",
     "model_device",
     "parent_and_child",
     "replace_layer",
     "replace_layers",
     "swap_layers",
     "tied_parameters",
+    "unchanged_on_error",
     "without_tied",
 ]
 
@@ -138,6 +141,35 @@ def freeze(model: nn.Module) -> None:
     """Switch off gradients for every parameter of the model."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+
+
+def freeze_except(model: nn.Module, trained: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Switch off gradients for every parameter but these; returns each of them once, in their order.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowdim.surgery import freeze_except
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> len(freeze_except(model, [model[1].weight, model[1].weight])), model[0].weight.requires_grad
+        (1, False)
+    """
+    freeze(model)
+    chosen = list(dict.fromkeys(trained))
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    return chosen
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Restores the `requires_grad` of every parameter if the block fails."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -1,6 +1,7 @@
 """What a command writes is the model that was measured: it is loaded again before success is reported."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -152,26 +153,42 @@ def test_a_compression_checks_outputs_and_not_only_tensors(tmp_path, other_confi
 
 
 def comparison():
-    from lowdim.compare import CompareSettings
+    from lowdim.comparison import CompareSettings
 
     return CompareSettings(
-        model="stories260k", task="causal-lm", data=(SHAKESPEARE,), methods=("full",), trials=1, seeds=1, steps=3, limit=40,
+        model="stories260k", task="causal-lm", data=(SHAKESPEARE,), methods=("full",), rates=1, seeds=1, steps=3, limit=40,
         max_length=16, batch_size=4,
     )  # fmt: skip
 
 
 def test_weights_that_were_kept_must_have_the_score_that_was_measured(tmp_path, monkeypatch):
-    from lowdim.compare import compare, runs
+    from lowdim.comparison import compare, runs
 
-    plain = runs._tensors
-    monkeypatch.setattr(runs, "_tensors", lambda model: {name: 3 * tensor for name, tensor in plain(model).items()})
-    with pytest.raises(WrittenModelError, match=r"seed .* give perplexity \S+ on the validation part, and \S+ was measured"):
+    plain = runs.state_of
+    monkeypatch.setattr(runs, "state_of", lambda model: {name: 3 * tensor for name, tensor in plain(model).items()})
+    with pytest.raises(WrittenModelError, match=r"the weights of seed .*: perplexity \S+ on the validation part, and \S+ was"):
+        compare(comparison(), tmp_path / "out")
+    assert files(tmp_path / "out" / "winner") == []
+
+
+def test_the_folder_that_is_handed_over_must_have_the_score_that_was_measured(tmp_path, monkeypatch):
+    from lowdim.comparison import compare, winner
+
+    plain = winner.write_winner
+
+    def write(model, folder, base, **how):
+        return dataclasses.replace(plain(model, folder, base, **how), reload=lambda: base)  # what was never trained
+
+    monkeypatch.setattr(winner, "write_winner", write)
+    with pytest.raises(
+        WrittenModelError, match=r"the merged model in \S+winner, loaded again: perplexity \S+ on the validation"
+    ):
         compare(comparison(), tmp_path / "out")
     assert files(tmp_path / "out" / "winner") == []
 
 
 def test_a_comparison_is_kept_when_its_winner_cannot_be_written(tmp_path, lossy_save):
-    from lowdim.compare import compare
+    from lowdim.comparison import compare
 
     with pytest.raises(WrittenModelError, match=f"is complete, but its winner was not written: .*{NOT_THE_MODEL}"):
         compare(comparison(), tmp_path / "out")

@@ -10,7 +10,7 @@ from torch import nn
 from lowdim.errors import UnknownNameError, nearest
 from lowdim.models.sentence_classifier import SentenceClassifier
 
-__all__ = ["class_named", "encoder_of", "imported", "is_sentence_transformer", "loading_class"]
+__all__ = ["class_named", "class_of", "encoder_of", "imported", "is_sentence_transformer", "loading_class"]
 
 #: Tried in this order; the first that gives the model's own class for its configuration is named.
 _AUTO = (
@@ -66,6 +66,24 @@ def class_named(name: str) -> Any:
         known = [other for other in dir(transformers) if other[:1].isupper() and "For" in other]
         raise UnknownNameError(f"{name!r} is no model class of transformers (nearest: {', '.join(nearest(name, known))})")
     return found
+
+
+def class_of(config: Any, kind: str) -> Any | None:
+    """The class of the model in a folder, if it is `kind` (a class of transformers, or one of its Auto classes); else None.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> from lowdim.models.classes import class_of
+        >>> class_of(LlamaConfig(architectures=["LlamaForCausalLM"]), "AutoModelForCausalLM").__name__
+        'LlamaForCausalLM'
+    """
+    import transformers
+
+    written = getattr(config, "architectures", None) or [""]
+    found = getattr(transformers, str(written[0]), None)
+    asked = getattr(transformers, kind, None)
+    wanted = _given_by(asked, config) if kind.startswith("AutoModel") else (asked,)
+    return found if found is not None and found in wanted else None
 
 
 def is_sentence_transformer(model: nn.Module) -> bool:

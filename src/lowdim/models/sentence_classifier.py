@@ -32,13 +32,18 @@ class SentenceClassifier(nn.Module):
     Attributes:
         encoder: a transformers encoder.
         classifier: the new head, `nn.Linear(width, num_labels)`.
+        problem: as transformers' `problem_type`: None is one class of several, `"regression"` and
+            `"multi_label_classification"` are the others.
+        classes: their names in order, where there are any.
         export_root: adapters are exported relative to the encoder, which other tools load by itself.
     """
 
     export_root = "encoder"
 
-    def __init__(self, encoder: nn.Module, num_labels: int):
+    def __init__(self, encoder: nn.Module, num_labels: int, problem: str | None = None):
         super().__init__()
+        self.problem = problem
+        self.classes: tuple[str, ...] = ()
         self.encoder = encoder
         config: Any = encoder.config
         self.classifier = nn.Linear(config.hidden_size, num_labels, dtype=getattr(encoder, "dtype", None))
@@ -53,17 +58,24 @@ class SentenceClassifier(nn.Module):
         self,
         input_ids: Tensor,  # (batch, tokens)
         attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,  # (batch,)
+        labels: Tensor | None = None,  # (batch,), or (batch, num_labels) for several labels
         token_type_ids: Tensor | None = None,  # (batch, tokens), which text of a pair a token is from
     ) -> Any:
-        """Logits, and the mean cross entropy where labels are given."""
+        """Logits, and the mean loss where labels are given: cross entropy, squared error or binary cross entropy."""
         from transformers.modeling_outputs import SequenceClassifierOutput
 
         segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **segments).last_hidden_state
         logits = self.classifier(mean_pool(states, attention_mask))
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        loss = None if labels is None else self._loss(logits.float(), labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.problem == "regression":
+            return F.mse_loss(logits.reshape(labels.shape), labels.to(logits.dtype))
+        if self.problem == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        return F.cross_entropy(logits, labels)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Recompute the encoder's activations in the backward pass."""

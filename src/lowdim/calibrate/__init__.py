@@ -13,8 +13,21 @@
 for a pass of your own, with gradients.
 """
 
+from lowdim.calibrate.batches import map_tensors, row_count, to_device
 from lowdim.calibrate.capturing import capture, capturing
 from lowdim.calibrate.collecting import KINDS, LossFn, collect, has_statistics
-from lowdim.calibrate.passes import call_model
+from lowdim.calibrate.passes import call_model, evaluating
 
-__all__ = ["KINDS", "LossFn", "call_model", "capture", "capturing", "collect", "has_statistics"]
+__all__ = [
+    "KINDS",
+    "LossFn",
+    "call_model",
+    "capture",
+    "capturing",
+    "collect",
+    "evaluating",
+    "has_statistics",
+    "map_tensors",
+    "row_count",
+    "to_device",
+]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowdim.calibrate.passes import as_it_was, call_model
 from lowdim.errors import warn_caller
-from lowdim.linalg import wide, widest
+from lowdim.linalg import recall, wide, widest
 from lowdim.surgery import is_conv1d, is_quantized
 
 __all__ = ["KINDS", "LossFn", "collect", "has_statistics"]
@@ -62,6 +62,13 @@ def collect(
         raise TypeError(f"batches must be an iterable of batches; got a single {type(batches).__name__}: put it in a list")
     if "gradient" in kinds and loss_fn is None:
         raise ValueError("loss_fn is missing: gradients need loss_fn(model, batch) -> scalar; batches alone are not enough")
+    question = ("collect", model.state_dict(), list(layers), sorted(kinds), batches, _identity(loss_fn))
+    return recall(question, lambda: _collect(model, layers, kinds, batches, loss_fn))
+
+
+def _collect(
+    model: nn.Module, layers: Mapping[str, nn.Module], kinds: set[str], batches: Iterable[Any], loss_fn: LossFn | None
+) -> dict[str, Stats]:
     collector = _Collector(layers, kinds)
     seen = 0
     with as_it_was(model, layers, want_gradient="gradient" in kinds), collector.hooks():
@@ -78,6 +85,12 @@ def collect(
     if seen == 0:
         raise ValueError("batches is empty: at least one sample batch is needed")
     return collector.result()
+
+
+def _identity(loss_fn: LossFn | None) -> Any:
+    """Tells the loss functions of two tasks apart; of other functions nothing is remembered."""
+    owner = getattr(loss_fn, "__self__", None)
+    return loss_fn if owner is None else (getattr(loss_fn, "__qualname__", ""), id(owner))
 
 
 class _Collector:
@@ -228,7 +241,7 @@ class _Collector:
         if "covariance" in self.kinds:
             out["covariance"] = sums["covariance"]
         if "context_covariance" in self.kinds:
-            out["covariance"] = sums["context"] / sums["samples"]
+            out["covariance"] = sums.pop("context").div_(sums["samples"])  # in place: of large layers, one of these is much
             out["samples"], out["count"] = sums["samples"], sums["rows"]
         if "norms" in self.kinds:
             out["norms"] = sums["squares"].sqrt()
@@ -237,7 +250,7 @@ class _Collector:
         if "output_covariance" in self.kinds:
             mean = sums["output_sum"] / sums["output_count"]
             out["output_mean"] = sums["output_shift"] + mean
-            out["output_covariance"] = sums["output_square"] / sums["output_count"] - torch.outer(mean, mean)
+            out["output_covariance"] = sums.pop("output_square").div_(sums["output_count"]).sub_(torch.outer(mean, mean))
             out["output_count"] = sums["output_count"]
         if "gradient" in self.kinds:
             if "gradient" not in sums or not bool(sums["gradient"].any()):

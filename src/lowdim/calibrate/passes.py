@@ -10,7 +10,7 @@ from torch import nn
 
 from lowdim.surgery import is_quantized, weight_matrix
 
-__all__ = ["as_it_was", "call_model"]
+__all__ = ["as_it_was", "call_model", "evaluating"]
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
@@ -23,12 +23,32 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model is in evaluation mode within the block; each module gets its own mode back afterwards.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowdim.calibrate import evaluating
+        >>> model = nn.Dropout()
+        >>> with evaluating(model):
+        ...     inside = model.training
+        >>> inside, model.training
+        (False, True)
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
 def as_it_was(model: nn.Module, layers: Mapping[str, nn.Module], *, want_gradient: bool) -> Iterator[None]:
     """Evaluation mode, gradients off and cleared (on for the weights of `layers` if wanted); restores everything afterwards."""
-    training = {module: module.training for module in model.modules()}
     flags = {p: p.requires_grad for p in model.parameters()}
     grads = {p: p.grad for p in model.parameters()}
-    model.eval()
     for p in flags:
         p.requires_grad_(False)
         p.grad = None
@@ -39,10 +59,9 @@ def as_it_was(model: nn.Module, layers: Mapping[str, nn.Module], *, want_gradien
             weight_matrix(layer)  # a clear error for a layer without one
             layer.weight.requires_grad_(True)  # type: ignore[union-attr]
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
         for p, flag in flags.items():
             p.requires_grad_(flag)
             p.grad = grads[p]

@@ -27,6 +27,7 @@ from torch import nn
 import lowdim
 from lowdim.adapters import LoRA
 from lowdim.plan.kept import kept_tensors
+from lowdim.train.environment import installed, processor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from methods import ADAPTERS, large, row
@@ -239,25 +240,13 @@ def main() -> None:
             rows += run(names, SHAPES if has_bfloat16() else SHAPES[:1], ["bfloat16"])
         result = {"what": (__doc__ or "").strip().splitlines()[0], "rows": rows, "verdicts": verdicts(rows)}
     result["environment"] = {
-        "python": platform.python_version(), "torch": torch.__version__, "peft": _version("peft"), "lowdim": lowdim.__version__,
-        "cpu": _cpu(), "threads": torch.get_num_threads(),
+        "python": platform.python_version(), "torch": torch.__version__, "peft": installed("peft"),
+        "lowdim": lowdim.__version__, "cpu": processor(), "threads": torch.get_num_threads(),
     }  # fmt: skip
     result["seconds"] = round(time.time() - start, 1)
     print("\n".join(result["verdicts"]))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

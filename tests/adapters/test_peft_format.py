@@ -213,6 +213,8 @@ def test_the_suggested_rank_serves_every_layer(tmp_path):
     fewer = adapted.export(tmp_path, rank=report.suggested_rank - 1, native=False)
     assert max(fewer.errors.values()) > 0.01
     assert adapted.export(tmp_path, max_error=0.01).ranks.keys() == report.ranks.keys()
+    lora = adapted.export(tmp_path, rank=1)
+    assert lora.ranks == {"body.first": 1, "body.second": 1}, "a LoRA, and not the method that PEFT has itself"
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
@@ -291,7 +293,7 @@ def test_a_rank_that_vllm_does_not_load_is_cut_with_its_error(tmp_path):
     report = to_peft(adapted, tmp_path, target="vllm")
     assert report.ranks == {"0": 512}
     assert 0 < report.errors["0"] < 0.1
-    assert to_peft(adapted, tmp_path, target="llamacpp").exact
+    assert to_peft(adapted, tmp_path).exact
 
 
 @pytest.mark.parametrize("target", ["vllm", "llamacpp"])
@@ -332,17 +334,19 @@ def test_tied_words(tmp_path):
         assert any(target[0] in note and "register embeddings" in note for note in notes)
 
 
-def test_the_command_for_llama_cpp_names_the_base_model_where_its_converter_needs_it(tmp_path):
-    def command(base):
+def test_the_command_for_llama_cpp_names_the_base_model(tmp_path):
+    def notes(base):
         adapted.model.config._name_or_path = base
         return to_peft(adapted, tmp_path / "my out", target="llamacpp").notes
 
     adapted = trained(llama(), LoRA(rank=1, target_modules=["q_proj"]))
-    assert command("someone/llama")[0] == "python convert_lora_to_gguf.py 'my out' --outfile 'my out.gguf'"
+    first, server, third = notes("someone/llama")
+    assert first == "llama-cli --model BASE.gguf --lora 'my out/adapter.gguf'"
+    assert server.startswith("llama-server --model BASE.gguf --lora ")
+    assert "convert_hf_to_gguf.py" in third
+    assert third.endswith("someone/llama")
+    assert notes("")[2].endswith("BASE_MODEL")
     (tmp_path / "base").mkdir()
-    for unknown in ("", str(tmp_path / "base")):
-        first, second, *_ = command(unknown)
-        assert "--base BASE_MODEL " in first
-        assert "config.json" in second
-    (tmp_path / "base" / "config.json").write_text("{}")
-    assert f"--base {tmp_path / 'base'} " in command(str(tmp_path / "base"))[0]
+    (tmp_path / "base" / "small.gguf").touch()
+    only = notes(str(tmp_path / "base"))
+    assert [note.split()[2] for note in only] == [str(tmp_path / "base" / "small.gguf")] * 2

@@ -6,13 +6,15 @@ from lowdim.adapters.atlas.task_vectors import TaskVector, task_vector
 from lowdim.adapters.block_lora import BlockLoRA
 from lowdim.adapters.corda import CorDA, discard
 from lowdim.adapters.core.adapted import Adapted
-from lowdim.adapters.core.adapter_set import AdapterSet, Combination
+from lowdim.adapters.core.adapter_set import AdapterSet
 from lowdim.adapters.core.attach import adapt
+from lowdim.adapters.core.combination import Combination
 from lowdim.adapters.core.files.checkpoint import load_adapter
 from lowdim.adapters.core.files.peft import PeftExport, to_peft
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.merging import LayerChange, MergeReport
 from lowdim.adapters.core.method import Method, ModelMethod, registered_methods
+from lowdim.adapters.core.subspace import SubspaceModel, intrinsic_subspace
 from lowdim.adapters.core.thin import ThinUpdate
 from lowdim.adapters.core.update import WeightUpdate
 from lowdim.adapters.diffora.method import DiffoRA
@@ -29,7 +31,7 @@ from lowdim.adapters.loram.method import LoRAM
 from lowdim.adapters.nola import NOLA
 from lowdim.adapters.randlora import RandLoRA
 from lowdim.adapters.s2ft import S2FT, s2ft_scores
-from lowdim.adapters.said import SAID, SubspaceAdapted, SubspaceModel, said
+from lowdim.adapters.said import SAID, SubspaceAdapted, said
 from lowdim.adapters.sara.method import SaRA
 from lowdim.adapters.sora import SoRA
 from lowdim.adapters.svfit import SVFit
@@ -79,6 +81,7 @@ __all__ = [
     "discard",
     "gqa_channels",
     "increlora_lr_lambda",
+    "intrinsic_subspace",
     "load_adapter",
     "recover_lora",
     "registered_methods",

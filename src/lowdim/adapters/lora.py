@@ -61,9 +61,12 @@ class LoRA(Method):
         check_float("dropout", self.dropout, 0.0, 1.0, high_open=True)
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> LoRAUpdate:
-        """Allocate `A` and `B`."""
+        """Allocate `A` and `B`; `stats["rank"]` is a rank of the layer's own, at the same scale (a folder of PEFT's)."""
         scaling = self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
-        return LoRAUpdate(out_features, in_features, self.rank, scaling, dtype=dtype, device=device)
+        rank = stats.get("rank", self.rank)
+        update = LoRAUpdate(out_features, in_features, rank, scaling, dtype=dtype, device=device)
+        update.has_own_rank = rank != self.rank
+        return update
 
     def initialise(self, update: LoRAUpdate, weight: Tensor, stats: Stats, generator: torch.Generator | None) -> None:
         """Draw `A`; `B` is zero, so the output does not change."""

@@ -125,15 +125,18 @@ class ATLASAdapted(WholeAdapted):
         columns = coef.transpose(0, 1).flatten(1)
         return gamma * torch.linalg.vector_norm(columns, ord=p, dim=1).mean()
 
-    def merge(self) -> nn.Module:
+    def merge(self, *, keep_mask: bool = False) -> nn.Module:
         """Give the model plain parameters `θ⁰ + Δθ`, and return it.
+
+        Args:
+            keep_mask: leave 0 what was exactly 0 in a matrix or kernel before attaching.
 
         Raises:
             ValueError: the model is linearized, and so not a network with other parameters; or it is already merged.
         """
         if self.method.linearized:
             raise ValueError("a linearized model cannot be merged: f(x; θ⁰) + J Δθ is not f(x; θ) for any θ")
-        return super().merge()
+        return super().merge(keep_mask=keep_mask)
 
 
 @dataclass(frozen=True)

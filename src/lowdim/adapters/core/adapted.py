@@ -20,10 +20,12 @@ from lowdim.adapters.core.merging import (
     MergeReport,
     Separated,
     allow_training,
+    dequantized,
     merged_layers,
     put_layers,
     tie_words,
     untie_words,
+    warn_of_lost_zeros,
 )
 from lowdim.adapters.core.method import Method
 from lowdim.adapters.core.shared import SHARED, free_name, shared_prefix
@@ -31,7 +33,8 @@ from lowdim.adapters.core.update import WeightUpdate
 from lowdim.calibrate import LossFn
 from lowdim.companion import Companion, warn_of_lost_updates
 from lowdim.errors import NoGradientError, check_choice, warn_caller
-from lowdim.linalg import gather, is_sharded
+from lowdim.linalg import gather, is_sharded, one_writes
+from lowdim.modules import quantized_scheme
 from lowdim.results import html_table
 from lowdim.surgery import freeze_statistics, plain_name, release_statistics, submodule
 
@@ -118,13 +121,12 @@ class Adapted(Companion):
         Warns:
             UserWarning: in the first step, if the optimizer is given and loses small updates of 16-bit weights.
         """
-        with_gradients = any(p.grad is not None for p in self.trainable().values())
-        if self._awaits_gradient and with_gradients:
+        if self._awaits_gradient and self._has_gradients():
             self.check_gradients()
         if optimizer is not None and not self._looked_at_optimizer:
             self._looked_at_optimizer = True
             warn_of_lost_updates(optimizer)
-        self._check_regularized(with_gradients)
+        self._check_regularized()
         for layer in self.layers.values():
             layer.update.step()
 
@@ -132,9 +134,12 @@ class Adapted(Companion):
         """`regularizer()`, as training loops that know a `Companion` call it."""
         return self.regularizer()
 
-    def _check_regularized(self, with_gradients: bool) -> None:
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None for p in self.trainable().values())
+
+    def _check_regularized(self) -> None:
         asked, self._regularized = self._regularized, False
-        if asked or self.optional_regularizer or not with_gradients:
+        if asked or self.optional_regularizer or not self._has_gradients():
             return
         with torch.enable_grad():
             value = self.regularizer()
@@ -316,6 +321,7 @@ class Adapted(Companion):
             "base_model": {
                 "class": type(self.model).__name__,
                 "name_or_path": getattr(config, "_name_or_path", None) or None,
+                **({"quantize": scheme} if (scheme := quantized_scheme(self.model)) is not None else {}),
             },
             "modules_to_save": list(self.modules_to_save),
             "layers": {
@@ -334,13 +340,17 @@ class Adapted(Companion):
     def save(self, folder: str | Path) -> Path:
         """Write `adapter.safetensors` and `adapter.json`, atomically; returns the folder.
 
+        Where FSDP2 has spread the model over processes, all of them call it, and the first writes.
+
         Raises:
             ValueError: the model has been merged.
         """
         if not self._attached():
             raise ValueError("there is no adapter to save: the model has been merged")
         self.warn_of_unsaved()
-        return write_adapter(Path(folder), self.description(), {**self.state_dict(), **self.method.saved()})
+        tensors = {**self.state_dict(), **self.method.saved()}
+        with one_writes(self.model.parameters()) as writes:
+            return write_adapter(Path(folder), self.description(), tensors) if writes else Path(folder)
 
     def warn_of_unsaved(self) -> None:
         """Warn of parameters that are trained and that no file of the adapter would hold."""
@@ -365,12 +375,18 @@ class Adapted(Companion):
         return EXPORTERS[format](self, folder, **options)
 
     @torch.no_grad()
-    def merge(self) -> nn.Module:
+    def merge(self, *, keep_mask: bool = False) -> nn.Module:
         """Put plain layers with `W_eff` back into the model, and return it. `merge_report` lists the changes.
 
         Merging runs in float32 or better and rounds once. A weight that is tied to another (an output head to the
         embedding) can no longer be shared: it is separated, `config.tie_word_embeddings` is set to False, and the report
-        lists it. The adapted layers are kept for `unmerge()` as long as this object lives.
+        lists it. A quantized layer that is adapted becomes a plain one in the dtype that it computes in; one that is not stays
+        quantized (`lowdim.layers.densify` makes it plain). The adapted layers are kept for `unmerge()` as long as this object
+        lives.
+
+        Args:
+            keep_mask: leave 0 what was exactly 0 before the adapter, so that a sparse model (N:M, pruned) stays sparse; the
+                report says what part of each update is dropped.
 
         Raises:
             ValueError: one of the layers has another adapter (`AdapterSet.merge` merges several), or a merged weight has
@@ -379,7 +395,8 @@ class Adapted(Companion):
         for name, layer in self.layers.items():
             if submodule(self.model, name) is not layer or isinstance(layer.base, AdaptedLayer):
                 raise ValueError(f"layer {name} has several adapters; delete the others first, or use AdapterSet.merge()")
-        plain, changes = merged_layers(self.layers)
+        plain, changes = merged_layers(self.layers, keep_mask=keep_mask)
+        now_plain = dequantized(self.layers, plain)
         flags = {p: p.requires_grad for p in self.model.parameters()}
         put_layers(self.model, plain)
         self._merged = _Merged(self.layers, self.shared, flags, untie_words(self.model))
@@ -387,8 +404,9 @@ class Adapted(Companion):
         self.drop_shared()
         self._fused.restore()
         release_statistics(self.model, self._statistics)
-        self.merge_report = MergeReport(changes, tuple(name for name in self.layers if name in self.tied))
+        self.merge_report = MergeReport(changes, tuple(name for name in self.layers if name in self.tied), now_plain)
         self.layers = {}
+        warn_of_lost_zeros(changes, now_plain)
         return self.model
 
     def unmerge(self) -> nn.Module:

@@ -2,58 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.adapted import Adapted
+from lowdim.adapters.core.adapted import Adapted, kept_tensors, load_kept
 from lowdim.adapters.core.attach import adapt
+from lowdim.adapters.core.combination import Combination, blank_lora, weighted_sum
 from lowdim.adapters.core.files.checkpoint import load_adapter
 from lowdim.adapters.core.guards import plain_model
 from lowdim.adapters.core.layer import AdaptedLayer
-from lowdim.adapters.core.low_rank import LoRAUpdate
-from lowdim.adapters.core.merging import MergeReport, Separated, merged_layers, put_layers, tie_words, untie_words
+from lowdim.adapters.core.merging import (
+    MergeReport,
+    Separated,
+    dequantized,
+    merged_layers,
+    put_layers,
+    tie_words,
+    untie_words,
+    warn_of_lost_zeros,
+)
 from lowdim.adapters.core.method import Method, ModelMethod, method_class, registered_methods
 from lowdim.errors import check_float, check_int, unknown
 from lowdim.files import read_json
-from lowdim.linalg import compress_factors, truncated_svd, wide
-from lowdim.results import Result
 from lowdim.surgery import replace_layers, submodule, with_matrix
 
-__all__ = ["AdapterSet", "Combination"]
-
-
-@dataclass(frozen=True)
-class Combination(Result):
-    """Ranks and errors of a combination of adapters.
-
-    Attributes:
-        ranks: layer -> rank of the combined factors.
-        errors: layer -> `‖Σ wᵢ ΔWᵢ − B A‖_F / ‖Σ wᵢ ΔWᵢ‖_F`; 0 where nothing was truncated.
-    """
-
-    ranks: dict[str, int]
-    errors: dict[str, float]
-
-    @property
-    def exact(self) -> bool:
-        """Whether nothing was lost."""
-        return not any(self.errors.values())
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A row for each layer: its rank and its error."""
-        return [{"layer": name, "rank": rank, "error": self.errors[name]} for name, rank in self.ranks.items()]
-
-    @property
-    def summary(self) -> str:
-        """One line."""
-        lost = "exact" if self.exact else f"largest relative error {max(self.errors.values()):.3g}"
-        return f"{len(self.ranks)} layers combined, {lost}"
+__all__ = ["AdapterSet"]
 
 
 class AdapterSet:
@@ -129,20 +108,23 @@ class AdapterSet:
         """Attach a method, or load an adapter from its folder, under `name`; it becomes the only active one.
 
         Args:
-            source: hyperparameters, or a folder that `Adapted.save` wrote.
+            source: hyperparameters, or a folder that `Adapted.save` wrote, or PEFT with a LoRA.
             options: of `lowdim.adapt` or `lowdim.load_adapter`.
 
         Raises:
-            ValueError: the name is in use or empty, the set is merged, or the method acts on the whole model.
+            ValueError: the name is in use or empty, the set is merged, the method acts on the whole model, or the folder has
+                another state of a module that an adapter of the set saves whole (a head), of which the model has one. The set
+                is then unchanged.
         """
         self._check_new(name)
         kind = type(source) if isinstance(source, Method) else _saved_kind(Path(source))
         if kind is not None and issubclass(kind, ModelMethod):
             raise ValueError(f"{kind.__name__} acts on the model as a whole and cannot share it with other adapters")
         if isinstance(source, Method):
-            adapted = adapt(self.model, source, **options)
-        else:
-            adapted = load_adapter(self.model, source, **options)
+            return self._register(name, adapt(self.model, source, **options))
+        before = self._saved_whole()
+        adapted = load_adapter(self.model, source, **options)
+        self._keep_saved(before, adapted, source)
         return self._register(name, adapted)
 
     def activate(self, *names: str, train: bool = True, **strengths: float) -> None:
@@ -196,14 +178,43 @@ class AdapterSet:
     def delete(self, name: str) -> None:
         """Remove an adapter from the model; the others stay. Its own copy of a base weight is removed too."""
         self._check_unmerged("delete")
-        gone = self[name]
+        self._detach(self[name])
+        del self.adapters[name], self._strengths[name]
+
+    def _detach(self, gone: Adapted) -> None:
+        """Take an adapter's layers out of the model."""
         freed = {place: plain for place, layer in gone.layers.items() if (plain := self._unwrapped(place, layer)) is not None}
         replace_layers(self.model, freed)
         gone.drop_shared()
-        del self.adapters[name], self._strengths[name]
+
+    def _saved_whole(self) -> dict[str, dict[str, Tensor]]:
+        """Copies of the modules that adapters of the set save whole."""
+        names = {module for adapted in self.adapters.values() for module in adapted.modules_to_save}
+        return {name: {key: t.detach().clone() for key, t in kept_tensors(self.model, name).items()} for name in sorted(names)}
+
+    def _keep_saved(self, before: Mapping[str, Mapping[str, Tensor]], adapted: Adapted, source: str | Path) -> None:
+        """Refuse an adapter whose loading changed a module that another one saves whole; the model is as before."""
+        changed = [
+            name
+            for name, state in before.items()
+            if any(not torch.equal(t, state[key]) for key, t in kept_tensors(self.model, name).items())
+        ]
+        if not changed:
+            return
+        self._detach(adapted)
+        for name in changed:
+            load_kept(self.model, name, before[name])
+        owner = next(name for name, mine in self.adapters.items() if changed[0] in mine.modules_to_save)
+        raise ValueError(
+            f"{source} has another state of module {changed[0]} than adapter {owner!r}, which saves it whole, too, and the "
+            f"model has one: load each into a model of its own, or delete({owner!r}) first"
+        )
 
     def swap(self, name: str, source: str | Path | Adapted) -> Adapted:
         """Write another adapter's numbers into the tensors of `name`: an optimizer over them stays valid.
+
+        Args:
+            source: an adapter, or a folder that `Adapted.save` wrote, or PEFT with a LoRA; its scale comes along.
 
         Raises:
             ValueError: another method, other layers or other ranks; nothing is changed. Use `delete` and `add`.
@@ -218,10 +229,16 @@ class AdapterSet:
         with torch.no_grad():
             for place, layer in mine.layers.items():
                 weight = layer.original_weight()
-                layer.update.load_state_dict(other.layers[place].update.state_dict(), strict=False)
+                found = other.layers[place]
+                layer.update.load_state_dict(found.update.state_dict(), strict=False)
+                layer.dropout = found.dropout
+                if hasattr(layer.update, "scaling"):  # alpha / rank is no tensor
+                    layer.update.scaling = found.update.scaling
                 matrix = layer.update.rebase(weight)
                 if layer.rebased and matrix is not None:
                     layer.base = with_matrix(layer.base, matrix)
+        for module in mine.modules_to_save:
+            load_kept(mine.model, module, kept_tensors(other.model, module))
         mine.method = other.method
         return mine
 
@@ -257,24 +274,30 @@ class AdapterSet:
         for part, factor in weights.items():
             for place, layer in self.adapters[part].layers.items():
                 parts.setdefault(place, []).append((float(factor), layer))
-        factors = {place: _weighted_sum(found, rank) for place, found in parts.items()}
+        factors = {place: weighted_sum(found, rank) for place, found in parts.items()}
         largest = max(A.shape[0] for A, _, _ in factors.values())
         # One LoRA method serves all layers: shorter factors are padded with zeros, which changes nothing.
         method = method_class("LoRA")(rank=largest, alpha=largest, target_modules=list(factors))
-        self._register(name, _blank_lora(self.model, method, factors, dtype))
+        self._register(name, blank_lora(self.model, method, factors, dtype))
         return Combination({p: len(A) for p, (A, _, _) in factors.items()}, {p: e for p, (_, _, e) in factors.items()})
 
     @torch.no_grad()
-    def merge(self) -> MergeReport:
-        """Put plain layers with the active adapters' `W_eff` into the model; `unmerge()` restores everything bit for bit."""
+    def merge(self, *, keep_mask: bool = False) -> MergeReport:
+        """Put plain layers with the active adapters' `W_eff` into the model; `unmerge()` restores everything bit for bit.
+
+        Args:
+            keep_mask: leave 0 what was exactly 0 before the adapters.
+        """
         self._check_unmerged("merge")
         outer = {place: submodule(self.model, place) for adapted in self.adapters.values() for place in adapted.layers}
         flags = {p: p.requires_grad for p in self.model.parameters()}
-        plain, changes = merged_layers(cast("dict[str, AdaptedLayer]", outer))
+        plain, changes = merged_layers(cast("dict[str, AdaptedLayer]", outer), keep_mask=keep_mask)
         put_layers(self.model, plain)
         self._merged = (outer, flags, untie_words(self.model))
         tied = {name for adapted in self.adapters.values() for name in adapted.tied}
-        return MergeReport(changes, tuple(place for place in outer if place in tied))
+        now_plain = dequantized(cast("dict[str, AdaptedLayer]", outer), plain)
+        warn_of_lost_zeros(changes, now_plain)
+        return MergeReport(changes, tuple(place for place in outer if place in tied), now_plain)
 
     def unmerge(self) -> None:
         """Undo `merge()`."""
@@ -334,9 +357,10 @@ class AdapterSet:
         return None
 
     def _load_detached(self, mine: Adapted, folder: str | Path) -> Adapted:
-        """The adapter in `folder`, attached to placeholders for the layers that `mine` adapts."""
+        """The adapter in `folder`, attached to placeholders for the layers that `mine` adapts and copies of what it saves."""
         bare = nn.Module()
-        for place, layer in mine.layers.items():
+        kept = {place: copy.deepcopy(submodule(mine.model, place)) for place in mine.modules_to_save}
+        for place, layer in (*mine.layers.items(), *kept.items()):
             parent = bare
             *path, leaf = place.split(".")
             for part in path:
@@ -353,35 +377,3 @@ def _saved_kind(folder: Path) -> type[Method] | None:
         return None
     about = read_json(folder / "adapter.json")
     return registered_methods().get(str(about.get("method"))) if isinstance(about, dict) else None
-
-
-def _weighted_sum(parts: list[tuple[float, AdaptedLayer]], rank: int | None) -> tuple[Tensor, Tensor, float]:
-    """`A (r, in)`, `B (out, r)` of `Σ w ΔW`, and the relative truncation error."""
-    thin = [layer.update.low_rank_delta() for _, layer in parts]
-    small = min(parts[0][1].out_features, parts[0][1].in_features)
-    if all(pair is not None for pair in thin):
-        A = torch.cat([wide(pair[0]) for pair in thin if pair is not None])
-        B = torch.cat([factor * wide(pair[1]) for (factor, _), pair in zip(parts, thin) if pair is not None], dim=1)
-        if A.shape[0] <= min(small, rank or small):
-            return A, B, 0.0
-        return compress_factors(A, B, min(small, rank or small))
-    total = sum(factor * layer.update.delta() for factor, layer in parts)
-    assert isinstance(total, Tensor)
-    keep = min(rank or max(1, small // 4), small)
-    u, s, vh = truncated_svd(total, keep)
-    size = float(total.square().sum())
-    error = max(0.0, 1.0 - float(s.square().sum()) / size) ** 0.5 if size else 0.0
-    return vh, u * s, error
-
-
-def _blank_lora(
-    model: nn.Module, method: Method, factors: Mapping[str, tuple[Tensor, Tensor, float]], dtype: torch.dtype | None
-) -> Adapted:
-    adapted = adapt(model, method, dtype=dtype)
-    with torch.no_grad():
-        for place, layer in adapted.layers.items():
-            update, (A, B, _) = layer.update, factors[place]
-            assert isinstance(update, LoRAUpdate)
-            update.A.zero_()[: A.shape[0]].copy_(A)
-            update.B.zero_()[:, : A.shape[0]].copy_(B)
-    return adapted

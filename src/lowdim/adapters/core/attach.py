@@ -17,7 +17,6 @@ from lowdim.adapters.core.guards import (
     refuse_missing,
     saved_modules,
     tied_layers,
-    unchanged_on_error,
 )
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.method import Method, ModelMethod
@@ -37,6 +36,7 @@ from lowdim.surgery import (
     known_dtype,
     replace_layers,
     submodule,
+    unchanged_on_error,
     unreached_note,
 )
 

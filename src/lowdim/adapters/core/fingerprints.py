@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowdim.adapters.core.guards import pristine_matrix
 from lowdim.linalg import wide
+from lowdim.modules import QuantizedLinear
 from lowdim.surgery import is_quantized
 
 __all__ = ["base_difference", "digest_weight", "fingerprint", "layer_difference", "layer_fingerprint"]
@@ -83,6 +84,8 @@ def _quantized_kind(layer: nn.Module) -> str:
     plain = getattr(layer, "plain", layer)
     if not is_quantized(plain):
         return ""
+    if isinstance(plain, QuantizedLinear):
+        return f"lowdim {plain.scheme}"
     parts = (plain, getattr(plain, "weight", None))
     found = next((part for part in parts if type(part).__module__.startswith(("bitsandbytes.", "torchao."))), plain)
     return f"{type(found).__module__.partition('.')[0]} {type(found).__name__}"

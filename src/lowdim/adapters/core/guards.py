@@ -29,7 +29,6 @@ __all__ = [
     "refuse_missing",
     "saved_modules",
     "tied_layers",
-    "unchanged_on_error",
     "whole_parameters",
 ]
 
@@ -44,18 +43,6 @@ def error_context(who: str, name: str, layer: nn.Module):
     except (ValueError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{who} on layer {name} ({describe(layer)}): {error}") from error
-
-
-@contextmanager
-def unchanged_on_error(model: nn.Module):
-    """Restores the `requires_grad` of every parameter if the block fails."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        raise
 
 
 def plain_model(model: nn.Module) -> nn.Module:

@@ -16,10 +16,17 @@ __all__ = ["LoRAUpdate"]
 class LoRAUpdate(ThinUpdate):
     """`ΔW = scaling · B A`: `A (rank, in)`, `B (out, rank)`, both trained."""
 
+    #: Whether its rank is not that of its method.
+    has_own_rank = False
+
     def __init__(self, out_features: int, in_features: int, rank: int, scaling: float, *, dtype: Any, device: Any):
         super().__init__(out_features, in_features, rank, scaling)
         self.A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
         self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=device))
+
+    def meta(self) -> dict[str, Any]:
+        """The rank, where it is not the method's."""
+        return {"rank": self.rank} if self.has_own_rank else {}
 
     def down(self) -> Tensor:
         """`A`."""

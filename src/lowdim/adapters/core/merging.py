@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowdim.adapters.core.layer import AdaptedLayer
+from lowdim.errors import listed, warn_caller
 from lowdim.results import Result
 from lowdim.surgery import is_quantized, replace_layers, submodule, weight_matrix
 
@@ -18,29 +19,52 @@ __all__ = [
     "MergeReport",
     "allow_training",
     "change_of",
+    "dequantized",
+    "held_zeros",
     "merged_layers",
+    "merged_weight",
     "put_layers",
     "tie_words",
     "untie_words",
+    "warn_of_lost_zeros",
+    "zeros_of",
 ]
+
+#: Share of exact zeros from which a weight counts as sparse.
+_SPARSE = 0.3
+#: Entries from which one sees that a weight is not sparse.
+_SAMPLE = 4096
 
 
 @dataclass(frozen=True)
 class LayerChange:
-    """The change of one layer: `‖ΔW‖_F / ‖W₀‖_F`, and the largest error of rounding once to the weight's dtype."""
+    """The change of one layer: `‖ΔW‖_F / ‖W₀‖_F`, and the largest error of rounding once to the weight's dtype.
+
+    Attributes:
+        sparsity_before, sparsity_after: share of exact zeros of the weight, before attaching and merged.
+        dropped: with `keep_mask`, `‖ΔW where W₀ = 0‖_F / ‖ΔW‖_F`: the part of the update that is not merged; 0 without.
+    """
 
     layer: str
     relative_change: float
     largest_change: float
     rounding_error: float
+    sparsity_before: float = 0.0
+    sparsity_after: float = 0.0
+    dropped: float = 0.0
 
 
 @dataclass(frozen=True)
 class MergeReport(Result):
-    """The layers that a merge changed, and which tied weights it had to separate."""
+    """The layers that a merge changed, and which tied weights it had to separate.
+
+    Attributes:
+        dequantized: layer -> the dtype of the plain layer that a quantized one has become.
+    """
 
     layers: tuple[LayerChange, ...]
     untied: tuple[str, ...] = ()
+    dequantized: dict[str, str] = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each layer."""
@@ -51,12 +75,19 @@ class MergeReport(Result):
         """One line."""
         largest = max((change.relative_change for change in self.layers), default=0.0)
         untied = f"; untied: {', '.join(self.untied)}" if self.untied else ""
-        return f"{len(self.layers)} layers merged, largest relative change {largest:.3e}{untied}"
+        dtypes = ", ".join(dict.fromkeys(self.dequantized.values()))
+        plain = f"; {len(self.dequantized)} quantized ones are plain {dtypes} layers now" if self.dequantized else ""
+        return f"{len(self.layers)} layers merged, largest relative change {largest:.3e}{untied}{plain}"
 
 
 @torch.no_grad()
-def merged_layers(layers: Mapping[str, AdaptedLayer]) -> tuple[dict[str, nn.Module], tuple[LayerChange, ...]]:
+def merged_layers(
+    layers: Mapping[str, AdaptedLayer], *, keep_mask: bool = False
+) -> tuple[dict[str, nn.Module], tuple[LayerChange, ...]]:
     """The plain layers with `W_eff`, and their changes from the weights before. Nothing is put into the model.
+
+    Args:
+        keep_mask: leave 0 what was exactly 0 before attaching.
 
     Raises:
         ValueError: as `check_held`.
@@ -64,9 +95,72 @@ def merged_layers(layers: Mapping[str, AdaptedLayer]) -> tuple[dict[str, nn.Modu
     plain, changes = {}, []
     for name, layer in layers.items():
         before, after = layer.pristine_weight(), layer.effective_weight()
+        after, dropped = held_zeros(before, after) if keep_mask else (after, 0.0)
         plain[name] = layer.merged(after)
-        changes.append(change_of(f"layer {name}", name, before, after, weight_matrix(plain[name])))
+        change = change_of(f"layer {name}", name, before, after, weight_matrix(plain[name]))
+        changes.append(replace(change, dropped=dropped))
     return plain, tuple(changes)
+
+
+def held_zeros(before: Tensor, after: Tensor) -> tuple[Tensor, float]:
+    """`after` with 0 wherever `before` is exactly 0, and `‖ΔW there‖ / ‖ΔW‖`."""
+    zero = before == 0
+    lost = float(torch.linalg.vector_norm(torch.where(zero, after, 0.0)))
+    whole = float(torch.linalg.vector_norm(after - before.to(after.dtype)))
+    return torch.where(zero, 0.0, after), lost / whole if whole else 0.0
+
+
+def warn_of_lost_zeros(changes: Iterable[LayerChange], rounded: Iterable[str] = ()) -> None:
+    """A warning where a merge has filled in a sparse weight.
+
+    Args:
+        rounded: layers that were quantized, whose zeros are rounded numbers and no pattern.
+    """
+    known = set(rounded)
+    lost = [
+        f"{change.layer} had {change.sparsity_before:.1%} exact zeros and has {change.sparsity_after:.1%}"
+        for change in changes
+        if change.layer not in known and change.sparsity_before >= _SPARSE and change.sparsity_after < change.sparsity_before
+    ]
+    if lost:
+        keeps = "merge(keep_mask=True) keeps the zeros, and so does lowdim export --keep-mask"
+        warn_caller(f"the merge filled in sparse weights: layer {listed(lost)}; {keeps}")
+
+
+def zeros_of(layer: str, before: Tensor, after: Tensor) -> LayerChange | None:
+    """A change with the shares of zeros alone, for `warn_of_lost_zeros`; None where a sample of `before` is not sparse."""
+    sample = before.reshape(-1)[:: max(1, before.numel() // _SAMPLE)].reshape(1, -1)
+    if _zeros(sample) < _SPARSE / 2:
+        return None
+    return LayerChange(layer, 0.0, 0.0, 0.0, _zeros(before), _zeros(after))
+
+
+def dequantized(layers: Mapping[str, AdaptedLayer], plain: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Layer -> dtype of the plain layer in `plain`, where the base was quantized."""
+    return {
+        name: str(weight_matrix(plain[name]).dtype).removeprefix("torch.")
+        for name, layer in layers.items()
+        if is_quantized(layer.plain)
+    }
+
+
+@torch.no_grad()
+def merged_weight(name: str, layer: AdaptedLayer, dtype: torch.dtype, space: Tensor) -> Tensor:
+    """The weight of a layer with `W_eff`, in the layer's own layout, in float32 or better, to be rounded to `dtype`.
+
+    Args:
+        space: float32, of the shape of the layer's matrix `(out, in)`; overwritten where that spares new memory.
+
+    Raises:
+        ValueError: as `check_held`.
+    """
+    plain = type(layer) is AdaptedLayer and not layer.taken and layer.strength == 1.0
+    exact = space if plain and layer.update.exact_sum(weight_matrix(layer.base), space) else layer.effective_weight()
+    merged = layer.merged(exact)
+    lowest, highest = torch.aminmax(exact) if exact.numel() else (exact.new_zeros(()), exact.new_zeros(()))
+    if not max(-float(lowest), float(highest)) <= torch.finfo(dtype).max:  # also if one is NaN
+        check_held(f"layer {name}", layer.pristine_weight().to(exact.dtype), exact, weight_matrix(merged).to(dtype))
+    return merged.weight.detach()  # type: ignore[operator,return-value,union-attr]
 
 
 @torch.no_grad()
@@ -82,7 +176,13 @@ def change_of(what: str, name: str, before: Tensor, exact: Tensor, stored: Tenso
     change = (exact - before).abs()
     rounding = (stored.to(exact.dtype) - exact).abs()
     relative = float(torch.linalg.vector_norm(change)) / size
-    return LayerChange(name, relative, float(change.max()), float(rounding.max()))
+    zeros = [_zeros(weight) for weight in (before, stored)]
+    return LayerChange(name, relative, float(change.max()), float(rounding.max()), *zeros)
+
+
+def _zeros(weight: Tensor) -> float:
+    """The share of exact zeros; a vector, such as a new bias, is 0 without a pattern."""
+    return 1 - int(torch.count_nonzero(weight)) / weight.numel() if weight.ndim > 1 and weight.numel() else 0.0
 
 
 def check_held(what: str, before: Tensor, exact: Tensor, stored: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -66,6 +68,21 @@ class ThinUpdate(WeightUpdate):
     def dense(self) -> Tensor:
         """`scaling · up · inner · down`, `(out, in)`."""
         return self.scaling * (self.up() @ self.inner(self.down().mT).mT)
+
+    @torch.no_grad()
+    def exact_sum(self, weight: Tensor, space: Tensor) -> bool:
+        """In float32, where neither `dense` nor `exact` are a subclass's own."""
+        own = type(self)
+        if own.dense is not ThinUpdate.dense or own.exact is not WeightUpdate.exact:
+            return False
+        if any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.parameters()):
+            return copy.deepcopy(self).float().exact_sum(weight, space)
+        up, rest = self.up(), self.inner(self.down().mT).mT
+        if not up.dtype == rest.dtype == weight.dtype == space.dtype == torch.float32:
+            return False
+        torch.mm(up, rest, out=space)
+        space.mul_(self.scaling).add_(weight)
+        return True
 
     def rebase(self, weight: Tensor) -> Tensor | None:
         """`weight − start()`, from the factors as they are stored, so that the start is exact to rounding."""

@@ -64,6 +64,10 @@ class WeightUpdate(nn.Module):
         narrow = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.parameters())
         return wide((copy.deepcopy(self).float() if narrow else self).dense())
 
+    def exact_sum(self, weight: Tensor, space: Tensor) -> bool:
+        """Write `weight + exact()` into `space`, with the same bits and no other matrix of that size; False if it cannot."""
+        return False
+
     @torch.no_grad()
     def delta(self) -> Tensor:
         """`W_eff − W₀ (out, in)`, in float32 or better, without gradient."""

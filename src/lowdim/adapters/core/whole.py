@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ from torch import Tensor, nn
 from lowdim.adapters.core.adapted import Adapted
 from lowdim.adapters.core.composed import Composition, Places, compose, is_composed, places_of, refuse_spread, release
 from lowdim.adapters.core.fingerprints import fingerprint
-from lowdim.adapters.core.guards import refuse_missing, saved_modules, unchanged_on_error, whole_parameters
+from lowdim.adapters.core.guards import refuse_missing, saved_modules, whole_parameters
 from lowdim.adapters.core.layer import AdaptedLayer
-from lowdim.adapters.core.merging import MergeReport, allow_training, change_of
+from lowdim.adapters.core.merging import MergeReport, allow_training, change_of, held_zeros, warn_of_lost_zeros
 from lowdim.adapters.core.method import ModelMethod
 from lowdim.adapters.core.shared import SHARED, free_name
 from lowdim.calibrate import LossFn
 from lowdim.errors import NoGradientError
 from lowdim.linalg import wide
-from lowdim.surgery import freeze, freeze_statistics, named_layers, release_statistics, submodule
+from lowdim.surgery import freeze, freeze_statistics, named_layers, release_statistics, submodule, unchanged_on_error
 
 __all__ = ["WholeAdapted", "WholeMethod", "merge_parameters", "refuse_adapted"]
 
@@ -167,11 +168,14 @@ class WholeAdapted(Adapted):
         )
 
     @torch.no_grad()
-    def merge(self) -> nn.Module:
+    def merge(self, *, keep_mask: bool = False) -> nn.Module:
         """Give the model plain parameters `θ_i`, and return it. `merge_report` lists the changes.
 
         The sum is computed in float32 or better and rounded once; tied parameters stay tied. The pre-trained ones are kept for
         `unmerge()` as long as this object lives.
+
+        Args:
+            keep_mask: leave 0 what was exactly 0 in a matrix or kernel before attaching.
 
         Raises:
             ValueError: it is already merged, the parameters are sharded, or a merged parameter has entries that its dtype
@@ -181,10 +185,11 @@ class WholeAdapted(Adapted):
             raise ValueError("the model has been merged already")
         refuse_spread([*self.composition.parameters(), *self._plain().values()])
         flags, before = {p: p.requires_grad for p in self.model.parameters()}, self._plain()
-        self.merge_report = merge_parameters(self.model, self.composition, self.places)
+        self.merge_report = merge_parameters(self.model, self.composition, self.places, keep_mask=keep_mask)
         self._flags, self._before = flags, before
         self.drop_shared()
         release_statistics(self.model, self._statistics)
+        warn_of_lost_zeros(self.merge_report.layers)
         return self.model
 
     def unmerge(self) -> nn.Module:
@@ -227,8 +232,14 @@ class WholeAdapted(Adapted):
 
 
 @torch.no_grad()
-def merge_parameters(model: nn.Module, shared: Composition, places: Mapping[str, Places]) -> MergeReport:
-    """Replace each composed parameter by a new plain one; every parameter of the model can be trained afterwards."""
+def merge_parameters(
+    model: nn.Module, shared: Composition, places: Mapping[str, Places], *, keep_mask: bool = False
+) -> MergeReport:
+    """Replace each composed parameter by a new plain one; every parameter of the model can be trained afterwards.
+
+    Args:
+        keep_mask: leave 0 what was exactly 0 in a matrix or kernel; vectors, such as new biases, are 0 without a pattern.
+    """
     changes, merged = [], {}
     for index, name in enumerate(shared.names):
         if not shared.touches(index):
@@ -237,8 +248,9 @@ def merge_parameters(model: nn.Module, shared: Composition, places: Mapping[str,
         base = module._parameters[attribute]
         assert base is not None
         exact = wide(base) + shared.offset(index).to(base.device)
+        exact, dropped = held_zeros(base, exact) if keep_mask and base.ndim > 1 else (exact, 0.0)
         merged[name] = nn.Parameter(torch.empty_like(base).copy_(exact))
-        changes.append(change_of(f"parameter {name}", name, base, exact, merged[name]))
+        changes.append(replace(change_of(f"parameter {name}", name, base, exact, merged[name]), dropped=dropped))
     for name, parameter in merged.items():
         for holder, place in places[name]:
             holder._parameters[place] = parameter

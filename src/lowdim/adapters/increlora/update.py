@@ -233,9 +233,8 @@ def _score(
     out, n = len(up), x.shape[1]
     step = max(1, _CHUNK // n)
     total = torch.zeros((), dtype=wide(up).dtype, device=up.device)
-    for first in range(0, out, step):
-        rows = slice(first, first + step)
-        part = (up[rows] @ down).mul_(grad[:, rows].mT @ x)
+    for rows, columns in zip(up.split(step), grad.mT.split(step)):
+        part = (rows @ down).mul_(columns @ x)
         total = total + torch.linalg.vector_norm(part, 1, dtype=total.dtype)
     return total / math.sqrt(out * n)
 

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
 from torch import Tensor, nn
 
-from lowdim.adapters.core.adapted import Adapted, by_layer, load_kept
+from lowdim.adapters.core.adapted import Adapted, load_kept
 from lowdim.adapters.core.attach import put_in_place
 from lowdim.adapters.core.composed import is_composed
 from lowdim.adapters.core.files.bounds import BoundedAllocation
-from lowdim.adapters.core.files.layout import TENSORS, Header, Layer, read_adapter
+from lowdim.adapters.core.files.layout import TENSORS, Header, read_adapter
 from lowdim.adapters.core.files.peft_in import attach_peft
-from lowdim.adapters.core.files.peft_reader import is_peft_folder
-from lowdim.adapters.core.fingerprints import base_difference, layer_difference
-from lowdim.adapters.core.guards import error_context, plain_model, pristine_matrix, refuse_missing
-from lowdim.adapters.core.method import Method, registered_methods
+from lowdim.adapters.core.files.peft_reader import is_of_peft
+from lowdim.adapters.core.files.saved import SavedUpdates, reading, saved_method
+from lowdim.adapters.core.fingerprints import base_difference
+from lowdim.adapters.core.guards import plain_model, refuse_missing
 from lowdim.adapters.core.shared import shared_prefix
 from lowdim.adapters.core.whole import WholeMethod, refuse_adapted
-from lowdim.errors import CheckpointError, LowdimError, nearest
-from lowdim.surgery import matrix_shape, named_layers, plain_name, submodule
+from lowdim.errors import CheckpointError, nearest
+from lowdim.surgery import named_layers, plain_name, submodule
 
 __all__ = ["load_adapter"]
-
-#: What a mistyped value, or one out of all proportion, ends in inside a method.
-_NOT_VALID = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RuntimeError, MemoryError)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = True) -> Adapted:
@@ -59,31 +55,20 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         True
     """
     folder, model = Path(folder), plain_model(model)
-    if not (folder / TENSORS).is_file() and is_peft_folder(folder):
+    if is_of_peft(folder):
         return attach_peft(model, folder)
     tensors, header = read_adapter(folder)
-    method = _method(header, tensors, folder)
+    method = saved_method(header, tensors, folder)
     if isinstance(method, WholeMethod):
         return _load_whole(model, method, tensors, header, folder, check_base)
     if is_composed(model):
         raise CheckpointError(f"{folder}: the model's parameters are composed by another adapter: merge() that first")
-    modules = named_layers(model)
-    layers = {name: _find(modules, name, entry, folder, check_base) for name, entry in header.layers.items()}
-    bounded = BoundedAllocation(tensors, [matrix_shape(layer) for layer in layers.values()])
-    with _reading(folder, header), bounded:
-        prepared = method.prepare(layers, seed=header.seed, initialise=False)
-    own = by_layer(tensors, header.layers)
-    attached = {}
-    for name, layer in layers.items():
-        stats = {**prepared[name], **header.layers[name].meta}
-        weight = pristine_matrix(layer).detach()
-        dtype = next((t.dtype for t in own[name].values() if t.is_floating_point()), weight.dtype)
-        with _reading(folder, header), error_context(header.method, name, layer), bounded:
-            update = method.blank(*weight.shape, stats=stats, dtype=dtype, device=weight.device)
-            update.restore({key: value.to(weight.device) for key, value in own[name].items()}, weight)
-            attached[name] = (layer, update)
-    with _reading(folder, header), bounded:
-        shared = method.shared(layers, seed=header.seed, initialise=False)
+    saved = SavedUpdates(model, folder, method, tensors, header)
+    if check_base:
+        for name, layer in saved.layers.items():
+            saved.check_base(name, layer)
+    attached = {name: (layer, saved.update(name, layer)) for name, layer in saved.layers.items()}
+    shared = saved.shared()
     if shared is not None:
         _restore_shared(shared, tensors, header, folder)
     heads = _heads(model, header.modules_to_save, tensors, folder)
@@ -91,7 +76,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         model,
         method,
         lambda: {name: method.layer_type(layer, update, method.dropout) for name, (layer, update) in attached.items()},
-        layers=layers,
+        layers=saved.layers,
         fingerprints=cast("dict[str, str]", {name: entry.fingerprint for name, entry in header.layers.items()}),
         modules_to_save=header.modules_to_save,
         seed=header.seed,
@@ -101,23 +86,6 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         load_kept(model, name, state)
     adapted.capped_ranks = {name: entry.meta["rank"] for name, entry in header.layers.items() if entry.meta.get("capped")}
     return adapted
-
-
-def _method(header: Header, tensors: Mapping[str, Tensor], folder: Path) -> Method:
-    cls = registered_methods().get(header.method)
-    if cls is None:
-        close = ", ".join(nearest(header.method, registered_methods()))
-        raise CheckpointError(
-            f"{folder}: no method {header.method!r} is registered (nearest: {close}); import its module first"
-        )
-    try:
-        if issubclass(cls, WholeMethod):
-            return cls.restored(header.config, tensors, folder)
-        return cls.from_config(header.config)
-    except CheckpointError:
-        raise
-    except _NOT_VALID as error:
-        raise CheckpointError(f"{folder}: the configuration of {header.method} is not valid: {_reason(error)}") from error
 
 
 def _load_whole(
@@ -152,7 +120,7 @@ def _load_whole(
     own = [value for key, value in tensors.items() if key.startswith(_prefix(header)) and value.is_floating_point()]
     dtype = own[0].dtype if own else None
     bounded = BoundedAllocation(tensors, [entry.shape for entry in header.parameters.values()])
-    with _reading(folder, header), bounded:
+    with reading(folder, header), bounded:
         shared = method.composition(chosen, model, seed=header.seed, dtype=dtype, initialise=True)
         shared.check(header.shared or {})
     _restore_shared(shared, tensors, header, folder)
@@ -161,44 +129,6 @@ def _load_whole(
         load_kept(model, name, state)
     prints = cast("dict[str, str]", {name: entry.fingerprint for name, entry in header.parameters.items()})
     return method.put(model, shared, prints, header.modules_to_save, header.seed)
-
-
-@contextmanager
-def _reading(folder: Path, header: Header) -> Iterator[None]:
-    """A value of the description that a method cannot use is a damaged or foreign file."""
-    try:
-        yield
-    except LowdimError:
-        raise
-    except _NOT_VALID as error:
-        raise CheckpointError(f"{folder}: the description of {header.method} is not valid: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text[:300]}"
-
-
-def _find(modules: Mapping[str, nn.Module], name: str, entry: Layer, folder: Path, check_base: bool) -> nn.Module:
-    layer = modules.get(name)
-    if layer is None:
-        raise CheckpointError(
-            f"{folder} adapts layer {name}, which the model lacks (nearest: {', '.join(nearest(name, modules))})"
-        )
-    refuse_missing({name: layer}, values=False)
-    try:
-        shape = matrix_shape(layer)
-    except TypeError as error:
-        raise CheckpointError(f"{folder} adapts layer {name}, which is no layer with a weight matrix here: {error}") from None
-    if list(shape) != entry.shape:
-        raise CheckpointError(f"{folder} adapts layer {name} of shape {tuple(entry.shape)}; the model's is {shape}")
-    difference = layer_difference(entry.fingerprint, layer) if check_base and entry.fingerprint else None
-    if difference:
-        raise CheckpointError(
-            f"{folder} was trained on another base model: the weight of layer {name} {difference} "
-            "(check_base=False attaches anyway)"
-        )
-    return layer
 
 
 def _prefix(header: Header) -> str:

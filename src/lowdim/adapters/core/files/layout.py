@@ -57,6 +57,12 @@ class Header(_Part):
     shared: dict[str, Any] | None = None
 
     @property
+    def quantize(self) -> str | None:
+        """How the base model was quantized when it was loaded, as in `lowdim.models.load_model`."""
+        scheme = self.base_model.get("quantize")
+        return scheme if isinstance(scheme, str) else None
+
+    @property
     def base(self) -> str | None:
         """The name or path of the base model, if the adapter records one."""
         name = self.base_model.get("name_or_path")

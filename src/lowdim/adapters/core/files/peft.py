@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.adapters.core.adapted import EXPORTERS, Adapted, kept_tensors
+from lowdim.adapters.core.files.gguf_lora import FILE, write_gguf_lora
 from lowdim.adapters.core.files.peft_check import check_in_peft
-from lowdim.adapters.core.files.peft_factors import Cut, cut, factor_for_peft, pad_rank
+from lowdim.adapters.core.files.peft_factors import Cut, cut, laid_out, pad_rank
 from lowdim.adapters.core.files.peft_names import PREFIX, plan_names
 from lowdim.adapters.core.files.peft_targets import TARGETS, problems, rank_limit, usage
+from lowdim.adapters.core.guards import error_context
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.merging import merged_layers
 from lowdim.adapters.core.method import ModelMethod
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.files import whole_folder, write_json, write_tensors
 from lowdim.results import Result
-from lowdim.surgery import CONVOLUTIONS, is_conv1d, submodule, weight_matrix
+from lowdim.surgery import is_conv1d, submodule, weight_matrix
 
-__all__ = ["PeftExport", "to_peft"]
+__all__ = ["RANKS", "PeftExport", "to_peft"]
+
+#: The record of a cut, beside PEFT's files.
+RANKS = "ranks.json"
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class PeftExport(Result):
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
         errors: layer -> `‖ΔW − B A‖_F / ‖ΔW‖_F`; 0 where exact.
         ranks: layer -> rank written.
+        whole_ranks: layer -> rank without a cut; empty where PEFT has the method itself.
         suggested_rank: the smallest common rank with an error of at most 1 % in every layer, where something was truncated;
             None if nothing was truncated, or if a layer is too large to check.
         notes: what users of `target` need to know: the command, limits to raise.
@@ -47,6 +54,7 @@ class PeftExport(Result):
     ranks: dict[str, int]
     suggested_rank: int | None = None
     notes: tuple[str, ...] = ()
+    whole_ranks: dict[str, int] = field(default_factory=dict)
 
     @property
     def exact(self) -> bool:
@@ -54,8 +62,11 @@ class PeftExport(Result):
         return not any(self.errors.values())
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each layer: its rank and its error."""
-        return [{"layer": name, "rank": self.ranks.get(name), "error": error} for name, error in self.errors.items()]
+        """A row for each layer: its rank, the rank without a cut, and its error."""
+        return [
+            {"layer": name, "rank": self.ranks.get(name), "whole_rank": self.whole_ranks.get(name), "error": error}
+            for name, error in self.errors.items()
+        ]
 
     @property
     def summary(self) -> str:
@@ -77,23 +88,27 @@ def to_peft(
 ) -> PeftExport:
     """Write a folder that `peft.PeftModel.from_pretrained(base_model, folder)` loads.
 
+    Where a rank or an error is given, or something is lost, `ranks.json` lists each layer's rank and error. An adapter of a set
+    is written with its strength; an idle one with strength 1.
+
     Args:
-        rank: to which updates of full rank are truncated; None keeps a quarter of the smaller side. Updates that are low-rank
-            are written exactly.
+        rank: the highest rank of a layer; lower ones stay. None writes updates that are low-rank exactly, and keeps a quarter
+            of the smaller side of others.
         max_error: instead of `rank`, the smallest rank of each layer with at most this relative error.
         target: `"vllm"` or `"llamacpp"`: write LoRA that this program loads, every layer padded with zeros to one common rank;
-            obstacles raise an error before anything is written.
+            obstacles raise an error before anything is written. For llama.cpp the folder also holds `adapter.gguf`.
         root: name of the submodule that the adapter is for (an encoder inside a classifier); names are written relative to
             it, and modules outside it are left to the caller.
-        native: write PEFT's own method where it exists (RandLoRA), exactly; False always writes LoRA.
+        native: write PEFT's own method where it exists (RandLoRA), exactly; False, a rank or an error writes LoRA.
         name: of the folder, in `notes`; None uses the folder's own.
 
     Returns:
         A `PeftExport` with the error of each layer.
 
     Raises:
-        ValueError: the model has been merged, rank is below 1, rank and max_error together, a convolution is of a kind that
-            PEFT cannot adapt, or `target` cannot load the adapter (every reason is listed).
+        ValueError: the model has been merged, rank is below 1 or above what every layer has, rank and max_error together, a
+            convolution is of a kind that PEFT cannot adapt, or `target` cannot load the adapter (every reason is listed).
+        MissingExtraError: `target` is llama.cpp and gguf is not installed.
         UnknownNameError: no such target.
     """
     if isinstance(adapted.method, ModelMethod):
@@ -113,6 +128,38 @@ def to_peft(
         if reasons:
             raise ValueError(f"{TARGETS[target]} cannot load this adapter; merge it instead. " + "; ".join(reasons))
     adapted.warn_of_unsaved()
+    with _awake(adapted):
+        return _written(adapted, folder, base, rank, max_error, target, native, root, name)
+
+
+EXPORTERS["peft"] = to_peft
+
+
+@contextmanager
+def _awake(adapted: Adapted) -> Iterator[None]:
+    """An adapter that another one of its set keeps idle is written as it is when it is active, not as zeros."""
+    idle = [layer for layer in adapted.layers.values() if layer.strength == 0.0]
+    for layer in idle:
+        layer.strength = 1.0
+    try:
+        yield
+    finally:
+        for layer in idle:
+            layer.strength = 0.0
+
+
+def _written(
+    adapted: Adapted,
+    folder: Path,
+    base: str | None,
+    rank: int | None,
+    max_error: float | None,
+    target: str | None,
+    native: bool,
+    root: str,
+    name: str | None,
+) -> PeftExport:
+    """`to_peft` of checked arguments."""
     model, layers, kept = _below(adapted, root)
     plan = plan_names(model, layers, kept, heads=target is None)
     if not plan.factored:
@@ -120,14 +167,18 @@ def to_peft(
             f"PEFT would keep every adapted layer whole ({', '.join(layers)}): merge() the adapter and save the model"
         )
     usual = all(layer.strength == layer.gain == 1.0 for layer in layers.values())
-    native = native and target is None and max_error is None and usual
+    native = native and target is None and rank is None and max_error is None and usual
     own = adapted.method.peft(adapted) if native else None
     if own is not None:
         config, tensors = own[0], _renamed(own[1], layers, plan.factored, root)
         result = PeftExport(folder, dict.fromkeys(plan.factored, 0.0), {n: int(config.get("r", 0)) for n in plan.factored})
     else:
         factored = {key: layers[key] for key in plan.factored}
-        found = {key: cut(layer, rank, max_error, rank_limit(target)) for key, layer in factored.items()}
+        found = {}
+        for key, layer in factored.items():
+            with error_context("export", key, layer):
+                found[key] = cut(layer, rank, max_error, rank_limit(target))
+        _check_rank(rank, found)
         config, tensors, result = _as_lora(factored, folder, found, pad=target is not None)
     if target is not None:
         notes = usage(adapted, target, name or folder.name, base, int(config["r"]))
@@ -152,10 +203,11 @@ def to_peft(
         write_tensors(draft / "adapter_model.safetensors", tensors, {"format": "pt"})
         if about["peft_type"] == "LORA":
             check_in_peft(model, plan.factored, tensors, draft)
+        if rank is not None or max_error is not None or not result.exact or (folder / RANKS).exists():
+            write_json(draft / RANKS, {"rank": rank, "max_error": max_error, "layers": result.rows()})
+        if target == "llamacpp":
+            write_gguf_lora(draft / FILE, model, tensors, config["lora_alpha"])
     return result
-
-
-EXPORTERS["peft"] = to_peft
 
 
 def _auto_mapping(model: nn.Module) -> dict[str, Any]:
@@ -164,6 +216,21 @@ def _auto_mapping(model: nn.Module) -> dict[str, Any]:
     if not kind.__module__.startswith("transformers."):
         return {}
     return {"auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__}}
+
+
+def _check_rank(rank: int | None, found: Mapping[str, Cut]) -> None:
+    """Check that there is something of a rank.
+
+    Raises:
+        ValueError: it is above that of every layer.
+    """
+    top, layer = max((one.whole, name) for name, one in found.items())
+    if rank is not None and rank > top:
+        fewest = min(one.whole for one in found.values())
+        there = f"rank {top}" if fewest == top else f"ranks from {fewest} to {top}"
+        raise ValueError(
+            f"rank={rank} is above what is there: the update has {there} ({layer}: {top}); leave the rank out to write it whole"
+        )
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -237,7 +304,7 @@ def _as_lora(
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name, one in found.items():
-        placed = _layout(PREFIX + name, layers[name], one.A, one.B)
+        placed = laid_out(PREFIX + name, layers[name], one.A, one.B)
         ranks[name] = len(next(iter(placed.values())))
         tensors.update(placed)
     common = Counter(ranks.values()).most_common(1)[0][0]
@@ -256,37 +323,11 @@ def _as_lora(
         "fan_in_fan_out": any(is_conv1d(layer.plain) for layer in layers.values()),
     }
     errors = {name: one.error for name, one in found.items()}
+    whole = {name: one.whole * (ranks[name] // len(one.A)) for name, one in found.items()}
     enough = [one.enough for one in found.values()]
     known = [count for count in enough if count is not None]
     suggested = max(known) if any(errors.values()) and len(known) == len(enough) else None
-    return config, tensors, PeftExport(folder, errors, ranks, suggested)
-
-
-def _layout(prefix: str, layer: AdaptedLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """PEFT's two tensors for `ΔW = B A`, the one with the rank in front first."""
-    factor = factor_for_peft(layer.plain, layer.gain)
-    B = B if factor == 1.0 else B * factor
-    if layer.kind == "embedding":
-        return {f"{prefix}.lora_embedding_A": A, f"{prefix}.lora_embedding_B": B}
-    plain = layer.plain
-    if isinstance(plain, CONVOLUTIONS):
-        if set(plain.dilation) != {1} or plain.padding_mode != "zeros":
-            raise ValueError(f"{prefix}: PEFT's LoRA has no dilation and pads with zeros only; got {plain}: merge() instead")
-        A = _grouped(A.view(len(A), *plain.weight.shape[1:]), plain.groups)
-        B = B[(..., *[None] * len(plain.kernel_size))]
-    return {f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B}
-
-
-def _grouped(
-    A: Tensor,  # (rank, in_channels / groups, *kernel)
-    groups: int,
-) -> Tensor:
-    """PEFT's first convolution sees all channels and only its second one has groups: one copy of `A` for each group."""
-    if groups == 1:
-        return A
-    rank, channels, *size = A.shape
-    eye = torch.eye(groups, dtype=A.dtype, device=A.device)[(slice(None), None, slice(None), *[None] * (A.ndim - 1))]
-    return (eye * A[None, :, None]).reshape(groups * rank, groups * channels, *size)
+    return config, tensors, PeftExport(folder, errors, ranks, suggested, whole_ranks=whole)
 
 
 def _base_name(model: nn.Module) -> str | None:

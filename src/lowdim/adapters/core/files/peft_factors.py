@@ -1,7 +1,8 @@
-"""An update as two factors: exact if it is low-rank, else truncated, with its error."""
+"""An update as two factors, in PEFT's layout: exact if it is low-rank, else truncated, with its error."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.linalg import compress_factors, svd, truncated_svd, wide
+from lowdim.surgery import CONVOLUTIONS
 
-__all__ = ["Cut", "cut", "factor_for_peft", "pad_rank", "scale_in_peft"]
+__all__ = ["Cut", "cut", "factor_for_peft", "laid_out", "pad_rank", "scale_in_peft"]
 
 #: The error up to which a rank is suggested.
 GOOD = 0.01
@@ -26,12 +28,14 @@ class Cut:
         A, B: `(r, in)` and `(out, r)`.
         error: `‖ΔW − B A‖_F / ‖ΔW‖_F`; 0 where exact.
         enough: the smallest rank with an error of at most 1 %; None if it was not computed.
+        whole: the rank without a cut: that of the update's factors, or the layer's smaller side.
     """
 
     A: Tensor
     B: Tensor
     error: float
     enough: int | None
+    whole: int
 
 
 @torch.no_grad()
@@ -39,7 +43,8 @@ def cut(layer: AdaptedLayer, rank: int | None = None, max_error: float | None = 
     """The update of a layer as factors.
 
     Args:
-        rank: to which an update of full rank is truncated; None keeps a quarter of the smaller side.
+        rank: the highest that is kept; None keeps an update that is low-rank whole, and a quarter of the smaller side of
+            others.
         max_error: instead, the smallest rank with at most this relative error, also of updates that are low-rank.
         limit: maximum rank, whatever the error.
     """
@@ -50,14 +55,15 @@ def cut(layer: AdaptedLayer, rank: int | None = None, max_error: float | None = 
         return _cut_dense(layer, small, most, rank, max_error)
     A, B = wide(thin[0]), wide(thin[1]) * layer.strength
     count = A.shape[0]
-    if max_error is None and count <= most:
-        return Cut(A, B, 0.0, count)
+    top = most if rank is None else min(most, rank)
+    if max_error is None and count <= top:
+        return Cut(A, B, 0.0, count, count)
     # More columns than the matrix has rank, or than requested: QR of both factors, then the SVD of a small square.
     whole_A, whole_B, _ = compress_factors(A.double(), B.double(), small)
     s = whole_A.square().sum(1)  # balanced factors: each row has the square root of its singular value
-    keep = most if max_error is None else min(most, _needed(s, max_error))
+    keep = top if max_error is None else min(most, _needed(s, max_error))
     keep = min(keep, len(s))
-    return Cut(whole_A[:keep].to(A.dtype), whole_B[:, :keep].to(B.dtype), _error(s, keep), _needed(s, GOOD))
+    return Cut(whole_A[:keep].to(A.dtype), whole_B[:, :keep].to(B.dtype), _error(s, keep), _needed(s, GOOD), len(s))
 
 
 def _cut_dense(layer: AdaptedLayer, small: int, most: int, rank: int | None, max_error: float | None) -> Cut:
@@ -72,7 +78,7 @@ def _cut_dense(layer: AdaptedLayer, small: int, most: int, rank: int | None, max
         error = float(torch.linalg.matrix_norm(delta - (u[:, :keep] * s[:keep]) @ vh[:keep])) / size if size else 0.0
         enough = None
     root = s[:keep].sqrt()
-    return Cut((root[:, None] * vh[:keep]).to(dtype), (u[:, :keep] * root).to(dtype), error, enough)
+    return Cut((root[:, None] * vh[:keep]).to(dtype), (u[:, :keep] * root).to(dtype), error, enough, small)
 
 
 def _sketched(delta: Tensor, most: int, rank: int, max_error: float | None) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -109,7 +115,34 @@ def pad_rank(found: Cut, rank: int) -> Cut:
     more = rank - found.A.shape[0]
     A = torch.cat([found.A, found.A.new_zeros(more, found.A.shape[1])])
     B = torch.cat([found.B, found.B.new_zeros(found.B.shape[0], more)], dim=1)
-    return Cut(A, B, found.error, found.enough)
+    return dataclasses.replace(found, A=A, B=B)
+
+
+def laid_out(prefix: str, layer: AdaptedLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """PEFT's two tensors for `ΔW = B A`, the one with the rank in front first."""
+    factor = factor_for_peft(layer.plain, layer.gain)
+    B = B if factor == 1.0 else B * factor
+    if layer.kind == "embedding":
+        return {f"{prefix}.lora_embedding_A": A, f"{prefix}.lora_embedding_B": B}
+    plain = layer.plain
+    if isinstance(plain, CONVOLUTIONS):
+        if set(plain.dilation) != {1} or plain.padding_mode != "zeros":
+            raise ValueError(f"{prefix}: PEFT's LoRA has no dilation and pads with zeros only; got {plain}: merge() instead")
+        A = _grouped(A.view(len(A), *plain.weight.shape[1:]), plain.groups)
+        B = B[(..., *[None] * len(plain.kernel_size))]
+    return {f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B}
+
+
+def _grouped(
+    A: Tensor,  # (rank, in_channels / groups, *kernel)
+    groups: int,
+) -> Tensor:
+    """PEFT's first convolution sees all channels and only its second one has groups: one copy of `A` for each group."""
+    if groups == 1:
+        return A
+    rank, channels, *size = A.shape
+    eye = torch.eye(groups, dtype=A.dtype, device=A.device)[(slice(None), None, slice(None), *[None] * (A.ndim - 1))]
+    return (eye * A[None, :, None]).reshape(groups * rank, groups * channels, *size)
 
 
 def _left(s: Tensor) -> Tensor:

@@ -19,11 +19,11 @@ from lowdim.adapters.core.guards import error_context, refuse_missing
 from lowdim.adapters.core.layer import AdaptedLayer, gain_of, kind_of
 from lowdim.adapters.core.low_rank import LoRAUpdate
 from lowdim.adapters.core.method import method_class
-from lowdim.errors import CheckpointError, nearest
+from lowdim.errors import CheckpointError, nearest, shown
 from lowdim.linalg import wide
-from lowdim.surgery import CONVOLUTIONS, matrix_shape, named_layers, plain_name, submodule
+from lowdim.surgery import CONVOLUTIONS, known_dtype, matrix_shape, named_layers, plain_name, submodule
 
-__all__ = ["attach_peft"]
+__all__ = ["PeftUpdates", "attach_peft"]
 
 
 def attach_peft(model: nn.Module, folder: Path) -> Adapted:
@@ -35,49 +35,92 @@ def attach_peft(model: nn.Module, folder: Path) -> Adapted:
     found = read_peft(folder)
     if is_composed(model):
         raise CheckpointError(f"{folder}: the model's parameters are composed by another adapter: merge() that first")
-    modules = named_layers(model)
-    layers = {name: _layer(modules, name, folder) for name in found.factors}
-    refuse_missing(layers, values=False)
-    _check_bases(modules, found, folder)
+    updates = PeftUpdates(model, folder, found)
+    layers = updates.layers
+    _check_bases(named_layers(model), found, folder)
     kept = _kept_modules(model, found, folder)
-    parts = {name: _matrices(name, layer, *found.factors[name], folder) for name, layer in layers.items()}
-    scales = {name: found.scale(name, len(A)) for name, (A, _) in parts.items()}
-    ranks = {len(A) for A, _ in parts.values()}
-    common = len(ranks) == 1 and len(set(scales.values())) == 1 and next(iter(scales.values())) > 0
-    rank = max(ranks)
-    # One scale and one rank for all are kept as they are; else the scale goes into B, and zeros fill up the rank.
-    alpha = next(iter(scales.values())) * rank if common else float(rank)
-    method: Any = method_class("LoRA")(rank, alpha, found.config.lora_dropout, list(layers))
-    fingerprints = {name: layer_fingerprint(layer) for name, layer in layers.items()}
-
-    def wrap() -> dict[str, AdaptedLayer]:
-        wrapped = {}
-        for name, layer in layers.items():
-            A, B = parts[name] if common else (wide(parts[name][0]), wide(parts[name][1]) * scales[name])
-            with error_context("LoRA", name, layer):
-                wrapped[name] = method.attach(layer, dtype=A.dtype, initialise=False)
-            update = wrapped[name].update
-            assert isinstance(update, LoRAUpdate)
-            with torch.no_grad():
-                update.A.zero_()[: len(A)].copy_(A)
-                update.B.zero_()[:, : len(A)].copy_(B)
-        return wrapped
-
     adapted = put_in_place(
-        model, method, wrap, layers=layers, fingerprints=fingerprints, modules_to_save=kept, seed=0, shared=None
+        model,
+        updates.method,
+        lambda: {name: updates.adapted(name, layer) for name, layer in layers.items()},
+        layers=layers,
+        fingerprints={name: layer_fingerprint(layer) for name, layer in layers.items()},
+        modules_to_save=kept,
+        seed=0,
+        shared=None,
     )
     for name, state in kept.items():
         load_kept(model, name, state)
     return adapted
 
 
-def _layer(modules: Mapping[str, nn.Module], name: str, folder: Path) -> nn.Module:
-    layer = modules.get(name)
-    if layer is None:
+class PeftUpdates:
+    """The updates of a LoRA that PEFT wrote, made one layer at a time; nothing is put into a model.
+
+    Args:
+        model: has the layers that the file names, of its shapes; their numbers are not read.
+
+    Attributes:
+        layers: those layers of `model`.
+        method: lowdim's LoRA, of the highest rank among them.
+
+    Raises:
+        CheckpointError: the model has other layers or shapes.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path, found: PeftAdapter):
+        modules = named_layers(model)
+        self.layers = _layers(modules, found, folder)
+        refuse_missing(self.layers, values=False)
+        self._parts = {name: _matrices(name, layer, found, folder) for name, layer in self.layers.items()}
+        self._scales = {name: found.scale(name, len(A)) for name, (A, _) in self._parts.items()}
+        ranks, scales = {len(A) for A, _ in self._parts.values()}, set(self._scales.values())
+        # One scale and one rank for all are kept as they are; else the scale goes into B, and each layer has its own rank.
+        self._common = len(ranks) == 1 and len(scales) == 1 and next(iter(scales)) > 0
+        rank = max(ranks)
+        alpha = next(iter(scales)) * rank if self._common else float(rank)
+        self.method: Any = method_class("LoRA")(rank, alpha, found.config.lora_dropout, list(self.layers))
+
+    def check_base(self, name: str, layer: nn.Module) -> None:
+        """Nothing: PEFT does not record which weight the adapter was trained over."""
+
+    def adapted(self, name: str, layer: nn.Module) -> AdaptedLayer:
+        """The layer with its update."""
+        A, B = self._parts[name]
+        if not self._common:
+            A, B = wide(A), wide(B) * self._scales[name]
+        with error_context("LoRA", name, layer):
+            wrapped = self.method.attach(layer, stats={"rank": len(A)}, dtype=_computed_in(A, layer), initialise=False)
+        update = wrapped.update
+        assert isinstance(update, LoRAUpdate)
+        with torch.no_grad():
+            update.A.copy_(A)
+            update.B.copy_(B)
+        return wrapped
+
+
+def _computed_in(A: Tensor, layer: nn.Module) -> torch.dtype:
+    """The factors' dtype, or the layer's where it is finer: PEFT computes with factors in 16 bits in float32, too."""
+    plain = layer.plain if isinstance(layer, AdaptedLayer) else layer
+    return torch.promote_types(A.dtype, known_dtype(plain) or A.dtype)
+
+
+def _layers(modules: Mapping[str, nn.Module], found: PeftAdapter, folder: Path) -> dict[str, nn.Module]:
+    """The model's layers of the adapter's names."""
+    lacking = [name for name in found.factors if name not in modules]
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise CheckpointError(
-            f"{folder} adapts layer {name}, which the model lacks (nearest: {', '.join(nearest(name, modules))})"
+            f"{folder} adapts layer {lacking[0]}{more}, which the model lacks (nearest: "
+            f"{', '.join(nearest(lacking[0], modules))}){_trained_on(found)}"
         )
-    return layer
+    return {name: modules[name] for name in found.factors}
+
+
+def _trained_on(found: PeftAdapter) -> str:
+    """The base model that the folder names, for the end of a message."""
+    base = found.config.base_model_name_or_path
+    return f"; it was trained on {shown(base)}" if base else ""
 
 
 def _check_bases(modules: Mapping[str, nn.Module], found: PeftAdapter, folder: Path) -> None:
@@ -92,7 +135,7 @@ def _check_bases(modules: Mapping[str, nn.Module], found: PeftAdapter, folder: P
             )
 
 
-def _matrices(name: str, layer: nn.Module, A: Tensor, B: Tensor, folder: Path) -> tuple[Tensor, Tensor]:
+def _matrices(name: str, layer: nn.Module, found: PeftAdapter, folder: Path) -> tuple[Tensor, Tensor]:
     """`A (r, in)` and `B (out, r)` of the layer's matrix."""
     plain = layer.plain if isinstance(layer, AdaptedLayer) else layer
     if isinstance(plain, CONVOLUTIONS) and (plain.groups != 1 or set(plain.dilation) != {1} or plain.padding_mode != "zeros"):
@@ -104,11 +147,16 @@ def _matrices(name: str, layer: nn.Module, A: Tensor, B: Tensor, folder: Path) -
         out_features, in_features = matrix_shape(layer)
     except TypeError as error:
         raise CheckpointError(f"{folder} adapts layer {name}, which is no layer with a weight matrix here: {error}") from None
-    A, B = A.flatten(1), B.flatten(1)
+    if any(factor.ndim < 2 or not factor.numel() for factor in found.factors[name]):
+        shapes = " and ".join(str(tuple(factor.shape)) for factor in reversed(found.factors[name]))
+        raise CheckpointError(
+            f"{folder} is damaged: layer {name} has factors of shape {shapes} (shards that were not gathered before saving?)"
+        )
+    A, B = (factor.flatten(1) for factor in found.factors[name])
     if A.ndim != 2 or B.ndim != 2 or (B.shape[0], A.shape[1]) != (out_features, in_features) or len(A) != B.shape[1]:
         raise CheckpointError(
             f"{folder} adapts layer {name} by factors of shape {tuple(B.shape)} and {tuple(A.shape)}; the model's layer has "
-            f"shape {(out_features, in_features)}"
+            f"shape {(out_features, in_features)}{_trained_on(found)}"
         )
     if kind_of(layer) == "other" or not A.is_floating_point() or not B.is_floating_point():
         raise CheckpointError(f"{folder} adapts layer {name}, a {type(plain).__name__}, which lowdim's LoRA cannot")

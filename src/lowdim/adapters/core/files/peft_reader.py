@@ -9,32 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from lowdim.adapters.core.files.layout import TENSORS as OURS
 from lowdim.adapters.core.files.peft_names import PREFIX
+from lowdim.adapters.core.files.peft_options import refuse_options, refuse_type
 from lowdim.errors import CheckpointError, shown
 from lowdim.files import read_json_object, read_tensors
 
-__all__ = ["PeftAdapter", "is_peft_folder", "read_peft"]
+__all__ = ["PeftAdapter", "is_of_peft", "is_peft_folder", "read_peft"]
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
-#: Entries that change what the tensors mean, and the values that do not.
-_PLAIN: Mapping[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "use_dora": (False,),
-    "lora_bias": (False,),
-    "use_qalora": (False,),
-    "use_bdlora": (None,),
-    "target_parameters": (None, []),
-    "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "alora_invocation_tokens": (None, []),
-    "arrow_config": (None,),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others take a part out of the base's weights
-}
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?")
 
 
@@ -84,50 +71,54 @@ class PeftAdapter:
 
 
 def is_peft_folder(folder: Path) -> bool:
-    """Whether a folder holds an adapter that PEFT wrote."""
-    return (folder / CONFIG).is_file()
+    """Whether a folder holds an adapter that PEFT wrote, or a part of one."""
+    return any((folder / name).is_file() for name in (CONFIG, TENSORS, PICKLED))
+
+
+def is_of_peft(folder: Path) -> bool:
+    """Whether the adapter in a folder is PEFT's and not lowdim's.
+
+    Raises:
+        CheckpointError: it holds neither, and folders with adapters of PEFT's, which saves each but the first in one.
+    """
+    if (folder / OURS).is_file():
+        return False
+    if is_peft_folder(folder):
+        return True
+    inside = sorted(path.name for path in folder.glob("*/") if is_peft_folder(path))
+    if inside:
+        raise CheckpointError(f"{folder} holds no adapter itself; PEFT saved {', '.join(inside)} in it: name one of these")
+    return False
 
 
 def read_peft(folder: Path) -> PeftAdapter:
     """Read a folder of PEFT's; nothing in it is executed.
 
     Raises:
-        CheckpointError: a file is missing or damaged, it is no LoRA, or one with options whose meaning is not that of `B A`.
+        CheckpointError: a file is missing or damaged, the tensors are a pickle, it is no LoRA, or one with options that mean
+            more than `B A`, or that are not known.
     """
     path = folder / CONFIG
     content = read_json_object(path)
+    refuse_type(content, folder)
     try:
         config = _Config.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise CheckpointError(f"{path}: {shown('.'.join(map(str, first['loc'])))[1:-1]}: {first['msg']}") from None
-    if config.peft_type != "LORA":
-        raise CheckpointError(
-            f"{folder} holds PEFT's {shown(config.peft_type)}; lowdim reads its LORA. Merge it with PEFT (merge_and_unload)"
-        )
-    for name, allowed in _PLAIN.items():
-        if name in content and content[name] not in allowed:
-            raise CheckpointError(
-                f"{path}: {name}={shown(content[name])} means more than B A, which lowdim's LoRA cannot give exactly; merge it "
-                "with PEFT (merge_and_unload)"
-            )
+    refuse_options(content, path)
     return PeftAdapter(config, *_sorted_out(_tensors(folder), folder))
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
     if (folder / TENSORS).is_file():
         return read_tensors(folder / TENSORS)[0]
-    path = folder / PICKLED
-    if not path.is_file():
-        raise CheckpointError(f"{folder / TENSORS} does not exist")
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling damaged bytes raises anything
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} is damaged, or holds more than tensors, which is not read ({reason})") from error
-    if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
-        raise CheckpointError(f"{path} is damaged: it must hold tensors by name; got {type(tensors).__name__}")
-    return tensors
+    if (folder / PICKLED).is_file():
+        raise CheckpointError(
+            f"{folder / PICKLED} is a pickle, which may run code when it is read; lowdim reads {TENSORS}: load the adapter "
+            "with PEFT and save it again (PeftModel.from_pretrained(base, folder).save_pretrained(other))"
+        )
+    raise CheckpointError(f"{folder / TENSORS} does not exist")
 
 
 def _sorted_out(

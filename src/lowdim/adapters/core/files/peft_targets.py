@@ -4,8 +4,9 @@ vLLM (`vllm/lora/peft_helper.py`, `lora_model.py`, `config/lora.py`): one rank a
 not read), a rank up to its `max_lora_rank`, no DoRA, no biases, no `modules_to_save`, LoRA tensors of linear layers, and of
 embeddings and the head where the model's class registers them.
 
-llama.cpp (`convert_lora_to_gguf.py`, `src/llama-adapter.cpp`): one alpha for all, matrices in the layout of nn.Linear, nothing
-but LoRA tensors, no embedding but the tokens', and neither that nor the head where both share their weight.
+llama.cpp (`src/llama-adapter.cpp`, which loads the GGUF file that `gguf_lora` writes): an architecture that it knows by name,
+one alpha for all, matrices in the layout of nn.Linear, nothing but LoRA tensors, no embedding but the tokens', and neither that
+nor the head where both share their weight.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from lowdim.adapters.core.files.gguf_lora import FILE, gguf_problems
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.surgery import is_conv1d
 
@@ -47,7 +49,8 @@ def problems(adapted: Any, target: str) -> list[str]:
         reason = _unfit(adapted, layer_name, layer, target)
         if reason:
             kinds.setdefault(reason, []).append(layer_name)
-    return found + [f"{reason}: {_some(names)}" for reason, names in kinds.items()]
+    found += [f"{reason}: {_some(names)}" for reason, names in kinds.items()]
+    return found or (gguf_problems(adapted.model, adapted.layers) if target == "llamacpp" else [])
 
 
 def _unfit(adapted: Any, name: str, layer: AdaptedLayer, target: str) -> str:
@@ -55,7 +58,7 @@ def _unfit(adapted: Any, name: str, layer: AdaptedLayer, target: str) -> str:
     if layer.kind.startswith("conv"):
         return f"convolutions, for which {program} does not support LoRA"
     if is_conv1d(layer.plain):
-        why = "its models with Conv1D do not support LoRA" if target == "vllm" else "its converter would transpose the factors"
+        why = "its models with Conv1D do not support LoRA" if target == "vllm" else "no model with them is written as GGUF"
         return f"Conv1D layers, whose weight is stored transposed ({why})"
     inputs, outputs = (_end(adapted.model, side) for side in ("input", "output"))
     if layer.kind == "embedding" and inputs is not layer:
@@ -81,14 +84,9 @@ def _ties_embeddings(model: Any) -> bool:
 def usage(adapted: Any, target: str, folder: str, base: str | None, rank: int) -> list[str]:
     """What the user needs to know: the command, and what cannot be checked without the program."""
     if target == "llamacpp":
-        # The converter looks up the name in the configuration on the hub; a folder must be passed explicitly.
-        here = base is not None and Path(base).is_dir()
-        known = base is not None and (not here or (Path(base) / "config.json").is_file())
-        where = "" if known and not here else f" --base {shlex.quote(str(base)) if known else 'BASE_MODEL'}"
-        notes = [f"python convert_lora_to_gguf.py {shlex.quote(folder)}{where} --outfile {shlex.quote(folder + '.gguf')}"]
-        if not known:
-            notes.append("BASE_MODEL: a folder with the base model's config.json")
-        return [*notes, "the base model's architecture must be one that llama.cpp converts"]
+        file = shlex.quote(f"{folder}/{FILE}")
+        model, more = _base_gguf(base)
+        return [f"llama-cli --model {model} --lora {file}", f"llama-server --model {model} --lora {file}", *more]
     need = next(choice for choice in VLLM_RANKS if choice >= rank)
     flag = f" --max-lora-rank {need}" if need > VLLM_DEFAULT else ""
     model = shlex.quote(base) if base else "BASE_MODEL"
@@ -101,6 +99,18 @@ def usage(adapted: Any, target: str, folder: str, base: str | None, rank: int) -
             f"{_some(ends)}: only model classes of vLLM that register embeddings for LoRA load these (Llama, Qwen3, ...)"
         )
     return [*notes, "the base model's class must support LoRA in vLLM (its list of supported models says so)"]
+
+
+def _base_gguf(base: str | None) -> tuple[str, list[str]]:
+    """The base model as llama.cpp reads it, and how to get it."""
+    place = Path(base) if base else None
+    files = sorted(place.glob("*.gguf")) if place is not None and place.is_dir() else []
+    if len(files) == 1:
+        return shlex.quote(str(files[0])), []
+    wanted = shlex.quote(base) if base else "BASE_MODEL"
+    return "BASE.gguf", [
+        f"BASE.gguf is the base model, quantized or not; llama.cpp's convert_hf_to_gguf.py makes it from the folder {wanted}"
+    ]
 
 
 def _some(names: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from lowdim.optim.core.inner import AdamW8bitRule, AdamWRule
 from lowdim.optim.core.int8 import Int8Linear, Int8Parameter, Int8Store, quantize_linears
 from lowdim.optim.core.options import TrainingOptions
 from lowdim.optim.core.parts import DenseStore, InnerRule, NoResidual, Parts, Projector, ResidualRule, WeightStore
-from lowdim.optim.core.plain import AdamW
+from lowdim.optim.core.plain import AdamW, AdamW8bit
 from lowdim.optim.core.projectors import Identity, SVDProjector, TuckerProjector
 from lowdim.optim.core.residuals import ErrorFeedback, NormScaledResidual
 from lowdim.optim.dct import DCTAdamW, DCTProjector
@@ -25,6 +25,7 @@ How = TrainingOptions  # the name in 0.1
 __all__ = [
     "AdafactorRule",
     "AdamW",
+    "AdamW8bit",
     "AdamW8bitRule",
     "AdamW16bitRule",
     "AdamWRule",

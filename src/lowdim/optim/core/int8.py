@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,9 +12,27 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lowdim.linalg import compute_dtype, dequantize_affine, has_numbers, is_sharded, quantize_affine, store_affine
+from lowdim.linalg import (
+    compute_dtype,
+    dequantize_affine,
+    has_numbers,
+    is_sharded,
+    quantize_affine,
+    store_affine,
+    without_autocast,
+)
 from lowdim.optim.core.parts import DenseStore
-from lowdim.surgery import Patterns, as_linear, find_layers, float_dtype, is_linear, make_linear, swap_layers, without_tied
+from lowdim.surgery import (
+    Patterns,
+    as_linear,
+    find_layers,
+    float_dtype,
+    is_linear,
+    make_linear,
+    plain_weight,
+    swap_layers,
+    without_tied,
+)
 
 __all__ = ["Int8Linear", "Int8Parameter", "Int8Store", "check_int8", "quantize_linears"]
 
@@ -179,12 +196,9 @@ class Int8Linear(nn.Module):
             TypeError: not an nn.Linear.
             ValueError: group_size does not divide the number of weights; NaN or infinity in them.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be nn.Linear; got {type(linear).__name__}")
-        source = linear.weight
-        codes, scales, zeros = quantize_affine(source.detach(), group_size=group_size)
+        codes, scales, zeros = quantize_affine(plain_weight(linear), group_size=group_size)
         weight = Int8Parameter(codes, scales, zeros, group_size, stochastic_round)
-        weight.trainable = source.requires_grad
+        weight.trainable = linear.weight.requires_grad
         bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
         return cls(weight, bias).train(linear.training)
 
@@ -286,7 +300,7 @@ class _Product(torch.autograd.Function):
         if weight._version != ctx.version:
             raise RuntimeError("an 8-bit weight was changed between the forward pass that used it and this backward pass")
         by_x, _, by_bias, by_weight = ctx.needs_input_grad
-        with _without_autocast(g.device.type):
+        with without_autocast(g.device.type):
             grad_x = g @ _dense(weight, g.dtype) if by_x else None
             grad_bias = g.reshape(-1, g.shape[-1]).sum(0) if by_bias else None
             if not by_weight:
@@ -294,10 +308,6 @@ class _Product(torch.autograd.Function):
             (x,) = ctx.saved_tensors
             _add_product(weight, g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1]))
         return grad_x, None, grad_bias, torch.zeros_like(weight.anchor)
-
-
-def _without_autocast(place: str) -> Any:
-    return torch.autocast(place, enabled=False) if torch.amp.is_autocast_available(place) else nullcontext()
 
 
 def _add_product(weight: Int8Parameter, g: Tensor, x: Tensor) -> None:

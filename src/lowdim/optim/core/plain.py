@@ -1,4 +1,7 @@
-"""AdamW for every parameter as it is: what `lowdim` trains 16-bit weights with where a method has no optimizer of its own."""
+"""AdamW for every parameter as it is: with moments of 16 or 32 bits, and of 8.
+
+What `lowdim` trains 16-bit weights with where a method has no optimizer of its own, and any weights with `adamw8bit`.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ from lowdim.optim.core import sharded
 from lowdim.optim.core.checking import check_betas
 from lowdim.optim.core.driver import ProjectedOptimizer
 from lowdim.optim.core.half import AdamW16bitRule, ShardwiseRule
-from lowdim.optim.core.inner import AdamWRule
+from lowdim.optim.core.inner import AdamW8bitRule, AdamWRule
 from lowdim.optim.core.options import TrainingOptions
 from lowdim.optim.core.parts import Parts
 from lowdim.optim.core.projectors import Identity
 from lowdim.optim.core.rounding import is_half
 
-__all__ = ["AdamW"]
+__all__ = ["AdamW", "AdamW8bit"]
 
 
 class AdamW(ProjectedOptimizer):
@@ -98,3 +101,46 @@ class AdamW(ProjectedOptimizer):
 
     def _with(self, rule: type[AdamWRule], group: dict[str, Any]) -> Parts:
         return Parts(Identity(), rule(tuple(group["betas"]), group["eps"], "inside"), decay="before")
+
+
+class AdamW8bit(AdamW):
+    """AdamW whose moments are kept in 8 bits between steps: two bytes a parameter instead of eight.
+
+    Formula: as `AdamW`, on the float32 values of the moments; they are stored as the nearest of 256 values times the largest
+    magnitude in their block of 256 (`quantize_blockwise`). A few blocks are read, updated and stored at a time, so that no
+    moment is in float32 as a whole. Parameters of fewer than 4096 entries keep the moments that `AdamW` gives them in float32.
+    16-bit weights are rounded stochastically, or have masters, as in `AdamW`. Composition: Identity × AdamW8bitRule ×
+    NoResidual × DenseStore.
+
+    Args: as for `AdamW`.
+
+    State of a parameter: `step` (int), `exp_avg` and `exp_avg_sq` (uint8), `absmax1` and `absmax2` (float32, one for each 256),
+    and `master` with `master_weights`. Tensors and numbers only: it is saved, loaded and resumed to the same bits.
+
+    Raises: as `AdamW`.
+
+    Example:
+        >>> import torch
+        >>> from lowdim.optim import AdamW8bit
+        >>> p = torch.nn.Parameter(torch.zeros(64, 64))
+        >>> optimizer = AdamW8bit([p], lr=1e-2, weight_decay=0.0)
+        >>> p.grad = torch.ones_like(p)
+        >>> optimizer.step()
+        >>> round(float(p.detach().mean()), 4), optimizer.state[p]["exp_avg"].dtype
+        (-0.01, torch.uint8)
+
+    Not for gradients with a few entries that are far larger than all others in their block: the others then lose digits. The
+    format is that of `bitsandbytes` and `torchao.optim.AdamW8bit`, which needs a compiler at run time.
+
+    Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", ICLR 2022, arXiv 2110.02861.
+    """
+
+    method = "AdamW8bit"
+
+    def parts(self, group: dict[str, Any], ndim: int) -> Parts:
+        """The composition for all parameters."""
+        return self._with(AdamW8bitRule, group)
+
+    def parts_of(self, p: Tensor, group: dict[str, Any]) -> Parts:
+        """The same for all."""
+        return self._with(AdamW8bitRule, group)

@@ -11,7 +11,7 @@ from lowdim import methods, models
 from lowdim.catalogue import variant
 from lowdim.testing.processes import in_processes
 from lowdim.train.loop import FitSettings, fit
-from lowdim.train.tasks import Task, classification, stack_blocks
+from lowdim.train.tasks import LanguageModelling, classification, stack_blocks
 
 #: One row of each way to train, and every method with a penalty.
 NAMES = ["full", "lora", "sora", "increlora", "sara", "galore", "fira", "dct", "sltrain", "sst", "maestro"]
@@ -30,7 +30,7 @@ def blocks(count=5, collate=masked):
     ids = torch.randint(0, 48, (count, 8), generator=torch.Generator().manual_seed(0))
     ids[0] = torch.arange(8)
     rows = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
-    return Task("causal-lm", rows, rows, rows, collate, 8)
+    return LanguageModelling(train=rows, validation=rows, test=rows, collate=collate, max_length=8)
 
 
 def gradients(model, applied, task, folder, *, size, parts, steps=1):

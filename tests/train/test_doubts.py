@@ -22,13 +22,12 @@ def test_a_score_that_a_constant_answer_gives_is_named(bert_folder, tmp_path):
     ]
     data, said = tiny.write_jsonl(tmp_path / "rows.jsonl", rows), []
     record = run_recipe(recipe(bert_folder, data, tmp_path / "out", metric="f1", lr=1e-6), say=said.append)
-    held = record["data"]["majority"]
-    assert (held["class"], held["share"]) == ("usual", pytest.approx(0.9, abs=0.03))
-    assert held["scores"]["accuracy"] == held["share"]
+    held = record["data"]["baseline"]
+    assert (held["name"], held["scores"]["accuracy"]) == ("majority-class", pytest.approx(0.9, abs=0.03))
     assert record["test"] == pytest.approx(held["scores"]["f1"]), "no word tells the classes apart"
     assert any("always answering 'usual'" in line and "f1 (macro)" in line for line in said)
     (note,) = (note for note in record["notes"] if "not better than" in note)
-    assert "is not better than always answering 'usual'" in note
+    assert "is not better than always answering the majority class, 'usual'" in note
     page = render_run(record)
     assert "validation f1 (macro)" in page
     assert "is not better than always answering" in page

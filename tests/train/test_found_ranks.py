@@ -190,7 +190,7 @@ def test_a_run_cuts_closed_ranks(tmp_path):
 @pytest.mark.parametrize(("method", "options"), [("sora", {"rank": 8, "threshold": 0.2}), ("maestro", {"threshold": 3.0})])
 def test_a_comparison_records_what_was_found(method, options, tmp_path):
     from lowdim.catalogue import variant
-    from lowdim.compare import runs
+    from lowdim.comparison import runs
     from lowdim.methods import with_options
     from lowdim.train.metrics import metric_for
     from lowdim.train.tasks import language_modelling
@@ -200,7 +200,7 @@ def test_a_comparison_records_what_was_found(method, options, tmp_path):
         model=models.load_model("stories260k", "causal-lm"), task=task, head=(), metric=metric_for("causal-lm"), steps=4,
         batch_size=4, folder=tmp_path, fingerprint="",
     )  # fmt: skip
-    record = runs.perform(bench, runs.Run(with_options(variant(method), options), "seed", 0, 1e-2, 0))
+    record = runs.perform(bench, runs.Run(with_options(variant(method), options), "seed", 0, 1e-2, 0, steps=4))
     assert record.failure is None
     assert record.ranks
     assert min(record.ranks.values()) < (8 if method == "sora" else 32)

@@ -172,7 +172,7 @@ def test_a_long_conversation_loses_its_start(tokenizer):
         (DROPS, TALK, 1000, "row 2: the tokenizer's chat template drops the answer 'Hello!'"),
         (FORGETFUL, [TALK[0], Turn("assistant", "[hm] Hello!"), *TALK[2:]], 1000, "writes answer 1 otherwise"),
         (BRACKETS, [Turn("system", "s"), *TALK], 1000, "does not take this conversation .no system messages."),
-        (None, TALK, 1, "row 2: no token of an answer is left in 1 tokens"),
+        (None, TALK, 1, "row 2: no whole answer is left in 1 tokens"),
     ],
 )
 def test_conversations_that_cannot_be_trained_on(tokenizer, template, turns, length, message):

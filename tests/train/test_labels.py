@@ -143,8 +143,8 @@ SCORES = {
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_scores_are_refused_with_a_word_on_regression(name):
-    with pytest.raises(DataError, match=r"look like scores .*lowdim has no regression yet") as error:
+def test_scores_are_refused_and_the_task_for_them_is_named(name):
+    with pytest.raises(DataError, match=r"look like scores .*--task regress") as error:
         encode_labels(SCORES[name], "a.csv")
     assert len(str(error.value)) < 600
 

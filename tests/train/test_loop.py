@@ -16,7 +16,7 @@ from lowdim.errors import UnknownNameError
 from lowdim.methods import Applied
 from lowdim.train.callbacks import AdaptedCallback
 from lowdim.train.loop import FitSettings, check_tracker, fit
-from lowdim.train.tasks import Task, classification, stack_blocks
+from lowdim.train.tasks import LanguageModelling, classification, stack_blocks
 
 
 def blocks(count=24, length=8, seed=0):
@@ -24,7 +24,7 @@ def blocks(count=24, length=8, seed=0):
 
     ids = torch.randint(0, 48, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
     rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
-    return Task("causal-lm", rows, rows, rows, stack_blocks, length)
+    return LanguageModelling(train=rows, validation=rows, test=rows, collate=stack_blocks, max_length=length)
 
 
 def ready(name="lora", lr=1e-2, steps=6, model=None, head=(), task=None, **options):

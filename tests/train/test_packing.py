@@ -50,19 +50,19 @@ def test_a_file_is_one_document(file, tmp_path):
     assert rows(task.validation) + rows(task.test) == want[-len(held) :]
     assert sorted(rows(task.train)) == sorted(want[: -len(held)])
     assert len(task.validation) == len(task.test) == len(want) // 20
-    assert task.kind == "causal-lm"
+    assert task.kind == "pretrain"
     batch = task.collate([task.train[0], task.train[1]])
     assert batch["input_ids"].shape == batch["labels"].shape == (2, 32)
 
 
 def test_pieces_of_a_large_file_join(tmp_path, monkeypatch):
     """Cut into pieces in the middle of lines and of characters, the tokens are the same."""
-    from lowdim.train import packing
+    from lowdim.train import text_files
 
     path = tmp_path / "long.txt"
     path.write_text("äöü€ " * 500 + "\n" + "x" * 900 + "\nend", encoding="utf-8")
     whole = pretraining(TOKENIZER, [path], length=16, cache=tmp_path / "a")
-    monkeypatch.setattr(packing, "_PIECE", 7)
+    monkeypatch.setattr(text_files, "_PIECE", 7)
     cut = pretraining(TOKENIZER, [path], length=16, cache=tmp_path / "b")
     assert rows(cut.train) == rows(whole.train)
     assert rows(cut.test) == rows(whole.test)
@@ -178,9 +178,9 @@ def test_bad_text(tmp_path):
 
 
 def test_a_large_file_is_checked_while_it_is_read(tmp_path, monkeypatch):
-    from lowdim.train import packing
+    from lowdim.train import text_files
 
-    monkeypatch.setattr(packing, "_LARGE", 10)
+    monkeypatch.setattr(text_files, "_LARGE", 10)
     path = tmp_path / "late.txt"
     path.write_bytes(b"fine " * 200 + b"\xff\xff")
     with pytest.raises(DataError, match="is not UTF-8: near byte 1000"):

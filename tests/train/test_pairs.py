@@ -1,13 +1,14 @@
 """Pairs of texts as one input: encoded, split, trained, exported with the code that reads them."""
 
 import json
+import re
 
 import pytest
 import torch
 
 from lowdim import models
-from lowdim.compare import compare
-from lowdim.compare.settings import CompareSettings
+from lowdim.comparison import compare
+from lowdim.comparison.settings import CompareSettings
 from lowdim.errors import DataError
 from lowdim.jobs import ExportSettings, export
 from lowdim.train.inputs import encode, joint_of
@@ -120,6 +121,12 @@ def test_parts_hold_pairs(pooled, file):
     assert "a pair are columns 'sentence1' and 'sentence2' and the label 'label'" in dict(task.remarks())["data"]
 
 
+def test_pairs_that_are_cut_are_counted_as_pairs(pooled, file):
+    tokenizer = models.load_tokenizer(str(pooled))
+    task = classification(tokenizer, [file], max_length=6)
+    assert any(re.fullmatch(r"\d+ of \d+ pairs are longer than 6 tokens and were cut \(--max-length\)", n) for n in task.notes)
+
+
 def test_a_pooled_encoder_reads_the_segments(pooled):
     model = models.load_model(str(pooled), "classify").eval()
     batch = {"input_ids": torch.tensor([[2, 5, 3, 6, 3]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
@@ -170,7 +177,7 @@ def test_a_run_records_its_columns(file, tmp_path):
 def test_the_code_of_a_winner_reads_a_pair(pooled, file, tmp_path, monkeypatch, model, method):
     name = str(pooled) if model == "pooled" else model
     settings = CompareSettings(
-        model=name, data=(str(file),), methods=(method,), steps=3, seeds=1, trials=1, max_length=40, batch_size=8
+        model=name, data=(str(file),), methods=(method,), steps=3, seeds=1, rates=1, max_length=40, batch_size=8
     )
     record = compare(settings, tmp_path / "out")
     assert record["winner"]["largest_difference"] < 1e-4

@@ -8,12 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lowdim.catalogue import methods
+from lowdim.catalogue import methods, variant
 from lowdim.errors import CheckpointError, DataError, UnknownNameError
+from lowdim.methods import strategy_for
 from lowdim.models import assets
 from lowdim.train.recipes import Recipe
 from lowdim.train.run import run_recipe
 from lowdim.train.spikes import SpikeAlarm
+from lowdim.train.tasks import causal_lm
 
 TRAINING = [v.name for v in methods("training")]
 
@@ -51,7 +53,7 @@ def recipe(out, text, shape, method="galore", **changes):
 
 
 def small(method, **more):
-    ranked = {"rank": 8} if method not in ("full", "maestro", "monarch") else {}
+    ranked = {"rank": 8} if "rank" in strategy_for(variant(method)).option_names() else {}
     if method in ("galore", "galore-8bit", "q-galore", "fira"):
         ranked["update_interval"] = 3
     return {**ranked, **more}
@@ -94,8 +96,6 @@ def test_every_method_pretrains_and_resumes(method, text, shape, tmp_path):
     record = killed_and_resumed(tmp_path, text, shape, method, options=small(method))
     assert record["validation"] < record["before"] < 400
     assert record["metric"] == "perplexity"
-    from lowdim.catalogue import variant
-
     assert record["lr"] == (variant(method).scratch_rates or variant(method).rates)[0]
 
 
@@ -112,6 +112,21 @@ def test_layerwise_with_accumulation_and_clipping(method, text, shape, tmp_path)
     assert record["losses"] != free["losses"], "clipping changed nothing"
     assert "projected_norm" in record["subspaces"][0]
     assert "true_grad_norm" not in record["subspaces"][0], "of summed projected gradients it is not known"
+
+
+def test_frequencies_of_a_stream_are_those_of_its_first_blocks():
+    """It has no end; a block of two tokens, each of which counts once more."""
+    drawn = []
+
+    def blocks():
+        while True:
+            drawn.append(1)
+            yield {"input_ids": [0, 1 + len(drawn) % 2]}
+
+    found = causal_lm._frequencies(blocks(), 4).exp()
+    assert len(drawn) == 8192
+    want = torch.tensor([8193.0, 4097.0, 4097.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(found, want / want.sum())
 
 
 def test_a_stream_resumes(shape, tmp_path):
@@ -156,9 +171,9 @@ def test_evaluations_during_training_and_what_is_monitored(text, shape, tmp_path
 
 
 def test_a_spike_is_reported(text, shape, tmp_path, monkeypatch):
-    from lowdim.train import trainer
+    from lowdim.train import monitoring
 
-    monkeypatch.setattr(trainer, "SpikeAlarm", lambda: SpikeAlarm(patience=2))
+    monkeypatch.setattr(monitoring, "SpikeAlarm", lambda: SpikeAlarm(patience=2))
     told = []
     how = {"options": {}, "lr": 3.0, "save_steps": 0, "max_grad_norm": 0.0, "steps": 6}
     record = run_recipe(recipe(tmp_path / "out", text, shape, "full", **how), say=told.append)

@@ -18,7 +18,7 @@ from lowdim.adapters.diffora.search import search_steps
 from lowdim.catalogue import entries, variant
 from lowdim.errors import CheckpointError, LowdimError, UnknownNameError
 from lowdim.train.recipes import Recipe
-from lowdim.train.run import _settings, load_run, run_recipe
+from lowdim.train.run import fit_settings, load_run, run_recipe
 from methods import METHODS, busy, row
 
 #: Language models have no head to probe; for `lamda++` it is LaMDA that is resumed.
@@ -101,6 +101,14 @@ def test_killed_and_resumed_is_as_if_never_killed(method, whole, tmp_path):
     folder, want = whole(method)
     if method in APPROXIMATE:  # `before` scores the model
         assert want["losses"][-1] < want["losses"][0]
+    elif method == "nm-decay":  # it takes half of the weights away while it trains: two of every four are left
+        weights = [value for name, value in trained(folder).items() if name.endswith("_proj.weight")]
+        assert weights
+        assert {int((value.unflatten(1, (-1, 4)) != 0).sum(-1).max()) for value in weights} == {2}
+    elif method == "pst":  # 90 % of them
+        weights = [value for name, value in trained(folder).items() if name.endswith("_proj.weight")]
+        assert weights
+        assert all(int((value == 0).sum()) == int(value.numel() * 0.9) for value in weights)
     else:
         assert want["validation"] < want["before"]
     with pytest.raises(KeyboardInterrupt):
@@ -282,10 +290,10 @@ def test_every_setting_of_the_loop_comes_from_the_recipe(tmp_path):
         "steps": 9, "batch_size": 3, "warmup": 0.3, "schedule": "cosine", "max_grad_norm": 0.5, "gradient_accumulation": 2,
         "gradient_checkpointing": True, "bf16": True, "seed": 11, "save_steps": 4, "report_to": "tensorboard", "eval_steps": 5,
     }  # fmt: skip
-    settings = _settings(recipe(tmp_path, **changed), 0.125)
+    settings = fit_settings(recipe(tmp_path, **changed), 0.125)
     assert {key: getattr(settings, key) for key in changed} == changed
     assert settings.lr == 0.125
-    assert {f.name for f in dataclasses.fields(settings)} == {*changed, "lr", "log_steps", "clips_itself", "watch"}
+    assert {f.name for f in dataclasses.fields(settings)} == {*changed, "lr", "log_steps", "clips_itself", "watch", "pause_at"}
 
 
 def test_rates_that_are_left_out_are_the_methods_own(tmp_path):

@@ -243,16 +243,16 @@ def test_checkpoints_are_kept_by_step(days, tmp_path):
 
 
 def test_spikes_before_the_checkpoint_are_in_the_record(monkeypatch, tmp_path):
-    from lowdim.train import trainer
+    from lowdim.train import monitoring
 
-    class Nervous(trainer.SpikeAlarm):
+    class Nervous(monitoring.SpikeAlarm):
         def spike(self, loss):
             return super().spike(loss) or True
 
         def threshold(self):
             return 0.0
 
-    monkeypatch.setattr(trainer, "SpikeAlarm", Nervous)
+    monkeypatch.setattr(monitoring, "SpikeAlarm", Nervous)
     want = run_recipe(recipe(tmp_path / "a"))
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe(tmp_path / "b"), callbacks=(Kill(3),))

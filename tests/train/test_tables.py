@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from lowdim.errors import DataError
+from lowdim.errors import DataError, UnknownNameError
+from lowdim.train.data import read_examples
 from lowdim.train.tables import read_rows
 
 TEXTS = ['He said "hi" there', "plain", 'it is 6" long', "two\nlines", "a\ttab", "", '"', "a, b; c | d", '"in quotes"']
@@ -149,7 +150,7 @@ def test_row_numbers_of_r_are_a_column_without_a_name(tmp_path):
 @pytest.mark.parametrize("separator", ["\t", ";"])
 def test_a_first_row_that_is_data_is_refused_unless_it_was_named(tmp_path, content, separator):
     path = put(tmp_path / "a.csv", content.replace("\t", separator))
-    with pytest.raises(DataError, match=r"the first row, .*, looks like data .*column names; if it is one, .* --text"):
+    with pytest.raises(DataError, match=r"the first row, .*, looks like data .*column names, .*; if it is a header, .* --text"):
         read_rows(path)
     assert (
         len(read_rows(path, [read_rows(path, [content.split("\n")[0].split("\t")[0]]).columns[0]])) == content.count("\n") - 1
@@ -260,14 +261,13 @@ def test_many_batches_of_rows_are_one_table(tmp_path):
     assert table[-1] == {"n": count - 1, "odd": str(count - 1)}
 
 
-def test_fasttext_labels_stand_anywhere_and_one_in_each_line(tmp_path):
+def test_fasttext_labels_stand_anywhere_and_several_are_lists(tmp_path):
     content = "__label__a first\nsecond __label__b\n thi__label__rd __label__a one \nno label\n__label__a __label__a twice\n"
     found = [("a", "first"), ("b", "second"), ("a", "thi__label__rd one"), (None, "no label"), ("a", "twice")]
     assert rows(put(tmp_path / "a.txt", content)) == found
-    with pytest.raises(DataError, match=r"b\.txt, line 1 has 2 labels \(x, y\)"):
-        read_rows(put(tmp_path / "b.txt", "__label__x,__label__y one\n"))
-    with pytest.raises(DataError, match=r"a\.txt, line 2 has 2 labels \(sauce, cheese\)"):
-        read_rows(put(tmp_path / "a.txt", "__label__x one\n__label__sauce how much __label__cheese in it\n"))
+    several = "__label__x,__label__y one\n__label__sauce how much __label__cheese in it\nno label\n"
+    lists = [(["x", "y"], "one"), (["sauce", "cheese"], "how much in it"), ([], "no label")]
+    assert rows(put(tmp_path / "b.txt", several)) == lists
 
 
 MEMORY = """
@@ -335,3 +335,43 @@ def test_a_table_of_empty_lines_has_no_header(tmp_path, text):
         DataError, match=r"a\.csv (has no header: all of its lines are empty|is empty|has a header and no rows)"
     ):
         read_rows(tmp_path / "a.csv")
+
+
+def test_columns_of_a_table_without_a_header_have_numbers(tmp_path):
+    path = tmp_path / "pairs.tsv"
+    lines = [f"news\t{i % 6}.500\tfilm {i} begins\tplot {i} ends" for i in range(20)]
+    path.write_text("\n".join([*lines[:7], lines[7] + "\tsource\thttps://example.org", *lines[8:]]) + "\n")
+    found = read_examples([path], text="3,4", label="2", numbers=True)
+    assert (len(found), found.texts[0], found.others[19], found.labels[:2]) == (20, "film 0 begins", "plot 19 ends", (0.5, 1.5))
+    assert found.columns[0].roles.text == ("3", "4")
+    assert f"{path} was read without a header; its columns are counted from 1 to 4" in found.notes
+    assert f"1 rows of {path} have more than 4 fields; the others were left out" in found.notes
+    with pytest.raises(
+        DataError, match=r"the first row, .* looks like data \('0\.500' is a number\).* by number, such as --text 2"
+    ):
+        read_examples([path], numbers=True)
+    with pytest.raises(UnknownNameError, match="0"):
+        read_examples([path], text="0,3", label="2", numbers=True)
+
+
+def test_numbers_that_are_names_name_columns(tmp_path):
+    path = tmp_path / "named.csv"
+    path.write_text("1,2\n" + "".join(f"{'ab'[i % 2]},film {i}\n" for i in range(9)))
+    assert len(read_examples([path], text="2", label="1")) == 9
+    path.write_text("".join(f"{i % 2},film {i}\n" for i in range(9)))
+    assert len(read_examples([path], text="2", label="1")) == 9
+
+
+def test_a_comma_in_a_text_without_quotes_is_no_further_field(tmp_path):
+    path = tmp_path / "ragged.csv"
+    path.write_text("a,good film\nb,bad film\na,good, long film\n" + "b,dull film\n" * 9)
+    with pytest.raises(DataError, match="line 3: row 3 has 3 fields, the first row 2"):
+        read_examples([path], text="2", label="1")
+
+
+def test_a_table_is_not_read_as_labelled_lines(tmp_path):
+    path = put(tmp_path / "sick.txt", "id\ta\tb\tscore\n" + "".join(f"{i}\tfilm {i}\tplot {i}\t{i % 5}\n" for i in range(9)))
+    with pytest.raises(DataError, match=r"sick\.txt is a table: each line has 4 fields .*; give it the name sick\.tsv"):
+        read_rows(path)
+    put(path, "good\ta film\nbad\ta\tb\n")
+    assert rows(path) == [("good", "a film"), ("bad", "a\tb")]

@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING
 from lowdim.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from lowdim.train.callbacks import AdaptedCallback
+    from lowdim.train.callbacks import AdaptedCallback, TempBalanceCallback
+    from lowdim.train.curvature_callback import TuneSGDCallback
     from lowdim.train.loop import fit
     from lowdim.train.mixin import AdaptedTrainerMixin
+    from lowdim.train.multigrid import MultigridSchedule
+    from lowdim.train.multigrid_data import GridDataset, MultigridBatchSampler, ShortCycleBatchSampler, resample
+    from lowdim.train.multigrid_norm import SubBatchNorm, convert_batch_norm, set_bn_splits
+    from lowdim.train.multigrid_trainer import MultigridCallback
     from lowdim.train.recipes import Recipe, load_recipe
     from lowdim.train.run import run_recipe
     from lowdim.train.settings import FitResult, FitSettings
     from lowdim.train.tasks import Task, classification, language_modelling
+    from lowdim.train.tasks.own import OwnTask, own_task
     from lowdim.train.tokenizers import byte_tokenizer, character_tokenizer
 
 __all__ = [
@@ -21,28 +27,54 @@ __all__ = [
     "AdaptedTrainerMixin",
     "FitResult",
     "FitSettings",
+    "GridDataset",
+    "MultigridBatchSampler",
+    "MultigridCallback",
+    "MultigridSchedule",
+    "OwnTask",
     "Recipe",
+    "ShortCycleBatchSampler",
+    "SubBatchNorm",
     "Task",
+    "TempBalanceCallback",
+    "TuneSGDCallback",
     "byte_tokenizer",
     "character_tokenizer",
     "classification",
+    "convert_batch_norm",
     "fit",
     "language_modelling",
     "load_recipe",
+    "own_task",
+    "resample",
     "run_recipe",
+    "set_bn_splits",
 ]
 
 _HOMES = {
     "AdaptedCallback": "callbacks",
+    "TempBalanceCallback": "callbacks",
+    "TuneSGDCallback": "curvature_callback",
     "AdaptedTrainerMixin": "mixin",
     "FitResult": "settings",
     "FitSettings": "settings",
     "fit": "loop",
-    "Task": "tasks",
-    "classification": "tasks",
-    "language_modelling": "tasks",
+    "OwnTask": "tasks.own",
+    "own_task": "tasks.own",
+    "Task": "tasks.base",
+    "classification": "tasks.classify",
+    "language_modelling": "tasks.causal_lm",
     "byte_tokenizer": "tokenizers",
     "character_tokenizer": "tokenizers",
+    "MultigridSchedule": "multigrid",
+    "GridDataset": "multigrid_data",
+    "MultigridBatchSampler": "multigrid_data",
+    "ShortCycleBatchSampler": "multigrid_data",
+    "resample": "multigrid_data",
+    "SubBatchNorm": "multigrid_norm",
+    "convert_batch_norm": "multigrid_norm",
+    "set_bn_splits": "multigrid_norm",
+    "MultigridCallback": "multigrid_trainer",
     "Recipe": "recipes",
     "load_recipe": "recipes",
     "run_recipe": "run",

@@ -9,7 +9,17 @@ from typing import Any
 from lowdim.errors import DataError, shown
 from lowdim.train.conversations import Turn
 
-__all__ = ["IGNORED", "PLAIN_TEMPLATE", "Encoded", "encode_conversation", "prompt_of", "use_template"]
+__all__ = [
+    "IGNORED",
+    "PLAIN_TEMPLATE",
+    "Encoded",
+    "NoAnswerLeftError",
+    "encode_conversation",
+    "ending_of",
+    "prompt_of",
+    "token_ids",
+    "use_template",
+]
 
 #: Label of a token that is not trained on.
 IGNORED = -100
@@ -38,15 +48,38 @@ class Encoded:
     cut: int = 0
 
 
-def use_template(tokenizer: Any) -> bool:
-    """Give a tokenizer without a chat template the plain one; returns whether it had none.
+class NoAnswerLeftError(DataError):
+    """A conversation has no whole answer within the length."""
 
-    The template is saved with the tokenizer, so the trained model is used with the template that it was trained with.
+
+def use_template(tokenizer: Any) -> bool:
+    """Give a tokenizer without a chat template the plain one; returns whether it has the plain one.
+
+    A tokenizer that begins texts with a token of its own gets it in the template, too. The template is saved with the
+    tokenizer, so the trained model is used with the template that it was trained with.
+
+    Raises:
+        DataError: the tokenizer has no token that ends a text, so that an answer would have no end.
     """
     if getattr(tokenizer, "chat_template", None):
-        return False
-    tokenizer.chat_template = PLAIN_TEMPLATE
+        return str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE)
+    if tokenizer.eos_token is None:
+        raise DataError("the tokenizer has neither a chat template nor an end token, so answers would not end; give it one")
+    begins = tokenizer.bos_token is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
+    tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE
     return True
+
+
+def ending_of(tokenizer: Any) -> str:
+    """What the template writes after an answer, such as `<|im_end|>`; line breaks at its end are not part of it."""
+    word = "answer"
+    whole = _rendered(tokenizer, [Turn("user", "question"), Turn("assistant", word)], "a conversation")
+    return whole.rpartition(word)[2].rstrip("\n")
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Of a text that a template has written: the names of special tokens in it are those tokens."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"])
 
 
 def prompt_of(tokenizer: Any, turns: Sequence[Turn]) -> str:
@@ -59,28 +92,29 @@ def encode_conversation(tokenizer: Any, turns: Sequence[Turn], length: int, plac
     """Token ids and labels of a conversation.
 
     Every answer is trained on, with the token that ends it: the text between the template's invitation to answer and the end of
-    the turn. A conversation that is too long loses tokens at its start; what is left must hold a trained token.
+    the turn. A conversation that is too long loses tokens at its start; an answer that is not left whole is not trained on.
 
     Raises:
-        DataError: the template fails, or drops or changes an answer, or no answer is left within the length.
+        DataError: the template fails, or drops or changes an answer.
+        NoAnswerLeftError: no whole answer is left within the length.
     """
     spans, whole = _answers(tokenizer, turns, place)
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=False)
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=False, verbose=False)
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-    labels = [IGNORED] * len(ids)
-    place_of = 0
-    for start, end in spans:
-        while place_of < len(ids) and offsets[place_of][1] <= start:
-            place_of += 1
-        here = place_of
-        while here < len(ids) and offsets[here][0] < end:
-            labels[here] = ids[here]
-            here += 1
-        place_of = here
     cut = max(0, len(ids) - length)
+    labels = [IGNORED] * len(ids)
+    here = 0
+    for start, end in spans:
+        while here < len(ids) and offsets[here][1] <= start:
+            here += 1
+        first = here
+        while here < len(ids) and offsets[here][0] < end:
+            here += 1
+        if first > cut or not cut:  # the token before the answer is left, so that all of it is predicted
+            labels[first:here] = ids[first:here]
     ids, labels = ids[cut:], labels[cut:]
     if all(label == IGNORED for label in labels[1:]):
-        raise DataError(f"{place}: no token of an answer is left in {length} tokens")
+        raise NoAnswerLeftError(f"{place}: no whole answer is left in {length} tokens (--max-length)")
     return Encoded(ids, labels, cut)
 
 

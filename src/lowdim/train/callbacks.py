@@ -1,4 +1,4 @@
-"""The trainer callback for adapted models: the regularizer, and one call after each optimizer step."""
+"""Trainer callbacks: for adapted models (the regularizer, one call after each optimizer step), and for rates by layer."""
 
 from __future__ import annotations
 
@@ -8,24 +8,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowdim.adapters.core.files.layout import TENSORS, read_adapter
+from lowdim.errors import warn_caller
+from lowdim.files import read_json_object, write_json
 from lowdim.pretrained.guard import begin_checkpoints, end_checkpoints
 from lowdim.surgery import unwrap
+from lowdim.train.callback_base import callback_base
 
 if TYPE_CHECKING:
     from lowdim.adapters import Adapted
+    from lowdim.diagnose import TempBalance
 
-__all__ = ["AdaptedCallback"]
-
-
-def _base() -> type:
-    try:
-        from transformers import TrainerCallback
-    except ImportError:
-        return object
-    return TrainerCallback
+__all__ = ["AdaptedCallback", "TempBalanceCallback"]
 
 
-class AdaptedCallback(_base()):
+class AdaptedCallback(callback_base()):
     """A `transformers.TrainerCallback` for adapters: adds the regularizer and calls `adapted.step()`.
 
     If the method has a regularizer (SoRA, IncreLoRA, SaRA with a nuclear norm), its gradient is added once before each
@@ -107,3 +103,71 @@ class AdaptedCallback(_base()):
         with torch.enable_grad():
             value = self.adapted.regularizer()
         return value if isinstance(value, torch.Tensor) and value.requires_grad else None
+
+
+class TempBalanceCallback(callback_base()):
+    """A `transformers.TrainerCallback` that gives each layer its own learning rate by the tail of its spectrum, once an epoch.
+
+    Give the trainer an optimizer with a group for each layer: `Trainer(…, optimizers=(torch.optim.AdamW(balance_groups(model),
+    lr=…), None), callbacks=[TempBalanceCallback(model)])`. Checkpoints hold the factors, so that a training that is resumed in
+    the same output folder continues with them.
+
+    Args:
+        model: the model that is trained.
+        **options: as in `lowdim.diagnose.TempBalance`.
+
+    Attributes:
+        balance: the TempBalance; None before the training begins.
+
+    Raises:
+        ValueError, TypeError: as TempBalance, in `on_train_begin`.
+
+    Example:
+        >>> import torch
+        >>> from lowdim.train import TempBalanceCallback
+        >>> callback = TempBalanceCallback(torch.nn.Linear(8, 8), high=1.4)  # Trainer(..., callbacks=[callback])
+
+    Source: Hu, Goel, Killiakov, Yang, arXiv 2506.06280; Zhou et al., "Temperature Balancing", arXiv 2312.00359.
+    """
+
+    def __init__(self, model: torch.nn.Module, **options: Any):
+        self.model, self.options = model, options
+        self.balance: TempBalance | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Hook the trainer's optimizer; after a resume, take the checkpoint's factors."""
+        from lowdim.diagnose import TempBalance
+
+        if self.balance is not None:
+            self.balance.remove()
+        self.balance = TempBalance(self.model, kwargs["optimizer"], **self.options)
+        stored = self._stored(args, state)
+        if state.global_step and stored.is_file():
+            self.balance.load_state_dict(read_json_object(stored))
+        elif state.global_step:
+            warn_caller(f"{stored} does not exist: the rates of the layers are measured anew at step {state.global_step}")
+            self.balance.update()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the step, for `interval`."""
+        assert self.balance is not None
+        self.balance.step()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure anew."""
+        assert self.balance is not None
+        self.balance.update()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Store the factors beside the checkpoint's other files."""
+        if self.balance is not None and state.is_world_process_zero:
+            write_json(self._stored(args, state), self.balance.state_dict())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the hooks off the optimizer."""
+        if self.balance is not None:
+            self.balance.remove()
+
+    @staticmethod
+    def _stored(args: Any, state: Any) -> Path:
+        return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "balance.json"

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowdim.errors import DataError, shown
+from lowdim.errors import DataError, UnknownNameError, listed, nearest, shown
 from lowdim.files import parse_json
 
-__all__ = ["FORMATS", "Format", "Turn", "as_text", "conversation_of", "format_of"]
+__all__ = ["FORMATS", "EmptyTurnError", "Format", "Turn", "as_text", "conversation_of", "format_asked", "format_of"]
 
 ROLES = ("system", "user", "assistant")
 #: What other data sets call the roles.
@@ -28,6 +28,10 @@ _ROLES = {
     "bing": "assistant",
     "bard": "assistant",
 }
+
+
+class EmptyTurnError(DataError):
+    """A prompt or an answer is empty."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def format_of(columns: Iterable[str], source: str) -> Format:
     """The format of a table with these columns.
 
     Raises:
-        DataError: none fits, or rows hold preferences, or two fit that share no column.
+        DataError: none fits, or rows hold preferences, or two fit of which neither is part of the other.
 
     Example:
         >>> from lowdim.train.conversations import format_of
@@ -109,21 +113,51 @@ def format_of(columns: Iterable[str], source: str) -> Format:
     found = [form for form in FORMATS if form.needed <= set(there)]
     if not found:
         known = "; ".join(", ".join(sorted(form.needed)) for form in FORMATS)
-        raise DataError(f"{source} has columns {', '.join(there.values())}; `instruct` reads one of: {known}")
-    other = next((form for form in found[1:] if not form.needed & found[0].needed), None)
+        raise DataError(
+            f"{source} has columns {listed(there.values())}; `instruct` reads one of: {known}; other names are given with "
+            "--text PROMPT,ANSWER"
+        )
+    other = next((form for form in found[1:] if not form.needed <= set(found[0].columns)), None)
     if other is not None:
+        options = [",".join(column for column in form.columns if column in form.needed) for form in (found[0], other)]
         raise DataError(
             f"{source} can be read in two ways: {found[0].name} ({', '.join(sorted(found[0].needed))}) and {other.name} "
-            f"({', '.join(sorted(other.needed))}); remove the columns that are not meant"
+            f"({', '.join(sorted(other.needed))}); choose with --text {options[0]} or --text {options[1]}"
         )
     return found[0]
+
+
+def format_asked(asked: str, columns: Iterable[str], source: str) -> Format:
+    """The format that `--text` names: a column of turns, or columns of the prompt and, last, the column of the answer.
+
+    Raises:
+        UnknownNameError: a column that does not exist.
+        DataError: a column is named twice.
+    """
+    names = [name.strip() for name in asked.split(",")]
+    there = list(columns)
+    known = {column.strip().lower() for column in there}
+    for name in names:
+        if name.lower() not in known:
+            raise UnknownNameError(
+                f"--text: {source} has no column {shown(name)}; nearest: {listed(nearest(name, there))}; "
+                f"columns: {listed(there)}"
+            )
+    plain = [name.lower() for name in names]
+    if len(set(plain)) < len(plain):
+        raise DataError(f"--text {asked}: name each column once, those of the prompt first and that of the answer last")
+    if len(plain) == 1:
+        return Format(names[0], chat=plain[0])
+    *prompt, answer = plain
+    return Format(" and ".join(names), tuple(prompt), answer, optional=tuple(prompt[1:]))
 
 
 def conversation_of(row: Mapping[str, Any], form: Format, place: str) -> list[Turn]:
     """The turns of one row: a system message perhaps, then the user and the assistant in turn; the last is an answer.
 
     Raises:
-        DataError: an empty answer or prompt, an unknown role, turns out of order; the place (file and row) is named.
+        EmptyTurnError: an empty answer or prompt; the place (file and row) is named.
+        DataError: an unknown role, or turns out of order.
 
     Example:
         >>> from lowdim.train.conversations import conversation_of, format_of
@@ -145,7 +179,7 @@ def _pair(row: Mapping[str, Any], form: Format, place: str) -> list[Turn]:
     for column in form.prompt:
         text = _text(row.get(column), column, place)
         if not text.strip() and column not in form.optional:
-            raise DataError(f"{place}: column {column!r} is empty")
+            raise EmptyTurnError(f"{place}: column {column!r} is empty")
         parts.append(text)
     answer = _text(row.get(form.answer), form.answer, place)
     return [Turn("user", "\n\n".join(part for part in parts if part.strip())), Turn("assistant", answer)]
@@ -198,7 +232,7 @@ def _check(turns: Sequence[Turn], place: str) -> None:
         if turn.role != wanted:
             raise DataError(f"{place}: turn {number} must be by the {wanted}; got {turn.role}")
         if not turn.content.strip():
-            raise DataError(f"{place}: turn {number}, by the {turn.role}, is empty")
+            raise EmptyTurnError(f"{place}: turn {number}, by the {turn.role}, is empty")
     if len(talk) < 2 or talk[-1].role != "assistant":
         raise DataError(f"{place}: the conversation must end with an answer; got {len(talk)} turns")
 

@@ -12,21 +12,12 @@ import torch
 
 import lowdim
 
-__all__ = ["environment"]
+__all__ = ["environment", "installed", "processor"]
 
 
 @cache
 def environment() -> dict[str, Any]:
     """Versions and hardware, as recorded in every result."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.partition(":")[2].strip()
-            for line in info.read_text(encoding="utf-8", errors="replace").splitlines()
-            if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
     memory = None
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
@@ -35,17 +26,26 @@ def environment() -> dict[str, Any]:
         "lowdim": lowdim.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": _installed("transformers"),
-        "accelerate": _installed("accelerate"),
+        "transformers": installed("transformers"),
+        "accelerate": installed("accelerate"),
         "os": platform.platform(terse=True),
-        "cpu": cpu,
+        "cpu": processor(),
         "cores": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "memory_bytes": memory,
     }
 
 
-def _installed(package: str) -> str | None:
+def processor() -> str:
+    """The name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed package, or None."""
     # Read from the installation without importing the package: a reproduction of a solver needs neither.
     try:
         return metadata.version(package)

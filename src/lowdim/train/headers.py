@@ -59,7 +59,8 @@ def check_header(table: Table, confirmed: Collection[str] = ()) -> list[str]:
     if why:
         raise DataError(
             f"{table.path}: the first row, {listed(map(repr, header))}, looks like data ({why}); begin the file with a row of "
-            "column names; if it is one, name the column of the text with --text"
+            "column names, or name columns by number, such as --text 2 --label 1; if it is a header, name the column of the "
+            "text with --text"
         )
     if has_usual_name(header) or all(_WORD.fullmatch(name) or name.startswith("Unnamed: ") for name in header):
         return []

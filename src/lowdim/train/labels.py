@@ -13,7 +13,7 @@ from typing import Any
 from lowdim.errors import DataError, listed, nearest, shown
 from lowdim.train.scores import check_no_scores, number
 
-__all__ = ["Labels", "encode_labels", "label_filter"]
+__all__ = ["Labels", "encode_labels", "encode_several", "label_filter"]
 
 _NAN = re.compile(r"[+-]?nan|<na>|nat", re.IGNORECASE)
 _INFINITE = re.compile(r"[+-]?inf(?:inity)?", re.IGNORECASE)
@@ -25,7 +25,7 @@ _TRUTH = {"1": "true", "0": "false"}
 class Labels:
     """Class indices, the names of the classes in order, and what the user should know of them."""
 
-    indices: tuple[int, ...]
+    indices: tuple[Any, ...]
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
@@ -87,12 +87,31 @@ def encode_labels(values: Iterable[Any], source: str, classes: Sequence[str] = (
                 f"{source}: the labels have {len(known)} different values in {len(names)} rows, such as {shown(known[0])}; "
                 "are they classes? name another column with --label"
             )
-        notes += [*_variants(counts, source), *_missing(counts, source)]
+        notes += [*_variants(counts, source), *_missing(counts, source), *_joined(counts, source)]
     strange = sorted(set(counts) - set(known))
     if strange:
         raise DataError(_unknown(strange[0], known, source))
     index = {name: i for i, name in enumerate(known)}
     return Labels(tuple(index[name] for name in names), tuple(known), tuple(notes))
+
+
+def encode_several(rows: Sequence[Sequence[Any]], source: str, classes: Sequence[str] = (), column: str = "") -> Labels:
+    """The classes of rows that have any number of them: in `indices` a tuple for each row, in rising order.
+
+    Args, Raises: see `encode_labels`.
+
+    Example:
+        >>> from lowdim.train.labels import encode_several
+        >>> encode_several([["b", "a"], [], ["a"]], "a file").indices
+        ((0, 1), (), (0,))
+    """
+    flat = [value for row in rows for value in row]
+    if not flat and not classes:
+        raise DataError(f"{source}: no row has a label")
+    found = encode_labels(flat, source, classes, column)
+    each = iter(found.indices)
+    indices = tuple(tuple(sorted({next(each) for _ in row})) for row in rows)
+    return Labels(indices, found.classes, found.notes)
 
 
 def _spelling(value: Any) -> str:
@@ -144,6 +163,19 @@ def _missing(counts: Counter[str], source: str) -> list[str]:
     ]
 
 
+def _joined(counts: Counter[str], source: str) -> list[str]:
+    """Labels that look like several in one string."""
+    for mark in (";", "|", ","):
+        joined = [name for name in counts if mark in name]
+        parts = {part.strip() for name in joined for part in name.split(mark)}
+        if len(joined) > len(parts) or (len(joined) > 1 and parts <= {*counts} - {*joined}):
+            return [
+                f"{source}: {len(joined)} labels hold {mark!r}, such as {shown(joined[0])}, and each is trained as one class; "
+                f"if they are several labels of a text, name what separates them with --label-separator {mark!r}"
+            ]
+    return []
+
+
 def _loose(name: str) -> str:
     """A name without case, spaces, punctuation between words, marks that cannot be seen, and zeros before a number."""
     plain = unicodedata.normalize("NFKC", name).casefold()
@@ -152,7 +184,8 @@ def _loose(name: str) -> str:
 
 
 def _unknown(name: str, known: Sequence[str], source: str) -> str:
-    close = [other for other in known if _loose(other) == _loose(name)] or nearest(name, known, 1)
+    wanted = _loose(name)
+    close = [other for other in known if _loose(other) == wanted] or nearest(name, known, 1)
     return (
         f"{source}: label {shown(name)} does not occur in the training data (classes: {listed(known)}); "
         f"nearest: {shown(close[0])}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowdim.errors import check_choice
+from lowdim.errors import MissingPackageError, check_choice
 from lowdim.garbage import isolated_gc
 from lowdim.methods import Applied
 from lowdim.models import quiet
 from lowdim.train.settings import FitResult, FitSettings
 
 if TYPE_CHECKING:
-    from lowdim.train.tasks import Task
+    from lowdim.train.tasks.base import Task
 
 __all__ = ["FitResult", "FitSettings", "fit"]
 
@@ -47,11 +48,13 @@ def fit(
 
     Raises:
         UnknownNameError: `report_to` is not a tracker known to transformers.
-        ImportError: that tracker is not installed.
+        MissingPackageError: that tracker is not installed.
         OSError: a checkpoint cannot be written; earlier ones are complete.
         CheckpointError: the newest checkpoint is damaged, or what the run builds on has changed.
     """
     check_tracker(settings.report_to)
+    if settings.pause_at is not None and settings.pause_at <= applied.spent < settings.steps:
+        return FitResult()  # the method's own search has used the steps of this leg
     with isolated_gc():
         return _fit(
             applied,
@@ -79,21 +82,24 @@ def _fit(
     fingerprint: Mapping[str, str] | None,
 ) -> FitResult:
     from lowdim.train import trainer as trainers
+    from lowdim.train.monitoring import Recorder, RunMonitor
 
     result = FitResult()
-    recorder = trainers.Recorder(applied.model, measure_memory)
-    trainer = trainers.MethodTrainer(
+    recorder = Recorder(applied.model, measure_memory)
+    make = _trainer(settings, applied.spent)
+    trainer = make(
         applied,
         settings.lr,
         watch=settings.watch,
         count_items=task.count_items,
+        loss_fn=task.loss_fn,
         fingerprint=fingerprint,
         args=trainers.arguments(settings, max(1, settings.steps - applied.spent), folder),
         train_dataset=task.train,
         data_collator=task.collate,
         callbacks=[recorder],
     )
-    for callback in (trainers.RunMonitor(trainer, task, settings, result, say), *callbacks):
+    for callback in (RunMonitor(trainer, task, settings, result, say), *callbacks):
         trainer.add_callback(callback)
     try:
         with quiet():  # otherwise there is a progress bar for each checkpoint
@@ -104,13 +110,26 @@ def _fit(
     finally:
         recorder.close()
         _end_autocast(applied.model)
-    applied.finish()
+    paused = not result.failure and trainer.state.global_step < trainer.args.max_steps
+    if not paused:
+        applied.finish()
     result.read(trainer.state.log_history)
     result.peak_bytes = recorder.peak_bytes
     if recorder.times:
         result.seconds_per_step = statistics.median(recorder.times)
     applied.model.zero_grad(set_to_none=True)
     return result
+
+
+def _trainer(settings: FitSettings, spent: int) -> Callable[..., Any]:
+    """The trainer's class; for a training in legs, whose step numbers leave out those that the method has spent."""
+    from lowdim.train import trainer as trainers
+
+    if settings.pause_at is None:
+        return trainers.MethodTrainer
+    from lowdim.train.legs import LegTrainer
+
+    return functools.partial(LegTrainer, pause_at=settings.pause_at - spent)
 
 
 def _end_autocast(model: Any) -> None:
@@ -128,7 +147,7 @@ def check_tracker(name: str) -> None:
 
     Raises:
         UnknownNameError: it has no tracker of this name.
-        ImportError: the tracker is not installed.
+        MissingPackageError: the tracker is not installed.
     """
     if name in ("none", "all"):
         return
@@ -136,4 +155,4 @@ def check_tracker(name: str) -> None:
 
     check_choice("report_to", name, ["none", "all", *integration_utils.INTEGRATION_TO_CALLBACK])
     if name not in integration_utils.get_available_reporting_integrations():
-        raise ImportError(f"report_to: {name!r} is not installed")
+        raise MissingPackageError(f"report_to: {name!r} is not installed: pip install {name}, or choose another tracker")

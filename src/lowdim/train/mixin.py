@@ -138,9 +138,11 @@ class AdaptedTrainerMixin(PenaltyLog):
         outputs: list[Any] = []
 
         def task(called: nn.Module, batch: Any) -> torch.Tensor:
-            loss, output = usual(called, dict(batch), True, **kwargs)
-            outputs.append(output)
-            return loss
+            found = usual(called, dict(batch), return_outputs, **kwargs)  # some trainers make outputs in a second pass
+            if not return_outputs:
+                return found
+            outputs.append(found[1])
+            return found[0]
 
         losses = add_penalties((self.adapted, *self.companions), model, inputs, task)
         trainer: Any = self

@@ -11,7 +11,7 @@ from lowdim.surgery import model_device
 if TYPE_CHECKING:
     from torch import nn
 
-    from lowdim.train.tasks import Task
+    from lowdim.train.tasks.base import Task
 
 __all__ = ["padding_note"]
 
@@ -26,7 +26,7 @@ def padding_note(model: nn.Module, task: Task) -> str | None:
     With the padding token that the model ignores, it changes for architectures that mix padding in by themselves (Fourier
     transforms, convolutions over tokens, landmarks), whatever the attention mask says.
     """
-    if task.kind != "classify" or len(task.train) < 2:
+    if task.kind not in ("classify", "regress") or len(task.train) < 2:
         return None
     rows: list[Any] = sorted(
         (task.train[i] for i in range(min(_LOOKED_AT, len(task.train)))), key=lambda r: len(r["input_ids"])

@@ -6,7 +6,6 @@ source `datasets:PATH[:CONFIG[:SPLIT]]` is streamed: blocks are packed during tr
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import itertools
 import json
@@ -17,20 +16,19 @@ from typing import Any
 import torch
 
 from lowdim.errors import DataError
-from lowdim.train.data import TEXT_FILES, Used, read_documents, read_texts
+from lowdim.train.data import read_texts
 from lowdim.train.overlap import overlap_note
-from lowdim.train.repeats import Repeats, same_text
 from lowdim.train.streams import StreamSource, datasets_module, is_source
-from lowdim.train.tables import locate, read_text
-from lowdim.train.tasks import Task, example_text, stack_blocks
+from lowdim.train.tasks.base import example_text
+from lowdim.train.tasks.causal_lm import stack_blocks
+from lowdim.train.tasks.pretrain import Pretraining
+from lowdim.train.text_files import TextFiles
 from lowdim.train.unseen import Piece, Unseen, left_out
 
 __all__ = ["is_source", "packed", "pretraining", "training_text"]
 
 #: Held-out blocks: the first ones of a stream; of files a twentieth each for validation and test, at most this many.
 STREAM_HELD, FILE_HELD = 64, 512
-_PIECE = 2**16  # bytes of a text file that are tokenized at once
-_LARGE = 2**28  # text files of this size or more are checked while reading, not before
 _BUFFER = 1024  # blocks in the shuffle buffer of a stream
 _REMEMBERED = 2**18  # documents of a stream that are not trained on again
 
@@ -65,19 +63,20 @@ def pretraining(
     *,
     length: int = 256,
     evaluation: str | Path | None = None,
+    validation: str | Path | None = None,
     text: str | None = None,
     most: int | None = None,
     seed: int = 0,
     limit: int | None = None,
     cache: str | Path | None = None,
     streaming: bool | None = None,
-) -> Task:
+) -> Pretraining:
     """Language modelling on large amounts of text.
 
     Args:
         sources: files, or one source of `datasets`.
         length: tokens of a block, at most `most`, the model's context length.
-        evaluation: a separate test file.
+        evaluation, validation: separate files; otherwise the last blocks, or of a stream the first, are held out.
         text: name of the text column.
         limit: maximum number of training blocks.
         cache: folder for packed files; None uses that of `datasets`.
@@ -96,43 +95,55 @@ def pretraining(
         raise DataError(f"data must be files or a source of datasets; got both: {', '.join(map(str, sources))}")
     if len(sources) - len(files) > 1:
         raise DataError(f"data must name one source of datasets at a time; got {len(sources)}")
-    held, apart = None, None
-    if evaluation is not None:
-        apart = _Files([evaluation], text)
-        held, _ = _table(apart, tokenizer, length, cache)
-        if len(held) == 0:
-            raise DataError(f"{evaluation} is shorter than a block of {length} tokens")
+    test = None if evaluation is None else TextFiles([evaluation], text)
+    choice = None if validation is None else TextFiles([validation], text, test)
+    held = None if test is None else _separate(test, tokenizer, length, cache, str(evaluation))
+    chosen = None if choice is None else _separate(choice, tokenizer, length, cache, str(validation), test)
+    separate = [name for name in (evaluation, validation) if name is not None]
+    apart = TextFiles(separate, text) if separate else None
     if files:
-        label, source = _label(files), _Files(files, text, apart)
+        label, source = _label(files), TextFiles(files, text, apart)
         if streaming:
-            parts, left = _stream_parts(source, apart, tokenizer, length, seed, held, label, limit), []
+            parts, left = _stream_parts(source, apart, tokenizer, length, seed, held, chosen, label, limit), []
         else:
             table, left = _table(source, tokenizer, length, cache, apart)
-            parts, train = _table_parts(table, held, label, length, seed, limit)
+            parts, train = _table_parts(table, held, chosen, label, length, seed, limit)
             left += overlap_note(_rows(train), [*_rows(parts[1]), *_rows(parts[2])], len(tokenizer))
     else:
         label, source = str(sources[0]), StreamSource(str(sources[0]), text)
         if streaming is False:
             raise DataError(f"streaming=False is for files; {label} is streamed")
-        parts = _stream_parts(source, apart, tokenizer, length, seed, held, label, limit)
+        parts = _stream_parts(source, apart, tokenizer, length, seed, held, chosen, label, limit)
         left = [f"duplicates of the first {_REMEMBERED // 2:,} documents of {label} are left out while it is read"]
     learn, choose, report = parts
     for part in (source, apart):
         notes += [note for note in (part.notes if part is not None else ()) if note not in notes]
-    return Task(
-        "causal-lm",
-        learn,
-        choose,
-        report,
-        stack_blocks,
-        length,
-        (),
-        (*notes, *left),
-        label,
-        evaluation_batch=16,
+    return Pretraining(
+        train=learn,
+        validation=choose,
+        test=report,
+        collate=stack_blocks,
+        max_length=length,
+        notes=(*notes, *left),
+        name=label,
         columns=(*source.columns, *(apart.columns if apart is not None else ())),
         example=example_text(tokenizer, choose),
+        processor=tokenizer,
     )
+
+
+def _separate(
+    files: TextFiles, tokenizer: Any, length: int, cache: str | Path | None, name: str, apart: TextFiles | None = None
+) -> Any:
+    """The blocks of a test or validation file.
+
+    Raises:
+        DataError: it has none.
+    """
+    table, _ = _table(files, tokenizer, length, cache, apart)
+    if len(table) == 0:
+        raise DataError(f"{name} is shorter than a block of {length} tokens (--max-length)")
+    return table
 
 
 def training_text(sources: Sequence[str | Path], text: str | None = None) -> Iterator[str]:
@@ -151,92 +162,8 @@ def _label(files: Sequence[str | Path]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-class _Files:
-    """The documents of files, which are checked at once; a text file is one document, read in pieces.
-
-    Args:
-        apart: files whose documents are held out; a text file with the same text is left out here.
-
-    Attributes:
-        notes, columns: see `lowdim.train.data.Documents`.
-        repeated, held_out: text files that were left out, as another file, or one of `apart`, has the same text.
-    """
-
-    def __init__(self, files: Sequence[str | Path], text: str | None, apart: _Files | None = None):
-        self.text, self._apart = text, apart
-        self.files: list[Path] = []
-        self.notes: list[str] = []
-        self.columns: tuple[Used, ...] = ()
-        self.held_out = 0
-        self._known = Repeats()
-        for path in map(locate, files):
-            if path.suffix.lower() not in TEXT_FILES:
-                found = read_documents([path], text=text)
-                self.notes += [note for note in found.notes if note not in self.notes]
-                self.columns += tuple(used for used in found.columns if used not in self.columns)
-                self.files.append(path)
-            elif self._new(path):
-                self.files.append(path)
-
-    @property
-    def repeated(self) -> int:
-        """Text files that another one has, too."""
-        return self._known.left_out
-
-    def _new(self, path: Path) -> bool:
-        if path.is_file() and path.stat().st_size >= _LARGE:
-            return True
-        key = same_text(read_text(path))
-        if self._apart is not None and self._apart.has(key):
-            self.held_out += 1
-            return False
-        return self._known.add(key)
-
-    def has(self, key: bytes) -> bool:
-        """Whether one of the text files has this text."""
-        return self._known.has(key)
-
-    def __call__(self) -> Iterator[Piece]:
-        """The documents in pieces."""
-        for path in self.files:
-            if path.suffix.lower() in TEXT_FILES:
-                yield from _pieces(path)
-            else:
-                yield from ((document, True) for document in read_documents([path], text=self.text).texts)
-
-    def digest(self) -> str:
-        """Of the contents, and of those of the files that are held out."""
-        found = hashlib.blake2b(repr(self.text).encode(), digest_size=12)
-        for path in self.files:
-            with path.open("rb") as file:
-                while chunk := file.read(2**20):
-                    found.update(chunk)
-        return found.hexdigest() + (self._apart.digest() if self._apart is not None else "")
-
-
-def _pieces(path: Path) -> Iterator[Piece]:
-    """A text file in pieces that end at a line break, if there is one."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    rest, place = "", 0
-    with path.open("rb") as file:
-        while True:
-            raw = file.read(_PIECE)
-            try:
-                rest += decoder.decode(raw, final=not raw)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path} is not UTF-8: near byte {place + error.start}") from None
-            place += len(raw)
-            if not raw:
-                break
-            cut = rest.rfind("\n") + 1 or (len(rest) if len(rest) > 4 * _PIECE else 0)
-            if cut:
-                yield rest[:cut], False
-                rest = rest[cut:]
-    yield rest, True
-
-
 def _table(
-    files: _Files, tokenizer: Any, length: int, cache: str | Path | None, apart: _Files | None = None
+    files: TextFiles, tokenizer: Any, length: int, cache: str | Path | None, apart: TextFiles | None = None
 ) -> tuple[Any, list[str]]:
     """All blocks as a memory-mapped table, packed once for these contents, this tokenizer and this length; and notes.
 
@@ -280,7 +207,7 @@ def _table(
     return table.select_columns(["input_ids"]), notes
 
 
-def _unseen(tokenizer: Any, apart: _Files | None, most: int | None = None) -> Unseen:
+def _unseen(tokenizer: Any, apart: TextFiles | None, most: int | None = None) -> Unseen:
     """What tokenizes documents once, without those that are held out."""
     unseen = Unseen(tokenizer, most)
     for _ in unseen.apart(apart() if apart is not None else ()):
@@ -295,26 +222,29 @@ def _rows(table: Any) -> Iterator[Any]:
 
 
 def _table_parts(
-    table: Any, held: Any, label: str, length: int, seed: int, limit: int | None
+    table: Any, held: Any, chosen: Any, label: str, length: int, seed: int, limit: int | None
 ) -> tuple[tuple[Any, Any, Any], Any]:
     """The three parts, and the blocks that training is drawn from, in the order of the text."""
     count, share = len(table), max(1, min(FILE_HELD, len(table) // 20))
-    last = 0 if held is not None else share
-    if count < share + last + 1:
-        raise DataError(f"{label} gives {count} blocks of {length} tokens; at least {2 + bool(last)} are needed (--max-length)")
-    train = count - share - last
+    last, middle = (0 if part is not None else share for part in (held, chosen))
+    need = 1 + bool(last) + bool(middle)
+    if count < need:
+        raise DataError(f"{label} gives {count} blocks of {length} tokens; at least {need} are needed (--max-length)")
+    train = count - middle - last
     order = torch.randperm(train, generator=torch.Generator().manual_seed(seed))[: limit or train].tolist()
     report = held if held is not None else table.select(range(count - last, count))
-    return (table.select(order), table.select(range(train, train + share)), report), table.select(range(train))
+    choose = chosen if chosen is not None else table.select(range(train, train + middle))
+    return (table.select(order), choose, report), table.select(range(train))
 
 
 def _stream_parts(
     source: Callable[[], Iterator[Piece]],
-    test: _Files | None,
+    test: TextFiles | None,
     tokenizer: Any,
     length: int,
     seed: int,
     held: Any,
+    chosen: Any,
     label: str,
     limit: int | None,
 ) -> tuple[Any, Any, Any]:
@@ -327,14 +257,15 @@ def _stream_parts(
         return _packed(_unseen(tokenizer, test, _REMEMBERED).ids(source()), length)
 
     datasets = datasets_module()
-    apart = STREAM_HELD if held is not None else 2 * STREAM_HELD
-    first = list(itertools.islice(blocks(), apart + 1))
-    if len(first) <= apart:
-        apart = len(first) // 3 * (1 if held is not None else 2)
-        if apart < 1 or len(first) < 3:
+    needed = (held is None) + (chosen is None)  # parts that the stream gives
+    share = STREAM_HELD
+    first = list(itertools.islice(blocks(), needed * share + 1))
+    if len(first) <= needed * share:
+        share = len(first) // 3
+        if len(first) < 3:
             raise DataError(f"{label} gives {len(first)} blocks of {length} tokens; at least 3 are needed (--max-length)")
+    apart = needed * share
     kept = [{"input_ids": row} for row in first[:apart]]
-    choose = kept if held is not None else kept[: apart // 2]
 
     def rows() -> Iterator[dict[str, list[int]]]:
         while True:
@@ -343,4 +274,5 @@ def _stream_parts(
 
     stream = datasets.IterableDataset.from_generator(rows).shuffle(seed=seed, buffer_size=min(_BUFFER, limit or _BUFFER))
     table = datasets.Dataset.from_list
-    return stream, table(choose), held if held is not None else table(kept[apart // 2 :])
+    choose = chosen if chosen is not None else table(kept[:share])
+    return stream, choose, held if held is not None else table(kept[apart - share :])

@@ -14,6 +14,7 @@ from typing import Any
 
 from lowdim.errors import DataError, UnknownNameError, cut, listed, nearest, shown
 from lowdim.train.columns import Table
+from lowdim.train.conversations import FORMATS
 from lowdim.train.profiles import SAMPLE, Profile, profile
 
 __all__ = ["Roles", "document_roles", "labelled_roles", "profiles"]
@@ -22,6 +23,15 @@ _TEXT_NAMES = ("text", "sentence", "content", "review", "question", "document", 
 _LABEL_NAMES = (
     "label", "labels", "class", "category", "sentiment", "target", "intent", "y", "topic", "gold_label",
 )  # fmt: skip
+#: Names of a column of lists, each with the labels of a text.
+_SEVERAL_NAMES = (*_LABEL_NAMES, "tags", "topics", "genres", "categories", "classes", "emotions", "intents", "keywords")
+#: Names of a column that holds a number to be learned.
+_NUMBER_NAMES = (
+    "score", "similarity", "similarity_score", "relatedness", "relatedness_score", "rating", "stars", "label", "labels",
+    "target", "value", "y", "gold", "gold_score", "grade", "price", "points",
+)  # fmt: skip
+#: Words of a text, and a tag of each: another task.
+_WORDS, _TAGS = ("tokens", "words"), ("tags", "ner_tags", "pos_tags", "chunk_tags", "labels", "ner")
 #: Names of a column that holds whole documents.
 _DOCUMENT_NAMES = ("text", "content", "document", "body", "raw_content", "page_content")
 #: Names of what is asked, and of what answers it: together they are one example.
@@ -107,7 +117,7 @@ def document_roles(columns: Sequence[Profile], asked: str | None, name: str) -> 
     if lists:
         raise DataError(
             f"{name}: {_held(lists)}, and a language model is trained on plain text: write each example as one string, or name "
-            f"a column of text with --text; {_all(columns)}"
+            f"a column of text with --text{_answered(columns)}; {_all(columns)}"
         )
     parts = _parts(usable, document)
     found = document or next((c for c in usable if c.kind == "text"), None)
@@ -119,7 +129,7 @@ def document_roles(columns: Sequence[Profile], asked: str | None, name: str) -> 
         raise DataError(
             f"{name}: columns {listed(_name(c.name) for c in parts)} may all belong to an example, and a language model is "
             f"trained on one: join them into one column, or name the one to train on with --text, e.g. "
-            f"--text {shlex.quote(parts[0].name)} ({_all(columns)})"
+            f"--text {shlex.quote(parts[0].name)}{_answered(columns)} ({_all(columns)})"
         )
     if found is None:
         raise UnknownNameError(f"{name}: no column holds text; {_all(columns)}")
@@ -146,29 +156,97 @@ def _parts(usable: Sequence[Profile], document: Profile | None) -> list[Profile]
     return [document, *parts] if parts else []
 
 
-def labelled_roles(columns: Sequence[Profile], text: str | None, label: str | None, name: str) -> Roles:
+def labelled_roles(
+    columns: Sequence[Profile], text: str | None, label: str | None, name: str, *, numbers: bool = False
+) -> Roles:
     """The columns of the text, or of the pair of texts, and of the label.
 
     Args:
         text: the column that the user named, or two with a comma for a pair.
+        numbers: whether the label is a number (task regress).
 
     Raises:
         UnknownNameError: a column does not exist, or cannot be found (the columns are listed).
-        DataError: lists hold the text, or more than two columns were named.
+        DataError: lists hold the text, more than two columns were named, or the columns fit two tasks.
     """
     if label is not None:
-        mark = _asked(columns, label, "--label", name)
+        mark = _asked(columns, label, "--label", name, lists=not numbers)
     else:
-        mark = _first([c for c in columns if c.kind != "text" or c.repeated], _LABEL_NAMES)
+        mark = _number(columns, name) if numbers else _mark(columns, name)
     texts = _asked_texts(columns, text, name) if text is not None else _found_texts(columns, mark, name)
     if mark is None:
-        others = [c for c in columns if c not in texts and c.kind in ("number", "word")]
+        others = [c for c in columns if c not in texts and c.kind in (("number",) if numbers else ("number", "word"))]
         if len(others) != 1:
-            raise UnknownNameError(f"{name}: which column holds the label? name it with --label; {_all(columns)}")
+            which = "the number" if numbers else "the label"
+            raise UnknownNameError(
+                f"{name}: which column holds {which}? name it with --label{_other_task(columns, numbers)}; {_all(columns)}"
+            )
         mark = others[0]
     if not texts or mark in texts:
-        raise UnknownNameError(f"{name}: which column holds the text? name it with --text; {_all(columns)}")
+        raise UnknownNameError(
+            f"{name}: which column holds the text? name it with --text{_other_task(columns, numbers)}; {_all(columns)}"
+        )
     return _roles(columns, tuple(c.name for c in texts), mark.name)
+
+
+def _mark(columns: Sequence[Profile], name: str) -> Profile | None:
+    """The column of the label by its usual name.
+
+    Raises:
+        DataError: one column has single labels, and another lists of them; or lists may be tags of words.
+    """
+    lists = [c for c in columns if c.nested == "list" and not c.chat and c.plain in _SEVERAL_NAMES]
+    words = next((c for c in columns if c.nested == "list" and c.plain in _WORDS), None)
+    tags = next((c for c in columns if c.nested == "list" and c.plain in _TAGS), None)
+    if words is not None and tags is not None:
+        raise DataError(
+            f"{name}: columns {words.name!r} and {tags.name!r} look like words with a tag each, which --task tokens learns; if "
+            f"{tags.name!r} holds labels of a whole text, name it with --label {shlex.quote(tags.name)}"
+        )
+    single = _first([c for c in columns if c.nested != "list" and (c.kind != "text" or c.repeated)], _LABEL_NAMES)
+    if single is not None and single.kind != "empty" and lists:
+        raise DataError(
+            f"{name}: column {_name(single.name)!r} holds one label in each row, and {_name(lists[0].name)!r} a list of them: "
+            f"--label {shlex.quote(single.name)} trains on one class for each text, --label {shlex.quote(lists[0].name)} on "
+            "several"
+        )
+    return (_first(lists, _SEVERAL_NAMES) if lists else None) or single
+
+
+def _number(columns: Sequence[Profile], name: str) -> Profile | None:
+    """The column of the number by its usual name.
+
+    Raises:
+        DataError: there are several, or the label is a word.
+    """
+    found = [c for c in columns if c.kind == "number" and c.plain in _NUMBER_NAMES]
+    if len(found) > 1:
+        raise DataError(
+            f"{name}: which column holds the number? Columns {listed(_name(c.name) for c in found)} do; name one with --label, "
+            f"e.g. --label {shlex.quote(found[0].name)}"
+        )
+    label = _first([c for c in columns if c.kind == "word" or c.nested], _LABEL_NAMES)
+    if not found and label is not None:
+        held = "lists" if label.nested else "words"
+        raise DataError(
+            f"{name}: column {_name(label.name)!r} holds {held}, and --task regress learns numbers: --task classify trains on "
+            "classes; or name a column of numbers with --label"
+        )
+    return found[0] if found else None
+
+
+def _other_task(columns: Sequence[Profile], numbers: bool) -> str:
+    """What else these columns may be for."""
+    names = {c.plain for c in columns}
+    if any(c.chat for c in columns):
+        return ". The rows hold chats, on whose answers --task instruct trains"
+    if any(pair <= names for pair in ({"prompt", "completion"}, {"question", "answer"}, {"instruction", "output"})):
+        return ". The rows hold questions with answers, on which --task instruct trains"
+    if {"anchor", "positive"} <= names:
+        return ". The rows hold texts that belong together; no task learns from them yet"
+    if numbers and any(c.kind == "word" and c.plain in _LABEL_NAMES for c in columns):
+        return ". Words are classes: --task classify"
+    return ""
 
 
 def _asked_texts(columns: Sequence[Profile], asked: str, name: str) -> list[Profile]:
@@ -231,12 +309,12 @@ def _partner(name: str) -> str | None:
     return None
 
 
-def _asked(columns: Sequence[Profile], asked: str, option: str, name: str) -> Profile:
+def _asked(columns: Sequence[Profile], asked: str, option: str, name: str, *, lists: bool = False) -> Profile:
     found = next((c for c in columns if c.name == asked), None)
     if found is None:
         close = ", ".join(_name(n) for n in nearest(asked, [c.name for c in columns]))
         raise UnknownNameError(f"{option}: {name} has no column {shown(asked)}; nearest: {close}; {_all(columns)}")
-    if found.nested:
+    if found.nested and not (lists and found.nested == "list" and not found.chat):
         raise DataError(f"{option} {asked}: {name}: {_held([found])}: write each example as one string")
     return found
 
@@ -253,6 +331,12 @@ def _usual(columns: Sequence[Profile], usual: Sequence[str]) -> Profile | None:
     found = _first(columns, usual)
     empty = found is not None and found.kind == "empty" and any(c.string or c.kind == "lists" for c in columns)
     return None if empty else found
+
+
+def _answered(columns: Sequence[Profile]) -> str:
+    """What to do with prompts and answers."""
+    names = {c.name.strip().lower() for c in columns}
+    return "; --task instruct trains on the answers" if any(form.needed <= names for form in FORMATS) else ""
 
 
 def _roles(columns: Sequence[Profile], text: tuple[str, ...], label: str | None = None) -> Roles:

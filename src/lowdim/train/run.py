@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,29 +18,30 @@ from torch import nn
 
 import lowdim
 from lowdim import models
-from lowdim.catalogue import Variant, variant
-from lowdim.checksums import check_files, checksums
+from lowdim.catalogue import variant
 from lowdim.errors import CheckpointError, LowdimError
 from lowdim.files import write_text
 from lowdim.linalg import many_processes
 from lowdim.locking import exclusive
 from lowdim.methods import Applied, Setup, Strategy, strategy_for, with_options
-from lowdim.records import RUN, RunRecord, claim
-from lowdim.train.baselines import Majority, majority, worth
+from lowdim.records import RunRecord, claim
+from lowdim.train.baselines import baseline_record
 from lowdim.train.environment import environment
-from lowdim.train.fingerprint import check_fingerprint, fingerprint_of
-from lowdim.train.loading import load_base, load_task, recipe_tokenizer
+from lowdim.train.fingerprint import fingerprint_of
+from lowdim.train.finished import finished, load_run, weight_bytes, written
+from lowdim.train.keeping import Kept, kept_by
+from lowdim.train.loading import load_base, load_task, recipe_processor
 from lowdim.train.loop import FitResult, FitSettings, check_tracker, fit
+from lowdim.train.measuring import Measured, doubts, measure, refuse_broken, samples
 from lowdim.train.metrics import Metric, metric_for
 from lowdim.train.neighbours import padding_note
 from lowdim.train.recipes import Recipe, load_recipe
 from lowdim.train.saving import check_adapter, make_small, save_plain, whole_state
-from lowdim.train.tasks import Task
+from lowdim.train.tasks.base import Task
 
 __all__ = ["load_run", "run_recipe"]
 
 _RECIPE = "recipe.yaml"
-_MODELS = ("adapter", "model")  # the folder of the trained model
 
 
 def run_recipe(
@@ -62,7 +63,7 @@ def run_recipe(
     with exclusive(recipe.out) if first else nullcontext():
         run = _prepare(recipe, resume, first, say)
         base = _read(run)
-        if resume and (earlier := _finished(run, base.fingerprint)) is not None:
+        if resume and (earlier := finished(run.folder, base.fingerprint)) is not None:
             run.say(f"{run.folder} holds the finished run; nothing is left to do")
             return earlier.to_dict()
         start = _start(run, base)
@@ -76,7 +77,6 @@ class _Run:
 
     recipe: Recipe
     strategy: Strategy
-    metric: Metric
     folder: Path
     accumulation: int
     first: bool  # of several processes: the one that writes
@@ -88,7 +88,9 @@ class _Base:
     """What the run builds on."""
 
     task: Task
-    tokenizer: Any
+    metric: Metric
+    kept: Kept | None
+    processor: Any  # a tokenizer, or an image processor
     model: nn.Module
     fingerprint: dict[str, str]
 
@@ -100,7 +102,7 @@ class _Start:
     base: _Base
     applied: Applied
     lr: float
-    before: float
+    before: Measured
     trained: int  # counted at the start: some methods train fewer parameters over time
 
 
@@ -108,49 +110,57 @@ def _prepare(recipe: Recipe, resume: bool, first: bool, say: Callable[[str], Non
     """Check everything that can be checked without a model, and claim the folder."""
     strategy = strategy_for(with_options(variant(recipe.method), recipe.options))
     strategy.check_layerwise(recipe.layerwise)
-    metric = metric_for(recipe.task, recipe.metric)
+    strategy.check_quantize(recipe.quantize)
+    strategy.check_optimizer(recipe.optimizer)
+    _check_blocks(recipe, strategy)
+    metric_for(recipe.task, recipe.metric)
     check_tracker(recipe.report_to)
     if first:
         _claim(Path(recipe.out), recipe, resume)
-    return _Run(recipe, strategy, metric, Path(recipe.out), accumulate(recipe), first, say if first else lambda line: None)
+    return _Run(recipe, strategy, Path(recipe.out), accumulate(recipe), first, say if first else lambda line: None)
+
+
+def _check_blocks(recipe: Recipe, strategy: Strategy) -> None:
+    """Raise ValueError if the method would replace the layers that the recipe has chosen."""
+    for key in ("ffn", "mixer"):
+        if getattr(recipe, key) is not None and strategy.kind not in ("full", "optimizer"):
+            raise ValueError(
+                f"{key} {getattr(recipe, key)} chooses layers that are trained as they are, and method {recipe.method} puts "
+                f"others in a model: use full or an optimizer, or leave out {key}"
+            )
 
 
 def _read(run: _Run) -> _Base:
     """Read data and model."""
     recipe = run.recipe
-    tokenizer = recipe_tokenizer(recipe.model, recipe.tokenizer, recipe.data, recipe.text)
-    task = load_task(recipe, tokenizer)
+    processor = recipe_processor(recipe)
+    task = load_task(recipe, processor)
     for kind, line in task.remarks():
         run.say(f"{kind}: {line}")
     torch.manual_seed(recipe.seed)
-    model = load_base(recipe, task.num_labels, tokenizer)
-    return _Base(task, tokenizer, model, fingerprint_of(model, tokenizer, task, recipe.data, recipe.eval))
-
-
-def _finished(run: _Run, fingerprint: Mapping[str, str]) -> RunRecord | None:
-    """The record of an earlier run that is whole; None if a part of it is missing, so that it goes on from its checkpoint.
-
-    Raises:
-        CheckpointError: it was made from something else, or is damaged.
-    """
-    if not (run.folder / RUN).is_file():
-        return None
-    record = RunRecord.read(run.folder)
-    check_fingerprint(fingerprint, record.fingerprint, run.folder)
-    if not any((run.folder / name).is_dir() for name in _MODELS):
-        return None
-    check_files(run.folder, record.files, f"remove {run.folder / RUN}, and --resume writes it again")
-    return record
+    model = load_base(recipe, task.num_labels, processor, task.problem)
+    files = (recipe.data, recipe.eval, recipe.validation, recipe.keep)
+    fingerprint = fingerprint_of(model, processor, task, *files)
+    models.name_classes(model, task.classes)
+    return _Base(
+        task=task,
+        metric=task.metric(recipe.metric),
+        kept=kept_by(recipe, processor, task.max_length),
+        processor=processor,
+        model=model,
+        fingerprint=fingerprint,
+    )
 
 
 def _start(run: _Run, base: _Base) -> _Start:
     """Score the untrained model, and prepare it for the method."""
     recipe, strategy, task, model = run.recipe, run.strategy, base.task, base.model
     head = models.head_modules(model, recipe.task)
-    if recipe.pretrained and recipe.task == "classify":
+    answers = not head or not getattr(model, "new_modules", head)
+    if recipe.pretrained and head:
         from lowdim.train.head import fit_head
 
-        fit_head(model, head, task)
+        answers = fit_head(model, head, task) is not None or answers
     lr = recipe.lr if recipe.lr is not None else strategy.variant.rates_for(recipe.from_scratch)[0]
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -160,9 +170,11 @@ def _start(run: _Run, base: _Base) -> _Start:
     if (note := padding_note(model, task)) is not None:
         task.notes = (*task.notes, note)
         run.say(f"note: {note}")
-    before = task.evaluate(model, task.validation, run.metric)
-    run.say(f"before: validation {run.metric.title} {before:.4f}")
-    if (constant := majority(task, task.validation)) is not None:
+    before = measure(model, task, base.metric, base.kept, answers=answers)
+    if math.isnan(before.validation):
+        refuse_broken(model, recipe.model)
+    run.say(f"before: {_told(before, base.metric)}")
+    if (constant := task.baseline(task.validation, base.metric)) is not None:
         run.say(f"on the validation part, {constant.sentence}")
     setup = Setup(
         lr=lr,
@@ -177,6 +189,7 @@ def _start(run: _Run, base: _Base) -> _Start:
         accumulate=run.accumulation,
         max_norm=recipe.max_grad_norm,
         master_weights=recipe.master_weights,
+        optimizer=recipe.optimizer,
     )
     applied = strategy.apply(model, setup)
     for note in applied.notes:
@@ -193,7 +206,7 @@ def _train(run: _Run, start: _Start, resume: bool, callbacks: tuple[Any, ...]) -
         text = yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
         write_text(run.folder / _RECIPE, text)
     clips = run.strategy.clips_itself(recipe.layerwise)
-    settings = dataclasses.replace(_settings(recipe, start.lr), gradient_accumulation=run.accumulation, clips_itself=clips)
+    settings = dataclasses.replace(fit_settings(recipe, start.lr), gradient_accumulation=run.accumulation, clips_itself=clips)
     place = run.folder / "checkpoints"
     return fit(
         start.applied,
@@ -214,20 +227,23 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
     Raises:
         LowdimError: the loss, or an output, is not finite; or what was written does not give the trained model's outputs.
     """
-    task, applied, variant = start.base.task, start.applied, run.strategy.variant
+    base, applied, variant = start.base, start.applied, run.strategy.variant
+    task, metric = base.task, base.metric
     small = not result.failure and make_small(applied)  # what is scored is what will be written
     if small:
         run.say(f"note: {run.folder / 'model'} is written in compressed form; from_pretrained loads it after import lowdim")
-    validation = math.nan if result.failure else task.evaluate(applied.model, task.validation, run.metric)
-    if not math.isfinite(validation):
+    after = Measured(math.nan) if result.failure else measure(applied.model, task, metric, base.kept)
+    if after.test is None:
         reason = result.failure or "the trained model's outputs are not finite"
         raise LowdimError(
             f"{reason}; try a smaller learning rate than {start.lr:g}. No trained model was written to {run.folder}"
         )
-    test = task.evaluate(applied.model, task.test, run.metric)
-    constant = majority(task, task.test)
-    doubts = _doubts(run.metric, start.before, validation, test, constant)
-    for doubt in doubts:
+    run.say(f"after: {_told(after, metric)}")
+    constant = task.baseline(task.test, metric)
+    doubted = doubts(metric, start.before, after, constant)
+    note = task.finish(applied.model, models.head_modules(applied.model, run.recipe.task))
+    doubted += [] if note is None else [note]
+    for doubt in doubted:
         run.say(f"note: {doubt}")
     record = RunRecord(
         method=variant.name,
@@ -237,11 +253,15 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
         lr=start.lr,
         seed=run.recipe.seed,
         trained_parameters=start.trained,
-        metric=run.metric.name,
-        before=start.before,
-        validation=validation,
-        test=test,
-        data={**task.data_record(), **({"majority": constant.to_dict()} if constant else {})},
+        metric=metric.name,
+        before=start.before.validation,
+        before_test=None if start.before.test is None else start.before.test.value,
+        validation=after.validation,
+        test=after.test.value,
+        by_class=after.by_class,
+        samples=samples(start.before, after),
+        kept=None if start.before.kept is None or after.kept is None else [start.before.kept, after.kept],
+        data={**task.data_record(), **({"baseline": baseline_record(constant)} if constant else {})},
         losses=list(result.losses),
         loss_steps=result.steps,
         evaluations=[list(row) for row in result.evaluations],
@@ -254,50 +274,39 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
         penalties=list(result.penalties),
         ranks=applied.ranks(),
         capped_ranks=applied.capped_ranks,
-        notes=[*applied.notes, *doubts],
-        fingerprint=start.base.fingerprint,
+        notes=[*applied.notes, *doubted],
+        fingerprint=base.fingerprint,
     )
     whole = whole_state(applied.model)
     if run.first:
         if applied.adapted is not None:
             applied.adapted.save(run.folder / "adapter")
             if whole is None and not many_processes():
-                recipe, tokenizer = run.recipe, start.base.tokenizer
-                check_adapter(applied.model, run.folder / "adapter", lambda: load_base(recipe, task.num_labels, tokenizer))
+                recipe, processor = run.recipe, base.processor
+                check_adapter(
+                    applied.model,
+                    run.folder / "adapter",
+                    lambda: load_base(recipe, task.num_labels, processor, task.problem),
+                )
+            if task.kind == "instruct":  # the base's own tokenizer may lack the template that was trained with
+                base.processor.save_pretrained(run.folder / "adapter")
         else:
-            save_plain(applied.model, run.folder / "model", start.base.tokenizer, whole, joint=task.joint, small=small)
-        record = dataclasses.replace(record, files=_written(run.folder), file_bytes=_weight_bytes(run.folder))
+            save_plain(applied.model, run.folder / "model", base.processor, whole, joint=task.joint, small=small)
+        record = dataclasses.replace(record, files=written(run.folder), file_bytes=weight_bytes(run.folder))
         record.write(run.folder)
     return record.to_dict()
 
 
-def _doubts(metric: Metric, before: float, validation: float, test: float, constant: Majority | None) -> list[str]:
-    """Why the scores are no success: worse than before training, or no better than a constant answer."""
-    found = []
-    if metric.better(before, validation):
-        found.append(
-            f"the training made the model worse: validation {metric.title} {before:.4g} before, {validation:.4g} after; "
-            "try a smaller learning rate"
-        )
-    if constant is not None and (doubt := worth(constant, test, metric)) is not None:
-        found.append(f"on the test part, {doubt}")
-    return found
-
-
-def _weight_bytes(folder: Path) -> int:
-    """The size of the trained model's tensors as they were written."""
-    return sum(file.stat().st_size for name in _MODELS for file in (folder / name).rglob("*.safetensors"))
+def _told(found: Measured, metric: Metric) -> str:
+    """The scores in one line."""
+    test = "" if found.test is None else f", test {metric.title} {found.test.value:.4f}"
+    kept = "" if found.kept is None else f", loss on the text to keep {found.kept:.4f}"
+    return f"validation {metric.title} {found.validation:.4f}{test}{kept}"
 
 
 def _holds(path: Path, recipe: Recipe) -> bool:
     """Whether the file is this recipe, which someone may have annotated."""
     return path.is_file() and load_recipe(path) == recipe
-
-
-def _written(folder: Path) -> dict[str, str]:
-    """The checksums of the trained model's tensors and descriptions; texts such as README.md may be edited."""
-    found = {f"{name}/{file}": value for name in _MODELS for file, value in checksums(folder / name).items()}
-    return {name: value for name, value in found.items() if name.endswith((".safetensors", ".json"))}
 
 
 def accumulate(recipe: Recipe) -> int:
@@ -318,29 +327,8 @@ def accumulate(recipe: Recipe) -> int:
     return recipe.total_batch // at_once
 
 
-def load_run(folder: str | Path) -> tuple[Any, Recipe, Variant]:
-    """The trained model of a finished run (an `Adapted`, or a plain model), its recipe and its method.
-
-    Raises:
-        CheckpointError: the folder holds no finished run.
-    """
-    from lowdim.adapters import load_adapter
-
-    folder = Path(folder)
-    record = RunRecord.read(folder)
-    try:
-        recipe = Recipe(**record.recipe)
-        labels = max(2, len(record.data["labels"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / RUN} is not the record of a recipe run") from error
-    chosen = with_options(variant(recipe.method), recipe.options)
-    if not (folder / "adapter").is_dir():
-        raise CheckpointError(f"{folder} holds no adapter; its model is in {folder / 'model'}, ready to use")
-    base = load_base(recipe, labels, recipe_tokenizer(recipe.model, recipe.tokenizer, recipe.data, recipe.text))
-    return load_adapter(base, folder / "adapter"), recipe, chosen
-
-
-def _settings(recipe: Recipe, lr: float) -> FitSettings:
+def fit_settings(recipe: Recipe, lr: float) -> FitSettings:
+    """What a recipe says of the training loop, at this rate."""
     return FitSettings(
         steps=recipe.steps,
         batch_size=recipe.batch_size,

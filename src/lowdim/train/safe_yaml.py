@@ -8,7 +8,10 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
-__all__ = ["read_yaml"]
+__all__ = ["Lines", "read_yaml", "read_yaml_lines"]
+
+#: The line of each value, by its keys and indices from the top: `("steps", 0, "lr")`.
+Lines = dict[tuple[str | int, ...], int]
 
 _MOST_CHARACTERS = 1_000_000
 _MOST_VALUES = 100_000
@@ -46,15 +49,50 @@ def read_yaml(text: str) -> Any:
         >>> read_yaml("{lr: 1e-3, target_modules: [q_proj, v_proj]}")
         {'lr': 0.001, 'target_modules': ['q_proj', 'v_proj']}
     """
+    return _read(text)[0]
+
+
+def read_yaml_lines(text: str) -> tuple[Any, Lines]:
+    """`read_yaml`, and the line in which each key (or entry of a list) stands, from 1.
+
+    Raises:
+        ValueError: as for `read_yaml`.
+
+    Example:
+        >>> from lowdim.train.safe_yaml import read_yaml_lines
+        >>> read_yaml_lines("{model: small, steps: [{lr: 1e-3}]}")[1]
+        {('model',): 1, ('steps',): 1, ('steps', 0): 1, ('steps', 0, 'lr'): 1}
+    """
+    value, node = _read(text)
+    lines: Lines = {}
+    if node is not None:
+        _collect(node, (), lines)
+    return value, lines
+
+
+def _collect(node: Any, place: tuple[str | int, ...], lines: Lines) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                lines[(*place, key.value)] = key.start_mark.line + 1
+                _collect(value, (*place, key.value), lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            lines[(*place, i)] = value.start_mark.line + 1
+            _collect(value, (*place, i), lines)
+
+
+def _read(text: str) -> tuple[Any, Any]:
+    """The value, and its node."""
     if len(text) > _MOST_CHARACTERS:
         raise ValueError(f"it has {len(text):,} characters; at most {_MOST_CHARACTERS:,} are read")
     try:
         loader = _Loader(text)  # a SafeLoader
         node = loader.get_single_node()
         if node is None:
-            return None
+            return None, None
         _check_size(node)
-        return loader.construct_document(node)
+        return loader.construct_document(node), node
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except (yaml.YAMLError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:

@@ -14,6 +14,7 @@ from lowdim.files import whole_folder
 from lowdim.linalg import is_sharded
 from lowdim.methods import Applied
 from lowdim.models import Probe, room_for
+from lowdim.models.blocks import has_blocks
 
 __all__ = ["check_adapter", "make_small", "save_plain", "whole_state"]
 
@@ -34,14 +35,15 @@ def make_small(applied: Applied) -> bool:
     """Make the trained layers as small as the method has found they can be, if a file can hold that.
 
     Returns:
-        Whether a whole model has compressed layers; an adapter holds its open ranks only, in its usual form.
+        Whether a whole model has compressed layers, or was built with other parts; an adapter holds its open ranks only, in its
+        usual form.
     """
     from transformers import PreTrainedModel
 
     model = applied.model
     if (applied.adapted is None and not isinstance(model, PreTrainedModel)) or any(is_sharded(p) for p in model.parameters()):
         return False
-    return applied.compact()
+    return applied.compact() or has_blocks(model)
 
 
 def save_plain(

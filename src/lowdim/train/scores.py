@@ -7,7 +7,7 @@ from collections import Counter
 
 from lowdim.errors import DataError, listed, shown
 
-__all__ = ["check_no_scores", "number", "score_hint"]
+__all__ = ["check_no_scores", "measure", "number", "score_hint"]
 
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:[eE][+-][0-9]+)?|[0-9]+\.[0-9]*(?:[eE][+-]?[0-9]+)?|\.[0-9]+(?:[eE][+-]?[0-9]+)?)")
 #: A number with a decimal comma, thousands, a currency, a share of a whole, or a unit.
@@ -23,7 +23,6 @@ _SCORE_NAME = re.compile(
     re.IGNORECASE,
 )
 _ROUND = (100, 1000)  # the ends of scales
-_NO_REGRESSION = "lowdim has no regression yet"
 
 
 def number(text: str) -> float | None:
@@ -64,13 +63,13 @@ def check_no_scores(counts: Counter[str], source: str, column: str = "") -> list
         some = listed(list(map(shown, amounts))[:4])
         raise DataError(
             f"{source}: the labels look like scores or measurements, not like classes: {about}, such as {some}. "
-            f"Classes have no order, and {_NO_REGRESSION}: make a few classes of ranges of these numbers (low, high), or name "
-            "another column with --label. If each number is a class, write it as a word (class 1.5)"
+            "Classes have no order: train on the numbers with --task regress, make a few classes of their ranges (low, high), "
+            "or name another column with --label. If each number is a class, write it as a word (class 1.5)"
         )
     if different > _CLASSES or (different > 3 and last - first + 1 > different and last >= _CLASSES):
         return [
-            f"{source}: the labels are {about} and are trained as classes, which have no order; if they are scores, "
-            f"{_NO_REGRESSION}"
+            f"{source}: the labels are {about} and are trained as classes, which have no order; if they are scores, train on "
+            "them with --task regress"
         ]
     return []
 
@@ -80,7 +79,7 @@ def score_hint(classes: tuple[str, ...]) -> str:
     numbers = [name for name in classes if _amount(name) is not None]
     if len(numbers) < 3 or 2 * len(numbers) < len(classes):
         return ""
-    return f". The labels are numbers ({listed(numbers, 60)}): if they are scores, they are no classes, and {_NO_REGRESSION}"
+    return f". The labels are numbers ({listed(numbers, 60)}): if they are scores, train on them with --task regress"
 
 
 def _counts_classes(values: list[float], rows: int) -> bool:
@@ -90,15 +89,28 @@ def _counts_classes(values: list[float], rows: int) -> bool:
     return first in (0, 1) and last not in _ROUND and covered >= 0.9 and rows >= 5 * len(values)
 
 
-def _amount(name: str) -> float | None:
-    plain = number(name)
-    if plain is not None:
-        return plain
-    found = _MEASURE.fullmatch(name)
+def measure(text: str) -> tuple[float, str] | None:
+    """The number in a measurement, and the unit, currency or whole that stands beside it; None if it is another string.
+
+    Example:
+        >>> from lowdim.train.scores import measure
+        >>> measure("$1,500.50"), measure("7 / 10"), measure("7 of 10")
+        ((1500.5, '$'), (7.0, '/10'), None)
+    """
+    found = _MEASURE.fullmatch(text)
     if not found:
         return None
     digits = found["number"]
     if re.fullmatch(r"[0-9]{1,3}(?:[,' ][0-9]{3})+(?:\.[0-9]+)?", digits):
         digits = re.sub(r"[,' ]", "", digits)
     amount = float(digits.replace(",", "."))
-    return -amount if found["sign"] == "-" else amount
+    beside = text[: found.start("sign")] + text[found.end("number") :]
+    return -amount if found["sign"] == "-" else amount, "".join(beside.split()).lower()
+
+
+def _amount(name: str) -> float | None:
+    plain = number(name)
+    if plain is not None:
+        return plain
+    found = measure(name)
+    return None if found is None else found[0]

@@ -32,6 +32,7 @@ class FitSettings(Options):
     bf16: bool = False  # autocast; the weights keep their dtype
     seed: int = 0
     save_steps: int = 0  # 0: no checkpoints
+    pause_at: int | None = None  # the step after which the training pauses, to go on from a small checkpoint
     log_steps: int = 1
     eval_steps: int = 0  # 0: score the validation part at the end only
     watch: bool = False  # log norms of full and projected gradients

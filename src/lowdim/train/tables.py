@@ -21,11 +21,16 @@ _PARQUET_FACTOR, _PARQUET_FREE, _PARQUET_ROWS = 100, 2**26, 256
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".text", ".md")
 
 #: Samples that are shipped with the package, by name.
-SHIPPED = {"lowdim:sentence-polarity": "sentence_polarity/sample.jsonl", "lowdim:shakespeare": "shakespeare/sample.txt"}
+SHIPPED = {
+    "lowdim:sentence-polarity": "sentence_polarity/sample.jsonl",
+    "lowdim:shakespeare": "shakespeare/sample.txt",
+    "lowdim:arithmetic": "arithmetic/questions.jsonl",
+    "lowdim:plain-english": "plain_english/text.txt",
+}
 
 
 def locate(name: str | Path) -> Path:
-    """The path of a data file; `lowdim:shakespeare` and `lowdim:sentence-polarity` are shipped with the package.
+    """The path of a data file; those of `SHIPPED` are shipped with the package.
 
     Raises:
         UnknownNameError: no such shipped sample.

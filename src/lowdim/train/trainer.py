@@ -1,40 +1,31 @@
-"""The trainer of `fit` and its callbacks. It imports transformers, so `fit` imports this module only when it runs."""
+"""The trainer of `fit`. It imports transformers, so `fit` imports this module only when it runs."""
 
 from __future__ import annotations
 
 import errno
-import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from lowdim.calibrate import LossFn, row_count
 from lowdim.methods import Applied
 from lowdim.optim import ProjectedOptimizer
 from lowdim.pretrained.guard import writes_checkpoints
 from lowdim.train.checkpoints import MANIFEST, checkpoint_errors, complete, discard, newest_checkpoint, rotate, step_of
-from lowdim.train.metrics import metric_for
 from lowdim.train.mixin import PenaltyLog
-from lowdim.train.rehearsing import rehearse_saving
-from lowdim.train.settings import SUBSPACE, FitResult, FitSettings
-from lowdim.train.spikes import SpikeAlarm
+from lowdim.train.settings import SUBSPACE, FitSettings
 
-if TYPE_CHECKING:
-    from lowdim.train.tasks import Task
-
-__all__ = ["MethodTrainer", "Recorder", "RunMonitor", "Tick", "arguments"]
+__all__ = ["MethodTrainer", "arguments"]
 
 _COMPANION = "companion.pt"  # in a checkpoint
-_KEPT = 3  # two complete checkpoints, and the next one while it is written
-_WORDS = {"captured": "captured", "overlap": "overlap with the last subspaces"}
 
 
 class MethodTrainer(PenaltyLog, Trainer):
@@ -48,9 +39,16 @@ class MethodTrainer(PenaltyLog, Trainer):
         lr: the peak rate.
         watch: log a projected optimizer's numbers about the gradients.
         count_items: batch -> the items over which its loss is a mean; None: one in each batch.
+        loss_fn: `loss_fn(model, batch)`, the mean loss; None: that of `transformers.Trainer`.
         fingerprint: what the run builds on, kept in each checkpoint.
         others: options of `transformers.Trainer`.
+
+    Attributes:
+        kept: the number of complete checkpoints.
+        last_step: where the training ends.
     """
+
+    kept = 2
 
     def __init__(
         self,
@@ -59,12 +57,14 @@ class MethodTrainer(PenaltyLog, Trainer):
         *,
         watch: bool = False,
         count_items: Callable[[Any], int] | None = None,
+        loss_fn: LossFn | None = None,
         fingerprint: Mapping[str, str] | None = None,
         **others: Any,
     ):
         self.applied, self.applied_lr, self.watch = applied, lr, watch
         self.fingerprint = fingerprint or {}
         self.count_items = count_items or (lambda batch: 1)
+        self.loss_fn = loss_fn
         self._step_items, self._step_rows = 1, 1  # of all micro-batches of the step, on all processes
         super().__init__(model=applied.model, **others)
         self.remove_callback(PrinterCallback)
@@ -72,6 +72,11 @@ class MethodTrainer(PenaltyLog, Trainer):
         # divide by the items of all accumulated batches, but do not.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the training ends."""
+        return self.args.max_steps
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The method's own optimizer, with its companion."""
@@ -86,7 +91,7 @@ class MethodTrainer(PenaltyLog, Trainer):
             FloatingPointError: no label of the step counts, so that its loss is not a number.
         """
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = [sum(map(self.count_items, samples)), sum(map(_rows, samples))]
+        counts = [sum(map(self.count_items, samples)), sum(map(row_count, samples))]
         summed: Any = self.accelerator.reduce(torch.tensor(counts, device=self.args.device), "sum")
         self._step_items, self._step_rows = summed.tolist()
         if samples and not self._step_items:
@@ -104,10 +109,11 @@ class MethodTrainer(PenaltyLog, Trainer):
             return usual(model, inputs, return_outputs, **kwargs)
         items = self.count_items(inputs)
         processes = self.accelerator.num_processes  # gradients are averaged over them
-        weight, of_penalty = items * processes / self._step_items, _rows(inputs) * processes / self._step_rows
+        weight, of_penalty = items * processes / self._step_items, row_count(inputs) * processes / self._step_rows
         if not items:  # its mean would be 0/0
             inputs = {**inputs, "labels": inputs["labels"].clamp(min=0)}
-        losses = self.applied.loss(inputs, lambda called, batch: usual(called, batch, **kwargs), model)
+        loss_fn = self.loss_fn or (lambda called, batch: usual(called, batch, **kwargs))
+        losses = self.applied.loss(inputs, loss_fn, model)
         self.note(losses, weight, of_penalty)
         return losses.task * weight + losses.penalty * of_penalty
 
@@ -115,6 +121,10 @@ class MethodTrainer(PenaltyLog, Trainer):
         """Raise FloatingPointError for a loss that is not finite, or a penalty that is not, before the optimizer uses it."""
         if not bool(torch.isfinite(total)):
             raise FloatingPointError(f"the loss became {float(total):g} at step {self.state.global_step + 1}")
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: the trainer would walk through all parameters in each step, for a figure that nothing reads."""
+        return 0
 
     def plain_optimizer(self) -> Any:
         """The optimizer without accelerate's wrapper."""
@@ -156,7 +166,7 @@ class MethodTrainer(PenaltyLog, Trainer):
         self._logged_step = self.state.global_step
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.args.max_steps:  # resumed from the last checkpoint: the trainer would add a step
+        if self.state.global_step >= self.last_step:  # resumed from the last checkpoint: the trainer would add a step
             self._load_rng_state(kwargs["resume_from_checkpoint"])
             self.control.should_training_stop = True
             return
@@ -168,7 +178,7 @@ class MethodTrainer(PenaltyLog, Trainer):
         if newest is not None and self.args.should_save:
             if not (Path(newest) / MANIFEST).exists():  # killed just before it, or written by an earlier version
                 complete(Path(newest), self.fingerprint)
-            rotate(folder, _KEPT - 1, step_of(Path(newest)))
+            rotate(folder, self.kept, step_of(Path(newest)))
         return newest
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -182,7 +192,7 @@ class MethodTrainer(PenaltyLog, Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 complete(place, self.fingerprint)
-                rotate(folder, _KEPT - 1, step)
+                rotate(folder, self.kept, step)
         except Exception as error:  # a full disk: torch, safetensors and the system each raise their own error
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
             if shutil.disk_usage(folder).free < 2**20:
@@ -190,130 +200,6 @@ class MethodTrainer(PenaltyLog, Trainer):
             discard(place)
             earlier = "; continue from the one before with --resume" if newest_checkpoint(folder) else ""
             raise OSError(errno.ENOSPC, f"could not write a checkpoint to {folder} ({reason}){earlier}") from error
-
-
-class Recorder(TrainerCallback):
-    """Records step times, and the peak memory once.
-
-    Args:
-        measure: measure the peak of one step, which makes that step slower.
-
-    Attributes:
-        times: seconds of each step from the third on.
-        peak_bytes: of the measured step, or None.
-    """
-
-    measured_step = 3  # of this process, so a resumed run is measured too; the first two allocate and warm up
-
-    def __init__(self, model: nn.Module, measure: bool):
-        self.model, self.measure = model, measure
-        self.begun, self.start = 0, 0.0
-        self.times: list[float] = []
-        self.peak_bytes: int | None = None
-        self._peak: Any = None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock, or the measurement."""
-        self.begun += 1
-        if self.measure and self.begun == self.measured_step:
-            from lowdim.plan import PeakMemory
-
-            self._peak = PeakMemory(self.model, kwargs.get("optimizer"))
-            self._peak.__enter__()
-        self.start = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Read the clock, or the measurement."""
-        seconds = time.perf_counter() - self.start
-        if self._peak is not None:
-            self._peak.__exit__(None, None, None)
-            self.peak_bytes, self._peak = self._peak.bytes, None
-        elif self.begun >= self.measured_step:
-            self.times.append(seconds)
-
-    def close(self) -> None:
-        """End a measurement whose step raised an exception; an open profiler would break the next run."""
-        if self._peak is not None:
-            self._peak.__exit__(None, None, None)
-            self._peak = None
-
-
-class RunMonitor(TrainerCallback):
-    """Monitors a run: the method's own steps, evaluations, the alarm for spikes, the rehearsal of saving.
-
-    Args:
-        result: the steps whose loss jumped are added to it.
-        say: called with a line for each spike and each evaluation.
-    """
-
-    def __init__(
-        self, trainer: MethodTrainer, task: Task, settings: FitSettings, result: FitResult, say: Callable[[str], None]
-    ):
-        self.trainer, self.task, self.settings, self.result, self.say = trainer, task, settings, result, say
-        self.alarm = SpikeAlarm()
-        self._first = True
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Read the earlier losses of a resumed run, and rehearse saving."""
-        trainer, settings = self.trainer, self.settings
-        self._follow(args, state, kwargs["lr_scheduler"])
-        optimizer = trainer.plain_optimizer()
-        if isinstance(optimizer, ProjectedOptimizer):
-            optimizer.watcher.on = settings.watch
-        logged = [entry for entry in state.log_history if "loss" in entry]
-        jumped = self.alarm.recall(float(entry["loss"]) for entry in logged)
-        self.result.spikes += [int(entry["step"]) for entry, spike in zip(logged, jumped) if spike]
-        if settings.save_steps and not state.global_step and not trainer.is_fsdp_enabled and state.is_world_process_zero:
-            companion = trainer.applied.companion
-            short = rehearse_saving(trainer.applied.model, optimizer, companion, Path(args.output_dir), _KEPT)
-            if short:
-                self.say(f"note: {short}")
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the first backward pass: every adapted layer must have a gradient."""
-        if self._first and self.trainer.applied.adapted is not None:
-            self.trainer.applied.adapted.check_gradients()
-        self._first = False
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The method's own steps."""
-        self.trainer.applied.after_step(kwargs["optimizer"])
-        self._follow(args, state, kwargs["lr_scheduler"])
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Report loss spikes."""
-        if logs and "loss" in logs and self.alarm.spike(float(logs["loss"])):
-            self.result.spikes.append(state.global_step)
-            usual = f"below {self.alarm.threshold():.4f}"
-            self.say(f"step {state.global_step}: the loss jumped to {float(logs['loss']):.4f} (usual: {usual})")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Score the validation part when it is due."""
-        every = self.settings.eval_steps
-        if every and state.global_step % every == 0 and state.global_step < state.max_steps:
-            loss = self.task.evaluate(self.trainer.applied.model, self.task.validation, metric_for(self.task.kind, "loss"))
-            due = control.should_log
-            self.trainer.log({"eval_loss": loss})
-            control.should_log = due  # logging would reset it, and the step's own loss would be lost
-            score = f"step {state.global_step}: validation perplexity {math.exp(min(loss, 50.0)):.4f}"
-            self.say(score + _seen(self.trainer.plain_optimizer()))
-
-    def _follow(self, args: Any, state: Any, scheduler: Any) -> None:
-        """Add new optimizer groups to the scheduler, also after a resume."""
-        if self.trainer.applied.adapted is not None and scheduler is not None:
-            warmup = args.get_warmup_steps(state.max_steps)
-            self.trainer.applied.adapted.follow(scheduler, warmup=warmup, total=state.max_steps)
-
-
-class Tick(TrainerCallback):
-    """Calls a function after each optimizer step."""
-
-    def __init__(self, on_step: Callable[[], None]):
-        self.on_step = on_step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count one step."""
-        self.on_step()
 
 
 def arguments(settings: FitSettings, steps: int, folder: Path) -> TrainingArguments:
@@ -348,22 +234,11 @@ def arguments(settings: FitSettings, steps: int, folder: Path) -> TrainingArgume
     )
 
 
-def _rows(batch: Mapping[str, Any]) -> int:
-    """The number of rows of a batch."""
-    return len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
-
-
 def _check_complete(checkpoint: Path) -> None:
     """Raise FileNotFoundError if a part is missing that the trainer would silently ignore."""
     for pattern in ("optimizer.pt", "scheduler.pt", "rng_state*.pth"):  # one random state per process
         if not list(checkpoint.glob(pattern)):
             raise FileNotFoundError(f"{pattern.replace('*', '')} is missing")
-
-
-def _seen(optimizer: Any) -> str:
-    """A projected optimizer's numbers of the last step, as text."""
-    numbers = optimizer.log() if isinstance(optimizer, ProjectedOptimizer) else {}
-    return "".join(f"; {words} {numbers[name]:.3g}" for name, words in _WORDS.items() if name in numbers)
 
 
 def _unclipped(numbers: dict[str, float], logs: dict[str, float]) -> dict[str, float]:

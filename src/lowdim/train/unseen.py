@@ -78,17 +78,18 @@ class Unseen:
                 whole = ends
                 yield keys, [*ids, *mark] if ends else ids
 
-    def check(self, evaluation: object) -> None:
+    def check(self, separate: object, what: str = "training") -> None:
         """Raise if nothing is left to train on.
 
         Raises:
-            DataError: every document is in the test file.
+            DataError: every document is in the separate file.
         """
         if self.held_out and not self.kept:
-            raise DataError(f"every training document is also in {evaluation} (--eval), so nothing is left to train on")
+            purpose = "train on" if what == "training" else "choose by"
+            raise DataError(f"every {what} document is also in {separate}, so nothing is left to {purpose}")
 
 
-def left_out(repeated: int, held_out: int) -> list[str]:
+def left_out(repeated: int, held_out: int, where: str = "the test file", what: str = "training") -> list[str]:
     """Notes on documents that were left out."""
     notes = []
     if repeated:
@@ -97,5 +98,5 @@ def left_out(repeated: int, held_out: int) -> list[str]:
             "spaces or Unicode form)"
         )
     if held_out:
-        notes.append(f"{held_out} training documents are also in the test file and were left out of training")
+        notes.append(f"{held_out} {what} documents are also in {where} and were left out of {what}")
     return notes

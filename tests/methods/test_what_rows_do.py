@@ -166,6 +166,14 @@ def test_the_companion_is_stepped_once_a_step_and_finished_once(task, tmp_path, 
     assert ends == [5]
 
 
+def test_the_guide_fades_over_half_of_the_run_and_is_gone_after_it(task, tmp_path):
+    applied = ready(task, "self-guided", 8)
+    names = set(dict(applied.model.named_parameters()))
+    _, seen = run(applied, task, tmp_path, 8, lambda: next(iter(applied.companion.layers.values())).ratio)
+    assert seen == pytest.approx([0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5, 0, 0, 0, 0, 0])
+    assert set(dict(applied.model.named_parameters())) == names
+
+
 @pytest.mark.parametrize("name", ["lamda", "sora", "sara", "increlora"])
 def test_the_adapter_is_stepped_once_a_step(task, tmp_path, name):
     applied = ready(task, name, 4)
@@ -201,7 +209,12 @@ def test_what_a_companion_draws_follows_from_the_seed_of_the_run(task):
 
 
 def test_every_row_with_a_companion_is_looked_at():
-    assert {name for name, row in variants().items() if row.companion} == {"sst", "maestro", "low-rank-restart"}
+    assert {name for name, row in variants().items() if row.companion} == {
+        "sst",
+        "maestro",
+        "low-rank-restart",
+        "self-guided",
+    }
 
 
 @pytest.mark.parametrize(("name", "steps", "shrinks"), [("maestro", 40, 4), ("maestro", 70, 7)])
@@ -215,7 +228,7 @@ def test_a_companions_schedule_is_that_of_the_run(task, name, steps, shrinks):
 @pytest.mark.parametrize(("name", "itself"), [("q-galore", True), ("galore", False), ("lora", False)])
 def test_gradients_are_clipped_once(task, tmp_path, monkeypatch, name, itself):
     """By the optimizer where the trainer cannot see its gradients, else by the trainer: in a comparison as in a run."""
-    from lowdim.compare import runs
+    from lowdim.comparison import runs
     from lowdim.train.trainer import arguments
 
     seen = []
@@ -233,7 +246,7 @@ def test_gradients_are_clipped_once(task, tmp_path, monkeypatch, name, itself):
         model=model, task=task, head=(), metric=metric_for("causal-lm"), steps=5, batch_size=2, folder=tmp_path, fingerprint=""
     )
     with pytest.raises(Enough):
-        runs.perform(bench, runs.Run(variant(name), "trial", 0, 1e-3, 0))
+        runs.perform(bench, runs.Run(variant(name), "seed", 0, 1e-3, 0, steps=5))
     ((optimizer, by_trainer),) = seen
     assert getattr(optimizer, "max_norm", None) == (1.0 if itself else None)
     assert by_trainer == (0.0 if itself else 1.0)

@@ -21,10 +21,11 @@ from lowdim.methods.full import FullStrategy
 from lowdim.methods.layer import LayerStrategy
 from lowdim.methods.optimizer import OptimizerStrategy
 from lowdim.methods.probe import ProbeStrategy
-from lowdim.methods.setup import WARMUP, Setup
+from lowdim.methods.setup import OPTIMIZERS, WARMUP, Setup
 from lowdim.methods.strategy import Strategy
 
 __all__ = [
+    "OPTIMIZERS",
     "STRATEGIES",
     "WARMUP",
     "Applied",

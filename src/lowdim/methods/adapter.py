@@ -10,11 +10,13 @@ from torch import nn
 from lowdim.adapters import LoRA, Method, ModelMethod, adapt
 from lowdim.adapters.core.attach import target_layers
 from lowdim.adapters.core.layer import kind_of
+from lowdim.adapters.core.whole import WholeMethod
 from lowdim.catalogue import Variant
 from lowdim.errors import NoMatchingModuleError
 from lowdim.methods.applied import Applied
 from lowdim.methods.setup import Setup
 from lowdim.methods.strategy import Strategy, adamw, names_subclass
+from lowdim.modules import quantized_scheme
 from lowdim.ranks import capped_note
 
 __all__ = ["AdapterStrategy"]
@@ -37,6 +39,12 @@ class AdapterStrategy(Strategy):
     def sample_batches(self, steps: int) -> int:
         """The number that the method asks for."""
         return self.variant.build().sample_batches(steps)
+
+    def refuses_quantized(self) -> str | None:
+        """A method that composes every parameter of the model needs them as numbers."""
+        if not issubclass(self.variant.build(), WholeMethod):
+            return None
+        return f"{self.variant.label} composes the base's weights anew in each pass, which then cannot be kept in few bits"
 
     def at_rank(self, rank: int) -> Variant | None:
         """As the method defines it: LaMDA++ scales its choices, FLoRA has one rank per dimension."""
@@ -61,6 +69,7 @@ class AdapterStrategy(Strategy):
 
     def apply(self, model: nn.Module, setup: Setup) -> Applied:
         """Attach the method to the layers that it names, or to every layer outside the head."""
+        self.check_quantize(quantized_scheme(model))
         options = self.filled(setup)
         if self.variant.build().names_targets and not options.get("target_modules"):
             options["target_modules"] = self._columns(model, setup.head)

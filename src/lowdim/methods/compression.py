@@ -14,6 +14,7 @@ from lowdim.compress import SparseTraining
 from lowdim.methods.applied import Applied
 from lowdim.methods.setup import Setup
 from lowdim.methods.strategy import Strategy, adamw
+from lowdim.modules import quantized_scheme
 from lowdim.surgery import find_layers
 
 __all__ = ["CompressionStrategy"]
@@ -23,6 +24,7 @@ class CompressionStrategy(Strategy):
     """Trains a model that a scheduled function of `lowdim.compress` has prepared, with `SparseTraining` as companion."""
 
     kind: ClassVar[str] = "compress"
+    trains_base: ClassVar[bool] = True
     target: ClassVar[str] = "a function of lowdim.compress whose argument config is annotated with its dataclass"
 
     def fits(self) -> bool:
@@ -47,6 +49,10 @@ class CompressionStrategy(Strategy):
         """Build the config."""
         self.config_class(**self.filled(Setup(lr=1e-3, steps=1000)))
 
+    def refuses_quantized(self) -> str | None:
+        """A mask is over single entries of the weight."""
+        return f"{self.variant.label} masks single entries of the base's weights, which then cannot be kept in few bits"
+
     def filled(self, setup: Setup) -> dict[str, Any]:
         """The options, with `total_steps` and `seed` from the training if they are fields and not set."""
         names, options = self.option_names(), dict(self.variant.options)
@@ -60,6 +66,7 @@ class CompressionStrategy(Strategy):
             LowdimError: the function left no layer that follows a schedule.
             ValueError, TypeError: from the function, naming the layer.
         """
+        self.check_quantize(quantized_scheme(model))
         options = self.filled(setup)
         config = self.config_class(**options)
         inside = [name for name in find_layers(model) if any(f"{name}.".startswith(f"{head}.") for head in setup.head)]

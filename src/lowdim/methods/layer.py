@@ -13,11 +13,14 @@ from lowdim.layers import swap_linear
 from lowdim.methods.applied import Applied
 from lowdim.methods.setup import Setup
 from lowdim.methods.strategy import Strategy, adamw, hyperparameters, names_subclass
+from lowdim.modules import quantized_scheme
 from lowdim.ranks import capped_note
 from lowdim.surgery import find_layers, is_linear, matrix_shape, without_tied
 
 __all__ = ["LayerStrategy"]
 
+#: Options of weights that are drawn: a layer that approximates trained weights has no use for them.
+_OF_A_DRAW = {"init", "std"}
 _TRIAL = 2**14  # sides of a trial layer on the meta device: above any rank in use
 
 
@@ -26,6 +29,7 @@ class LayerStrategy(Strategy):
 
     kind: ClassVar[str] = "layer"
     target: ClassVar[str] = "an nn.Module with from_linear"
+    trains_base: ClassVar[bool] = True
 
     def fits(self) -> bool:
         """A module that can be made from a linear layer."""
@@ -47,7 +51,12 @@ class LayerStrategy(Strategy):
         self._companion(model, companion_options, torch.optim.SGD(model.parameters(), lr=1e-3))
 
     def apply(self, model: nn.Module, setup: Setup) -> Applied:
-        """Swap the selected layers; by default those that become smaller at the rank."""
+        """Swap the selected layers; by default those that become smaller at the rank.
+
+        Raises:
+            ValueError: the base is kept in few bits.
+        """
+        self.check_quantize(quantized_scheme(model))
         model.requires_grad_(True)
         own, companion_options = self._split(setup)
         left, capped = self._swap(model, own, setup)
@@ -92,7 +101,10 @@ class LayerStrategy(Strategy):
         """
         cls, targets = self.variant.build(), options.pop("target_modules", None)
         fresh = setup.scratch or not setup.initialise
-        if fresh and "seed" in hyperparameters(cls):
+        if not fresh:
+            for name in _OF_A_DRAW & set(options):
+                del options[name]
+        elif "seed" in hyperparameters(cls):
             options.setdefault("seed", setup.seed)
         left: list[str] = []
         capped: dict[str, int] = {}

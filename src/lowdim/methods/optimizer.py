@@ -12,6 +12,7 @@ from torch import nn
 from lowdim.methods.applied import Applied
 from lowdim.methods.setup import Setup
 from lowdim.methods.strategy import Strategy, hyperparameters, names_subclass
+from lowdim.modules import quantized_scheme
 from lowdim.optim import ProjectedOptimizer, param_groups
 from lowdim.optim.core.groups import ParamGroups, too_small
 
@@ -27,6 +28,7 @@ class OptimizerStrategy(Strategy):
 
     kind: ClassVar[str] = "optimizer"
     target: ClassVar[str] = "a lowdim.optim ProjectedOptimizer"
+    trains_base: ClassVar[bool] = True
 
     def fits(self) -> bool:
         """A subclass of `ProjectedOptimizer`."""
@@ -43,6 +45,7 @@ class OptimizerStrategy(Strategy):
     def apply(self, model: nn.Module, setup: Setup) -> Applied:
         """Make every parameter trainable; weights of another kind (INT8) are created first."""
         self.check_layerwise(setup.layerwise)
+        self.check_quantize(quantized_scheme(model))
         model.requires_grad_(True)
         model = self.restore(model, setup)
         extras = self._extras(setup)
@@ -60,6 +63,18 @@ class OptimizerStrategy(Strategy):
 
     def check_layerwise(self, layerwise: bool) -> None:
         """Every optimizer can update layer by layer."""
+
+    def check_optimizer(self, optimizer: str) -> None:
+        """The method is an optimizer itself.
+
+        Raises:
+            ValueError: another one is requested.
+        """
+        if optimizer != "adamw":
+            label = self.variant.label
+            raise ValueError(
+                f"{label} has its own optimizer, so {optimizer} cannot take its place; leave out --optimizer {optimizer}"
+            )
 
     @property
     def refresh_interval(self) -> str | None:

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowdim.calibrate import LossFn
 
-__all__ = ["WARMUP", "Setup"]
+__all__ = ["OPTIMIZERS", "WARMUP", "Setup"]
+
+OPTIMIZERS = ("adamw", "adamw8bit")
+"""What trains the parameters of methods without an optimizer of their own."""
 
 WARMUP = 0.1
 """Default share of the steps in which the rate rises."""
@@ -32,6 +35,7 @@ class Setup:
         accumulate: forward passes of an optimizer step; optimizers that update layer by layer sum over them.
         master_weights: keep a float32 copy of every trained 16-bit weight in the optimizer; otherwise they are rounded
             stochastically.
+        optimizer: `"adamw"`, or `"adamw8bit"` with moments in 8 bits; of methods without an optimizer of their own.
         max_norm: clipping, for optimizers that clip gradients themselves; 0 switches it off.
 
     Example:
@@ -53,6 +57,7 @@ class Setup:
     accumulate: int = 1
     max_norm: float = 0.0
     master_weights: bool = False
+    optimizer: str = "adamw"
 
     @property
     def warmup_steps(self) -> int:

@@ -27,6 +27,7 @@ class Strategy(ABC):
     Attributes:
         kind: the `Variant.kind` of the rows that this class handles.
         target: what `Variant.target` must name in those rows, in words; empty if it must be empty.
+        trains_base: whether the base's own weights are trained, and so must be dense.
 
     Raises:
         TypeError: the row's target is something else.
@@ -34,6 +35,7 @@ class Strategy(ABC):
 
     kind: ClassVar[str]
     target: ClassVar[str] = ""
+    trains_base: ClassVar[bool] = False
 
     def __init__(self, variant: Variant):
         self.variant = variant
@@ -82,6 +84,21 @@ class Strategy(ABC):
         """The model with the structure of the trained weights, for loading them; unchanged if the method keeps it."""
         return model
 
+    def refuses_quantized(self) -> str | None:
+        """Why the method cannot take a base whose weights are in few bits; None if it can."""
+        if not self.trains_base:
+            return None
+        return f"{self.variant.label} trains the base's own weights, which then cannot be kept in few bits"
+
+    def check_quantize(self, scheme: str | None) -> None:
+        """Raise ValueError if the base is, or shall be, kept in few bits and the method cannot take that."""
+        reason = None if scheme is None else self.refuses_quantized()
+        if reason is not None:
+            raise ValueError(f"{reason}: choose an adapter such as lora, or leave out --quantize {scheme}")
+
+    def check_optimizer(self, optimizer: str) -> None:  # noqa: B027  (most have none of their own)
+        """Raise ValueError if another optimizer than plain AdamW is requested and the method has its own."""
+
     def clips_itself(self, layerwise: bool = False) -> bool:
         """Whether the optimizer clips gradients itself, so that a trainer must not."""
         return False
@@ -122,13 +139,16 @@ def names_subclass(variant: Variant, base: type) -> bool:
 def adamw(parameters: Any, lr: float, setup: Setup) -> torch.optim.Optimizer:
     """Plain AdamW without decay, for all methods without their own optimizer.
 
-    Where a parameter has 16 bits, it is `lowdim.optim.AdamW`, which does not lose small updates.
+    Where a parameter has 16 bits, it is `lowdim.optim.AdamW`, which does not lose small updates; with
+    `setup.optimizer="adamw8bit"` it is `lowdim.optim.AdamW8bit`.
     """
     import torch
 
-    from lowdim.optim import AdamW
+    from lowdim.optim import AdamW, AdamW8bit
 
     groups = list(parameters)
+    if setup.optimizer == "adamw8bit":
+        return AdamW8bit(groups, lr=lr, weight_decay=0.0, seed=setup.seed, master_weights=setup.master_weights)
     flat = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in flat):
         return AdamW(groups, lr=lr, weight_decay=0.0, seed=setup.seed, master_weights=setup.master_weights)

@@ -3,15 +3,22 @@
 from lowdim.records.base import Record, claim
 from lowdim.records.comparison import (
     ComparisonRecord,
+    JudgementRecord,
     LossCurve,
     MethodRecord,
     MetricRecord,
     ModelRecord,
+    SampleRecord,
+    SearchRecord,
     Trial,
+    VisitRecord,
     WinnerRecord,
     metric_title,
 )
 from lowdim.records.compression import CompressionRecord
+from lowdim.records.differences import difference_text, in_points, with_error
+from lowdim.records.families import FamiliesRecord, FamilyRun, LevelRecord
+from lowdim.records.pipeline import PipelineRecord, StepRecord
 from lowdim.records.run import RUN, ComparedRun, RunRecord
 
 __all__ = [
@@ -19,14 +26,26 @@ __all__ = [
     "ComparedRun",
     "ComparisonRecord",
     "CompressionRecord",
+    "FamiliesRecord",
+    "FamilyRun",
+    "JudgementRecord",
+    "LevelRecord",
     "LossCurve",
     "MethodRecord",
     "MetricRecord",
     "ModelRecord",
+    "PipelineRecord",
     "Record",
     "RunRecord",
+    "SampleRecord",
+    "SearchRecord",
+    "StepRecord",
     "Trial",
+    "VisitRecord",
     "WinnerRecord",
     "claim",
+    "difference_text",
+    "in_points",
     "metric_title",
+    "with_error",
 ]

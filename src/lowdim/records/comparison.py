@@ -9,22 +9,26 @@ from lowdim.records.base import Record
 
 __all__ = [
     "ComparisonRecord",
+    "JudgementRecord",
     "LossCurve",
     "MethodRecord",
     "MetricRecord",
     "ModelRecord",
+    "SampleRecord",
+    "SearchRecord",
     "Trial",
+    "VisitRecord",
     "WinnerRecord",
     "metric_title",
 ]
 
 
 #: Metrics whose name alone does not say how classes are averaged.
-_TITLES = {"f1": "f1 (macro)"}
+_TITLES = {"f1": "f1 (macro)", "f1-micro": "f1 (micro)", "f1-weighted": "f1 (weighted)", "f1-binary": "f1 (binary)"}
 
 
 def metric_title(name: str) -> str:
-    """The name of a metric as it is printed: F1 here is the mean over the classes.
+    """The name of a metric as it is printed: which average an F1 is.
 
     Example:
         >>> from lowdim.records import metric_title
@@ -36,10 +40,94 @@ def metric_title(name: str) -> str:
 
 @dataclass(frozen=True)
 class Trial(Record):
-    """One learning rate that was tried, and its score on the validation part (None: it failed)."""
+    """One learning rate (and size) that was tried, and its score on the validation part (None: it failed).
+
+    Attributes:
+        size: rank, or what takes its place; None for methods without one.
+        steps: trained when it was scored last; None: to the end.
+    """
 
     lr: float
     score: float | None = None
+    size: int | None = None
+    steps: int | None = None
+
+    def left_out(self) -> set[str]:
+        """A size and steps that are not known."""
+        return {name for name in ("size", "steps") if getattr(self, name) is None}
+
+
+@dataclass(frozen=True)
+class VisitRecord(Record):
+    """A candidate of the search at a rung: its score on the validation part, and whether and why it went on or left."""
+
+    method: str
+    lr: float
+    size: int | None
+    rung: int
+    steps: int
+    score: float | None
+    goes_on: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class SearchRecord(Record):
+    """The search tree.
+
+    Attributes:
+        kind: `"halving"` or `"grid"`.
+        visits: every candidate at every rung that it reached, in order.
+        steps, exhaustive_steps: trained in all, and what training every candidate to its end takes.
+    """
+
+    kind: str
+    visits: list[VisitRecord]
+    steps: int
+    exhaustive_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgementRecord(Record):
+    """What the comparison shows, by the rule of `lowdim.comparison.judge`.
+
+    Attributes:
+        level: confidence of the set.
+        judged: what is judged: a metric, or `"loss"` for perplexity.
+        seeds, examples: in the table of scores.
+        half_width: of the 95 % interval of a difference between two methods, in the unit of `judged`; None with one seed.
+        may_be_best: names of the rows that no other is shown to be better than, trivial ones included.
+        best: the row that is shown to be better than every other; None.
+        apart: rows that vary so much more than the others that they are judged by their own variance.
+        headline: the verdict in one sentence, and `reasons` the sentences that follow.
+        needed: what would show a smaller difference, in one sentence.
+    """
+
+    level: float
+    judged: str
+    seeds: int
+    examples: int
+    half_width: float | None
+    may_be_best: list[str]
+    best: str | None
+    apart: list[str] = field(default_factory=list)
+    headline: str = ""
+    reasons: list[str] = field(default_factory=list)
+    needed: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRecord(Record):
+    """What a model wrote for one prompt of the test part.
+
+    Attributes:
+        prompt, expected: as in the data.
+        answers: name of the row (`"untouched"`, a method) -> its answer.
+    """
+
+    prompt: str
+    expected: str
+    answers: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -74,7 +162,14 @@ class MethodRecord(Record):
         pareto: whether no other method is better in score and memory.
         within_noise: whether it differs from the best by no more than noise (None: not known); of a trivial row: whether the
             best is not clearly better than it.
-        file_bytes: size of the run's saved weights; of the winner, that of the weights in `winner/`.
+        file_bytes: size of the weights that are handed over if the method is chosen: a PEFT adapter, or the merged model.
+        size: rank, or what takes its place, that was chosen among `trials`; None for methods without one.
+        difference, half_width: its mean less that of the row with the best mean, as judged (higher is better), and the
+            half-width of the interval around it.
+        may_be_best: whether no other row is shown to be better.
+        by_class: `{"class", "precision", "recall", "f1", "count"}` on the test part, of its first seed.
+        kept: loss on the text that must not be forgotten, before and after.
+        flops_per_token: operations of its layers for one token, forward; from random weights.
     """
 
     name: str
@@ -99,10 +194,19 @@ class MethodRecord(Record):
     curves: list[LossCurve] = field(default_factory=list)
     pareto: bool = False
     within_noise: bool | None = False
+    size: int | None = None
+    difference: float | None = None
+    half_width: float | None = None
+    may_be_best: bool | None = None
+    by_class: list[dict[str, Any]] = field(default_factory=list)
+    kept: list[float] | None = None
+    flops_per_token: int | None = None
 
     def left_out(self) -> set[str]:
-        """`trivial` where it is False: rows of versions without such rows are written as they were."""
-        return set() if self.trivial else {"trivial"}
+        """What versions without it did not write: rows of theirs are written as they were."""
+        later = ("size", "difference", "half_width", "may_be_best", "kept", "flops_per_token")
+        unset = {name for name in later if getattr(self, name) is None}
+        return unset | {name for name in ("trivial", "by_class") if not getattr(self, name)}
 
 
 @dataclass(frozen=True)
@@ -130,7 +234,7 @@ class WinnerRecord(Record):
         method: its name.
         why: one sentence.
         folder: where it lies, below that of the comparison.
-        format: "PEFT adapter" or "merged model".
+        format: "PEFT adapter", "merged model", or "state dict" for a module of one's own.
         exported: which of its seeds.
         largest_difference: between the logits of the exported and the trained model (None: not checked).
         how_to_load: Python code.
@@ -160,10 +264,13 @@ class ComparisonRecord(Record):
         created: when, as ISO 8601.
         lowdim, command, environment: version, command line, versions of others and hardware.
         data: name, sizes of the parts, labels, notes.
-        settings: those of `lowdim.compare.CompareSettings`.
+        settings: those of `lowdim.comparison.CompareSettings`.
         winner: None where nothing finished.
         notes: remarks on the table, in sentences.
         seconds: the whole comparison took.
+        judgement: what it shows (None: nothing finished, or a version without the rule).
+        search: the search tree.
+        samples: what models wrote for prompts of the test part.
     """
 
     file: ClassVar[str] = "comparison.json"
@@ -185,3 +292,10 @@ class ComparisonRecord(Record):
     winner: WinnerRecord | None = None
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    judgement: JudgementRecord | None = None
+    search: SearchRecord | None = None
+    samples: list[SampleRecord] = field(default_factory=list)
+
+    def left_out(self) -> set[str]:
+        """What versions without it did not write."""
+        return {name for name in ("judgement", "search", "samples") if not getattr(self, name)}

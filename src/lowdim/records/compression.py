@@ -18,7 +18,8 @@ class CompressionRecord(Record):
     Attributes:
         settings: the method's options, and the details of its report.
         ranks: layer -> rank of what replaced it (None: it is not a product).
-        tune_steps, lr, trained, losses: of the tuning afterwards: steps, rate, how many numbers were trained, the losses.
+        tune_steps, stage_steps, lr, trained, losses: of the tuning afterwards, or of the stage in which the dense model
+            teaches: steps, rate, how many numbers were trained, the losses.
         parameters: of the model before and after.
         perplexity: on held-out blocks: before, after, and after tuning where there was one.
         data: the data it was measured on.
@@ -31,6 +32,7 @@ class CompressionRecord(Record):
     settings: dict[str, Any]
     ranks: dict[str, int | None] | None = None
     tune_steps: int | None = None
+    stage_steps: int | None = None
     lr: float | None = None
     trained: int | None = None
     losses: list[float | None] | None = None

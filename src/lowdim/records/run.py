@@ -22,6 +22,10 @@ class RunRecord(Record):
         config: the method's hyperparameters with all defaults filled in.
         trained_parameters: number of trained parameters at the start.
         metric, before, validation, test: its name, and the scores of the three.
+        before_test: the score of the untrained model on the test part, where it can answer.
+        by_class: a table by class on the test part.
+        samples: `{"prompt", "expected", "before", "after"}` for prompts of the test part.
+        kept: loss on the text that must not be forgotten, before and after.
         data: name, sizes of the parts, notes, labels.
         losses, loss_steps: of each logged step, without penalties.
         evaluations: `[step, loss]` of the validation part during training.
@@ -75,11 +79,17 @@ class RunRecord(Record):
     fingerprint: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     file_bytes: int = 0
+    before_test: float | None = None
+    by_class: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    kept: list[float] | None = None
 
     def left_out(self) -> set[str]:
         """Penalties, ranks and notes of a method that has none, and checksums and sizes of versions that kept none."""
         names = ("penalties", "ranks", "capped_ranks", "notes", "fingerprint", "files", "file_bytes")
-        return {name for name in names if not getattr(self, name)}
+        names += ("by_class", "samples", "kept")
+        unknown = {"before_test"} if self.before_test is None else set()  # a score of 0 is one
+        return {name for name in names if not getattr(self, name)} | unknown
 
 
 @dataclass(kw_only=True)
@@ -96,8 +106,15 @@ class ComparedRun(Record):
         seconds_per_step, measured_peak_bytes: the median (None: too few steps), and the peak of one step (None: not measured).
         failure: why it failed; None if it did not.
         validation, test: scores (None: not scored, or not finite).
-        hits: "1" or "0" for each text of the test part, classified right or wrong: paired comparisons need it.
-        file_bytes: size of the trained tensors.
+        hits: "1" or "0" for each row of the test part, right or wrong; None where rows are not right or wrong.
+        size: rank, or what takes its place; None for methods without one.
+        rung: steps after which a candidate of the search was scored.
+        values, validation_values: one number for each row of the part, higher is better (`lowdim.train.tasks.Score`); methods
+            are judged by those of the test part, candidates by those of the validation part.
+        by_class: a table by class.
+        kept: loss on the text that must not be forgotten, before and after.
+        samples: what the model wrote for prompts of the test part.
+        file_bytes: size of the weights that would be handed over (None: the same as another seed's).
         files: checksums of the files with the trained tensors (None: only another seed's are kept).
         ranks: layer -> the rank that the method chose in training.
         retry: the machine failed (memory, disk, device) and not the method, so the run is tried again.
@@ -135,6 +152,13 @@ class ComparedRun(Record):
     retry: bool = False
     capped_ranks: dict[str, Any] | None = None
     notes: list[str] | None = None
+    size: int | None = None
+    rung: int | None = None
+    values: list[float] | None = None
+    validation_values: list[float] | None = None
+    by_class: list[dict[str, Any]] | None = None
+    kept: list[float] | None = None
+    samples: list[dict[str, str]] | None = None
 
     @property
     def score(self) -> float | None:

@@ -31,7 +31,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
     "pretrain galore, accumulating": {"task": "pretrain", "method": "galore", "gradient_accumulation": 2, "save_steps": 3},
 }
 _COMPARE = (
-    "compare --model stories260k --task causal-lm --data text.txt --methods lora,full --seeds 2 --trials 1 --steps 3 "
+    "compare --model stories260k --task causal-lm --data text.txt --methods lora,full --seeds 2 --rates 2 --sizes 1 --steps 6 "
     "--max-length 32 --batch-size 2 --out out"
 )
 SCENARIOS = ("compare", *_RECIPES)
@@ -231,7 +231,7 @@ def prepare(place: Path) -> None:
     import transformers.trainer  # noqa: F401
 
     import lowdim.cli.main
-    import lowdim.compare.runner
+    import lowdim.comparison.runner
     import lowdim.plan
     import lowdim.report
     import lowdim.train.run

@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from lowdim import models
-from lowdim.compare import CompareSettings, compare, runs
+from lowdim.comparison import CompareSettings, compare, runs
 from lowdim.errors import CheckpointError, LowdimError, is_machine_failure
 from lowdim.outputs import own_files
 from lowdim.train.tasks import Task
@@ -23,7 +23,7 @@ NO_MEMORY = "[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't alloca
 def settings(**changes):
     keys = {
         "model": "stories260k", "data": ("lowdim:shakespeare",), "task": "causal-lm", "methods": ("lora", "full"), "seeds": 1,
-        "trials": 1, "steps": 3, "batch_size": 2, "max_length": 16, "limit": 8,
+        "rates": 1, "sizes": 1, "steps": 3, "batch_size": 2, "max_length": 16, "limit": 8,
     }  # fmt: skip
     return CompareSettings(**{**keys, **changes})
 
@@ -87,7 +87,9 @@ def test_what_is_the_machines_fault(error, machine):
     assert is_machine_failure(wrapped.value) is machine
 
 
-@pytest.mark.parametrize("where", ["trial", "seed", "evaluation", "saving"])
+@pytest.mark.parametrize(
+    "where", ["seed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("trial", "evaluation", "saving"))]
+)
 def test_a_lack_of_memory_is_no_verdict(where, whole, tmp_path, monkeypatch):
     _, want = whole()
     with monkeypatch.context() as patch:
@@ -102,14 +104,14 @@ def test_a_lack_of_memory_is_no_verdict(where, whole, tmp_path, monkeypatch):
 
 def fail(patch, where):
     """Full fine-tuning lacks memory there."""
-    real, score, save = runs.fit, Task.evaluate, runs._save
+    real, score, save = runs.fit, Task.score, runs._save
     phase = []
 
-    def fit(applied, *args, **keywords):
-        phase.append((applied.variant.name, "trial" if keywords["measure_memory"] else "seed"))
+    def fit(applied, task, settings, *args, **keywords):
+        phase.append((applied.variant.name, "seed" if settings.pause_at is None else "trial"))
         if phase[-1] == ("full", where):
             raise RuntimeError(NO_MEMORY)
-        return real(applied, *args, **keywords)
+        return real(applied, task, settings, *args, **keywords)
 
     def evaluate(*args):
         if where == "evaluation" and phase and phase[-1][0] == "full":
@@ -122,21 +124,22 @@ def fail(patch, where):
         return save(applied, *args)
 
     patch.setattr(runs, "fit", fit)
-    patch.setattr(Task, "evaluate", evaluate)
+    patch.setattr(Task, "score", evaluate)
     patch.setattr(runs, "_save", _save)
 
 
+@pytest.mark.slow
 def test_the_winner_is_that_of_the_first_seed_also_where_it_lacked_memory_at_first(whole, tmp_path, monkeypatch):
     """Whole models are kept once: of the first seed, whenever that has finished."""
     keys = {"methods": ("full",), "seeds": 2}
     folder, want = whole(**keys)
     real, calls = runs.fit, []
 
-    def fit(*args, **keywords):
-        calls.append(1)
-        if len(calls) == 2:  # after the trial
+    def fit(applied, task, settings, *args, **keywords):
+        calls.append("seed" if settings.pause_at is None else "trial")
+        if calls.count("seed") == 1 and calls[-1] == "seed":
             raise RuntimeError(NO_MEMORY)
-        return real(*args, **keywords)
+        return real(applied, task, settings, *args, **keywords)
 
     with monkeypatch.context() as patch:
         patch.setattr(runs, "fit", fit)
@@ -199,7 +202,7 @@ def test_what_a_comparison_builds_on_may_not_change(part, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "settings.json", "comparison.json", "runs/lora/trial-0/run.json", "runs/winner.json",
+        "settings.json", "comparison.json", "runs/lora/lr-0.001-size-8/rung-3/run.json", "runs/winner.json",
         "runs/{best}/seed-0/run.json", "runs/lora/seed-0/adapter/adapter.json", "runs/full/seed-0/weights.safetensors",
     ],
 )  # fmt: skip
@@ -221,6 +224,7 @@ def test_a_finished_comparison_stays_as_it_is(whole, copy):
     assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file() and p.name != "settings.json"} == before
 
 
+@pytest.mark.slow
 def test_files_of_other_people_in_the_winner_are_kept(copy):
     winner = copy / "winner"
     (winner / "my-notes.txt").write_text("mine")

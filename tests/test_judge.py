@@ -1,13 +1,21 @@
 """The judge: its formulas on small tables, and its error rates in comparisons whose truth is known."""
 
+import importlib
 import itertools
+import json
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from lowdim.compare.judge import LEVEL, jackknife, judge
+from lowdim.comparison.judge import LEVEL, judge
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.append(str(BENCH))
+simulation = importlib.import_module("judge_simulation")
 
 
 def table(seed=0, shape=(4, 3, 30), scale=1.0):
@@ -61,7 +69,7 @@ def test_the_verdict_follows_the_methods_and_not_their_order():
 def test_the_critical_value_for_two_methods_is_students():
     scores = table(shape=(2, 40, 50))
     found = judge("ab", scores)
-    want = stats.t.ppf(LEVEL, found.parts.degrees) * math.sqrt(2 * found.parts.variance)
+    want = stats.t.ppf(0.5 + LEVEL / 2, found.parts.degrees) * math.sqrt(2 * found.parts.variance)
     assert found.half_width == pytest.approx(want, rel=0.02)
 
 
@@ -88,6 +96,7 @@ def test_one_seed_shows_nothing():
     assert found.best is None
     assert found.may_be_best == ("a", "b", "c")
     assert not found.is_better("a", "b")
+    assert found.close == ("a",)  # by the error of the test examples alone
 
 
 def test_a_method_that_diverged_does_not_hide_the_others():
@@ -114,6 +123,61 @@ def test_what_more_seeds_and_examples_would_show():
     assert found.half_width_with(4, 20_000) > 0.9 * found.half_width
 
 
+def test_a_row_that_was_never_trained_stays_out_of_the_pool():
+    """One score for each example, whatever the seed: the variance is of a method's own seeds and of the examples' gaps."""
+    draw = np.random.default_rng(4)
+    scores = table(shape=(4, 3, 60), scale=0.1) + draw.normal(0, 0.2, (4, 3, 1)) + draw.normal(0, 0.3, (1, 3, 1))
+    row = draw.normal(0, 1, 60)
+    methods, seeds, examples = scores.shape
+    found, without = judge("abcd", scores, fixed={"row": row}), judge("abcd", scores)
+    assert found.names == ("a", "b", "c", "d", "row")
+    assert found.parts == without.parts
+    # Mean squares over a method's own seeds, averaged over the methods: by their definition.
+    m, ms, me = scores.mean((1, 2)), scores.mean(2), scores.mean(1)
+    own_seed = examples * sum((ms[i, j] - m[i]) ** 2 for i in range(methods) for j in range(seeds)) / (methods * (seeds - 1))
+    rest = sum(
+        (scores[i, j, k] - ms[i, j] - me[i, k] + m[i]) ** 2
+        for i, j, k in itertools.product(range(methods), range(seeds), range(examples))
+    ) / (methods * (seeds - 1) * (examples - 1))
+    gap = me[1] - row
+    example = seeds * ((gap - gap.mean()) ** 2).sum() / (examples - 1)
+    # Seeds are shared: a part of the spread over seeds is common to all methods and counts once.
+    z = ms.mean(0)
+    common = examples * ((z - z.mean()) ** 2).sum() / (seeds - 1)
+    df = (seeds - 1, (methods - 1) * (seeds - 1), examples - 1, (seeds - 1) * (examples - 1))
+    total = own_seed + example - rest
+    below = sum(s**2 / f for s, f in zip((common, own_seed - common, example, rest), df, strict=True))
+    gap_and_width = found.difference("b", "row")
+    assert gap_and_width[0] == pytest.approx(scores[1].mean() - row.mean())
+    critical = gap_and_width[1] / math.sqrt(total / (seeds * examples))
+    # Dunnett's for five rows at these degrees of freedom, which are rounded down.
+    degrees = math.floor(4 * total**2 / below) / 4
+    normal = np.random.default_rng(5).standard_normal((200_000, 5))
+    largest = (normal[:, 1:] - normal[:, :1]).max(1) / np.sqrt(
+        2 * np.random.default_rng(6).chisquare(degrees, 200_000) / degrees
+    )
+    assert critical == pytest.approx(np.quantile(largest, LEVEL), rel=0.03)
+
+
+def test_one_method_against_what_was_never_trained():
+    draw = np.random.default_rng(0)
+    scores = draw.normal(0, 0.1, (1, 3, 100))
+    found = judge("a", scores + 1, fixed={"row": draw.normal(0, 0.1, 100)})
+    assert found.best == "a"
+    assert found.difference("a", "row") == (pytest.approx(1.0, abs=0.05), found.half_width)
+    assert judge("a", scores, fixed={"row": scores.mean((0, 1))}).may_be_best == ("a", "row")
+
+
+def test_two_fixed_rows_differ_by_their_examples_alone():
+    draw = np.random.default_rng(1)
+    one, two = draw.normal(0, 1, (2, 50))
+    found = judge("ab", table(shape=(2, 3, 50)), fixed={"one": one, "two": two})
+    want = math.sqrt((one - two).var(ddof=1) / 50)
+    assert found.difference("one", "two")[1] / want == pytest.approx(
+        stats.t.ppf(0.5 + LEVEL / 2, 49), rel=0.15
+    )  # Dunnett's for four rows
+
+
 @pytest.mark.parametrize(
     ("names", "scores", "message"),
     [
@@ -129,77 +193,72 @@ def test_tables_that_cannot_be_judged(names, scores, message):
         judge(names, scores)
 
 
-def test_the_jackknife_of_a_mean_is_its_examples():
-    values = table(shape=(1, 1, 40))[0, 0]
-    assert jackknife(lambda rows: float(values[rows].mean()), 40) == pytest.approx(values)
+def test_a_fixed_row_must_fit_the_table():
+    with pytest.raises(ValueError, match="fixed row t must have a score for each of the 30 examples; got 3"):
+        judge("abcd", table(), fixed={"t": [0.0, 1.0, 0.0]})
+    with pytest.raises(ValueError, match="scores of t are not finite"):
+        judge("abcd", table(), fixed={"t": [math.inf] * 30})
 
 
-def test_the_jackknife_gives_the_error_of_a_correlation():
-    draw = np.random.default_rng(2)
-    x = draw.normal(size=400)
-    y = 0.6 * x + 0.8 * draw.normal(size=400)
-    values = jackknife(lambda rows: float(np.corrcoef(x[rows], y[rows])[0, 1]), 400)
-    r = float(np.corrcoef(x, y)[0, 1])
-    assert values.mean() == pytest.approx(r, abs=0.005)
-    assert values.std(ddof=1) / math.sqrt(400) == pytest.approx((1 - r**2) / math.sqrt(400), rel=0.15)
-    with pytest.raises(ValueError, match="at least two examples; got 1"):
-        jackknife(lambda rows: 0.0, 1)
+KINDS = [simulation.hits, simulation.block_losses]
+#: At most so many, or at least: of a few comparisons, which scatter, and of the full number.
+FEW = {"left_out": 0.15, "row_left_out": 0.15, "called_better": 0.05, "found": 0.8, "best_is_in": 0.95}
+MANY = {"left_out": 0.06, "row_left_out": 0.06, "called_better": 0.01, "found": 0.90, "best_is_in": 0.95}
 
 
-def hits(draw, shape, gap):
-    """Classification: right or wrong, by the difficulty of the example for all, for the method, and by the run."""
-    methods, seeds, examples = shape
-    logit = 0.5 + draw.normal(0, 2, examples) + draw.normal(0, 1, (methods, 1, examples))
-    logit = logit + draw.normal(0, 0.15, (methods, seeds, 1)) + draw.normal(0, 0.1, (1, seeds, 1)) + draw.normal(0, 0.5, shape)
-    found = (draw.random(shape) < 1 / (1 + np.exp(-logit))).astype(float)
-    found[0] += gap
-    return found
+def check(found, bounds):
+    for name, share in found.items():
+        assert share <= bounds[name] if name in ("left_out", "row_left_out", "called_better") else share >= bounds[name], name
 
 
-def block_losses(draw, shape, gap):
-    """A language model: a block's loss depends mostly on the block."""
-    methods, seeds, examples = shape
-    block = draw.gamma(4, 0.25, examples)
-    loss = 2 + block + draw.normal(0, 0.05, (methods, 1, examples)) + draw.normal(0, 0.01, (methods, seeds, 1))
-    loss = loss + draw.normal(0, 0.01, (1, seeds, 1)) + draw.normal(0, 0.02, shape) * (1 + block)
-    loss[0] -= gap
-    return -loss
-
-
-def rates(kind, shape, comparisons):
-    """Shares of comparisons: a given equal method left out; equals called better; a gap of twice the half-width found; the
-    best in the set, at that gap and at half of it."""
-    draw = np.random.default_rng(7)
-    names = [str(index) for index in range(shape[0])]
-    equal = [judge(names, kind(draw, shape, 0.0)) for _ in range(comparisons)]
-    width = float(np.median([found.half_width for found in equal]))
-    apart = [judge(names, kind(draw, shape, 2 * width)) for _ in range(comparisons)]
-    near = [judge(names, kind(draw, shape, width)) for _ in range(comparisons)]
-    return {
-        "left out": np.mean(["1" not in found.may_be_best for found in equal]),
-        "called better": np.mean([found.best is not None for found in equal]),
-        "found": np.mean([found.best == "0" for found in apart]),
-        "best is in": np.mean(["0" in found.may_be_best for found in [*apart, *near]]),
-    }
-
-
-@pytest.mark.parametrize("kind", [hits, block_losses])
+@pytest.mark.parametrize("kind", KINDS)
 def test_error_rates_in_few_comparisons(kind):
-    found = rates(kind, (6, 3, 98), 60)
-    assert found["left out"] <= 0.15
-    assert found["called better"] <= 0.05
-    assert found["found"] >= 0.8
-    assert found["best is in"] >= 0.95
+    check(simulation.rates(kind, (6, 3, 98), 60), FEW)
+
+
+@pytest.mark.parametrize("row", [simulation.untouched_row, simulation.constant_row])
+def test_error_rates_with_a_row_that_was_never_trained_in_few_comparisons(row):
+    check(simulation.rates_with_a_row(row, (6, 2, 98), 60), FEW)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("examples", [98, 300])
 @pytest.mark.parametrize("seeds", [2, 3])
 @pytest.mark.parametrize("methods", [6, 20])
-@pytest.mark.parametrize("kind", [hits, block_losses])
+@pytest.mark.parametrize("kind", KINDS)
 def test_error_rates(kind, methods, seeds, examples):
-    found = rates(kind, (methods, seeds, examples), 400)
-    assert found["left out"] <= 0.06
-    assert found["called better"] <= 0.01
-    assert found["found"] >= 0.90
-    assert found["best is in"] >= 0.95
+    check(simulation.rates(kind, (methods, seeds, examples), 400), MANY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(6, 3, 300), (20, 2, 98)])
+@pytest.mark.parametrize("kind", [simulation.f1_values, simulation.correlations, simulation.uneven])
+def test_error_rates_of_jackknife_values_and_of_methods_without_a_spread_over_seeds(kind, shape):
+    check(simulation.rates(kind, shape, 400), {**MANY, "found": 0.85})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(6, 2, 98), (6, 3, 300), (20, 3, 98)])
+@pytest.mark.parametrize("row", [simulation.untouched_row, simulation.constant_row])
+def test_error_rates_with_a_row_that_was_never_trained(row, shape):
+    check(simulation.rates_with_a_row(row, shape, 400), MANY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("methods", [6, 20])
+@pytest.mark.parametrize("kind", KINDS)
+def test_error_rates_where_the_judge_looks_after_every_round(kind, methods):
+    check(simulation.rates_in_rounds(kind, (methods, 5, 98), 400), {**MANY, "left_out": 0.08})
+
+
+def test_the_record_of_the_simulation_holds_what_is_claimed():
+    record = json.loads((BENCH.parent / "results" / "judge-simulation.json").read_text())
+    rows = record["rows"]
+    assert record["comparisons"] == 400
+    for row in rows:
+        bounds = {**MANY, "left_out": 0.08} if row["what"].startswith("rounds") else MANY
+        if row["scores"] not in ("hits", "block_losses"):
+            bounds = {**bounds, "found": 0.85}
+        check({name: row[name] for name in MANY if name in row}, bounds)
+    fixed = {(row["scores"], row["methods"], row["seeds"]) for row in rows if row["what"] == "fixed seeds"}
+    assert {(kind.__name__, methods, seeds) for kind in KINDS for methods in (6, 20) for seeds in (2, 3)} <= fixed

@@ -3,10 +3,16 @@
 import numpy as np
 import pytest
 
-from lowdim.compare.judge import judge
-from lowdim.compare.search import Candidate, halve, rungs_of
+from lowdim.comparison import search as searching
+from lowdim.comparison.judge import judge
+from lowdim.comparison.search import Candidate, one_by_one, rungs_of
 
 EXAMPLES = 50
+
+
+def halve(found, steps, advance, **how):
+    """With a function that trains one candidate."""
+    return searching.halve(found, steps, one_by_one(advance), **how)
 
 
 def candidates(methods, rates=3):
@@ -38,8 +44,10 @@ def table(found, **finals):
 def test_the_rungs_double_up_to_the_end():
     assert rungs_of(1600) == (100, 200, 400, 800, 1600)
     assert rungs_of(100) == (6, 12, 25, 50, 100)
-    assert rungs_of(10) == (4, 5, 10)
-    assert rungs_of(3) == (3,)
+    assert rungs_of(20) == (2, 5, 10, 20)
+    assert rungs_of(6) == (2, 3, 6)
+    assert rungs_of(5) == (2, 5)
+    assert rungs_of(40) == (2, 5, 10, 20, 40)
 
 
 def test_each_candidate_goes_on_from_where_it_was_and_half_leave():
@@ -51,7 +59,8 @@ def test_each_candidate_goes_on_from_where_it_was_and_half_leave():
         steps.setdefault(candidate, []).append(rung)
     assert all(taken == list(rungs_of(160)[: len(taken)]) for taken in steps.values())
     alive = [sum(visit.rung == rung for visit in search.visits) for rung in range(5)]
-    assert alive == [18, 11, 6, 3, 2]  # at first also the best of the two worst methods
+    # At first also the best of the two worst methods; later those leave, too, that are clearly worse than the second.
+    assert alive == [18, 11, 4, 2, 2]
     assert search.survivors[0] == Candidate("a", 0.01)
     assert search.best_of("f") == Candidate("f", 0.01)
     assert search.best_of("g") is None
@@ -119,10 +128,29 @@ def test_rates_widen_outward_while_the_edge_wins():
     finals = {Candidate(m, rate).name: -abs(np.log10(rate) - best) for m, best in (("a", -1), ("b", -3)) for rate in scale}
     search = halve(found, 160, scored(finals, noise=0.01), widen=widen)
     tried = {method: {v.candidate.lr for v in search.visits if v.candidate.method == method} for method in "ab"}
-    assert tried["a"] == {1e-4, 1e-3, 1e-2, 1e-1}  # two further ones, and no more
+    assert tried["a"] == {1e-4, 1e-3, 1e-2, 1e-1, 1.0}  # up to the first that is worse
     assert tried["b"] == {1e-4, 1e-3, 1e-2}
     assert search.best_of("a").lr == pytest.approx(0.1)
-    assert search.exhaustive_steps == 7 * 160
+    assert search.exhaustive_steps == 8 * 160
+    found = [Candidate("c", 1e-3), Candidate("c", 1e-4)]
+    finals = {Candidate("c", rate).name: np.log10(rate) for rate in [10.0**power for power in range(-5, 9)]}
+    endless = halve(found, 160, scored(finals, noise=0.01), widen=lambda c, up: Candidate("c", float(f"{c.lr * 10:.0e}")))
+    assert max(v.candidate.lr for v in endless.visits) == pytest.approx(1e2), "five more, and no further"
+
+
+@pytest.mark.parametrize(("lead", "widens"), [(0.0, False), (0.1, False), (1.0, True)])
+def test_an_edge_widens_where_it_wins_by_more_than_its_error(lead, widens):
+    """Its values differ from its neighbour's by ±1, so two standard errors are about 2 / sqrt(EXAMPLES)."""
+    apart = np.resize([1.0, -1.0], EXAMPLES)
+    assert (lead > 2 / np.sqrt(EXAMPLES - 1)) == widens
+    asked = []
+    halve(
+        [Candidate("a", rate) for rate in (1e-2, 1e-3, 1e-4)],
+        160,
+        lambda candidate, steps: lead + apart if candidate.lr == 1e-2 else np.zeros(EXAMPLES),
+        widen=lambda candidate, upward: asked.append(candidate),
+    )
+    assert bool(asked) == widens
 
 
 def test_what_cannot_be_searched():

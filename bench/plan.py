@@ -1,7 +1,8 @@
 """Forecasts compared with measured training: `python bench/plan.py` writes results/plan.json and prints the table.
 
-For each model and method, in a process of its own: the forecast, the allocator's peak over the first two steps, and the time
-and the growth of the process's resident memory over one further step.
+For each model, setting and method, in a process of its own: the forecast, the allocator's peak over the first two steps, and
+the time and the growth of the process's resident memory over one further step. Then forecasts of a model of 7 B parameters, and
+the time that `lowdim plan` takes for them, with and without `--fit`.
 """
 
 from __future__ import annotations
@@ -10,25 +11,46 @@ import argparse
 import ctypes
 import gc
 import importlib.metadata
+import itertools
 import json
+import os
 import platform
+import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lowdim.catalogue import methods, variant
+from lowdim.files import write_json
 from lowdim.methods import apply
 from lowdim.models import head_modules, load_model
 from lowdim.plan import forecast, measure
+from lowdim.train.environment import processor
 from lowdim.units import format_bytes
 
 RESULTS = Path(__file__).parents[1] / "results" / "plan.json"
 BATCH, LENGTH = 16, 128
 CASES = (("minilm", "classify"), ("stories260k", "causal-lm"))
+#: The plain setting is measured for every method, the others for some of each kind.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulate": {"accumulate": 4},
+    "masters": {"dtype": torch.bfloat16, "master_weights": True},
+    "accumulate-masters": {"accumulate": 4, "dtype": torch.bfloat16, "master_weights": True},
+}
+SOME = ("lora", "lamda", "full", "galore", "fira", "monarch", "sltrain")
+#: What is timed, in CPU seconds of one thread: all methods on a shape of 7 B parameters.
+COMMANDS = (
+    ("plan", "--model", "llama-7b"),
+    ("plan", "--model", "llama-7b", "--dtype", "bfloat16", "--length", "2048", "--gradient-checkpointing"),
+    ("plan", "--model", "llama-7b", "--fit", "--budget", "24GiB"),
+    ("plan", "--model", "llama-7b", "--fit", "--budget", "24GiB", "--batch-size", "8", "--length", "1024"),
+)
 
 
 def batch_of(model: Any, task: str, seed: int) -> dict[str, torch.Tensor]:
@@ -46,28 +68,39 @@ def loss_of(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Ten
     return model(**batch).loss
 
 
-def one(name: str, task: str, method: str) -> dict:
-    predicted = forecast(name, method, task=task, batch_size=BATCH, sequence_length=LENGTH)
-    model = load_model(name, task).train()
-    batches = [batch_of(model, task, seed) for seed in range(2)]
-    applied = apply(
-        variant(method), model, lr=1e-3, steps=100, head=head_modules(model, task), batches=iter(batches), loss_fn=loss_of
-    )
+def stepping(applied: Any, batch: dict[str, torch.Tensor], passes: int = 1) -> tuple[Any, Callable[[], None]]:
+    """Make a method ready to train: its optimizer, and a function that takes one step on `batch` in so many passes."""
     applied.model.train()
     optimizer = applied.start(1e-3)
     applied.model.zero_grad(set_to_none=True)
-    batch = batches[0]
 
     def step() -> None:
-        applied.loss(batch, loss_of).total.backward()
+        for _ in range(passes):
+            (applied.loss(batch, loss_of).total / passes).backward()
         optimizer.step()
         applied.after_step(optimizer)
         optimizer.zero_grad()
 
+    return optimizer, step
+
+
+def one(name: str, task: str, method: str, setting: str) -> dict:
+    how = SETTINGS[setting]
+    passes, masters = how.get("accumulate", 1), how.get("master_weights", False)
+    predicted = forecast(name, method, task=task, batch_size=BATCH, sequence_length=LENGTH, **how)
+    model = load_model(name, task, dtype=how.get("dtype")).train()
+    batches = [batch_of(model, task, seed) for seed in range(2)]
+    applied = apply(
+        variant(method), model, lr=1e-3, steps=100, head=head_modules(model, task), batches=iter(batches), loss_fn=loss_of,
+        accumulate=passes, master_weights=masters,
+    )  # fmt: skip
+    batch = batches[0]
+    optimizer, step = stepping(applied, batch, passes)
     measured = measure(lambda: (step(), step()), model=applied.model, optimizer=optimizer, tensors=batch.values())
     row = {
         "model": name,
         "task": task,
+        "setting": setting,
         "method": method,
         "label": predicted.label,
         "trained_parameters": applied.trained(),
@@ -111,6 +144,29 @@ def seven_billion(selection: str) -> dict:
     return {"seconds": round(time.perf_counter() - start, 1), "rows": rows}
 
 
+def timed(words: tuple[str, ...]) -> dict:
+    """The CPU seconds of one command, start and imports included, and the number of its methods."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "lowdim", *words, "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    wall = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    rows = json.loads(done.stdout)
+    row = {
+        "command": f"lowdim {' '.join(words)}",
+        "methods": len(rows),
+        "cpu_seconds": round(cpu, 1),
+        "seconds": round(wall, 1),
+    }
+    if "--fit" in words:
+        row["forecasts"] = sum(found["tried"] for found in rows)
+        row["fits"] = {found["method"]: [found["fits"], found["forecast"]["total"], found["changes"]] for found in rows}
+    return row
+
+
 def status(key: str) -> int:
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key + ":"))
     return int(line.split()[1]) * 1024
@@ -118,48 +174,62 @@ def status(key: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--one", nargs=3, metavar=("MODEL", "TASK", "METHOD"))
+    parser.add_argument("--one", nargs=4, metavar=("MODEL", "TASK", "METHOD", "SETTING"))
     parser.add_argument("--methods", default="all")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="others keep their rows")
+    parser.add_argument("--models", nargs="+", default=[name for name, _ in CASES])
+    parser.add_argument("--here", action="store_true", help="in this process; the resident memory is then of all before, too")
+    parser.add_argument("--commands", action=argparse.BooleanOptionalAction, default=True, help="time lowdim plan")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.one:
         print(json.dumps(one(*options.one)))
         return
-    rows = []
-    for name, task in CASES:
+    record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+    if "plain" in options.settings:
+        record = {"rows": [], "seven_billion": seven_billion(options.methods)}
+    record["rows"] = [row for row in record["rows"] if row.get("setting", "plain") not in options.settings]
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "lowdim")}
+    record |= {
+        "settings": {"batch_size": BATCH, "sequence_length": LENGTH, "dtype": "float32", "threads": 1},
+        "environment": {"python": platform.python_version(), **versions, "cpu": processor()},
+    }
+    for setting, (name, task) in itertools.product(options.settings, CASES):
         for chosen in methods(options.methods):
+            if (setting != "plain" and chosen.name not in SOME) or name not in options.models:
+                continue
             if chosen.name == "linear-probe" and task == "causal-lm":
                 continue  # no new head
-            command = [sys.executable, __file__, "--one", name, task, chosen.name]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                print(f"{name} {chosen.name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            if (row := measured(name, task, chosen.name, setting, options.here)) is None:
                 continue
-            row = json.loads(done.stdout.splitlines()[-1])
-            rows.append(row)
+            record["rows"].append(row)
+            write_json(RESULTS, record)
             total, took = row["forecast"]["total"], row["measured_bytes"]
             print(
-                f"{name:12} {row['label']:18} forecast {format_bytes(total):>9} measured {format_bytes(took):>9} "
+                f"{name:12} {setting:11} {row['label']:18} forecast {format_bytes(total):>9} measured {format_bytes(took):>9} "
                 f"ratio {row['ratio']:.4f}  {row['forecast']['seconds_per_step']:.3g} s forecast, "
                 f"{row['seconds_per_step']:.3g} s taken",
                 flush=True,
             )
-    large = seven_billion(options.methods)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "lowdim")}
-    record = {
-        "settings": {"batch_size": BATCH, "sequence_length": LENGTH, "dtype": "float32", "threads": 1},
-        "environment": {"python": platform.python_version(), **versions, "cpu": processor()},
-        "rows": rows,
-        "seven_billion": large,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    if options.commands:
+        record["commands"] = [timed(words) for words in COMMANDS]
+    write_json(RESULTS, record)
 
 
-def processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), platform.processor())
+def measured(name: str, task: str, method: str, setting: str, here: bool) -> dict | None:
+    """One row, from a process of its own or from this one; None where the method cannot train the model."""
+    if here:
+        return one(name, task, method, setting)
+    return in_own_process(__file__, name, task, method, setting)
+
+
+def in_own_process(script: str, *words: str) -> dict | None:
+    """The row that `script --one WORDS` prints; None, and the reason on standard error, where it fails."""
+    done = subprocess.run([sys.executable, script, "--one", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{' '.join(words)}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

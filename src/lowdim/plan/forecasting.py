@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from lowdim.catalogue import Variant, variant
-from lowdim.errors import BudgetError, LowdimError, check_int
-from lowdim.plan.fake import LossFn, Subject, fake_mode, model_loss
-from lowdim.plan.rehearse import Plan, Rehearsal, rehearse
-from lowdim.plan.tracker import KINDS, Peak, unique_bytes
+from lowdim.errors import BudgetError, check_choice, check_int
+from lowdim.methods import OPTIMIZERS, strategy_for
+from lowdim.plan.depths import rehearse_deep
+from lowdim.plan.fake import LossFn, Subject, model_loss
+from lowdim.plan.rehearse import Plan
+from lowdim.plan.tracker import KINDS
 from lowdim.results import Result
 from lowdim.units import format_bytes, parse_bytes
 
@@ -24,9 +26,6 @@ NOT_COUNTED = (
     "the program (about 300 MiB; on a GPU also its context), what the allocator keeps or loses between blocks, the data, "
     "and work that a method does once before training"
 )
-#: Deeper stacks than this are rehearsed at two small depths and extrapolated linearly.
-SHALLOW = (2, 4)
-_EVERYTHING = ("all-linear", None)
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,9 @@ class Forecast(Result):
         model: label of the model.
         weights: bytes of parameters and buffers, the adapter's included.
         gradients, optimizer_state, activations: bytes at the moment of the peak.
-        workspace: bytes of tensors that live within one operation, or between two operations of the backward pass.
-        total: the sum: the peak of the run.
+        workspace: bytes of tensors that live within one operation, or between two operations of the backward pass; with several
+            devices also weights that are gathered, and gradients on their way.
+        total: the sum: the peak of the run, on the device that needs most.
         usual: the peak of a step that refreshes nothing and creates no state; equals `total` for most methods.
         peak_at: `"forward"`, `"backward"` or `"optimizer"`: where in the step the peak is.
         trained_parameters: number of trained parameters.
@@ -49,10 +49,15 @@ class Forecast(Result):
         batch_size, sequence_length, accumulate: of one forward pass, and the number of them in an optimizer step.
         budget_bytes, fits: the budget that was given, and whether `total` is within it.
         depths: the rehearsed depths, if the model's own depth was extrapolated from them.
-        dtype, gradient_checkpointing, layerwise: as given.
+        dtype, gradient_checkpointing, layerwise, quantize, optimizer: as given.
         kind: of the method, as in its catalogue row.
         vocabulary: the number of words of the model, where its configuration says.
+        devices: the number of devices over which FSDP2 spreads the model. All bytes are those of one of them (but for the
+            file); the batch is that of one of them.
+        parts: the peak of each part of the run by use, as `{"step": 1, "phase": "forward", "weights": ..., ...}`.
     """
+
+    left_out: ClassVar[tuple[str, ...]] = ("parts",)
 
     method: str
     label: str
@@ -79,6 +84,10 @@ class Forecast(Result):
     layerwise: bool = False
     kind: str = ""
     vocabulary: int | None = None
+    quantize: str | None = None
+    optimizer: str = "adamw"
+    devices: int = 1
+    parts: tuple[dict[str, Any], ...] = ()
 
     @property
     def fits(self) -> bool | None:
@@ -120,6 +129,11 @@ def forecast(
     device: str | torch.device = "cpu",
     batch: Callable[[], Any] | None = None,
     loss_fn: LossFn = model_loss,
+    problem: str | None = None,
+    head: Sequence[str] | None = None,
+    quantize: str | None = None,
+    optimizer: str = "adamw",
+    devices: int = 1,
 ) -> Forecast:
     """Memory and time of training `model` by `method`, from shapes alone: nothing of the model is allocated.
 
@@ -136,7 +150,8 @@ def forecast(
             arguments that builds one.
         method: a name from the catalogue, or a `Variant`.
         batch_size, sequence_length: of one forward pass.
-        task: `"classify"` or `"causal-lm"`.
+        task: such as `"classify"`, `"instruct"`, `"image"` (`lowdim.models.forms.FORMS`): the model's class and what a batch
+            holds. Images have the size and the channels of the configuration.
         dtype: of the weights, if the model is built from its configuration.
         gradient_checkpointing: recompute each block in the backward pass.
         layerwise: `lowdim.optim` methods only: update each parameter as soon as its gradient is ready, and free the gradient.
@@ -148,10 +163,17 @@ def forecast(
             needs a torch that was built for it.
         batch: a function without arguments that makes a batch, for models with other inputs (called under the fake mode).
         loss_fn: `loss_fn(model, batch) -> scalar`, if it is not `model(**batch).loss`.
+        problem: the model's `problem_type`, if it is not the task's usual one, such as `"multi_label_classification"`.
+        head: names of modules that every method trains in full; None: the head that the task adds.
+        quantize: `"int8"`, `"int4"` or `"nf4"`: the weights of the base's linear layers are kept in few bits, and built in
+            the dtype of the model for each product.
+        optimizer: `"adamw"`, or `"adamw8bit"` with moments in 8 bits; for methods without an optimizer of their own.
+        devices: spread the model over so many by FSDP2, as `lowdim.surgery.shard` does; `batch_size` is for each of them, and
+            gradients are reduced after each pass.
 
     Raises:
-        UnknownNameError: no such model or method.
-        ValueError: the method cannot train this model (the message is its own).
+        UnknownNameError: no such model, method, kind of quantization or optimizer.
+        ValueError: the method cannot train this model (the message is its own), such as a quantized base.
         TypeError: `batch` or `loss_fn` is not a function, or the model does not accept the batch.
 
     Example:
@@ -166,9 +188,15 @@ def forecast(
     check_int("sequence_length", sequence_length, 1)
     check_int("accumulate", accumulate, 1)
     check_int("steps", steps, 1)
+    check_choice("optimizer", optimizer, OPTIMIZERS)
+    check_int("devices", devices, 1)
     _check_functions(batch, loss_fn)
     chosen = method if isinstance(method, Variant) else variant(method)
-    subject = Subject.of(model, task=task, num_labels=num_labels, dtype=dtype, device=device)
+    strategy_for(chosen).check_quantize(quantize)
+    strategy_for(chosen).check_optimizer(optimizer)
+    subject = Subject.of(
+        model, task=task, num_labels=num_labels, dtype=dtype, device=device, problem=problem, quantize=quantize, head=head
+    )
     plan = Plan(
         variant=chosen,
         batch_size=batch_size,
@@ -181,9 +209,12 @@ def forecast(
         master_weights=master_weights,
         batch=batch,
         loss_fn=loss_fn,
+        head=None if head is None else tuple(head),
+        optimizer=optimizer,
+        devices=devices,
     )
     try:
-        rehearsal, depths = _rehearse(subject, plan)
+        rehearsal, depths = rehearse_deep(subject, plan)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         why = f"it reads the values of tensors ({error.func}), and a forecast has none"
         raise ValueError(f"{chosen.label} on {subject.label} cannot be forecast: {why}") from error
@@ -192,7 +223,11 @@ def forecast(
             raise
         wanted = "give batch= (a function that makes what it reads) and loss_fn= (its loss)"
         raise TypeError(f"{subject.label} does not read token ids: {wanted}") from error
-    except (RuntimeError, AttributeError) as error:  # an operation that cannot run on shapes alone, a model of another kind
+    except (
+        RuntimeError,
+        AttributeError,
+        AssertionError,
+    ) as error:  # an operation that cannot run on shapes alone, a model of another kind
         raise ValueError(f"{chosen.label} on {subject.label} cannot be forecast: {error}") from error
     stretch = max(rehearsal.peaks, key=lambda key: rehearsal.peaks[key].total)
     peak = rehearsal.peaks[stretch]
@@ -219,7 +254,11 @@ def forecast(
         gradient_checkpointing=gradient_checkpointing,
         layerwise=layerwise,
         kind=chosen.kind,
-        vocabulary=_vocabulary(subject.config),
+        vocabulary=subject.vocabulary,
+        quantize=quantize,
+        optimizer=optimizer,
+        devices=devices,
+        parts=tuple({"step": key[0], "phase": key[1], **part.by_kind} for key, part in rehearsal.peaks.items()),
     )
 
 
@@ -231,12 +270,6 @@ def _check_functions(batch: Any, loss_fn: Any) -> None:
         )
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function loss_fn(model, batch) -> scalar; got a {type(loss_fn).__name__}")
-
-
-def _vocabulary(config: Any) -> int | None:
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    size = getattr(text, "vocab_size", None)
-    return size if isinstance(size, int) else None
 
 
 def affordable(forecasts: Iterable[Forecast], budget: int | str) -> list[Forecast]:
@@ -252,9 +285,11 @@ def affordable(forecasts: Iterable[Forecast], budget: int | str) -> list[Forecas
         least = ordered[0]
         parts = {kind: getattr(least, kind) for kind in KINDS}
         largest = max(parts, key=lambda kind: parts[kind])
+        need, missing = format_bytes(least.total), format_bytes(least.total - limit)
+        take = "take" if largest.endswith("s") else "takes"
         raise BudgetError(
-            f"nothing fits {format_bytes(limit)}: the smallest need is {format_bytes(least.total)} ({least.label}), of which "
-            f"{largest.replace('_', ' ')} take {format_bytes(parts[largest])}; try {_advice(largest, least, ordered)}"
+            f"nothing fits {format_bytes(limit)}: the smallest need is {need} ({least.label}), so {missing} are missing; "
+            f"{largest.replace('_', ' ')} {take} {format_bytes(parts[largest])}; try {_advice(largest, least, ordered)}"
         )
     return chosen
 
@@ -270,7 +305,10 @@ def _advice(largest: str, least: Forecast, tried: Iterable[Forecast]) -> str:
         ("a smaller rank", least.kind in ("adapter", "optimizer", "layer")),
     ]
     steps = {
-        "weights": [("bfloat16 weights", least.dtype == "float32")],
+        "weights": [
+            ("bfloat16 weights", least.dtype == "float32"),
+            ("a quantized base (--quantize nf4)", least.quantize is None and least.kind == "adapter"),
+        ],
         "gradients": kept,
         "optimizer_state": kept,
         "activations": [*batch, ("gradient checkpointing", not least.gradient_checkpointing)],
@@ -278,65 +316,3 @@ def _advice(largest: str, least: Forecast, tried: Iterable[Forecast]) -> str:
     }
     open_ = [text for text, sensible in steps[largest] if sensible]
     return " or ".join([*open_, "a smaller model"])
-
-
-def _rehearse(subject: Subject, plan: Plan) -> tuple[Rehearsal, tuple[int, ...]]:
-    depth = subject.depth
-    if depth is None or depth <= 2 * SHALLOW[1] or _names_layers(plan.variant):
-        return rehearse(subject, plan), ()
-    try:
-        small, large = (rehearse(subject, plan, d) for d in SHALLOW)
-    except (LowdimError, ValueError, IndexError):  # a config that cannot be that shallow
-        return rehearse(subject, plan), ()
-    if small.depth != SHALLOW[0] or large.depth != SHALLOW[1]:
-        return rehearse(subject, plan), ()
-    extended = _extend(small, large, depth)
-    if int(extended.amounts["weight_bytes"]) != _weight_bytes(subject):
-        return rehearse(subject, plan), ()  # the blocks are not all alike
-    return extended, SHALLOW
-
-
-def _extend(small: Rehearsal, large: Rehearsal, depth: int) -> Rehearsal:
-    """The rehearsal at `depth`: every part and amount extrapolated linearly from two depths.
-
-    Memory rises or falls from block to block by the same amount, so its maximum is at the first block or the last: the parts
-    in between are left out.
-    """
-
-    def line(a: float, b: float) -> float:
-        return a + (b - a) * (depth - small.depth) / (large.depth - small.depth)
-
-    peaks = {}
-    for key, a in small.peaks.items():
-        step, phase, place, index = key
-        if place == small.depth - 1:
-            place = large.depth - 1
-        b = large.peaks.get((step, phase, place, index))
-        if b is None:
-            continue
-        by_kind = {kind: round(line(a.by_kind[kind], b.by_kind[kind])) for kind in KINDS}
-        peaks[key] = Peak(round(line(a.total, b.total)), 0, by_kind)
-    amounts = {name: line(value, large.amounts[name]) for name, value in small.amounts.items()}
-    return Rehearsal(peaks, amounts, depth)
-
-
-def _names_layers(variant: Variant) -> bool:
-    """Whether the target patterns contain a digit, and so may select single blocks."""
-    patterns = variant.options.get("target_modules")
-    if patterns in _EVERYTHING:
-        return False
-    text = patterns if isinstance(patterns, str) else " ".join(map(str, patterns))
-    return any(c.isdigit() for c in text)
-
-
-_WEIGHT_BYTES: dict[tuple[Any, ...], int] = {}
-
-
-def _weight_bytes(subject: Subject) -> int:
-    """Bytes of the model at its full depth, counted once for a comparison of many methods."""
-    key = subject.config.to_json_string(use_diff=False), subject.task, subject.num_labels, subject.dtype
-    if key not in _WEIGHT_BYTES:
-        with fake_mode():
-            model = subject.build()
-            _WEIGHT_BYTES[key] = unique_bytes([*model.parameters(), *model.buffers()])
-    return _WEIGHT_BYTES[key]

@@ -72,7 +72,6 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         held = list(self._held())
         self._start = unique_bytes(held)
-        self._sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
         self._cuda = any(t.is_cuda for t in held) or (not held and torch.cuda.is_available())
         if self._cuda:
             torch.cuda.synchronize()

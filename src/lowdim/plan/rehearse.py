@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowdim.adapters import Adapted
+from lowdim.adapters.core.update import WeightUpdate
+from lowdim.calibrate import map_tensors
 from lowdim.catalogue import Variant
+from lowdim.garbage import isolated_gc
 from lowdim.methods import Applied, Setup, strategy_for
+from lowdim.modules import more_when_plain
+from lowdim.plan.alike import first_of_alike
+from lowdim.plan.devices import as_one_of
 from lowdim.plan.fake import LossFn, Subject, fake_batch, fake_mode, model_loss
 from lowdim.plan.kernels import hidden_bytes
 from lowdim.plan.measuring import optimizer_tensors
@@ -36,6 +46,9 @@ class Plan:
     batch: Callable[[], Any] | None = None
     loss_fn: LossFn = model_loss
     master_weights: bool = False
+    head: tuple[str, ...] | None = None
+    optimizer: str = "adamw"
+    devices: int = 1
 
     @property
     def passes(self) -> int:
@@ -64,18 +77,19 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
     """Build the model without memory, prepare it, and run a few steps.
 
     Three steps if the method recomputes something at intervals (a projection): the first creates the optimizer's state, the
-    second is a usual step, the third recomputes with all state in place. Otherwise two.
+    second is a usual step, the third recomputes with all state in place. Otherwise two. With several devices it is the
+    training of the first of them, under FSDP2.
     """
     variant, steps = _variant(plan)
     device = subject.device.type
     work = Work(speed(subject.dtype, device, torch.get_num_threads()))
     cuda = device == "cuda"
     tracker = Tracker(granularity=512 if cuda else 1, hidden=None if cuda else hidden_bytes, work=work.count)
-    with fake_mode():
+    with isolated_gc(), as_one_of(plan.devices, device, tracker) as spread, fake_mode():
         model = subject.build(depth)
         weight_bytes = unique_bytes([*model.parameters(), *model.buffers()])
-        plain_bytes = unique_bytes(model.state_dict().values())
-        head = _head(model, subject.task)
+        plain_bytes = unique_bytes(model.state_dict().values()) + more_when_plain(model)
+        head = _head(model, subject.task) if plan.head is None else plan.head
         scratch = subject.task == "pretrain"
         setup = Setup(
             lr=plan.lr,
@@ -86,11 +100,15 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
             layerwise=plan.layerwise,
             accumulate=plan.passes,
             master_weights=plan.master_weights,
+            optimizer=plan.optimizer,
         )
-        applied = strategy_for(variant).apply(model, setup)
+        with warnings.catch_warnings():  # of weights that are not reached, whose share depends on the depth: see `unreached`
+            warnings.simplefilter("ignore", UserWarning)
+            applied = strategy_for(variant).apply(model, setup)
         applied.model.train()
         if plan.gradient_checkpointing:
             _checkpoint(applied.model)
+        spread(applied.model)
         tracker.add([*applied.model.parameters(), *applied.model.buffers()], "weights")
         hooks = [
             p.register_post_accumulate_grad_hook(lambda p: tracker.add([p.grad], "gradients"))
@@ -100,13 +118,11 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
         optimizer = applied.start(plan.lr)
         tracker.add(optimizer_tensors(optimizer), "optimizer_state")
         batch = fake_batch(subject, plan.batch_size, plan.sequence_length) if plan.batch is None else plan.batch()
-        tracker.add([t for t in batch.values() if isinstance(t, Tensor)] if isinstance(batch, dict) else [], "activations")
+        map_tensors(batch, lambda tensor: tracker.add([tensor], "activations"))
         stack = _stack(applied.model, depth if depth is not None else subject.depth)
         marks = _Marks(tracker, stack)
         with tracker:
-            for step in range(1, steps + 1):
-                work.on = step == 2
-                _step(applied, optimizer, batch, plan, tracker, marks, work, step)
+            _Steps(applied, optimizer, batch, plan, tracker, marks, work).run(steps)
         for handle in (*hooks, *marks.handles):
             handle.remove()
         amounts = {
@@ -120,32 +136,104 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
     return Rehearsal(peaks, amounts, len(stack))
 
 
-def _step(
-    applied: Applied,
-    optimizer: torch.optim.Optimizer,
-    batch: Any,
-    plan: Plan,
-    tracker: Tracker,
-    marks: _Marks,
-    work: Work,
-    step: int,
-) -> None:
-    for index in range(plan.passes):
-        marks.index, before = index, (work.flops, work.seconds)
-        marks.begin(step, "forward", "before", "activations")
-        loss = applied.loss(batch, plan.loss_fn).total
-        loss = loss / plan.accumulate if plan.accumulate > 1 else loss
-        marks.begin(step, "backward", "after", "workspace")
-        loss.backward()
-        extra = (getattr(p, "float_grad", None) for p in applied.model.parameters())  # of 8-bit weights, which have no .grad
-        tracker.add([grad for grad in extra if grad is not None], "gradients")
-        tracker.add(optimizer_tensors(optimizer), "optimizer_state")
-    work.repeat(before, plan.accumulate - plan.passes)
-    marks.begin(step, "optimizer", "before", "workspace")
-    optimizer.step()
-    tracker.add(optimizer_tensors(optimizer), "optimizer_state")
-    applied.after_step(optimizer)
-    optimizer.zero_grad()
+class _Steps:
+    """The steps of a rehearsal.
+
+    Nothing acts beside most methods' steps: the second forward and backward pass allocate what the first did, on top of the
+    optimizer's state. They are then not run again; each of their parts is known from the first, and only the optimizer steps.
+    """
+
+    def __init__(
+        self,
+        applied: Applied,
+        optimizer: torch.optim.Optimizer,
+        batch: Any,
+        plan: Plan,
+        tracker: Tracker,
+        marks: _Marks,
+        work: Work,
+    ):
+        self.applied, self.optimizer, self.batch, self.plan = applied, optimizer, batch, plan
+        self.tracker, self.marks, self.work = tracker, marks, work
+        freed_early = strategy_for(plan.variant).clips_itself(plan.layerwise)  # by the backward pass
+        self.repeatable = plan.devices == 1 and not freed_early and _only_steps(applied)
+
+    def run(self, steps: int) -> None:
+        """Run `steps` steps; the work of the second is counted."""
+        held, alike = dict(self.tracker.by_kind), False
+        gradients: list[Any] = []
+        for step in range(1, steps + 1):
+            self.work.on = step == 2 or (step == 1 and self.repeatable)
+            if alike:
+                self._repeat(step, held)
+            else:
+                self._pass(step)
+                gradients = self._gradients()
+            self.work.on = step == 2
+            self._update(step)
+            alike = self.repeatable and self._unchanged(held, gradients)
+            if step == 1 and not alike:
+                self.work.flops, self.work.seconds = 0, 0.0  # the second step is counted as a whole
+            if not alike:
+                self.optimizer.zero_grad()
+
+    def _pass(self, step: int) -> None:
+        """The forward and backward passes of a step."""
+        plan, tracker, work = self.plan, self.tracker, self.work
+        for index in range(plan.passes):
+            self.marks.index, before = index, (work.flops, work.seconds)
+            self.marks.begin(step, "forward", "before", "activations")
+            loss = self.applied.loss(self.batch, plan.loss_fn).total
+            loss = loss / plan.accumulate if plan.accumulate > 1 else loss
+            self.marks.begin(step, "backward", "after", "workspace")
+            loss.backward()
+            extra = (getattr(p, "float_grad", None) for p in self.applied.model.parameters())  # of 8-bit weights
+            tracker.add([grad for grad in extra if grad is not None], "gradients")
+            tracker.add(optimizer_tensors(self.optimizer), "optimizer_state")
+        work.repeat(before, plan.accumulate - plan.passes)
+
+    def _update(self, step: int) -> None:
+        """The optimizer's step, and what comes after it."""
+        self.marks.begin(step, "optimizer", "before", "workspace")
+        alike = step > 1 and self.plan.devices == 1
+        with first_of_alike(self.optimizer, self.tracker, self.work) if alike else nullcontext():
+            self.optimizer.step()
+        self.tracker.add(optimizer_tensors(self.optimizer), "optimizer_state")
+        self.applied.after_step(self.optimizer)
+
+    def _gradients(self) -> list[Any]:
+        """References that do not hold the gradients, in the parameters' order."""
+        grads = (p.grad for p in self.applied.model.parameters())
+        return [None if grad is None else weakref.ref(grad) for grad in grads] if self.repeatable else []
+
+    def _unchanged(self, held: dict[str, int], gradients: list[Any]) -> bool:
+        """Whether all that the step has left are its gradients, as they were, and the optimizer's state."""
+        now = self.tracker.by_kind
+        if any(now[kind] != held[kind] for kind in ("weights", "activations", "workspace")):
+            return False
+        parameters = list(self.applied.model.parameters())
+        kept = [None if grad is None else grad() for grad in gradients]
+        return len(kept) == len(parameters) and all(p.grad is grad for p, grad in zip(parameters, kept))
+
+    def _repeat(self, step: int, held: dict[str, int]) -> None:
+        """The parts of the first step's passes, with what the optimizer holds now."""
+        more = self.tracker.by_kind["optimizer_state"] - held["optimizer_state"]
+        for key, peak in list(self.tracker.peaks.items()):
+            if isinstance(key, tuple) and key[0] == 1 and key[1] != "optimizer":
+                counts = {**peak.by_kind, "optimizer_state": peak.by_kind["optimizer_state"] + more}
+                self.tracker.peaks[step, *key[1:]] = Peak(peak.total + more, peak.clock, counts)
+
+
+def _only_steps(applied: Applied) -> bool:
+    """Whether nothing acts beside the optimizer's steps: no schedule, no choice of ranks, no term in the loss."""
+    adapted = applied.adapted
+    if adapted is None or applied.companion is not None:
+        return applied.companion is None
+    hooks = ("step", "loss", "regularizer")
+    own = [name for name in hooks if getattr(type(adapted), name) is not getattr(Adapted, name)]
+    updates = {type(layer.update) for layer in adapted.layers.values()}
+    own += [name for name in hooks[::2] for update in updates if getattr(update, name) is not getattr(WeightUpdate, name)]
+    return not own
 
 
 class _Marks:

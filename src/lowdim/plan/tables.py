@@ -11,6 +11,7 @@ from torch import nn
 from lowdim.catalogue import Variant, variant
 from lowdim.methods import Setup, strategy_for
 from lowdim.plan.fake import Subject, fake_mode
+from lowdim.plan.fitting import Fit
 from lowdim.plan.forecasting import NOT_COUNTED, Forecast
 from lowdim.results import Result
 from lowdim.units import format_bytes, format_seconds, parse_bytes
@@ -18,7 +19,7 @@ from lowdim.units import format_bytes, format_seconds, parse_bytes
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Touched", "shows", "table"]
+__all__ = ["Touched", "fit_table", "shows", "table"]
 
 
 def table(forecasts: Sequence[Forecast], budget: int | str | None = None) -> Table:
@@ -54,6 +55,28 @@ def table(forecasts: Sequence[Forecast], budget: int | str | None = None) -> Tab
     return shown
 
 
+def fit_table(fits: Sequence[Fit]) -> Table:
+    """How each method fits its budget, as a table of 80 columns: its peak, and the change as options of `lowdim plan`."""
+    from rich.table import Table
+
+    title = ""
+    if fits:
+        f = fits[0].forecast
+        passes = f.batch_size * f.accumulate
+        title = f"{f.model}: {passes} x {f.sequence_length} tokens a step in {format_bytes(fits[0].budget_bytes)}"
+    caption = f"Not counted: {NOT_COUNTED}. Every change keeps the texts of a step."
+    shown = Table(title=title, caption=caption, box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    shown.add_column("method")
+    shown.add_column("peak", justify="right", style="bold", no_wrap=True)
+    shown.add_column("change")
+    for found in fits:
+        change = found.flags or "none"
+        if not found.fits:
+            change = f"[red]{format_bytes(found.missing_bytes)} missing[/]" + (f" with {found.flags}" if found.changes else "")
+        shown.add_row(found.label, format_bytes(found.forecast.total), change)
+    return shown
+
+
 def _unit(largest: float) -> tuple[str, int, int]:
     """The unit in which the largest size has one to four digits, its bytes, and the number of decimals to show."""
     units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -76,7 +99,8 @@ def _caption(forecasts: Sequence[Forecast], limits: Iterable[int]) -> str:
     passes = f", {f.accumulate} batches a step" if f.accumulate > 1 else ""
     words = f", vocabulary {f.vocabulary:,}" if f.vocabulary else ""
     batch = f"batch {f.batch_size} of {f.sequence_length} tokens{passes}{words}"
-    return f"{budget}{batch}. Not counted: {NOT_COUNTED}. Times are rough."
+    spread = f", on each of {f.devices} devices (FSDP2)" if f.devices > 1 else ""
+    return f"{budget}{batch}{spread}. Not counted: {NOT_COUNTED}. Times are rough."
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowdim.linalg import local
 
 __all__ = ["KINDS", "Peak", "Tracker", "tensors_in"]
 
@@ -55,6 +58,11 @@ class Tracker(TorchDispatchMode):
         granularity: allocators allocate blocks; sizes are rounded up to a multiple of it (512 on CUDA).
         hidden: `hidden(operation, args, out) -> bytes` that a kernel allocates and frees inside.
         work: `work(operation, args, kwargs, out, tensors_of_out) -> None`, called for each operation.
+
+    Attributes:
+        desugared: tensor classes that hand their operations on to plain tensors, which are seen instead.
+        exchange: operations between devices, and `(args, kwargs) -> tensors` that are their buffers: workspace.
+        paused: nothing is counted.
     """
 
     def __init__(
@@ -72,6 +80,9 @@ class Tracker(TorchDispatchMode):
         self.peaks: dict[Any, Peak] = {}
         self.kind = "activations"
         self.stretch: Any = "start"
+        self.desugared: tuple[type, ...] = ()
+        self.exchange: Mapping[Any, Callable[[Any, Any], Any]] = {}
+        self.paused = False
 
     def enter(self, stretch: Any, kind: str | None = None) -> None:
         """Start this part of the step; new tensors are of this kind (None: as before)."""
@@ -83,7 +94,7 @@ class Tracker(TorchDispatchMode):
     def add(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Count existing tensors, or set their kind."""
         for tensor in tensors:
-            storage = tensor.untyped_storage()
+            storage = local(tensor).untyped_storage()
             entry = self.live.get(storage._cdata)
             if entry is None:
                 self._track(storage, kind)
@@ -108,6 +119,17 @@ class Tracker(TorchDispatchMode):
             self.by_kind[entry.kind] -= entry.size
             self.total -= entry.size
 
+    def resized(self, storage: Any) -> None:
+        """Count a storage that has got another size."""
+        entry = self.live.get(storage._cdata)
+        if entry is None:
+            return
+        size = -(-storage.nbytes() // self.granularity) * self.granularity
+        self.by_kind[entry.kind] += size - entry.size
+        self.total += size - entry.size
+        entry.size = size
+        self._record(0)
+
     def _relabel(self, entry: _Storage, kind: str) -> None:
         """Move a storage to another kind, also in the peaks that included it."""
         for counts in itertools.chain(
@@ -125,10 +147,21 @@ class Tracker(TorchDispatchMode):
             peak.total, peak.clock, peak.by_kind = self.total + extra, self.clock, dict(self.by_kind)
             peak.by_kind["workspace"] += extra
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled under this mode, so torch need not switch its compiler off at every operation."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:  # asked of fake tensors more often than all else together, so answered here
+            asked = args[0]
+            if isinstance(asked, FakeTensor) and not asked.fake_mode.in_kernel_invocation:
+                return asked.fake_device
         kwargs = kwargs or {}
+        if self.desugared and any(issubclass(each, self.desugared) for each in types):
+            return NotImplemented
         out = func(*args, **kwargs)
-        if func is _DEVICE:  # queried very often for fake tensors
+        if self.paused or func is _DEVICE:
             return out
         self.clock += 1
         live = self.live
@@ -137,6 +170,8 @@ class Tracker(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if storage._cdata not in live:
                 self._track(storage, self.kind)
+        if func in self.exchange:
+            self.add(tensors_in(self.exchange[func](args, kwargs)), "workspace")
         self._record(0 if self.hidden is None else self.hidden(func, args, out))
         if self.work is not None:
             self.work(func, args, kwargs, out, tensors)
@@ -155,8 +190,9 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind these tensors, each counted once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if _has_storage(t)}.values())
+    """Bytes of the storages behind these tensors, each counted once; of sharded ones this process's part."""
+    held = [local(t).untyped_storage() for t in tensors if _has_storage(t)]
+    return sum({storage._cdata: storage.nbytes() for storage in held}.values())
 
 
 def _has_storage(tensor: Tensor) -> bool:

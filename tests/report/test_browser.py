@@ -5,6 +5,7 @@ import re
 import pytest
 from browser import asked, dumped
 from fake import comparison, run
+from judged import before_and_after, judged
 
 from lowdim import report
 
@@ -18,14 +19,18 @@ def test_the_policy_admits_the_pages_own_script_and_style():
 
 
 def test_every_chart_is_drawn():
-    wanted = {".point": 10, ".point .bar": 10, ".point.chosen": 1, ".front": 1, ".series .line": 10, ".legend button": 10}
-    wanted |= {".panel svg": 10, ".trial": 48, ".trial.chosen": 10, ".methods th button": 8}
+    wanted = {".point": 10, ".point.chosen": 1, ".front": 1, ".series .line": 5, ".legend button": 10}
+    wanted |= {".panel svg": 10, ".context": 5, ".trial": 48, ".trial.chosen": 10, ".methods th button": 8}
     script = f"return {list(wanted)}.map((selector) => document.querySelectorAll(selector).length)"
     assert dict(zip(wanted, asked(report.render(comparison()), script))) == wanted
 
 
 @pytest.mark.parametrize("width", [320, 360, 390, 768, 1280])
-@pytest.mark.parametrize("page", [comparison(), run()], ids=["comparison", "run"])
+@pytest.mark.parametrize(
+    "page",
+    [comparison(), run(), judged(19), judged(6, task="instruct"), before_and_after()],
+    ids=["old", "old run", "search", "samples", "run"],
+)
 def test_no_sideways_scroll(page, width):
     html = report.render(page) if "methods" in page else report.render_run(page)
     inner, scroll = asked(html, "return [innerWidth, document.documentElement.scrollWidth]", width)
@@ -103,8 +108,8 @@ def test_legend_toggles_and_smoothing():
     counts = asked(
         report.render(comparison()),
         """const lines = () => document.querySelectorAll('.series .line').length;
-        const path = () => document.querySelector('[data-name=lora] .line').getAttribute('d');
-        const button = document.querySelector('.legend button'), all = lines();
+        const path = () => document.querySelector('[data-name=lamda] .line').getAttribute('d');
+        const button = [...document.querySelectorAll('.legend button')].find((b) => b.textContent === 'LaMDA'), all = lines();
         button.click();
         const less = lines(), pressed = button.getAttribute('aria-pressed');
         button.click();
@@ -114,7 +119,7 @@ def test_legend_toggles_and_smoothing():
         const sets = [...document.querySelectorAll('.sets button')].map((b) => { b.click(); return lines(); });
         return [all, less, pressed, smooth !== rough, ...sets];""",
     )
-    assert counts == [10, 9, "false", True, 10, 5, 0]
+    assert counts == [5, 4, "false", True, 10, 5, 0]
 
 
 def test_sorting_puts_missing_values_last():
@@ -122,7 +127,7 @@ def test_sorting_puts_missing_values_last():
     record["methods"][0]["file_bytes"] = None
     orders = asked(
         report.render(record),
-        """const head = document.querySelector('.methods th:nth-child(7)'), result = [];
+        """const head = document.querySelector('.methods th:nth-child(6)'), result = [];
         const names = () => [...document.querySelectorAll('.methods tbody th')].map((th) => th.dataset.v);
         for (let i = 0; i < 2; i += 1) {
           head.querySelector('button').click();
@@ -177,3 +182,69 @@ def test_odd_records_draw_without_an_error(case):
         return document.body.innerHTML.match(/="[^"]*(NaN|Infinity|undefined)[^"]*"/g);""",
     )
     assert bad is None
+
+
+def test_the_search_is_drawn_and_walked_with_keys():
+    record = judged(19)
+    candidates = {(v["method"], v["lr"], v["size"]) for v in record["search"]["visits"]}
+    ends = {(v["method"], v["lr"], v["size"]) for v in record["search"]["visits"] if v["rung"] == 4}
+    paths, on, first, second, text = asked(
+        report.render(record),
+        """const host = document.querySelector('[data-chart=tree]'), svg = host.querySelector('svg[role=slider]');
+        const press = (key) => {
+          svg.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true }));
+          return host.querySelector('.tip b').textContent;
+        };
+        const count = (selector) => host.querySelectorAll(selector).length;
+        const seen = [press('ArrowDown'), press('ArrowDown')];
+        return [count('.path'), count('.path.on'), ...seen, svg.getAttribute('aria-valuetext')];""",
+    )
+    assert (paths, on) == (len(candidates), len(ends))
+    assert first == "LoRA, size 4, lr 1e-3"
+    assert second.startswith("LoRA, size")
+    assert "not in the better half" in text
+
+
+def test_a_line_of_the_search_is_as_long_as_its_candidate_stayed():
+    record = judged(6)
+    reach = {}
+    for visit in record["search"]["visits"]:
+        key = (visit["method"], visit["lr"], visit["size"])
+        reach[key] = max(reach.get(key, 0), visit["rung"])
+    ends = asked(
+        report.render(record),
+        "return [...document.querySelectorAll('.path > line:first-child')].map((line) => Number(line.getAttribute('x2')))",
+    )
+    places = sorted(set(ends))
+    assert sorted(places.index(end) for end in ends) == sorted(sorted(set(reach.values())).index(r) for r in reach.values())
+
+
+def test_the_noise_band_holds_the_scores_that_may_be_best():
+    record = judged(19)
+    may = {m["label"] for m in record["methods"] if m.get("may_be_best")}
+    inside = asked(
+        report.render(record),
+        """const band = document.querySelector('.noise').getBBox();
+        return [...document.querySelectorAll('.point')].filter((p) => {
+          const y = Number(p.getAttribute('transform').match(/[\\d.]+/g)[1]);
+          return y >= band.y - 0.11 && y <= band.y + band.height + 0.11;
+        }).map((p) => p.getAttribute('aria-label').split(':')[0]);""",
+    )
+    assert set(inside) == may
+
+
+def test_every_cost_is_in_view_on_a_phone():
+    outside = asked(
+        report.render(judged(19)),
+        """return [...document.querySelectorAll('.methods tbody td')].filter((cell) => {
+          const box = cell.getBoundingClientRect();
+          return box.left < 0 || box.right > innerWidth;
+        }).length;""",
+        390,
+    )
+    assert outside == 0
+
+
+def test_the_first_screen_uses_the_width():
+    right = asked(report.render(judged(6)), "return document.querySelector('.pick').getBoundingClientRect().right", 1280)
+    assert right > 1180

@@ -2,7 +2,7 @@
 
 from fake import comparison
 
-from lowdim.report.record import read
+from lowdim.report.reading import read
 from lowdim.report.sentences import caveats, headline
 
 

@@ -94,6 +94,14 @@ function extent(values, pad = 0.06) {
   return [low - margin, high + margin];
 }
 
+/** The ends of the values that lie near the middle half, so that one far away does not squeeze the others. */
+function fences(values) {
+  const ordered = [...values].sort((a, b) => a - b), quarter = Math.floor(ordered.length / 4);
+  const lower = ordered[quarter], upper = ordered[ordered.length - 1 - quarter], reach = 1.5 * (upper - lower);
+  const near = ordered.filter((v) => v >= lower - reach && v <= upper + reach);
+  return near.length ? [near[0], near.at(-1)] : [0, 1];
+}
+
 /** Grid lines and labels. `x` and `y` are {at, ticks, format, title}; `box` is {left, right, top, bottom} in pixels. */
 function axes(box, x, y) {
   const group = el("g", { "aria-hidden": "true" });

@@ -24,20 +24,23 @@ function curves(host) {
   if (!all.length) return;
   const longest = Math.max(...all.map((m) => m.points.length));
   const width = 2 * Math.max(1, Math.round(longest / 24)) + 1;
-  let smooth = longest >= 20, log = false, lit = null, at = null;
-  const on = new Set(all);
-  const plot = el("div"), tip = tooltip(host), legend = el("ul", { class: "legend", "aria-label": "Methods shown" });
+  let smooth = longest >= 20, log = false, logSteps = false, lit = null, at = null;
+  const leaders = [...all].sort((a, b) => weight(b) - weight(a)).slice(0, 5);
+  const on = new Set(all.length > 6 ? leaders : all); // in colour; the others are grey
+  const plot = el("div"), tip = tooltip(host), legend = el("ul", { class: "legend", "aria-label": "Methods in colour" });
   const positive = all.every((m) => m.points.every((p) => p.mean > 0));
+  const firstStep = Math.min(...all.map((m) => m.points[0].step)), lastStep = Math.max(...all.map((m) => m.points.at(-1).step));
   const sets = all.length > 3 ? [
     el("button", { type: "button", onclick: () => choose(() => true) }, "All"),
-    el("button", { type: "button", onclick: () => choose((m, i) => i < 2 || m.chosen || m.baseline) }, "Leaders and baseline"),
+    el("button", { type: "button", onclick: () => choose((m) => leaders.includes(m)) }, "Leaders"),
     el("button", { type: "button", onclick: () => choose(() => false) }, "None")] : [];
   host.prepend(el("div", { class: "controls" },
-    longest >= 8 ? checkbox(`Smooth over ${width} points`, smooth, (v) => { smooth = v; redraw(); }) : null,
-    positive ? checkbox("Logarithmic", log, (v) => { log = v; redraw(); }) : null, sets.length ? el("span", { class: "sets" }, "Show", ...sets) : null), legend, plot);
+    longest >= 8 ? checkbox(`Smoothed: mean of ${width} neighbouring points`, smooth, (v) => { smooth = v; redraw(); }) : null,
+    positive ? checkbox("Logarithmic loss", log, (v) => { log = v; redraw(); }) : null,
+    firstStep > 0 && lastStep >= 10 * firstStep ? checkbox("Logarithmic steps", logSteps, (v) => { logSteps = v; redraw(); }) : null, sets.length ? el("span", { class: "sets" }, "In colour", ...sets) : null), legend, plot);
   if (all.length > 1) for (const m of all) {
     const button = el("button", {
-      type: "button", "aria-pressed": "true", class: m.colour,
+      type: "button", "aria-pressed": `${on.has(m)}`, class: m.colour,
       onclick: () => { if (on.has(m)) on.delete(m); else on.add(m); sync(); },
       onpointerenter: () => highlight(m), onpointerleave: () => highlight(null), onfocus: () => highlight(m), onblur: () => highlight(null),
     }, el("svg", { viewBox: "0 0 22 10", "aria-hidden": "true" }, el("line", { class: `line d${m.dash}`, x1: 1, x2: 21, y1: 5, y2: 5 })), m.label);
@@ -45,6 +48,7 @@ function curves(host) {
     legend.append(el("li", {}, button));
   } else legend.remove();
 
+  function weight(m) { return 8 * m.chosen + 4 * (m.behind === 0) + 2 * m.baseline + (m.may === true); }
   function choose(keep) { on.clear(); all.forEach((m, i) => { if (keep(m, i)) on.add(m); }); sync(); }
   function sync() { all.forEach((m) => m.button?.setAttribute("aria-pressed", `${on.has(m)}`)); redraw(); }
   function highlight(m) {
@@ -58,27 +62,29 @@ function curves(host) {
     tip.hide();
     const inner = full - parseFloat(getComputedStyle(host).paddingLeft) - parseFloat(getComputedStyle(host).paddingRight);
     const shown = all.filter((m) => on.has(m));
-    for (const m of shown) m.drawn = smooth ? smoothed(m.points, width) : m.points;
+    for (const m of all) m.drawn = smooth ? smoothed(m.points, width) : m.points;
+    const grey = all.filter((m) => !on.has(m));
     const named_ends = inner > 640 && shown.length > 1 && shown.length <= 16;
     const room = named_ends ? Math.min(190, 26 + 6.8 * Math.max(...shown.map((m) => m.label.length))) : 14;
     const height = Math.max(280, Math.min(430, inner * 0.46));
-    const steps = all.flatMap((m) => [m.points[0].step, m.points.at(-1).step]);
-    const values = (shown.length ? shown : all).flatMap((m) => (all.length > 1 && m.drawn || m.points).map((p) => p.mean));
+    const values = all.flatMap((m) => (all.length > 1 ? m.drawn : m.points).map((p) => p.mean));
     let [low, high] = [Math.min(...values), Math.max(...values)];
     if (log) { low /= 1.05; high *= 1.05; } else { [low, high] = extent([low, high], 0.05); if (Math.min(...values) >= 0 && low < 0.15 * high) low = 0; }
     const yTicks = log ? logTicks(low, high, 7) : linearTicks(low, high, 6);
     const yFormat = log ? (v) => `${+v.toPrecision(3)}` : tickFormat(yTicks, "loss");
     const box = { left: leftOf(yTicks, yFormat, 48), right: inner - room, top: 26, bottom: height - 46 };
-    const x = scale(Math.min(...steps), Math.max(...steps), box.left, box.right), y = scale(low, high, box.bottom, box.top, log);
-    const xTicks = linearTicks(Math.min(...steps), Math.max(...steps), Math.max(4, Math.floor((box.right - box.left) / 85))).filter(Number.isInteger);
+    const x = scale(firstStep, lastStep, box.left, box.right, logSteps), y = scale(low, high, box.bottom, box.top, log);
+    const wanted = Math.max(4, Math.floor((box.right - box.left) / 85));
+    const xTicks = (logSteps ? logTicks(firstStep, lastStep, wanted) : linearTicks(firstStep, lastStep, wanted)).filter(Number.isInteger);
     const svg = canvas(inner, height, {
-      tabindex: 0, role: "slider", "aria-label": "Training loss by step; arrow keys move along the steps", "aria-valuemin": Math.min(...steps),
-      "aria-valuemax": Math.max(...steps), "aria-valuenow": Math.min(...steps), "aria-valuetext": "no step chosen",
+      tabindex: 0, role: "slider", "aria-label": "Training loss by step; arrow keys move along the steps", "aria-valuemin": firstStep,
+      "aria-valuemax": lastStep, "aria-valuenow": firstStep, "aria-valuetext": "no step chosen",
     });
-    svg.append(axes(box, { at: x, ticks: xTicks, format: FORMAT.step, title: "Step" },
+    svg.append(axes(box, { at: x, ticks: xTicks, format: FORMAT.step, title: logSteps ? "Step (logarithmic)" : "Step" },
       { at: y, ticks: yTicks, format: yFormat, title: log ? "Loss (logarithmic)" : "Loss" }));
     const clamp = (v) => Math.max(box.top, Math.min(box.bottom, y(v)));
     const path = (points, key) => points.map((p, i) => `${i ? "L" : "M"}${round(x(p.step))} ${round(clamp(p[key]))}`).join("");
+    for (const m of grey) svg.append(el("path", { class: "context", d: path(m.drawn, "mean") }));
     for (const m of [...shown].reverse()) {
       const group = el("g", { class: `series ${m.colour}`, "data-name": m.name });
       if (m.curves.length > 1) {
@@ -150,35 +156,4 @@ function endNames(shown, x, y, box) {
     group.append(series);
   }
   return group;
-}
-
-// ---- Learning rates -----------------------------------------------------------------------------------------------
-
-function rates(host) {
-  const shown = DATA.methods.filter((m) => m.trials.length > 1);
-  const scores = shown.flatMap((m) => m.trials.map((t) => t[1])), lrs = shown.flatMap((m) => m.trials.map((t) => t[0]));
-  const log = lrs.every((v) => v > 0);
-  const [bottom, top] = extent(scores, 0.1);
-  let [low, high] = log ? [Math.min(...lrs) / 1.6, Math.max(...lrs) * 1.6] : extent(lrs);
-  const grid = el("div", { class: "panels" });
-  host.prepend(grid);
-  for (const m of shown) {
-    const plot = el("div"), chosen = m.trials.find((t) => t[0] === m.lr);
-    grid.append(el("div", { class: `panel ${m.colour}` }, el("h3", {}, m.label), plot,
-      el("p", { class: m.edge ? "edge" : "" }, chosen ? `${FORMAT.rate(m.lr)} chosen${m.edge ? ", at the edge of those tried" : ""}` : m.lr !== null ? `${FORMAT.rate(m.lr)} used` : "")));
-    responsive(plot, (width) => {
-      const yTicks = linearTicks(bottom, top, 3), yFormat = tickFormat(yTicks, "score");
-      const box = { left: leftOf(yTicks, yFormat, 44), right: width - 6, top: 8, bottom: 96 };
-      const x = scale(low, high, box.left, box.right, log), y = scale(bottom, top, box.bottom, box.top);
-      const xTicks = log ? logTicks(low, high, 4) : linearTicks(low, high, 3);
-      const svg = canvas(width, 118, { role: "img", "aria-label": `${m.label}: ${m.trials.map((t) => `${FORMAT.rate(t[0])} gives ${FORMAT.score(t[1])}`).join(", ")}` });
-      svg.append(axes(box, { at: x, ticks: xTicks, format: FORMAT.rate }, { at: y, ticks: yTicks, format: tickFormat(yTicks, "score") }),
-        el("path", { class: "line", d: m.trials.map((t, i) => `${i ? "L" : "M"}${round(x(t[0]))} ${round(y(t[1]))}`).join("") }));
-      for (const t of m.trials) {
-        svg.append(el("circle", { class: `trial${t === chosen ? " chosen" : ""}`, cx: round(x(t[0])), cy: round(y(t[1])), r: t === chosen ? 5 : 3 },
-          el("title", {}, `learning rate ${FORMAT.rate(t[0])}: ${METRIC} ${FORMAT.score(t[1])}`)));
-      }
-      plot.replaceChildren(svg);
-    });
-  }
 }

@@ -6,40 +6,36 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
 from lowdim.report import sections
+from lowdim.report.findings import mapping
 from lowdim.report.record import Candidate
-from lowdim.report.text import esc
+from lowdim.report.text import date, esc, plain
 
-__all__ = ["answer", "chart", "costs_of", "document", "footer", "method_view", "trust"]
+__all__ = ["chart", "costs_of", "document", "footer", "method_view", "plot", "record_document"]
 
-_SCRIPTS = ("charts.js", "scatter.js", "curves.js", "page.js")  # in this order; each uses only those before it
+_SCRIPTS = (
+    "charts.js",
+    "scatter.js",
+    "tree.js",
+    "rates.js",
+    "curves.js",
+    "page.js",
+)  # in this order; each uses only those before it
 _REFUSED = "base-uri 'none'; form-action 'none'"
 
 
-def answer(verdict: str, rest: str) -> str:
-    """The first thing on the page: the verdict, and the sentences that carry its numbers."""
-    # A number stays on one line with its unit, an interval with its ends.
-    whole = re.sub(
-        r"(\d) (?=[KMGT]?i?B\b|ms\b|s\b)|(?<=\d,) (?=−?[\d.]+\])|(?<=\d) (?=\[)", lambda m: f"{m[1] or ''}\u00a0", rest
-    )
-    return f'<p class="answer"><strong>{esc(verdict)}.</strong> {esc(whole)}</p>'
-
-
-def trust(lines: list[str]) -> str:
-    """The caveats."""
-    if not lines:
-        return ""
-    entries = "".join(f"<li>{esc(line)}</li>" for line in lines)
-    return f'<aside aria-labelledby="trust-h"><h2 id="trust-h">How far to trust this</h2><ul>{entries}</ul></aside>'
-
-
 def chart(name: str, title: str, hint: str, kind: str, after: str) -> str:
-    """A figure that the script fills; its numbers are also in a table."""
-    body = f'<div class="chart" data-chart="{kind}"><noscript><p>This chart needs JavaScript.</p></noscript></div>{after}'
-    return sections.section(name, title, body, hint)
+    """A section with a figure that the script fills; its numbers are also in a table."""
+    return sections.section(name, title, plot(kind) + after, hint)
+
+
+def plot(kind: str) -> str:
+    """The place in which the script draws a figure."""
+    return f'<div class="chart" data-chart="{kind}"><noscript><p>This chart needs JavaScript.</p></noscript></div>'
 
 
 def costs_of(candidate: Candidate) -> dict[str, float | None]:
@@ -52,7 +48,7 @@ def costs_of(candidate: Candidate) -> dict[str, float | None]:
     }
 
 
-def method_view(candidate: Candidate, shape: str, chosen: bool) -> dict[str, Any]:
+def method_view(candidate: Candidate, shape: str, chosen: bool, marked_as: str = "") -> dict[str, Any]:
     """A method as the scripts read it."""
     return {
         "name": candidate.name,
@@ -64,14 +60,20 @@ def method_view(candidate: Candidate, shape: str, chosen: bool) -> dict[str, Any
         "baseline": candidate.baseline,
         "chosen": chosen,
         "near": candidate.within_noise,
+        "trivial": candidate.trivial,
+        "may": candidate.may_be_best,
+        "marked": marked_as,
+        "behind": candidate.behind,
+        "half": candidate.half_width,
         "mean": candidate.mean,
         "interval": candidate.interval,
         "seeds": len(candidate.scores),
         "costs": costs_of(candidate),
         "forecast": candidate.measured_peak_bytes is None,
         "lr": candidate.lr,
+        "size": candidate.size,
         "edge": candidate.at_edge,
-        "trials": [(trial.lr, trial.score) for trial in candidate.trials],
+        "trials": [(trial.lr, trial.score, trial.size) for trial in candidate.trials],
         "curves": [{"step": line.step, "loss": line.loss} for line in candidate.curves],
     }
 
@@ -80,6 +82,20 @@ def footer(version: str, command: str) -> str:
     """The version that made the page, and the command."""
     made = f"<p>Made by lowdim{' ' + esc(version) if version else ''} from the record alone.</p>"
     return made + (f"<details><summary>Command</summary><pre><code>{esc(command)}</code></pre></details>" if command else "")
+
+
+def record_document(
+    record: Mapping[str, Any], title: str, by: str, body: str, view: dict[str, Any], *, version: Any = None
+) -> str:
+    """`document` of a record that says when, by which command and by which version it was made.
+
+    Args:
+        by: the command's name, above the title.
+        version: None reads it from the record's environment.
+    """
+    made = " · ".join(part for part in (by, date(record.get("created"))) if part)
+    version = version or mapping(record.get("environment")).get("lowdim")
+    return document(title, made, body, footer(plain(version, 40), plain(record.get("command"))), view)
 
 
 def document(title: str, made: str, body: str, bottom: str, view: dict[str, Any]) -> str:

@@ -41,14 +41,14 @@ function save(name, type, text) {
 function asCsv() {
   // A leading = + - @ would be run as a formula by a spreadsheet.
   const cell = (v) => (typeof v === "string" ? `"${(/^[=+\-@\t]/.test(v) ? `'${v}` : v).replaceAll('"', '""')}"` : v ?? "");
-  const rows = [["method", "label", "family", METRIC, "low", "high", "seeds", "peak_memory_bytes", "memory_is_forecast", "seconds_per_step", "trained_parameters", "file_bytes", "lr"]];
+  const rows = [["method", "label", "family", METRIC, "low", "high", "seeds", "behind_the_best", "half_width", "may_be_best", "peak_memory_bytes", "memory_is_forecast", "seconds_per_step", "trained_parameters", "file_bytes", "lr"]];
   for (const m of DATA.methods) {
-    rows.push([m.name, m.label, m.family, m.mean, m.interval?.[0], m.interval?.[1], m.seeds, m.costs.memory, `${m.forecast}`, m.costs.time, m.costs.parameters, m.costs.file, m.lr]);
+    rows.push([m.name, m.label, m.family, m.mean, m.interval?.[0], m.interval?.[1], m.seeds, m.behind, m.half, m.may === null ? "" : `${m.may}`, m.costs.memory, `${m.forecast}`, m.costs.time, m.costs.parameters, m.costs.file, m.lr]);
   }
   return rows.map((row) => row.map(cell).join(",")).join("\r\n");
 }
 
-const DRAW = { scatter, curves, rates };
+const DRAW = { scatter, tree, rates, curves };
 for (const host of document.querySelectorAll(".chart")) DRAW[host.dataset.chart](host);
 document.querySelectorAll("table.methods").forEach(sortable);
 document.querySelectorAll(".code").forEach(copyable);

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lowdim.outputs import write_page
-from lowdim.report import sections
-from lowdim.report.frame import answer, chart, costs_of, document, footer, method_view, trust
-from lowdim.report.record import Comparison, read
-from lowdim.report.sentences import caveats, headline, subtitle
-from lowdim.report.text import date, esc, rate
+from lowdim.report import evidence, methods, sections, tree
+from lowdim.report.frame import chart, costs_of, document, footer, method_view
+from lowdim.report.losses import losses_section
+from lowdim.report.opening import opening, terms
+from lowdim.report.reading import read
+from lowdim.report.record import Comparison
+from lowdim.report.sentences import caveats, subtitle
+from lowdim.report.text import date, plural, rate
 
 __all__ = ["render", "write"]
 
@@ -42,20 +45,22 @@ def render(comparison: Mapping[str, Any]) -> str:
         True
     """
     record = read(comparison)
-    verdict, rest = headline(record)
+    section = sections.section
     body = "".join(
         (
-            answer(verdict, rest),
-            sections.key_figures(record),
-            _terms(subtitle(record)),
-            trust(caveats(record)),
-            sections.section("methods", "All methods", sections.method_table(record), _TABLE_HINT),
+            opening(record, caveats(record)),
+            terms(subtitle(record)),
+            section("methods", "All methods", _methods(record), methods.table_hint(record)),
             _costs(record),
-            _losses(record),
+            tree.tree_section(record),
+            section("samples", "What the models wrote", evidence.samples(record), "Prompts of the test part."),
+            section("classes", "By class", evidence.by_class(record)),
             _rates(record),
-            sections.section("left-out", "Not compared", sections.left_out(record)),
-            sections.section("use", _use_title(record), sections.load(record)),
-            sections.section("circumstances", "Circumstances", _details(record)),
+            losses_section(record),
+            section("left-out", "Not compared", methods.left_out(record)),
+            section("use", _use_title(record), sections.load(record.winner)),
+            section("the-data", "Data", evidence.data_section(record.data)),
+            section("circumstances", "Circumstances", _details(record)),
         )
     )
     made = " · ".join(part for part in ("lowdim compare", date(record.created)) if part)
@@ -78,62 +83,40 @@ def write(comparison: Mapping[str, Any], path: str | Path) -> Path:
     return write_page(path, render(comparison))
 
 
-_TABLE_HINT = (
-    "Best first; click a column’s name to sort by it. ≈ marks scores within noise of the best, ★ the Pareto front of score "
-    "and memory, and the band behind the intervals is the best method’s."
-)
-
-
-def _terms(rows: list[tuple[str, str]]) -> str:
-    cells = "".join(f"<div><dt>{esc(term)}</dt><dd>{esc(value)}</dd></div>" for term, value in rows)
-    return f'<dl class="terms">{cells}</dl>' if cells else ""
+def _methods(record: Comparison) -> str:
+    said = methods.forecast_sentence(record)
+    rows = methods.method_table(record)
+    return rows + (f'<p class="foot">{said}</p>' if said and rows else "") + methods.departed(record)
 
 
 def _costs(record: Comparison) -> str:
     if len([c for c in record.ranked if any(costs_of(c).values())]) < 2:
         return ""
     better = "high and left" if record.higher else "low and left"
-    hint = f"Better is {better}. Filled markers are on the front: no other method beats them on both axes. "
-    hint += "Bars are 95 % intervals."
+    hint = f"Better is {better}. Filled markers are on the front: no other method beats them on both axes."
+    if record.judgement and record.noise_band:
+        hint += " In the shaded band no score is shown to differ from the best."
     return chart("costs", f"What {record.metric} costs", hint, "scatter", "")
-
-
-def _losses(record: Comparison) -> str:
-    drawn = [c for c in record.finished if c.curves]
-    if not drawn:
-        return ""
-    rows = []
-    for candidate in drawn:
-        first = [v for v in (line.loss[0] for line in candidate.curves) if v is not None]
-        last = [v for v in (line.loss[-1] for line in candidate.curves) if v is not None]
-        ends = [f"{sum(part) / len(part):.4g}" if part else "–" for part in (first, last)]
-        rows.append((candidate.label, str(len(candidate.curves)), *ends))
-    table = _numbers(("Method", "Seeds", "First loss", "Last loss"), rows)
-    hint = "Mean over seeds; the band of a highlighted method spans its seeds. Choose methods in the legend."
-    return chart("losses", "Training loss", hint, "curves", sections.details("Numbers", table))
 
 
 def _rates(record: Comparison) -> str:
     drawn = [c for c in record.finished if len(c.trials) > 1]
     if not drawn:
         return ""
-    rows = [
-        (candidate.label, rate(trial.lr), record.score(trial.score), "chosen" if trial.lr == candidate.lr else "")
-        for candidate in drawn
-        for trial in candidate.trials
-    ]
-    table = _numbers(("Method", "Learning rate", f"Trial {record.metric}", ""), rows)
-    hint = "One trial for each learning rate; the large marker is the rate that was chosen. All panels share their axes."
-    return chart("rates", "Learning rates", hint, "rates", sections.details("Numbers", table))
-
-
-def _numbers(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    head = "".join(f'<th scope="col">{esc(name)}</th>' for name in heads)
-    body = "".join(f'<tr><th scope="row">{esc(r[0])}</th>{"".join(f"<td>{esc(c)}</td>" for c in r[1:])}</tr>' for r in rows)
-    return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Numbers of the chart">'
-        f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    sized = any(trial.size is not None for c in drawn for trial in c.trials)
+    rows = []
+    for candidate in drawn:
+        for trial in candidate.trials:
+            chosen = trial.lr == candidate.lr and (candidate.size is None or trial.size == candidate.size)
+            size = [str(trial.size) if trial.size is not None else "–"] if sized else []
+            rows.append((candidate.label, rate(trial.lr), *size, record.score(trial.score), "chosen" if chosen else ""))
+    heads = ("Method", "Learning rate", *(["Size"] if sized else []), f"Validation {record.metric}", "")
+    lines = ", one line for each size" if sized else ""
+    steps = {trial.steps for c in drawn for trial in c.trials if trial.steps is not None}
+    when = f" after {plural(min(steps), 'step')}, the first rung" if record.search and len(steps) == 1 else ""
+    hint = f"Validation {record.metric} of each rate{when}{lines}; the large marker was chosen. All panels share their axes."
+    numbers = sections.details("Numbers", sections.numbers(heads, rows, "Numbers of the chart"))
+    return chart("rates", "Learning rates", hint, "rates", numbers)
 
 
 def _use_title(record: Comparison) -> str:
@@ -141,14 +124,12 @@ def _use_title(record: Comparison) -> str:
 
 
 def _details(record: Comparison) -> str:
-    data = {key: value for key, value in record.data.items() if key != "notes"}
-    data["notes"] = record.data.get("notes")
-    notes = "".join(f"<li>{esc(note)}</li>" for note in record.notes)
+    notes = "".join(f"<li>{sections.esc(note)}</li>" for note in record.notes)
     return "".join(
         (
             sections.details("Notes", f'<ul class="notes">{notes}</ul>' if notes else "", opened=True),
             sections.details("Settings", sections.pairs(record.settings)),
-            sections.details("Model and data", sections.pairs(record.model) + sections.pairs(data)),
+            sections.details("Model", sections.pairs(record.model)),
             sections.details("Machine and versions", sections.pairs(record.environment)),
         )
     )
@@ -162,6 +143,8 @@ def _view(record: Comparison) -> dict[str, Any]:
         "title": record.title,
         "metric": {"name": record.metric, "higher": record.higher, "decimals": record.decimals},
         "budget": record.budget,
+        "band": record.noise_band,
         "costs": [{"key": key, "title": title, "unit": unit} for key, title, unit in _COSTS],
-        "methods": [method_view(c, marks[c.family], c is record.chosen) for c in record.finished],
+        "methods": [method_view(c, marks[c.family], c is record.chosen, record.marked_as) for c in record.finished],
+        "search": tree.tree_view(record),
     }

@@ -1,11 +1,12 @@
 // ---- Score against cost -------------------------------------------------------------------------------------------
 
 function scatter(host) {
-  const methods = DATA.methods.filter((m) => m.mean !== null);
+  const methods = DATA.methods.filter((m) => m.mean !== null && !m.trivial);
+  const references = DATA.methods.filter((m) => m.mean !== null && m.trivial);
   const axesThatVary = DATA.costs.filter((c) => methods.filter((m) => m.costs[c.key] !== null).length > 1);
   if (!axesThatVary.length) { host.closest("section").hidden = true; return; }
   let cost = axesThatVary[0], log = wantsLog(cost), opened = null;
-  const plot = el("div"), tip = tooltip(host);
+  const plot = el("div"), tip = tooltip(host), outside = el("p", { class: "outside" });
   const logBox = checkbox("Logarithmic", log, (on) => { log = on; redraw(); });
   host.prepend(
     el("div", { class: "controls" },
@@ -15,7 +16,7 @@ function scatter(host) {
         logBox.querySelector("input").checked = log;
         redraw();
       }), logBox),
-    plot, familyKey(methods));
+    plot, outside, familyKey(methods));
 
   function wantsLog(which) {
     const values = methods.map((m) => m.costs[which.key]).filter((v) => v > 0);
@@ -30,7 +31,11 @@ function scatter(host) {
     const xs = shown.map((m) => m.costs[cost.key]);
     const positive = xs.filter((v) => v > 0);
     const height = Math.max(300, Math.min(460, inner * 0.5));
-    const [bottom, top] = extent(shown.flatMap((m) => [m.mean, ...(m.interval ?? [])]));
+    // A score far away is drawn at the edge; the band of noise and references that are near belong into view.
+    const near = fences(shown.map((m) => m.mean));
+    const reach = 0.6 * (near[1] - near[0]);
+    const inView = references.filter((m) => m.mean >= near[0] - reach && m.mean <= near[1] + reach);
+    const [bottom, top] = extent([...near, ...(DATA.band ?? []), ...inView.map((m) => m.mean)]);
     const yTicks = linearTicks(bottom, top, 6), yFormat = tickFormat(yTicks, "score");
     const box = { left: leftOf(yTicks, yFormat, 48), right: inner - 14, top: 26, bottom: height - 46 };
     const useLog = log && positive.length > 0;
@@ -57,18 +62,20 @@ function scatter(host) {
     svg.append(axes(box,
       { at: x, ticks: xTicks, format: useLog && cost.unit === "bytes" ? (v) => (v ? `${v / byteUnit(v)} ${byteName(byteUnit(v))}` : "0") : tickFormat(xTicks, cost.unit), title: cost.title + (cost.unit === "bytes" && !useLog ? `, ${byteName(byteUnit(xTicks.at(-1)))}` : "") },
       { at: y, ticks: yTicks, format: yFormat, title: `${named(METRIC)}, ${DATA.metric.higher ? "higher" : "lower"} is better` }));
+    const clamp = (value) => Math.max(bottom, Math.min(top, value));
+    svg.append(noiseBand(box, y), ...referenceLines(inView, box, y));
     if (budget) {
       const px = Math.round(x(budget)) + 0.5;
       svg.append(el("line", { class: "budget", x1: px, x2: px, y1: box.top, y2: box.bottom }),
         el("text", { class: "budget-text", x: px - 6, y: box.top + 4, "text-anchor": "end" }, `budget ${FORMAT.bytes(budget)}`));
     }
-    const placed = shown.map((m) => ({ m, cx: x(m.costs[cost.key]), cy: y(m.mean) })).sort((a, b) => a.cx - b.cx || a.cy - b.cy);
+    const placed = shown.map((m) => ({ m, cx: x(m.costs[cost.key]), cy: y(clamp(m.mean)), off: clamp(m.mean) !== m.mean })).sort((a, b) => a.cx - b.cx || a.cy - b.cy);
     const front = new Set(frontOf(shown, cost.key));
     const onFront = placed.filter((p) => front.has(p.m));
     svg.append(frontLine(onFront, box));
-    const points = placed.map((p, i) => point(p, y, front.has(p.m), i));
+    const points = placed.map((p, i) => point(p, (value) => y(clamp(value)), front.has(p.m), i));
     points.forEach((node) => svg.append(node));
-    svg.append(labels(placed, onFront, box, y));
+    svg.append(labels(placed, onFront, box));
     svg.addEventListener("keydown", (event) => {
       const at = points.indexOf(document.activeElement);
       const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
@@ -81,9 +88,11 @@ function scatter(host) {
     });
     svg.addEventListener("click", (event) => { if (!event.target.closest(".point")) close(); });
     plot.replaceChildren(svg);
+    const hidden = references.filter((m) => !inView.includes(m));
+    outside.textContent = hidden.length ? `Beyond this scale: ${hidden.map((m) => `${m.label} (${FORMAT.score(m.mean)})`).join(", ")}.` : "";
   }
 
-  function point({ m, cx, cy }, y, onFront, index) {
+  function point({ m, cx, cy, off }, y, onFront, index) {
     const node = el("g", {
       class: `point ${m.colour}${onFront ? " on" : ""}${m.chosen ? " chosen" : ""}`, tabindex: index ? -1 : 0, role: "img",
       transform: `translate(${round(cx)} ${round(cy)})`, "aria-label": describe(m),
@@ -94,6 +103,7 @@ function scatter(host) {
     if (m.interval) node.append(el("line", { class: "bar", x1: 0, x2: 0, y1: round(y(m.interval[0]) - cy), y2: round(y(m.interval[1]) - cy) }));
     node.append(el("circle", { class: "halo", r: 13 }), el("circle", { class: "ring", r: 10.5 }),
       el("use", { href: `#m-${m.shape}`, x: -7, y: -7, width: 14, height: 14 }), el("circle", { class: "hit", r: 16 }));
+    if (off) node.append(el("path", { class: "off", d: cy > 100 ? "M-5 10H5L0 17Z" : "M-5-10H5L0-17Z" }));
     return node;
   }
 
@@ -102,10 +112,11 @@ function scatter(host) {
     opened = node;
     node.classList.add("open");
     const rows = [[METRIC, FORMAT.score(m.mean)]];
-    if (m.interval) rows.push(["95 % interval", `${FORMAT.score(m.interval[0])} to ${FORMAT.score(m.interval[1])}`]);
+    if (m.behind !== null && m.behind > 0) rows.push(["Behind the best", `${+m.behind.toPrecision(2)}${m.half ? ` ± ${+m.half.toPrecision(2)}` : ""}`]);
+    if (m.interval && !m.half) rows.push(["95 % interval", `${FORMAT.score(m.interval[0])} to ${FORMAT.score(m.interval[1])}`]);
     if (m.seeds) rows.push(["Seeds", `${m.seeds}`]);
     for (const c of DATA.costs) if (m.costs[c.key] !== null) rows.push([c.key === "memory" && m.forecast ? "Peak, forecast" : c.title, FORMAT[c.unit](m.costs[c.key])]);
-    const remarks = [m.family, m.baseline ? "baseline" : "", m.chosen ? "the pick" : "", m.near ? "within noise of the best" : ""].filter(Boolean);
+    const remarks = [m.family, m.baseline ? "baseline" : "", m.chosen ? "the pick" : "", m.may ? m.marked : m.near && m.may === null ? "within noise of the best" : ""].filter(Boolean);
     tip.show(plot.offsetLeft + cx, plot.offsetTop + cy, m.label, rows, remarks.join(" · "));
   }
 
@@ -139,18 +150,34 @@ function frontLine(points, box) {
   return el("path", { class: "front", d: `${d}H${box.right}` });
 }
 
+/** The scores that are not shown to differ from the best. */
+function noiseBand(box, y) {
+  if (!DATA.band) return el("g");
+  const [a, b] = DATA.band.map((value) => Math.max(box.top, Math.min(box.bottom, y(value))));
+  return el("rect", { class: "noise", x: box.left, width: box.right - box.left, y: round(Math.min(a, b)), height: round(Math.abs(a - b)) });
+}
+
+/** What was never trained, as lines across: it has a score and no cost. */
+function referenceLines(references, box, y) {
+  return references.map((m) => {
+    const py = Math.round(y(m.mean)) + 0.5;
+    return el("g", { "aria-hidden": "true" }, el("line", { class: "refline", x1: box.left, x2: box.right, y1: py, y2: py }),
+      el("text", { x: box.left + 6, y: py - 5 }, `${m.label} ${FORMAT.score(m.mean)}`));
+  });
+}
+
 /** Names beside the points, most important first; a name that finds no free place stays in the tooltip only. */
-function labels(placed, onFront, box, y) {
+function labels(placed, onFront, box) {
   const front = new Set(onFront.map((p) => p.m));
   const group = el("g", { "aria-hidden": "true" });
   const taken = placed.map(({ cx, cy }) => ({ l: cx - 9, r: cx + 9, t: cy - 9, b: cy + 9 }));
-  const bars = placed.filter((p) => p.m.interval).map(({ m, cx }) => ({ l: cx - 2, r: cx + 2, t: y(m.interval[1]), b: y(m.interval[0]) }));
+  const bars = [];
   onFront.forEach((p, i) => {
     const next = onFront[i + 1];
     bars.push({ l: p.cx, r: next?.cx ?? box.right, t: p.cy - 1, b: p.cy + 1 });
     if (next) bars.push({ l: next.cx - 1, r: next.cx + 1, t: next.cy, b: p.cy });
   });
-  const weight = ({ m }) => 4 * m.chosen + 3 * front.has(m) + 2 * m.baseline + m.near;
+  const weight = ({ m }) => 4 * m.chosen + 3 * front.has(m) + 2 * m.baseline + (m.may ?? m.near);
   for (const p of [...placed].sort((a, b) => weight(b) - weight(a))) {
     const w = p.m.label.length * 6.8 + 4, h = 14;
     const spots = [[13, -7, "start"], [-13, -7, "end"], [11, 4, "start"], [11, -19, "start"], [-11, -19, "end"], [-11, 4, "end"], [0, -27, "middle"], [0, 13, "middle"]];
@@ -185,6 +212,10 @@ function familyKey(methods) {
   if (methods.some((m) => m.chosen)) {
     list.append(el("li", {}, el("svg", { viewBox: "-8 -8 16 16", "aria-hidden": "true" },
       el("circle", { r: 6.5, fill: "none", stroke: "currentColor", "stroke-width": 1.5 })), "the pick"));
+  }
+  if (DATA.band) {
+    list.append(el("li", {}, el("svg", { viewBox: "-8 -8 16 16", "aria-hidden": "true" }, el("rect", { class: "noise", x: -8, y: -6, width: 16, height: 12 })),
+      "not shown to differ from the best"));
   }
   return list;
 }

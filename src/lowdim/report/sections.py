@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lowdim.report.record import Candidate, Comparison
-from lowdim.report.text import MISSING, count, duration, error, esc, number, percent, plain, rate, ratio, size
+from lowdim.report.record import Candidate
+from lowdim.report.text import MISSING, esc, number, plain, rate, size
 
-__all__ = ["SHAPES", "details", "glyph", "key_figures", "left_out", "load", "method_table", "section", "shapes"]
+__all__ = ["SHAPES", "details", "glyph", "load", "numbers", "pairs", "section", "shapes", "tile_list"]
 
 # A marker for each family, distinguishable without colour. Each fits a 16 × 16 box around the origin and has about one area.
 SHAPES = {
@@ -49,40 +49,6 @@ def section(name: str, title: str, body: str, hint: str = "") -> str:
     return f'<section id="{name}" aria-labelledby="{name}-h"><h2 id="{name}-h">{esc(title)}</h2>{lead}{body}</section>'
 
 
-def key_figures(comparison: Comparison) -> str:
-    """The chosen method's numbers, each next to the baseline's."""
-    chosen = comparison.chosen or comparison.best
-    if chosen is None:
-        return ""
-    base = comparison.baseline if comparison.baseline is not chosen else None
-
-    def against_baseline(key: str) -> str:
-        times = ratio(getattr(chosen, key), getattr(base, key)) if base else None
-        return f"{times} of {base.label}" if times and base else ""
-
-    difference = ""
-    if base and base.mean is not None and chosen.mean is not None:
-        change = chosen.mean - base.mean
-        difference = f"{'+' if change >= 0 else '−'}{comparison.score(abs(change))} against {base.label}"
-    interval = comparison.interval(chosen)
-    memory = "Peak memory" if chosen.measured_peak_bytes is not None else "Peak memory, forecast"
-    tiles = [
-        (comparison.metric, comparison.score(chosen.mean), f"{interval}\n{difference}".strip()),
-        (memory, size(chosen.peak_bytes), against_baseline("peak_bytes")),
-        ("Time per step", duration(chosen.seconds_per_step), against_baseline("seconds_per_step")),
-        ("Trained parameters", count(chosen.trained_parameters), against_baseline("trained_parameters")),
-        ("Saved file", size(chosen.file_bytes), against_baseline("file_bytes")),
-        *_trivial_tiles(comparison),
-    ]
-    return tile_list(tiles, f"Numbers of {chosen.label}")
-
-
-def _trivial_tiles(comparison: Comparison) -> list[tuple[str, str, str]]:
-    """What was never trained scores, next to the chosen method's numbers."""
-    rows = [c for c in comparison.finished if c.trivial]
-    return [(c.label, comparison.score(c.mean), f"{comparison.metric}: {c.reason}" if c.reason else "") for c in rows]
-
-
 def tile_list(tiles: list[tuple[str, str, str]], label: str) -> str:
     """Large numbers with a name above and a remark below; missing ones are left out."""
     cells = "".join(
@@ -93,128 +59,22 @@ def tile_list(tiles: list[tuple[str, str, str]], label: str) -> str:
     return f'<dl class="tiles" aria-label="{esc(label)}">{cells}</dl>' if cells else ""
 
 
-def method_table(comparison: Comparison) -> str:
-    """All methods that ran, best first."""
-    if not comparison.finished:
+def numbers(heads: Sequence[str], rows: Iterable[Sequence[str]], label: str) -> str:
+    """A small table of texts, the first column being the name of the row; an empty string without rows."""
+    head = "".join(f'<th scope="col">{esc(name)}</th>' for name in heads)
+    body = "".join(
+        f'<tr><th scope="row">{esc(row[0])}</th>{"".join(f"<td>{esc(cell)}</td>" for cell in row[1:])}</tr>' for row in rows
+    )
+    if not body:
         return ""
-    marks = shapes(comparison.candidates)
-    heads = [
-        ("Method", "text", ""),
-        (comparison.metric, "number", "mean, 95 % interval, seeds"),
-        ("Trained", "number", _share_note(comparison)),
-        ("Peak memory", "number", "measured"),
-        ("Forecast", "number", "and its error"),
-        ("Time", "number", "per step"),
-        ("File", "number", "saved"),
-        ("Pareto", "number", ""),
-    ]
-    head = "".join(
-        f'<th scope="col" data-sort="{kind}"><span class="th">{esc(name)}</span><small>{esc(note)}</small></th>'
-        for name, kind, note in heads
-    )
-    rows = "".join(_row(comparison, candidate, marks[candidate.family]) for candidate in comparison.finished)
     return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Table of methods">'
-        f'<table class="methods"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{esc(label)}">'
+        f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
 
-def _share_note(comparison: Comparison) -> str:
-    return "of the model" if number(comparison.model.get("parameters")) else "parameters"
-
-
-def _row(comparison: Comparison, candidate: Candidate, shape: str) -> str:
-    chosen = candidate is comparison.chosen
-    tag = '<span class="tag win">pick</span>' if chosen else ""
-    near = ""
-    if candidate.within_noise and candidate is not comparison.best:
-        words = "the best is not clearly better" if candidate.trivial else "within noise of the best"
-        near = f'<span class="near" title="{words}" aria-hidden="true">≈</span><span class="sr">{words}</span>'
-    total, trained = number(comparison.model.get("parameters")), candidate.trained_parameters
-    share = percent(trained / total) if total and trained is not None and trained <= total else ""
-    off = error(candidate.forecast_peak_bytes, candidate.measured_peak_bytes)
-    kind = "not trained" if candidate.trivial else "baseline" if candidate.baseline else ""
-    under = [esc(part) for part in dict.fromkeys([kind, "" if candidate.trivial else candidate.family]) if part]
-    under += [f'<span class="nb">lr {rate(candidate.lr)}</span>'] if candidate.lr is not None else []
-    cells = [
-        _cell(candidate.mean, f'<div class="scored"><div><b>{comparison.score(candidate.mean)}</b>{near}'
-                              f"<small>{comparison.interval(candidate)}</small></div>{_interval(comparison, candidate)}</div>"),
-        _cell(trained, f"{count(trained)}<small>{share}</small>"),
-        _cell(candidate.measured_peak_bytes, size(candidate.measured_peak_bytes)),
-        _cell(candidate.forecast_peak_bytes, f"{size(candidate.forecast_peak_bytes)}<small>{off or ''}</small>"),
-        _cell(candidate.seconds_per_step, duration(candidate.seconds_per_step)),
-        _cell(candidate.file_bytes, size(candidate.file_bytes)),
-        _cell(1 if candidate.pareto else 0, '<span class="yes" title="on the Pareto front">★</span>'
-                                            '<span class="sr">on the front</span>' if candidate.pareto else ""),
-    ]  # fmt: skip
-    return (
-        f'<tr{" class=chosen" if chosen else ""}><th scope="row" data-v="{esc(candidate.label)}"><div class="name">'
-        f"{glyph(candidate, shape)}<div><span>{esc(candidate.label)}</span>{tag}<small>{' · '.join(under)}</small></div></div>"
-        f"</th>{''.join(cells)}</tr>"
-    )
-
-
-def _cell(value: float | None, body: str) -> str:
-    return f'<td data-v="{"" if value is None else f"{value:.9g}"}">{body}</td>'
-
-
-def _interval(comparison: Comparison, candidate: Candidate) -> str:
-    """Mean and interval on one scale for all rows, over a band that is the best method's interval."""
-    low, high = _fences(comparison)
-    if candidate.mean is None or high <= low:
-        return ""
-
-    def x(value: float) -> float:
-        return round(6 + 118 * (min(max(value, low), high) - low) / (high - low), 1)
-
-    best = comparison.best
-    band = line = ""
-    if best and best.interval:
-        start, end = x(best.interval[0]), x(best.interval[1])
-        band = f'<rect class="band" x="{start}" y="0" width="{end - start:.1f}" height="18" rx="2"/>'
-    if not low <= candidate.mean <= high:  # far from the rest: an arrow at the edge, so that the rest stays readable
-        tip = "M1 9L8 5V13Z" if candidate.mean < low else "M129 9L122 5V13Z"
-        body = f'<path class="beyond" d="{tip}"/>'
-    else:
-        if candidate.interval:
-            line = f'<line x1="{x(candidate.interval[0])}" x2="{x(candidate.interval[1])}" y1="9" y2="9"/>'
-        inside = [s for s in candidate.scores[:20] if low <= s <= high]
-        dots = "".join(f'<circle class="seed" cx="{x(s)}" cy="9" r="1.6"/>' for s in inside)
-        body = f'{line}{dots}<circle class="mean" cx="{x(candidate.mean)}" cy="9" r="4"/>'
-    return f'<svg class="interval {candidate.colour}" viewBox="0 0 130 18" aria-hidden="true">{band}{body}</svg>'
-
-
-def _fences(comparison: Comparison) -> tuple[float, float]:
-    """Ends of the scale: all means but those 1.5 interquartile ranges away from the middle half, with their intervals."""
-    means = sorted(c.mean for c in comparison.ranked if c.mean is not None)
-    if not means:
-        return 0.0, 0.0
-    lower, upper = means[len(means) // 4], means[-1 - len(means) // 4]
-    reach = 1.5 * (upper - lower)
-    near = [c for c in comparison.ranked if c.mean is not None and lower - reach <= c.mean <= upper + reach]
-    ends = [end for c in near for end in (c.mean, *c.scores, *(c.interval or ())) if end is not None]
-    return min(ends), max(ends)
-
-
-def left_out(comparison: Comparison) -> str:
-    """Skipped and failed methods, with the reason."""
-    marks = shapes(comparison.candidates)
-    rows = []
-    for candidate in comparison.left_out:
-        forecast = candidate.forecast_peak_bytes
-        note = f"<small>forecast {size(forecast)}</small>" if forecast is not None else ""
-        kind = "skipped" if candidate.status == "skipped" else "failed"
-        rows.append(
-            f'<li><div class="name">{glyph(candidate, marks[candidate.family])}<div><span>{esc(candidate.label)}</span>'
-            f'<span class="tag {kind}">{esc(candidate.status, 40)}</span>{note}</div></div>'
-            f'<p class="reason">{esc(candidate.reason, 4000) or "No reason was recorded."}</p></li>'
-        )
-    return f'<ul class="left-out">{"".join(rows)}</ul>' if rows else ""
-
-
-def load(comparison: Comparison) -> str:
+def load(winner: Mapping[str, Any]) -> str:
     """The folder of the winner, and the code that loads it."""
-    winner = comparison.winner
     code = plain(winner.get("how_to_load"), 8000)
     facts = pairs({"Folder": winner.get("folder"), "Format": winner.get("format")})
     why = f"<p>{esc(winner.get('why'))}</p>" if plain(winner.get("why")) else ""

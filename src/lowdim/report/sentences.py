@@ -7,9 +7,28 @@ import math
 from lowdim.report.record import Candidate, Comparison
 from lowdim.report.text import count, number, plain, plural, ratio, series, size
 
-__all__ = ["caveats", "headline", "subtitle"]
+__all__ = ["caveats", "headline", "spoken", "subtitle"]
 
+_TASKS = {
+    "classify": "Classification",
+    "regress": "Regression",
+    "instruct": "Instruction tuning",
+    "causal-lm": "Language modelling",
+    "pretrain": "Pretraining",
+    "image": "Image classification",
+    "tokens": "Token classification",
+    "embed": "Sentence embeddings",
+}
 _FEW_SEEDS = 5  # below this an interval has too few values to rely on
+
+
+def spoken(comparison: Comparison) -> tuple[str, list[str]]:
+    """The verdict in one sentence, and the sentences that follow."""
+    found = comparison.judgement
+    if found:
+        return found.headline, [line for line in (*found.reasons, found.needed) if line]
+    said, rest = headline(comparison)
+    return f"{said}.", [rest]
 
 
 def headline(comparison: Comparison) -> tuple[str, str]:
@@ -64,9 +83,10 @@ def caveats(comparison: Comparison) -> list[str]:
     """Caveats that a careful reader should know before acting on the headline."""
     ranked = comparison.ranked
     ran = [c for c in comparison.finished if not c.trivial]
-    lines = [*_seeds(comparison), *_noise(comparison), *_test_set(comparison)]
+    judged = comparison.judgement is not None  # its reasons say what is noise
+    lines = [] if judged else [*_seeds(comparison), *_noise(comparison), *_test_set(comparison)]
     edge = [c.label for c in ranked if c.at_edge]
-    if edge:
+    if edge and not judged:
         word = "its best learning rate was" if len(edge) == 1 else "the best learning rate was"
         lines.append(f"{_some(edge)}: {word} the smallest or largest one tried. A wider search could change the ranking.")
     lines += [f"{c.label}: {c.reason.strip().splitlines()[0]}" for c in ran if c.reason and c.reason.strip()]
@@ -209,7 +229,6 @@ def _sentence(text: str) -> str:
 
 def subtitle(comparison: Comparison) -> list[tuple[str, str]]:
     """What was compared, as (term, value) pairs for the line under the title."""
-    tasks = {"classify": "Classification", "causal-lm": "Language modelling", "pretrain": "Pretraining"}
     model, data, settings = comparison.model, comparison.data, comparison.settings
     parts = [
         count(number(model.get("parameters"))) + " parameters" if number(model.get("parameters")) else "",
@@ -219,9 +238,11 @@ def subtitle(comparison: Comparison) -> list[tuple[str, str]]:
              if number(data.get(k)) is not None]  # fmt: skip
     seeds, steps = settings.get("seeds"), number(settings.get("steps"))
     amount = len(seeds) if isinstance(seeds, (list, tuple)) else number(seeds)
+    if comparison.judgement and comparison.judgement.seeds:
+        amount = comparison.judgement.seeds
     effort = [f"{steps:,.0f} steps" if steps else "", plural(int(amount), "seed") if amount else ""]
     rows = [
-        ("Task", tasks.get(comparison.task, comparison.task)),
+        ("Task", _TASKS.get(comparison.task, comparison.task)),
         ("Model", _with(plain(model.get("name"), 120), parts)),
         ("Data", _with(plain(data.get("name"), 120), sizes)),
         ("Effort", " × ".join(part for part in effort if part)),

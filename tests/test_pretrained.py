@@ -17,14 +17,22 @@ from lowdim.after_import import after_import
 from lowdim.compress import (
     LoRDConfig,
     LowRankLinear,
+    LR2VQConfig,
+    LR2VQLinear,
+    PELAConfig,
     Scheduled,
     WeLoreConfig,
     WeLoreLinear,
+    WINAConfig,
+    WINALinear,
     finalize,
     last_report,
     lord,
+    lr2vq,
+    pela,
     step,
     welore,
+    wina,
 )
 from lowdim.errors import CheckpointError, LowdimError
 from lowdim.layers import Monarch, swap_linear
@@ -62,7 +70,26 @@ def by_welore(model):
     return welore(model, WeLoreConfig(threshold=0.5, min_reduction=0.0))
 
 
-METHODS = {"lord": (by_lord, LowRankLinear), "welore": (by_welore, WeLoreLinear)}
+def by_pela(model):
+    return pela(model, PELAConfig(compression_ratio=1.7))
+
+
+def by_lr2vq(model):
+    return lr2vq(model, LR2VQConfig(codebook_size=16, subvector_size=4, clustering_dim=2))
+
+
+def by_wina(model):
+    return wina(model, WINAConfig(sparsity=0.4))
+
+
+METHODS = {
+    "lord": (by_lord, LowRankLinear),
+    "lr2vq": (by_lr2vq, LR2VQLinear),
+    "pela": (by_pela, LowRankLinear),
+    "welore": (by_welore, WeLoreLinear),
+    "wina": (by_wina, WINALinear),
+}
+FACTORED = [name for name in METHODS if name != "wina"]  # what they are as plain models has the same outputs
 
 
 def compressed(make=tiny.llama, method="lord"):
@@ -120,14 +147,20 @@ def test_logits_are_equal_to_the_bit(name, method, dtype, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_folder_is_as_small_as_its_shapes_say(name, method, tmp_path):
     dense = MODELS[name]()
-    sizes = {n: p.numel() for n, p in dense.named_parameters()}  # a tied one counts once
+    sizes = {n: 4 * p.numel() for n, p in dense.named_parameters()}  # a tied one counts once
     model = METHODS[method][0](dense)
     for row in last_report(model).replaced:
         bias = row.out_features if getattr(model.get_submodule(row.name), "bias", None) is not None else 0
         sizes = {n: size for n, size in sizes.items() if not n.startswith(f"{row.name}.")}
-        sizes[row.name] = row.rank * (row.in_features + row.out_features) + bias
-    buffers = sum(b.numel() * b.element_size() for n, b in model.named_buffers() if n in model.state_dict())
-    forecast = 4 * sum(sizes.values()) + buffers
+        if method == "lr2vq":  # a code of four bits for four weights, 16 codewords and 4 basis vectors in two dimensions
+            sizes[row.name] = row.in_features * row.out_features // 8 + 4 * (16 * 2 + 4 * 2 + bias)
+        elif method == "wina":  # every weight; the norms of its columns are buffers
+            sizes[row.name] = 4 * (row.in_features * row.out_features + bias)
+        else:
+            sizes[row.name] = 4 * (row.rank * (row.in_features + row.out_features) + bias)
+    own = [(n, b) for n, b in model.named_buffers() if n in model.state_dict() and not n.endswith(".codes")]
+    buffers = sum(b.numel() * b.element_size() for _, b in own)
+    forecast = sum(sizes.values()) + buffers
     assert stored_bytes(model) == forecast
     assert save_compressed(model, tmp_path / "small") == forecast
     written = sum(t.numel() * t.element_size() for t in load_file(tmp_path / "small" / "model.safetensors").values())
@@ -237,7 +270,7 @@ def test_layers_that_keep_their_weight(make, tmp_path, forget_lowdim):
 # Plain again
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FACTORED)
 @pytest.mark.parametrize("name", MODELS)
 def test_dequantize_gives_a_plain_model_that_saves_and_loads(name, method, tmp_path):
     kind = AutoModelForSequenceClassification if name == "bert" else AutoModelForCausalLM
@@ -251,7 +284,7 @@ def test_dequantize_gives_a_plain_model_that_saves_and_loads(name, method, tmp_p
     assert torch.equal(logits(load(tmp_path / "plain", kind)), logits(plain))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FACTORED)
 @pytest.mark.parametrize("name", MODELS)
 def test_dense_checkpoints_need_no_lowdim(name, method, tmp_path, forget_lowdim):
     kind = AutoModelForSequenceClassification if name == "bert" else AutoModelForCausalLM
@@ -261,9 +294,19 @@ def test_dense_checkpoints_need_no_lowdim(name, method, tmp_path, forget_lowdim)
     assert [type(m) for m in model.modules()] == classes  # it stays compressed
     assert size > stored_bytes(model)
     factors = load_file(tmp_path / "dense" / "factors.safetensors")
-    assert factors.keys() == {f"{row.name}.{factor}" for row in last_report(model).replaced for factor in "AB"}
+    own = ("basis", "codebook", "codes") if method == "lr2vq" else "AB"
+    assert factors.keys() == {f"{row.name}.{factor}" for row in last_report(model).replaced for factor in own}
     forget_lowdim()
     torch.testing.assert_close(logits(load(tmp_path / "dense", kind)), want, rtol=1e-4, atol=1e-5)
+
+
+def test_sparse_inputs_gone_the_model_is_the_one_before(tmp_path):
+    model = tiny.llama().eval()
+    want = logits(model)
+    save_compressed(by_wina(model), tmp_path / "small")
+    assert torch.equal(logits(load(tmp_path / "small").dequantize()), want)
+    save_compressed(model, tmp_path / "dense", dense=True)
+    assert torch.equal(logits(load(tmp_path / "dense")), want)
 
 
 def test_a_dense_checkpoint_that_would_lose_a_bias_is_refused(tmp_path):

@@ -70,6 +70,16 @@ def test_another_models_file_changes_nothing(change, match):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_without_an_entry_for_it_the_bias_is_that_of_the_place(bias):
+    layer = LowRankLinear.from_linear(nn.Linear(6, 4, bias=bias), rank=2)
+    tensors = {f"0.{name}": t for name, t in layer.state_dict().items()}
+    model = load_compressed(nn.Sequential(nn.Linear(6, 4, bias=bias)), tensors, {"0": {"class": "LowRankLinear", "rank": 2}})
+    x = torch.randn(3, 6)
+    assert torch.equal(model(x), layer(x))
+    assert (model[0].bias is not None) == bias
+
+
 def test_descriptions_say_what_tensors_cannot():
     small = nn.Sequential(LowRankLinear(6, 4, rank=2, alpha=5.0), nn.ReLU())
     tensors, layers = small.state_dict(), describe_layers(small)

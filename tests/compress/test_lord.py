@@ -1,5 +1,6 @@
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import vectors
+from lowdim.calibrate import collect
 from lowdim.compress import (
     LoRDConfig,
     LowRankLinear,
@@ -17,6 +19,7 @@ from lowdim.compress import (
     lord_rank,
     lord_spectra,
 )
+from lowdim.plan import measure
 from lowdim.testing.compress_case import CompressCase, small_net
 
 
@@ -157,6 +160,37 @@ def test_statistics_come_from_the_untouched_model():
     lord(alone, LoRDConfig(rank=3, target_modules=["2"]), [x])
     assert torch.equal(model[2].A, alone[2].A)
     assert torch.equal(model[2].bias, alone[2].bias)
+
+
+def test_as_many_passes_as_half_of_the_model_asks_for(monkeypatch):
+    """Sums of 8 · 48² bytes a layer; the model's weights take fewer, so the least decides."""
+    x, passes = [samples(12, 300, seed=i).float() for i in range(2)], []
+
+    class Counted:
+        def __iter__(self):
+            passes.append(1)
+            return iter(x)
+
+    whole, spectra = lord(small_net(), LoRDConfig(rank=4), x).state_dict(), lord_spectra(small_net(), x)
+    monkeypatch.setattr(sys.modules["lowdim.compress.lord"], "_LEAST", 8 * 48**2)
+    got = lord(small_net(), LoRDConfig(rank=4), Counted()).state_dict()
+    assert len(passes) == 2
+    assert all(torch.equal(value, whole[name]) for name, value in got.items())
+    found = lord_spectra(small_net(), Counted())
+    assert len(passes) == 4
+    assert all(torch.equal(found[name], values) for name, values in spectra.items())
+    lord(small_net(), LoRDConfig(rank=4), iter(x))  # a generator is read once, whatever that takes
+
+
+def test_sums_are_held_once():
+    model, x = (
+        nn.Sequential(*(nn.Linear(8, 256) if i % 2 == 0 else nn.Linear(256, 8) for i in range(6))),
+        samples(8, 20).float(),
+    )
+    layers = {name: layer for name, layer in model.named_children() if layer.out_features == 256}
+    kept = []
+    peak = measure(lambda: kept.append(collect(model, layers, {"output_covariance"}, [x])), model=model).bytes
+    assert 3 * 8 * 256**2 < peak < 4.6 * 8 * 256**2, "three sums, and one matrix in making"
 
 
 def test_several_passes_give_the_same():

@@ -39,5 +39,5 @@ def test_settings_are_checked_at_once(changes, part, tmp_path):
 def test_diagnose_says_which_inputs_it_accepts():
     with pytest.raises(ValueError, match="intruders measures --base and --tuned; missing: --base and --tuned"):
         diagnose(DiagnoseSettings(diagnostic="intruders"))
-    with pytest.raises(ValueError, match="intruders does not take --model; it measures --base and --tuned"):
+    with pytest.raises(ValueError, match="intruders does not take MODEL; it measures --base and --tuned"):
         diagnose(DiagnoseSettings(diagnostic="intruders", inputs={"model": "stories260k"}))

@@ -32,6 +32,7 @@ from lowdim.surgery import (
 __all__ = ["LoRDConfig", "lord", "lord_factors", "lord_rank", "lord_spectra"]
 
 _log = logging.getLogger(__name__)
+_LEAST = 2**26  # bytes of calibration sums that are held at once also for a small model
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def lord(
         batches: samples, each consumed once: tensors (`model(x)`), tuples (`model(*b)`) or mappings (`model(**b)`).
             Positions that `attention_mask` masks are left out. A few hundred sequences of the model's own domain.
         max_bytes: bound on the calibration sums, 8 · out² bytes a layer. If they need more, the layers are processed
-            in several passes over `batches`, which must then be iterable again (a list or DataLoader, not a generator).
+            in several passes over `batches`, which must then be iterable again (a list or DataLoader, not a generator). None:
+            half of the model's size, at least 64 MiB, if `batches` is; without bound for a generator.
 
     Returns:
         The model, all parameters of the new layers trainable. `lowdim.compress.last_report(model)` lists which layers
@@ -142,7 +144,7 @@ def lord(
     new: dict[str, LowRankLinear] = {}
     errors: dict[str, float] = {}
     tokens: dict[str, int] = {}
-    chunks = _chunks(todo, max_bytes)
+    chunks = _chunks(model, todo, batches, max_bytes)
     if len(chunks) > 1 and isinstance(batches, Iterator):
         raise ValueError(
             f"batches can be read only once, but max_bytes={max_bytes} asks for {len(chunks)} passes; "
@@ -189,8 +191,12 @@ def lord_spectra(
     selected = find_layers(
         model, target_modules, exclude=exclude if target_modules in (None, "all-linear") else (), accept=is_linear
     )
-    stats = collect(model, selected, {"output_covariance"}, batches)
-    return {n: torch.linalg.eigvalsh(s["output_covariance"]).flip(0).clamp_min(0).sqrt() for n, s in stats.items()}
+    found: dict[str, Tensor] = {}
+    for chunk in _chunks(model, selected, batches, None):
+        stats = collect(model, chunk, {"output_covariance"}, batches)
+        for name in chunk:
+            found[name] = torch.linalg.eigvalsh(stats.pop(name)["output_covariance"]).flip(0).clamp_min(0).sqrt()
+    return found
 
 
 def lord_factors(
@@ -311,7 +317,12 @@ def _unprofitable(layer: nn.Module, rank: int) -> bool:
     return rank * (in_features + out_features) >= in_features * out_features
 
 
-def _chunks(layers: Mapping[str, nn.Module], max_bytes: int | None) -> list[dict[str, nn.Module]]:
+def _chunks(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], max_bytes: int | None
+) -> list[dict[str, nn.Module]]:
+    """The layers of each pass over the batches; see `lord`."""
+    if max_bytes is None and not isinstance(batches, Iterator):
+        max_bytes = max(_LEAST, sum(p.numel() * p.element_size() for p in model.parameters()) // 2)
     chunks: list[dict[str, nn.Module]] = []
     room = 0
     for name, layer in layers.items():

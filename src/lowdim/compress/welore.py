@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from lowdim import ranks as rank_rules
 from lowdim.compress.core.report import CompressedLayer, CompressionReport, attach_report
+from lowdim.compress.core.spectra import weight_spectra, wide_weight
 from lowdim.errors import NoMatchingModuleError, Options, check_float
-from lowdim.linalg import balanced_factors, compute_dtype
+from lowdim.linalg import balanced_factors
 from lowdim.modules import LowRankLinear
 from lowdim.surgery import (
     Patterns,
-    dense_matrix,
     find_layers,
     float_dtype,
-    freeze,
+    freeze_except,
     is_linear,
     known_dtype,
     matrix_shape,
@@ -33,9 +33,6 @@ from lowdim.surgery import (
 __all__ = ["WeLoreConfig", "WeLoreLinear", "welore", "welore_freeze"]
 
 _log = logging.getLogger(__name__)
-
-#: Weights of up to this many entries are decomposed in float64.
-_SMALL = 2**20
 
 
 class _DefaultTarget(float):
@@ -148,7 +145,7 @@ def welore(model: nn.Module, config: WeLoreConfig, batches: Iterable[Any] | None
     named = config.target_modules not in (None, "all-linear")
     found = find_layers(model, config.target_modules, accept=is_linear)
     layers, tied = without_tied(model, found, named=named)
-    spectra = _spectra(layers)
+    spectra = weight_spectra(layers)
     threshold, kept = _ranks(layers, spectra, config)
     factored = {
         name: layer
@@ -205,50 +202,20 @@ def welore_freeze(model: nn.Module, *, train_norms: bool = False) -> list[nn.Par
     Source: arXiv 2407.11239.
     """
     kind = WeLoreLinear if hasattr(model, "welore_report") else LowRankLinear
-    chosen: dict[int, nn.Parameter] = {}
+    chosen: list[nn.Parameter] = []
     components = 0
     for module in model.modules():
         if isinstance(module, kind):
             components += 1
-            chosen |= {id(p): p for p in (module.B, module.A)}
+            chosen += [module.B, module.A]
         elif train_norms and "norm" in type(module).__name__.lower():
-            chosen |= {id(p): p for p in module.parameters(recurse=False)}
+            chosen += module.parameters(recurse=False)
     if not components:
         raise ValueError(
             f"{type(model).__name__} has no low-rank component to train; compress it with welore first (a lower min_reduction, "
             "or a higher target, gives more)"
         )
-    freeze(model)
-    for parameter in chosen.values():
-        parameter.requires_grad_(True)
-    return list(chosen.values())
-
-
-def _spectra(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Singular values of each layer, descending, float64 on the CPU; a weight shared by several layers is decomposed once."""
-    found: dict[str, Tensor] = {}
-    first: dict[int, str] = {}
-    for name, layer in layers.items():
-        twin = first.setdefault(id(getattr(layer, "weight", layer)), name)
-        if twin != name:
-            found[name] = found[twin]
-            continue
-        weight = _wide(layer)
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(
-                f"layer {name}: the weight has NaN or infinite entries; a decomposition of it would be meaningless"
-            )
-        found[name] = torch.linalg.svdvals(weight).to("cpu", torch.float64)
-    return found
-
-
-def _wide(layer: nn.Module) -> Tensor:
-    """The weight `(out, in)` in the dtype of the decomposition."""
-    weight = dense_matrix(layer).detach()
-    dtype = compute_dtype(weight.dtype)
-    if weight.numel() <= _SMALL and weight.device.type != "mps":  # which has no float64
-        dtype = torch.float64
-    return weight.to(dtype)
+    return freeze_except(model, chosen)
 
 
 def _ranks(
@@ -280,7 +247,7 @@ def _ranks(
 @torch.no_grad()
 def _factor(layer: nn.Module, rank: int, dtype: torch.dtype) -> nn.Module:
     """The low-rank component; `dtype` is for quantized layers that do not tell theirs."""
-    A, B = balanced_factors(_wide(layer), rank)
+    A, B = balanced_factors(wide_weight(layer), rank)
     dtype = known_dtype(layer) or dtype
     new = WeLoreLinear.from_factors(A.to(dtype), B.to(dtype), cast("Tensor | None", layer.bias))
     return new.take_place_of(layer)

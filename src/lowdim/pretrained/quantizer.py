@@ -12,9 +12,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowdim.errors import CheckpointError
+from lowdim.errors import CheckpointError, LowdimError
 from lowdim.layers import densify
-from lowdim.modules import Rebuildable, describe_layers, place_blanks
+from lowdim.layers.core.token_mixer import TokenMixer
+from lowdim.modules import Rebuildable, describe_layers, layer_class, place_blanks, remove_added
+from lowdim.modules.rebuildable import owner_name
 from lowdim.pretrained.checksums import header, verify
 
 __all__ = ["LowdimConfig", "LowdimQuantizer"]
@@ -80,9 +82,11 @@ class LowdimQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        for module in model.modules():
-            if isinstance(module, Rebuildable):
-                module.after_loading()
+        loaded = [module for module in model.modules() if isinstance(module, Rebuildable)]
+        for module in loaded:
+            module.after_loading()
+        for kind in dict.fromkeys(map(type, loaded)):
+            kind.enter(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -95,7 +99,8 @@ class LowdimQuantizer(HfQuantizer):
         self.quantization_config.layers = layers
         model.config.quantization_config = self.quantization_config
         state = dict(model.state_dict())
-        guarded = next((name for name in layers if f"{name}.weight" not in state), None)
+        replaced = [name for name, about in layers.items() if not layer_class(about["class"]).added]
+        guarded = next((name for name in replaced if f"{name}.weight" not in state), None)
         if guarded is not None:
             like = next(value for key, value in state.items() if key.startswith(f"{guarded}."))
             state[f"{guarded}.weight"] = torch.empty(0, dtype=like.dtype)
@@ -104,6 +109,12 @@ class LowdimQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: Any = None) -> nn.Module:
         from lowdim.pretrained.dense import make_room_for_biases
 
+        for name, module in model.named_modules():
+            if isinstance(module, TokenMixer):
+                raise LowdimError(
+                    f"{name} is a token mixer ({type(module.mixer).__name__}), of which there is no dense equivalent"
+                )
+        remove_added(model)
         densify(model)
         make_room_for_biases(model)
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -131,11 +142,12 @@ def _as_named_in(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> dict[st
     body = not hasattr(model, prefix.rstrip(".")) if prefix else False
     found = {}
     for name, description in layers.items():
-        if name in modules:
+        owner = owner_name(name, description)
+        if owner in modules:
             found[name] = dict(description)
         elif body and prefix and name.startswith(prefix):
             found[name.removeprefix(prefix)] = dict(description)
-        elif prefix and f"{prefix}{name}" in modules:
+        elif prefix and f"{prefix}{owner}" in modules:
             found[f"{prefix}{name}"] = dict(description)
         elif not body:
             found[name] = dict(description)  # not in the model: the error names it

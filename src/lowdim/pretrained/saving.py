@@ -28,9 +28,9 @@ def stored_bytes(model: nn.Module) -> int:
         >>> stored_bytes(nn.Linear(100, 100)), stored_bytes(LowRankLinear(100, 100, rank=10))
         (40400, 8400)
     """
-    kept = set(model.state_dict().keys())
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    tensors = {id(tensor): tensor for name, tensor in named if name in kept}
+    named = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    # What a layer packs for files is not the tensor that it holds.
+    tensors = {id(named.get(name, tensor)): tensor for name, tensor in model.state_dict().items()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
@@ -67,7 +67,8 @@ def save_compressed(
     Raises:
         TypeError: not a transformers model.
         LowdimError: a layer that cannot be described in a file, a bias that a dense checkpoint of this class cannot hold,
-            or a checkpoint that does not read back as written. Nothing is then left in the folder.
+            `dense` of a model whose weights are unchanged, or a checkpoint that does not read back as written. Nothing is then
+            left in the folder.
         OSError: no space or no permission.
 
     Example:
@@ -90,8 +91,11 @@ def save_compressed(
             f"model must be a transformers model; got {type(model).__name__}. Save the state dict of others with "
             "lowdim.files.write_tensors and load it with lowdim.compress.load_compressed"
         )
-    probe = Probe.of(model)
+    if dense:
+        _refuse_added(model)
     written = _dense(model) if dense else prepare_compressed(model)
+    same = all(module.same_when_dense for module in model.modules() if isinstance(module, Rebuildable))
+    probe = Probe.of(model if same or not dense else written)
     with quiet(), whole_folder(folder) as draft:
         written.save_pretrained(draft, max_shard_size=max_shard_size)
         if tokenizer is not None:
@@ -136,6 +140,17 @@ def prepare_compressed(model: Any) -> Any:
         model.config.quantization_config = config
         model.hf_quantizer = LowdimQuantizer(config, pre_quantized=True)
     return model
+
+
+def _refuse_added(model: nn.Module) -> None:
+    """A module that changes no weight has no dense equivalent but the model that was compressed."""
+    for name, module in model.named_modules():
+        if isinstance(module, Rebuildable) and module.added:
+            raise LowdimError(
+                f"{name} is a {type(module).__name__}, which leaves every weight as it is: there is no dense checkpoint but "
+                "the model that was compressed; leave out dense=True (--dense), and the folder also loads without lowdim, "
+                "uncompressed"
+            )
 
 
 def _dense(model: Any) -> Any:

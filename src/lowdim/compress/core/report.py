@@ -8,6 +8,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from lowdim.compress.core.narrow import below_head_dim
+from lowdim.errors import listed
 from lowdim.results import Result
 
 __all__ = ["CompressedLayer", "CompressionReport", "attach_report", "last_report"]
@@ -19,8 +21,8 @@ class CompressedLayer:
 
     Attributes:
         rank: of its factors; None without factors.
-        relative_error: in the norm that the system minimises; 0 for a layer left dense.
-        before, after: its number of parameters.
+        relative_error: in the norm that the system minimises; 0 for a layer left dense, NaN where it depends on the input.
+        before, after: its number of parameters (or what `counted` of the report says).
         note: why it was left dense.
         what: a short description of the new layer: "rank 12", "2:4", "90 % sparse"; empty for a layer left dense.
         replaced: whether the layer was replaced.
@@ -45,6 +47,7 @@ class CompressionReport(Result):
     system: str
     layers: tuple[CompressedLayer, ...]
     details: dict[str, Any] = field(default_factory=dict)
+    counted: str = "parameters"  # what `before` and `after` count
 
     @property
     def replaced(self) -> tuple[CompressedLayer, ...]:
@@ -67,13 +70,25 @@ class CompressionReport(Result):
         return sum(layer.after for layer in self.layers)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What to look at: key and value projections of grouped-query attention whose rank is below the size of a head."""
+        narrow = self.details.get("below_head_dim", {})
+        if not narrow:
+            return ()
+        shown = listed((f"{name} ({rank})" for name, rank in narrow.items()), 120)
+        return (
+            f"{len(narrow)} key or value projections of grouped-query attention have a rank below the size of a head, which "
+            f"costs more than elsewhere: {shown}. Leave them dense, or keep more of them",
+        )
+
+    @property
     def summary(self) -> str:
         """One line."""
         worst = max((layer.relative_error for layer in self.replaced), default=math.nan)
-        loss = f"; largest relative error {worst:.3g}" if self.replaced else ""
+        loss = "" if math.isnan(worst) else f"; largest relative error {worst:.3g}"
         return (
             f"{self.system}: {len(self.replaced)} layers replaced, {len(self.left_dense)} left dense; "
-            f"{self.before:,} -> {self.after:,} parameters in them{loss}"
+            f"{self.before:,} -> {self.after:,} {self.counted} in them{loss}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,13 +110,20 @@ class CompressionReport(Result):
         lines = [self.summary]
         for layer in self.layers:
             size = f"{layer.out_features}x{layer.in_features}"
-            what = f"{layer.what}, relative error {layer.relative_error:.4f}" if layer.replaced else layer.note
+            error = "" if math.isnan(layer.relative_error) else f", relative error {layer.relative_error:.4f}"
+            what = f"{layer.what}{error}" if layer.replaced else layer.note
             lines.append(f"  {layer.name:{width}}  {size:>11}  {what}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
 def attach_report(model: nn.Module, report: CompressionReport) -> None:
-    """Store the report with the model, where `last_report` finds it."""
+    """Store the report with the model, where `last_report` finds it.
+
+    Ranks of key and value projections that are below the size of a head are added to its details (`below_head_dim`).
+    """
+    narrow = below_head_dim(model, {row.name: row.rank for row in report.replaced if row.rank is not None})
+    if narrow:
+        report.details["below_head_dim"] = narrow
     cast(Any, model).lowdim_report = report
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lowdim.companion import Companion
+from lowdim.compress.core.report import CompressedLayer, CompressionReport, attach_report
 from lowdim.errors import CheckpointError, LowdimError
-from lowdim.surgery import swap_layers
+from lowdim.linalg import has_numbers, wide
+from lowdim.surgery import swap_layers, weight_matrix
 
 __all__ = ["Scheduled", "SparseTraining", "finalize", "scheduled_layers", "step"]
 
@@ -20,6 +22,9 @@ class Scheduled(nn.Module):
     A subclass calls `start_counting()` in its constructor, reads `finished`, and has `to_plain()`, as `MaskedLinear` does: a
     layer of the original class with the final mask applied. `count` is a buffer, so that checkpoints hold it;
     `finished` is the same as a Python int, without a GPU synchronisation in every forward.
+
+    Attributes:
+        system: the system's name, for the report of `finalize`.
 
     Example:
         >>> from torch import nn
@@ -39,6 +44,7 @@ class Scheduled(nn.Module):
         ([[0.5, 0.5]], 1)
     """
 
+    system: ClassVar[str] = "sparse training"
     count: Tensor
 
     def start_counting(self) -> None:
@@ -64,6 +70,10 @@ class Scheduled(nn.Module):
         self.count.add_(1)
         if not self.count.is_meta:
             self._read = (self.count, self.count._version, done)
+
+    def whole_weight(self) -> Tensor:
+        """The trained weight before anything is left out, with its outputs first."""
+        return cast(Tensor, getattr(self, "matrix", self.weight))
 
 
 def scheduled_layers(model: nn.Module) -> dict[str, Scheduled]:
@@ -95,7 +105,8 @@ def finalize(model: nn.Module) -> nn.Module:
 
     Returns:
         The model, or the new layer if the model itself is a scheduled one. Build a new optimizer afterwards: the old one holds
-        tensors that are no longer used.
+        tensors that are no longer used. `last_report(model)` has for each layer the zeros of its weight before and after, and
+        what was dropped: `‖W - mask ⊙ W‖ / ‖W‖`.
 
     Raises:
         LowdimError: the model has no scheduled layer.
@@ -103,9 +114,32 @@ def finalize(model: nn.Module) -> nn.Module:
     layers = scheduled_layers(model)
     if isinstance(model, Scheduled):
         return cast(Any, model).to_plain()
+    rows = []
+
+    def plain(name: str, layer: Any) -> nn.Module:
+        made = layer.to_plain()
+        if has_numbers(made.weight):
+            rows.append(_row(name, layer, made))
+        return made
+
     with torch.no_grad():
-        swap_layers(model, layers, lambda _, layer: layer.to_plain())
+        swap_layers(model, layers, plain)
+    if rows:
+        systems = dict.fromkeys(layer.system for layer in layers.values())
+        attach_report(model, CompressionReport(" and ".join(systems), tuple(rows), counted="zeros"))
     return model
+
+
+def _row(name: str, layer: Any, plain: nn.Module) -> CompressedLayer:
+    """What the last mask took from one layer."""
+    final = weight_matrix(plain)
+    whole = layer.whole_weight().flatten(1)
+    before, after = (weight.numel() - int(torch.count_nonzero(weight)) for weight in (layer.weight, final))
+    size = torch.linalg.vector_norm(wide(whole))
+    dropped = float(torch.linalg.vector_norm(wide(whole) - wide(final)) / size) if bool(size) else 0.0
+    what = f"{100 * after / max(final.numel(), 1):.3g} % zeros"
+    out_features, in_features = final.shape
+    return CompressedLayer(name, out_features, in_features, None, dropped, before, after, what=what, replaced=True)
 
 
 class SparseTraining(Companion):

@@ -1,0 +1,69 @@
+"""Checksums of checkpoints: each flipped bit is found, and files of the first version are read."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import tiny
+from lowdim.compress import WeLoreConfig, welore
+from lowdim.errors import CheckpointError
+from lowdim.pretrained import save_compressed
+from lowdim.pretrained.checksums import checksums, header, verify
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.float64])
+def test_every_bit_counts(dtype):
+    tensor = torch.arange(6).view(2, 3).to(dtype)
+    seen = {checksums({"a": tensor})["a"], checksums({"a": tensor.view(3, 2)})["a"], checksums({"a": tensor[:0]})["a"]}
+    raw = tensor.clone().view(torch.uint8).view(-1) if dtype != torch.bool else None
+    if raw is not None:
+        for bit in range(8 * len(raw)):
+            raw[bit // 8] ^= 1 << bit % 8
+            seen.add(checksums({"a": raw.view(dtype).view(2, 3)})["a"])
+            raw[bit // 8] ^= 1 << bit % 8
+        assert len(seen) == 3 + 8 * len(raw)
+    assert checksums({"a": tensor})["a"] == checksums({"b": tensor.clone()})["b"]
+
+
+def test_damage_is_found(tmp_path):
+    tensors = {"layer.A": torch.randn(4, 3), "rest": torch.ones(2)}
+    save_file(tensors, tmp_path / "m.safetensors", metadata=header(tensors, {"layer": {"rank": 4}}))
+    verify([tmp_path / "m.safetensors"], {"layer": {"rank": 4}})
+    content = bytearray((tmp_path / "m.safetensors").read_bytes())
+    content[-9] ^= 4
+    (tmp_path / "bad.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"bad\.safetensors is damaged: tensor"):
+        verify([tmp_path / "bad.safetensors"], {"layer": {"rank": 4}})
+    with pytest.raises(CheckpointError, match=r"its layers are not those"):
+        verify([tmp_path / "m.safetensors"], {"layer": {"rank": 5}})
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_files_of_the_first_version(tmp_path, flip):
+    """They have eight bytes of BLAKE2b over dtype, shape and bytes."""
+    model = welore(tiny.llama(), WeLoreConfig(threshold=0.6))
+    save_compressed(model, tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        meta = file.metadata()
+    record = json.loads(meta["lowdim"])
+    for name, tensor in tensors.items():
+        digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=8)
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        record["checksums"][name] = digest.hexdigest()
+    if flip:
+        next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, path, metadata={**meta, "lowdim": json.dumps(record)})
+    if flip:
+        with pytest.raises(CheckpointError, match="damaged"):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    else:
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(again.lm_head.weight, model.lm_head.weight)

@@ -1,0 +1,1 @@
+"""DeltaProduct: a linear RNN whose transitions are products of generalized Householder matrices."""

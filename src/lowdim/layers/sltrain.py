@@ -12,6 +12,7 @@ from torch._guards import active_fake_mode
 from lowdim.errors import check_float, check_int
 from lowdim.linalg import Cost, balance_factors_, draw_uniform, gather, stream, truncated_svd
 from lowdim.modules import StructuredLinear
+from lowdim.surgery import plain_weight
 
 __all__ = ["SLTrainLinear"]
 
@@ -195,9 +196,7 @@ class SLTrainLinear(StructuredLinear):
             TypeError: not an nn.Linear.
             ValueError: as the constructor, and NaN or infinity in the weight.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be nn.Linear; got {type(linear).__name__}")
-        weight, total = linear.weight.detach(), linear.weight.numel()
+        weight, total = plain_weight(linear), linear.weight.numel()
         shape = linear.in_features, linear.out_features, linear.bias is not None
         how: dict[str, Any] = {"rank": rank, "density": density, "alpha": alpha, "index_dtype": index_dtype}
         layer = cls(*shape, **how, seed=seed, generator=generator, device="meta", dtype=weight.dtype)
@@ -207,9 +206,7 @@ class SLTrainLinear(StructuredLinear):
         layer.indices = layer._draw_support()
         rest = weight.to(s.dtype) - layer.scaling * (layer.B.to(s.dtype) @ layer.A.to(s.dtype))  # of the rounded factors
         layer.values = nn.Parameter(rest.reshape(total).index_select(0, layer.indices).to(weight.dtype))
-        if linear.bias is not None:
-            layer.bias = nn.Parameter(linear.bias.detach().clone())
-        return layer.train(linear.training)
+        return layer.with_rest_of(linear)
 
     # Cost.
 

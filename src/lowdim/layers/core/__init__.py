@@ -1,1 +1,1 @@
-"""Shared by all layers: swapping them into a model, and making a model dense again."""
+"""Shared by layers: swapping them into a model, making it dense again, what token mixers and block-diagonal factors share."""

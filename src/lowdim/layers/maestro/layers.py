@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from lowdim.errors import check_choice, check_int
 from lowdim.layers.maestro.components import OrderedComponents
+from lowdim.linalg import seeded
 from lowdim.modules import StructuredLinear
+from lowdim.surgery import plain_weight
 
 __all__ = ["MaestroConv2d", "MaestroLinear"]
 
@@ -64,7 +66,7 @@ class MaestroLinear(OrderedComponents, StructuredLinear):
         check_int("out_features", out_features, 1)
         super().__init__(out_features, (in_features,), bias, device, dtype)
         self.in_features, self.out_features = in_features, out_features
-        self.reset_parameters(_generator(seed, generator))
+        self.reset_parameters(seeded(seed, generator))
 
     def forward(
         self,
@@ -94,10 +96,9 @@ class MaestroLinear(OrderedComponents, StructuredLinear):
             TypeError: not an nn.Linear.
             ValueError: NaN or infinity in the weight.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be nn.Linear; got {type(linear).__name__}")
+        weight = plain_weight(linear)
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        layer.initialise_from(linear.weight, linear.bias)
+        layer.initialise_from(weight, linear.bias)
         return layer.train(linear.training)
 
     def extra_repr(self) -> str:
@@ -157,7 +158,7 @@ class MaestroConv2d(OrderedComponents):
             self.padding: tuple[int, int] | str = padding
         else:
             self.padding = _pair("padding", padding, 0)
-        self.reset_parameters(_generator(seed, generator))
+        self.reset_parameters(seeded(seed, generator))
 
     def forward(
         self,
@@ -223,10 +224,6 @@ class MaestroConv2d(OrderedComponents):
         """Sizes, for `print(model)`."""
         sizes = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         return f"{sizes}, padding={self.padding}, dilation={self.dilation}, bias={self.bias is not None}, rank={self.rank}"
-
-
-def _generator(seed: int | None, generator: torch.Generator | None) -> torch.Generator | None:
-    return torch.Generator().manual_seed(seed) if generator is None and seed is not None else generator
 
 
 def _pair(name: str, value: Any, minimum: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lowdim.errors import check_int
 from lowdim.linalg import Cost, broadcast, compute_dtype, draw_uniform, gather, local, match, stream, svd
 from lowdim.modules import StructuredLinear
+from lowdim.surgery import plain_weight
 
 __all__ = ["SSTLinear"]
 
@@ -183,9 +184,7 @@ class SSTLinear(StructuredLinear):
             TypeError: not an nn.Linear.
             ValueError: rank outside [1, min(in, out)], NaN or infinity in the weight.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be nn.Linear; got {type(linear).__name__}")
-        weight, sizes = linear.weight.detach(), (linear.in_features, linear.out_features)
+        weight, sizes = plain_weight(linear), (linear.in_features, linear.out_features)
         layer = cls.__new__(cls)  # no random draw: the weight is given
         layer._allocate(*sizes, linear.bias is not None, rank, seed, device=weight.device, dtype=weight.dtype)
         with torch.no_grad():

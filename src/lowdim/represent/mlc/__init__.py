@@ -1,0 +1,1 @@
+"""MLC: clusters and a representation as a union of subspaces, learned together without labels."""

@@ -1,0 +1,1 @@
+"""FCCov-Net: nonlinear sufficient dimension reduction for responses in a metric space."""

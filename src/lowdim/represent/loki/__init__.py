@@ -1,0 +1,1 @@
+"""loki: predictions of a trained classifier as Fréchet means over distances between labels, so that unseen classes occur."""

@@ -21,6 +21,7 @@ import lowdim
 from lowdim.diagnose import intruder_dimensions, reduce_intruders
 from lowdim.represent import adaptive_retrieve
 from lowdim.solve import complete_matrix
+from lowdim.train.environment import processor
 
 
 def best_of(repeats: int, call: Any, *args: Any, **how: Any) -> tuple[float, Any]:
@@ -144,16 +145,12 @@ def main() -> None:
         sys.stdout.write(json.dumps(parts[arguments.only](), indent=1) + "\n")
         return
     start = time.perf_counter()
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     record: dict[str, Any] = {name: part() for name, part in parts.items()}
     record["environment"] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lowdim": lowdim.__version__,
-        "cpu": cpu,
+        "cpu": processor(),
         "threads": torch.get_num_threads(),
     }
     record["seconds"] = round(time.perf_counter() - start, 1)

@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import torch
 from torch import nn
@@ -240,17 +238,3 @@ def test_equals_sentence_transformers_matryoshka_loss(weights):
     assert abs((ours - peer).item()) <= 1e-6 * peer.item()
     for a, b in zip(grads, torch.autograd.grad(peer, pairs)):
         assert torch.allclose(a, b, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_the_reproduction_runs():
-    from lowdim.reproduce import Context, mrl
-    from lowdim.reproduce.settings import data
-
-    if not data._FASHION.is_dir():
-        pytest.skip("needs Debian's package dataset-fashion-mnist")
-    outcome = mrl.run(Context(quick=True))
-    assert outcome.slug == "mrl"
-    assert len(outcome.rows) >= 4
-    assert len(outcome.checks) >= 3
-    json.dumps(outcome.to_dict(), allow_nan=False)

@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vectors
 from lowdim.represent import adaptive_retrieve, funnel_retrieve
+from lowdim.represent.core import neighbours
 from lowdim.represent.matryoshka import retrieval
 from lowdim.testing.result_case import ResultCase
 
@@ -49,8 +50,8 @@ def test_shortlist_then_order():
 def test_blocks_do_not_change_the_result(monkeypatch, search, rerank):
     q, d = data()
     want = adaptive_retrieve(q, d, retrieval_dim=4, rerank_dim=16, shortlist=20)
-    for name, value in (("_SEARCH", search), ("_RERANK", rerank), ("_LEAST", 0)):
-        monkeypatch.setattr(retrieval, name, value)
+    for module, name, value in ((neighbours, "_SEARCH", search), (retrieval, "_RERANK", rerank), (neighbours, "_LEAST", 0)):
+        monkeypatch.setattr(module, name, value)
     got = adaptive_retrieve(q, d, retrieval_dim=4, rerank_dim=16, shortlist=20)
     assert torch.equal(got.indices, want.indices)
     assert torch.equal(got.distances, want.distances)
@@ -67,7 +68,7 @@ def test_memory_stays_within_blocks(monkeypatch):
                     self.numel = max(self.numel, t.numel())
             return out
 
-    monkeypatch.setattr(retrieval, "_SEARCH", 4096)
+    monkeypatch.setattr(neighbours, "_SEARCH", 4096)
     monkeypatch.setattr(retrieval, "_RERANK", 4096)
     q, d = data(q=200, n=500, d=16)
     with Largest() as mode:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowdim.errors import check_int
-from lowdim.represent.matryoshka.heads import check_dims
+from lowdim.represent.core.nested import check_dims
 from lowdim.results import Result
 
 __all__ = ["CascadeResult", "MatryoshkaCascade"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowdim.errors import check_int
-from lowdim.linalg import Cost, chain_cost
+from lowdim.linalg import Cost, chain_cost, wide
+from lowdim.represent.core.nested import check_dims
 
-__all__ = ["MatryoshkaCrossEntropy", "MatryoshkaEmbeddingLoss", "MatryoshkaHead", "check_dims"]
+__all__ = ["MatryoshkaCrossEntropy", "MatryoshkaEmbeddingLoss", "MatryoshkaHead"]
 
 _PREFIX = "nesting_classifier_"  # the authors' name, so that their checkpoints load
 
@@ -138,7 +138,7 @@ class MatryoshkaCrossEntropy(nn.Module):
     ) -> Tensor:
         """The weighted sum."""
         # float32 also under autocast: sums of exponentials lose too much in half precision.
-        losses = [self.cross_entropy(_wide(l), target) for l in logits]
+        losses = [self.cross_entropy(wide(l), target) for l in logits]
         return _weighted_sum(losses, self.weights, "logits")
 
 
@@ -200,35 +200,13 @@ class MatryoshkaEmbeddingLoss(nn.Module):
             raise ValueError("embeddings must hold at least one tensor; got none")
         for embedding in embeddings:
             check_dims(self.dims, embedding.shape[-1], "the size of the embedding")
-        full = [_wide(e) for e in embeddings]
+        full = [wide(e) for e in embeddings]
         losses = [self.loss(*(self._cut(e, m) for e in full), **kw) for m in self.dims]
         return _weighted_sum(losses, self.weights, "dims")
 
     def _cut(self, embedding: Tensor, size: int) -> Tensor:
         cut = embedding[..., :size]
         return F.normalize(cut, dim=-1) if self.normalize else cut
-
-
-def check_dims(dims: Iterable[int], limit: int | None = None, limit_name: str = "the embedding") -> tuple[int, ...]:
-    """Nested sizes as a tuple: integers, at least 1, strictly increasing, at most `limit`.
-
-    Raises:
-        ValueError: empty, below 1, not strictly increasing, or beyond `limit`. TypeError: not integers.
-    """
-    if isinstance(dims, (str, bytes)) or not isinstance(dims, Iterable):
-        raise TypeError(f"dims must be a sequence of integers; got {dims!r}")
-    sizes = []
-    for size in dims:
-        if isinstance(size, bool) or not hasattr(size, "__index__"):
-            raise TypeError(f"dims must be integers; got {size!r}")
-        sizes.append(size.__index__())
-    if not sizes:
-        raise ValueError("dims must hold at least one size; got none")
-    if sizes[0] < 1 or any(a >= b for a, b in pairwise(sizes)):
-        raise ValueError(f"dims must be at least 1 and strictly increasing; got {sizes}")
-    if limit is not None and sizes[-1] > limit:
-        raise ValueError(f"dims must not exceed {limit_name} ({limit}); got {sizes}")
-    return tuple(sizes)
 
 
 def _check_weights(weights: Sequence[float] | None, count: int | None = None) -> tuple[float, ...] | None:
@@ -249,7 +227,3 @@ def _weighted_sum(losses: list[Tensor], weights: tuple[float, ...] | None, what:
     if weights is not None:
         losses = [c * loss for c, loss in zip(weights, losses)]
     return sum(losses[1:], losses[0])
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -9,17 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lowdim.errors import check_int
 from lowdim.linalg import compute_dtype
+from lowdim.represent.core.neighbours import nearest, unit
+from lowdim.represent.matryoshka.indexes import of_index
 from lowdim.results import Result
 
 __all__ = ["RetrievalResult", "adaptive_retrieve", "funnel_retrieve"]
 
-_SEARCH = 1 << 22  # numbers in a block of the database, and in its scores: 16 MB in float32
 _RERANK = 1 << 20  # numbers in a block of candidates; several passes go over it, so it should stay in cache
-_LEAST = 8  # a block has at least this many times as many rows as it must yield
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class RetrievalResult(Result):
 
     indices: Tensor  # (Q, k) int64, rows of the database
     distances: Tensor  # (Q, k) L2 between unit vectors at the last size, ascending
-    mflops: float  # per query
+    mflops: float  # per query; without the first search where an index does it
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each neighbour of each query, nearest first."""
@@ -47,6 +46,7 @@ def adaptive_retrieve(
     rerank_dim: int,
     shortlist: int = 200,
     k: int | None = None,
+    index: Any = None,
 ) -> RetrievalResult:
     """Search at `retrieval_dim`, reorder the shortlist at `rerank_dim`.
 
@@ -61,6 +61,9 @@ def adaptive_retrieve(
         rerank_dim: size of the reordering, in [1, D].
         shortlist: candidates kept by the first search, at most N.
         k: number of results, at most `shortlist`; None returns the whole list.
+        index: does the first search in place of an exact one: an index of faiss or usearch over
+            `normalize(database[:, :retrieval_dim])` in row order (`nested_index` makes one), or a function
+            `(queries (Q, retrieval_dim) in float32, shortlist) -> rows (Q, shortlist)`. What it misses is lost.
 
     Returns:
         RetrievalResult with `indices (Q, k)`, `distances (Q, k)` in float32 or better, `mflops`. Memory stays at
@@ -76,15 +79,15 @@ def adaptive_retrieve(
         >>> adaptive_retrieve(database[:2], database, retrieval_dim=4, rerank_dim=6, shortlist=3, k=1).indices.tolist()
         [[0], [1]]
 
-    Not for embeddings that were not trained to be truncated: project those with PCA first. For millions of rows put an index
-    (faiss, hnswlib) in place of the first search.
+    Not for embeddings that were not trained to be truncated: project those with PCA first. For millions of rows give an
+    `index`.
 
     Source: Kusupati et al., NeurIPS 2022, arXiv 2205.13147, section 4.3.
     """
     check_int("shortlist", shortlist, 1)
     if k is not None:
         check_int("k", k, 1, shortlist)
-    return _retrieve(queries, database, retrieval_dim, [rerank_dim], [shortlist], k, "rerank_dim")
+    return _retrieve(queries, database, retrieval_dim, [rerank_dim], [shortlist], k, "rerank_dim", index)
 
 
 def funnel_retrieve(
@@ -94,6 +97,7 @@ def funnel_retrieve(
     retrieval_dim: int = 8,
     rerank_dims: Sequence[int] = (16, 32, 64, 128, 2048),
     shortlists: Sequence[int] = (200, 100, 50, 25, 10),
+    index: Any = None,
 ) -> RetrievalResult:
     """Search at `retrieval_dim`, then shrink the list while the size grows.
 
@@ -101,7 +105,7 @@ def funnel_retrieve(
     `MFLOPs/query = (N · retrieval_dim + Σ_i shortlists[i] · rerank_dims[i]) / 1e6`.
 
     Args:
-        queries, database, retrieval_dim: as in adaptive_retrieve.
+        queries, database, retrieval_dim, index: as in adaptive_retrieve.
         rerank_dims: one size per stage.
         shortlists: one length per stage, never growing; at most N rows are kept.
 
@@ -132,12 +136,19 @@ def funnel_retrieve(
         check_int("shortlists", length, 1)
     if any(a < b for a, b in pairwise(lengths)):
         raise ValueError(f"shortlists must not grow; got {lengths}")
-    return _retrieve(queries, database, retrieval_dim, sizes, lengths, None, "rerank_dims")
+    return _retrieve(queries, database, retrieval_dim, sizes, lengths, None, "rerank_dims", index)
 
 
 @torch.no_grad()
 def _retrieve(
-    queries: Tensor, database: Tensor, retrieval_dim: int, sizes: list[int], lengths: list[int], k: int | None, sizes_name: str
+    queries: Tensor,
+    database: Tensor,
+    retrieval_dim: int,
+    sizes: list[int],
+    lengths: list[int],
+    k: int | None,
+    sizes_name: str,
+    index: Any,
 ) -> RetrievalResult:
     q, d = torch.as_tensor(queries), torch.as_tensor(database)
     if q.ndim != 2 or d.ndim != 2 or q.shape[1] != d.shape[1]:
@@ -155,55 +166,23 @@ def _retrieve(
     dtype = compute_dtype(torch.promote_types(q.dtype, d.dtype))
     lengths = [min(length, rows) for length in lengths]
 
-    indices = _search(q, d, retrieval_dim, lengths[0], dtype)
+    if index is None:
+        indices = nearest(q, d, retrieval_dim, lengths[0], dtype)
+    else:
+        indices = of_index(index, unit(q, retrieval_dim, dtype), lengths[0], rows)
     distances = torch.empty(0)
     for size, length in zip(sizes, lengths):
         indices, distances = _rerank(q, d, indices[:, :length], size, dtype)
-    mflops = (rows * retrieval_dim + sum(n * m for n, m in zip(lengths, sizes))) / 1e6
+    mflops = (rows * retrieval_dim * (index is None) + sum(n * m for n, m in zip(lengths, sizes))) / 1e6
     return RetrievalResult(indices[:, :k], distances[:, :k], mflops)
-
-
-def _unit(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """Cut, widen, scale to length 1; zero stays zero."""
-    return F.normalize(x[..., :size].to(dtype), dim=-1)
-
-
-def _search(q: Tensor, d: Tensor, size: int, count: int, dtype: torch.dtype) -> Tensor:
-    """Indices `(Q, count)` of the exact L2 neighbours at `size`, nearest first, one database block after another."""
-    query = _unit(q, size, dtype)
-    rows = min(len(d), max(1, _SEARCH // size, _LEAST * count))
-    step = max(1, _SEARCH // rows)
-    best, index = query.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
-    for start in range(0, len(d), rows):
-        block = _unit(d[start : start + rows], size, dtype)
-        if not bool(torch.isfinite(block).all()):
-            raise ValueError("database has NaN or infinite entries")
-        # |q - d|² without |q|², which is the same for all rows of the database.
-        half = block.square().sum(-1) / 2
-        found, where = [], []
-        for part in query.split(step):
-            score = torch.addmm(half, part, block.T, alpha=-1)
-            value, position = score.topk(min(count, len(block)), dim=1, largest=False)
-            found.append(value)
-            where.append(position + start)
-        value, position = torch.cat(found), torch.cat(where)
-        value, position = torch.cat([best, value], 1), torch.cat([index, position], 1)
-        best, order = value.topk(min(count, value.shape[1]), dim=1, largest=False)
-        index = position.gather(1, order)
-    if not bool(torch.isfinite(best).all()):
-        raise ValueError("queries has NaN or infinite entries")
-    # topk leaves ties in any order: by row first, then by distance, so that equal distances come in row order.
-    by_row = index.argsort(dim=1)
-    index, best = index.gather(1, by_row), best.gather(1, by_row)
-    return index.gather(1, best.argsort(dim=1, stable=True))
 
 
 def _rerank(q: Tensor, d: Tensor, indices: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The list `(Q, k)` sorted by distance at `size`; differences, not products: no cancellation between near neighbours."""
     step = max(1, _RERANK // (indices.shape[1] * size))
     parts = []
-    for query, index in zip(_unit(q, size, dtype).split(step), indices.split(step)):
-        parts.append((_unit(d[:, :size][index], size, dtype) - query[:, None]).norm(dim=-1))
+    for query, index in zip(unit(q, size, dtype).split(step), indices.split(step)):
+        parts.append((unit(d[:, :size][index], size, dtype) - query[:, None]).norm(dim=-1))
     distance = torch.cat(parts)
     if not bool(torch.isfinite(distance).all()):
         raise ValueError(f"queries or database have NaN or infinite entries among their first {size} coordinates")

@@ -1,0 +1,1 @@
+"""Learning rates as a function of the batch size, from the curvature of the loss."""

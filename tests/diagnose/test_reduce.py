@@ -1,5 +1,4 @@
 import copy
-import json
 
 import numpy as np
 import pytest
@@ -223,15 +222,3 @@ def test_what_cannot_be_reduced_is_refused(tmp_path):
             (ValueError, "scale", lambda: reduce_intruders(plain(), plain(), scale=-1.0)),
         ]
     )
-
-
-@pytest.mark.slow
-def test_the_reproduction_runs():
-    from lowdim.reproduce import Context, intruders
-
-    pytest.importorskip("sklearn", reason="digits are scikit-learn's")
-    outcome = intruders.run(Context(quick=True))
-    assert outcome.slug == "intruders"
-    assert len(outcome.rows) >= 4
-    assert len(outcome.checks) >= 3
-    json.dumps(outcome.to_dict(), allow_nan=False)

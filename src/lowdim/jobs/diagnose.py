@@ -5,14 +5,14 @@ It is above `train` and not in `lowdim.diagnose`, because a family does not load
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lowdim.errors import UnknownNameError
-from lowdim.jobs.adapted import holds_adapter, load_adapted
-from lowdim.jobs.options import check_options
+from lowdim.jobs.measures import flag
+from lowdim.jobs.options import REQUIRED, check_options
 from lowdim.jobs.systems import diagnostic
 
 __all__ = ["DiagnoseSettings", "diagnose"]
@@ -24,18 +24,21 @@ class DiagnoseSettings:
 
     Attributes:
         diagnostic: a name of `lowdim list diagnose`.
-        inputs: the weights to measure, by the diagnostic's own names (`base`, `tuned`): folders, safetensors files, or model
-            names.
+        inputs: what to measure, by the names of the command: `model`, `base`, `tuned` (folders, safetensors files, or model
+            names), `data` (files of texts).
         options: its keyword arguments; others have their defaults.
     """
 
     diagnostic: str
-    inputs: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def diagnose(settings: DiagnoseSettings) -> Any:
+def diagnose(settings: DiagnoseSettings, *, say: Callable[[str], None] = lambda line: None) -> Any:
     """Run a diagnostic on models given by name or folder.
+
+    Args:
+        say: called with a line about the progress, by diagnostics that train.
 
     Returns:
         The diagnostic's own result; `to_dict()` is its record.
@@ -52,26 +55,18 @@ def diagnose(settings: DiagnoseSettings) -> Any:
     chosen = diagnostic(settings.diagnostic)
     for name in settings.inputs:
         if name not in chosen.inputs:
-            raise UnknownNameError(f"{settings.diagnostic} does not take --{name}; it measures {_flags(chosen.inputs)}")
+            raise UnknownNameError(f"{settings.diagnostic} does not take {flag(name)}; it measures {_flags(chosen.inputs)}")
     missing = [name for name in chosen.inputs if name not in settings.inputs]
     if missing:
         raise ValueError(f"{settings.diagnostic} measures {_flags(chosen.inputs)}; missing: {_flags(missing)}")
     check_options(settings.diagnostic, chosen.options, settings.options)
-    return chosen.function(*(_source(settings.inputs[name]) for name in chosen.inputs), **settings.options)
+    for name, option in chosen.options.items():
+        if option.default is REQUIRED and name not in settings.options:
+            raise ValueError(f"{settings.diagnostic} needs --option {name}=…, {option.what}: {option.help}")
+    told = {"say": say} if "say" in inspect.signature(chosen.function).parameters else {}
+    inputs = {name: settings.inputs[name] for name in chosen.inputs}
+    return chosen.function(*chosen.measure.arguments(inputs), **told, **settings.options)
 
 
-def _flags(names: Any) -> str:
-    return " and ".join(f"--{name}" for name in names)
-
-
-def _source(name: str) -> Any:
-    """A path unchanged; an adapter's folder, and any other name, as the model."""
-    path = Path(name)
-    if path.is_dir() and holds_adapter(path):
-        return load_adapted(path)[1].merge()
-    if path.exists():
-        return path
-    from lowdim import models
-
-    source = models.resolve(name)
-    return models.load_model(name, "causal-lm") if source.gguf else Path(source.path)
+def _flags(names: Iterable[str]) -> str:
+    return " and ".join(map(flag, names))

@@ -7,7 +7,8 @@ adapters of a wrapped model are merged one layer at a time, in a copy.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,14 @@ _CONV1D_LAYERS = ("c_attn.weight", "c_proj.weight", "c_fc.weight", "q_attn.weigh
 
 @dataclass(frozen=True)
 class _Entry:
-    shape: tuple[int, int]  # as given out
+    shape: tuple[int, ...]  # as given out
     load: Callable[[], Tensor]  # as stored
     transposed: bool = False  # stored (in, out)
+    place: tuple[int, ...] = ()  # where it is in memory, the same for tied weights; empty for what is loaded or merged
 
 
 class Weights(Mapping[str, Tensor]):
-    """A read-only mapping from name to 2-D weight `(out, in)`; each access loads (or merges) that one weight."""
+    """A read-only mapping from name to weight `(out, in)`; each access loads (or merges) that one weight."""
 
     def __init__(self, entries: Mapping[str, _Entry], origin: str):
         self._entries, self.origin = dict(entries), origin
@@ -60,9 +62,19 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def shape(self, name: str) -> tuple[int, int]:
+    def shape(self, name: str) -> tuple[int, ...]:
         """`(out, in)` without loading."""
         return self._entries[name].shape
+
+    def first_names(self) -> dict[str, str]:
+        """Each name with the first name of the same tensor: of tied weights that is another one."""
+        seen: dict[tuple[int, ...], str] = {}
+        return {name: seen.setdefault(entry.place, name) if entry.place else name for name, entry in self._entries.items()}
+
+    def only(self, names: Iterable[str]) -> Weights:
+        """These weights alone, in the order that they have here."""
+        wanted = set(names)
+        return Weights({name: entry for name, entry in self._entries.items() if name in wanted}, self.origin)
 
     def oriented_like(self, other: Weights) -> Weights:
         """These weights with the layout that `other` knows about: a bare file does not say which layers are Conv1D."""
@@ -70,7 +82,7 @@ class Weights(Mapping[str, Tensor]):
         for name, entry in entries.items():
             twin = other._entries.get(name)
             if twin is not None and twin.transposed and not entry.transposed:
-                entries[name] = _Entry(_turned(entry.shape), entry.load, True)
+                entries[name] = _Entry(_turned(entry.shape), entry.load, True, entry.place)
         return Weights(entries, self.origin)
 
 
@@ -78,6 +90,7 @@ def weights_of(
     source: Any,
     *,
     merged: bool = True,
+    convolutions: bool = False,
 ) -> Weights:
     """Every 2-D floating-point weight of a model as a lazy mapping name -> `(out, in)`.
 
@@ -86,6 +99,7 @@ def weights_of(
             checkpoint folder (`model.safetensors`, or shards with an index); or a Weights, returned unchanged. Names
             are those of `state_dict`. A PEFT-wrapped model, or one adapted by lowdim, gives its plain model's names.
         merged: with adapters merged (in a copy of one layer at a time); False gives the weights from before adapting.
+        convolutions: also kernels of two-dimensional convolutions, `(out, in, height, width)`.
 
     Returns:
         Weights. Nothing is loaded or merged before it is asked for.
@@ -101,9 +115,11 @@ def weights_of(
         >>> {name: weights.shape(name) for name in weights}
         {'0.weight': (4, 3), '2.weight': (2, 4)}
 
-    Convolutions are left out, biases and norms too. transformers' Conv1D is turned to `(out, in)`; for a bare file of such a
-    model nothing can tell, so pass the folder with its `config.json`, or the module.
+    Biases and norms are left out. transformers' Conv1D is turned to `(out, in)`; for a bare file of such a model nothing can
+    tell, so pass the folder with its `config.json`, or the module. Modules and mappings keep their order; files have none, and
+    their names are in natural order (layer 10 after layer 9).
     """
+    dims = (2, 4) if convolutions else (2,)
     if isinstance(source, Weights):
         return source
     if isinstance(source, Tensor):
@@ -111,26 +127,27 @@ def weights_of(
             raise ValueError(f"a weight matrix must be 2-D; got shape {tuple(source.shape)}")
         return Weights({"": _entry(source)}, "the matrix")
     if isinstance(source, nn.Module):
-        return Weights(dict(_walk(plain_model(source), "", merged)), f"the model ({type(source).__name__})")
+        return Weights(dict(_walk(plain_model(source), "", merged, dims)), f"the model ({type(source).__name__})")
     if isinstance(source, Mapping):
-        entries = {str(name): _entry(t) for name, t in source.items() if isinstance(t, Tensor) and _is_matrix(t)}
+        entries = {str(name): _entry(t) for name, t in source.items() if isinstance(t, Tensor) and _is_weight(t, dims)}
         return Weights(entries, "the dict of weights")
     if isinstance(source, (str, Path)):
-        return _from_path(Path(source))
+        return _from_path(Path(source), dims)
     raise TypeError(f"source must be a module, a mapping, a matrix or a path; got {type(source).__name__}")
 
 
 def _entry(tensor: Tensor, transposed: bool = False) -> _Entry:
-    rows, cols = tensor.shape
-    return _Entry((cols, rows) if transposed else (rows, cols), lambda: tensor, transposed)
+    shape = tuple(tensor.shape)
+    where = 0 if tensor.device.type == "meta" or hasattr(tensor, "full_tensor") else tensor.data_ptr()
+    return _Entry(_turned(shape) if transposed else shape, lambda: tensor, transposed, (where, *shape) if where else ())
 
 
-def _turned(shape: tuple[int, int]) -> tuple[int, int]:
-    return shape[1], shape[0]
+def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[::-1]
 
 
-def _is_matrix(tensor: Tensor) -> bool:
-    return tensor.ndim == 2 and tensor.is_floating_point()
+def _is_weight(tensor: Tensor, dims: tuple[int, ...]) -> bool:
+    return tensor.ndim in dims and tensor.is_floating_point()
 
 
 # --- modules: names as in state_dict of the plain model ------------------------------------------------------------
@@ -153,10 +170,10 @@ def is_lowdim_layer(module: nn.Module) -> bool:
     return callable(getattr(module, "merged", None)) and hasattr(module, "base") and hasattr(module, "update")
 
 
-def _walk(module: nn.Module, prefix: str, merged: bool) -> Iterator[tuple[str, _Entry]]:
+def _walk(module: nn.Module, prefix: str, merged: bool, dims: tuple[int, ...]) -> Iterator[tuple[str, _Entry]]:
     if is_peft_layer(module):
         base = module.get_base_layer()  # type: ignore[operator]
-        yield from _wrapped(base, prefix, (lambda: _peft_merged(module, prefix)) if merged else (lambda: base))
+        yield from _wrapped(base, prefix, (lambda: _peft_merged(module, prefix)) if merged else (lambda: base), dims)
         return
     if is_lowdim_layer(module):
         inner: Any = module
@@ -164,29 +181,30 @@ def _walk(module: nn.Module, prefix: str, merged: bool) -> Iterator[tuple[str, _
             raise TypeError(f"layer {prefix[:-1]}: {type(module).__name__} does not know its base weight; keep the base model")
         # The frozen part may be a residual, so the base weight is asked for, not read.
         before = lambda: with_matrix(inner.base, inner.original_weight())  # noqa: E731
-        yield from _wrapped(inner.base, prefix, inner.merged if merged else before)
+        yield from _wrapped(inner.base, prefix, inner.merged if merged else before, dims)
         return
     if hasattr(module, "original_module") and hasattr(module, "active_adapters"):  # PEFT's modules_to_save and its like
-        yield from _walk(_saved_module(module, prefix, merged), prefix, merged)
+        yield from _walk(_saved_module(module, prefix, merged), prefix, merged, dims)
         return
     skip = module._non_persistent_buffers_set
     own = [*module._parameters.items(), *((k, b) for k, b in module._buffers.items() if k not in skip)]
     for key, tensor in own:
-        if tensor is not None and _is_matrix(tensor):
+        if tensor is not None and _is_weight(tensor, dims):
             yield prefix + key, _entry(tensor, is_conv1d(module) and key == "weight")
     for key, child in module._modules.items():
         if child is not None:
-            yield from _walk(child, f"{prefix}{key}.", merged)
+            yield from _walk(child, f"{prefix}{key}.", merged, dims)
 
 
-def _wrapped(base: nn.Module, prefix: str, plain: Callable[[], nn.Module]) -> Iterator[tuple[str, _Entry]]:
+def _wrapped(
+    base: nn.Module, prefix: str, plain: Callable[[], nn.Module], dims: tuple[int, ...]
+) -> Iterator[tuple[str, _Entry]]:
     """Entries of an adapted layer: shapes from its base, values from `plain()` when they are asked for."""
     for key, tensor in base.named_parameters():
-        if _is_matrix(tensor):
+        if _is_weight(tensor, dims):
             turned = is_conv1d(base) and key == "weight"
-            rows, cols = tensor.shape
-            shape = (cols, rows) if turned else (rows, cols)
-            yield prefix + key, _Entry(shape, lambda key=key: plain().get_parameter(key), turned)
+            shape = tuple(tensor.shape)
+            yield prefix + key, _Entry(_turned(shape) if turned else shape, lambda key=key: plain().get_parameter(key), turned)
 
 
 def _peft_merged(layer: nn.Module, prefix: str) -> nn.Module:
@@ -213,7 +231,7 @@ def _saved_module(wrapper: nn.Module, prefix: str, merged: bool) -> nn.Module:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _from_path(path: Path) -> Weights:
+def _from_path(path: Path, dims: tuple[int, ...]) -> Weights:
     files, turned = [path], False
     if path.is_dir():
         files, turned = _files_in(path), _is_conv1d_model(path)
@@ -225,8 +243,13 @@ def _from_path(path: Path) -> Weights:
         raise DataError(f"{path} must be a .safetensors file (pickled weights are not read); got {path.suffix or 'no suffix'}")
     entries: dict[str, _Entry] = {}
     for file in files:
-        entries.update(_file_entries(file, turned))
-    return Weights(entries, str(path))
+        entries.update(_file_entries(file, turned, dims))
+    return Weights(dict(sorted(entries.items(), key=_natural)), str(path))
+
+
+def _natural(item: tuple[str, Any]) -> list[tuple[int, str]]:
+    """The name in parts that sort numbers by size."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", item[0])]
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -260,14 +283,14 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def _file_entries(path: Path, turned: bool) -> Iterator[tuple[str, _Entry]]:
+def _file_entries(path: Path, turned: bool, dims: tuple[int, ...]) -> Iterator[tuple[str, _Entry]]:
     try:
         handle = safe_open(path, "pt")  # maps the file; tensors are read when asked for
         for name in handle.keys():  # noqa: SIM118 (not a dict)
             view = handle.get_slice(name)
             shape = tuple(view.get_shape())
-            if len(shape) == 2 and view.get_dtype() in _FLOATS:
-                flip = turned and name.endswith(_CONV1D_LAYERS)
+            if len(shape) in dims and view.get_dtype() in _FLOATS:
+                flip = turned and len(shape) == 2 and name.endswith(_CONV1D_LAYERS)
                 yield name, _Entry(_turned(shape) if flip else shape, lambda name=name: handle.get_tensor(name), flip)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {str(error)[:300]}") from error

@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -241,15 +239,3 @@ def test_flops_fall_where_rows_are_long_and_rank_is_high():
     assert near.flops < 0.8 * exact.flops
     leading = 2 * (2 * (2 * len(rows) * 20**2 + 600 * 20**3 / 3))  # the spec's formula for two rounds of two half steps
     assert exact.flops == pytest.approx(leading, rel=0.35)
-
-
-@pytest.mark.slow
-def test_the_reproduction_runs():
-    from lowdim.reproduce import Context, matrix_completion
-
-    pytest.importorskip("sklearn", reason="digits are scikit-learn's")
-    outcome = matrix_completion.run(Context(quick=True))
-    assert outcome.slug == "matrix-completion"
-    assert len(outcome.rows) >= 4
-    assert len(outcome.checks) >= 3
-    json.dumps(outcome.to_dict(), allow_nan=False)

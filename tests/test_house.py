@@ -237,9 +237,11 @@ def test_ci_calls_the_command_of_the_readme_and_runs_every_test():
     assert lines[0] == "#!/usr/bin/env bash"
     assert {"make test", "make test-slow", "make lint types layers"} <= set(lines)
     pytest_options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
-    assert pytest_options["addopts"].endswith("-m 'not slow'"), "what `make test` leaves out"
+    assert pytest_options["addopts"].endswith("-m 'not slow and not llamacpp'"), "what `make test` leaves out"
     (slow,) = re.findall(r"^test-slow:.*\n\t(.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    assert slow.endswith(" -m slow"), "and `make test-slow` runs"
+    assert slow.endswith(' -m "slow and not llamacpp"'), "and `make test-slow` runs"
+    (engine,) = re.findall(r"^test-llamacpp:.*\n\t(.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert " -m llamacpp " in engine, "what needs a compiler for ten minutes has a word of its own"
 
 
 def test_hooks_are_local():

@@ -14,6 +14,7 @@ INNER = {
     "catalogue": ["variant"],
     "cli": ["main"],
     "compare": ["CompareSettings", "compare", "runner", "runs"],
+    "comparison": ["CompareSettings", "compare", "runner", "runs"],
     "errors": ["LowdimError"],
     "export": ["export"],
     "files": ["read_json"],
@@ -36,6 +37,19 @@ INNER = {
 def test_public_names_stay(module):
     there = importlib.import_module(module)
     assert not [name for name in NAMES[module] if not hasattr(there, name)]
+
+
+def test_the_comparison_under_its_former_names():
+    import lowdim.compare.runs as runs
+
+    import lowdim
+    from lowdim.comparison import CompareSettings
+    from lowdim.comparison import runs as home
+
+    assert runs is home, "what is replaced in one is replaced in the other"
+    assert CompareSettings(model="m", data=("d",), trials=2) == CompareSettings(model="m", data=("d",), rates=2)
+    with pytest.raises(ValueError, match="--sizes must be"):
+        lowdim.compare(model="stories260k", task="causal-lm", sizes=9)
 
 
 def test_a_package_under_its_former_name():

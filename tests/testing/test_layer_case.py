@@ -40,8 +40,8 @@ FAULTS = [
     ),
     (
         "the trained bias is shared",
-        "bias.detach().clone()",
-        "bias.detach()",
+        "return layer.with_rest_of(linear)",
+        "layer.bias = linear.bias\n        return layer.train(linear.training)",
         ("test_from_linear_leaves_the_given_layer", True, torch.float32),
     ),
     (
@@ -56,7 +56,7 @@ FAULTS = [
         "(self.blocks[0].numel(), self.in_features",
         ("test_cost_is_what_runs",),
     ),
-    ("NaN is let in", "if not bool(linear.weight.isfinite().all())", "if False", ("test_from_linear_refuses_nan",)),
+    ("NaN is let in", "if not bool(weight.isfinite().all())", "if False", ("test_from_linear_refuses_nan",)),
 ]
 
 

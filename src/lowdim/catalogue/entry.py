@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 __all__ = ["BASELINES", "FAMILIES", "KINDS", "Entry", "Variant"]
@@ -42,6 +42,7 @@ class Variant:
             `companion(model, optimizer, **options)` with the options in its constructor (`lowdim.methods`). Empty for most.
         kind: how a model is trained with it: `"probe"`, `"full"`, `"adapter"`, `"optimizer"`, `"layer"` or `"compress"`
             (`lowdim.methods`). A row omits it if it is its family's (`KINDS`).
+        pretrained: it tunes weights that stay frozen and so needs a trained model, as every adapter does.
     """
 
     name: str
@@ -52,9 +53,14 @@ class Variant:
     scratch_rates: tuple[float, ...] = ()
     companion: str = ""
     kind: str = ""
+    pretrained: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", types.MappingProxyType(dict(self.options)))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy cannot be sent to another process
+        values = {each.name: getattr(self, each.name) for each in fields(self)} | {"options": dict(self.options)}
+        return type(self), tuple(values.values())
 
     def build(self) -> Any:
         """The class or function itself (imports its module)."""
@@ -70,10 +76,11 @@ class Variant:
 
     def unfit(self, task: str) -> str | None:
         """Why the method makes no sense for a task; None if it does."""
-        if self.kind == "probe" and task != "classify":
+        if self.kind == "probe" and task in ("causal-lm", "pretrain", "instruct"):
             return "a language model has no new head to probe; it is for --task classify"
-        if self.kind == "adapter" and task == "pretrain":
-            return "an adapter needs a trained model; --task pretrain starts from random weights"
+        if (self.kind == "adapter" or self.pretrained) and task == "pretrain":
+            what = "an adapter" if self.kind == "adapter" else self.label
+            return f"{what} needs a trained model; --task pretrain starts from random weights"
         return None
 
 
@@ -95,6 +102,9 @@ class Entry:
         options: defaults of `lowdim compress`, used if the user sets neither that option nor an alternative to it.
         tuned: `"module:function"` that returns the parameters to train afterwards, in a row the function's name alone;
             empty if there is none.
+        stage: `"module:Class"` of the objective with which the dense model teaches the compressed one, built as
+            `Class(teacher, student, config)`; in a row the class's name alone.
+        python_only: why `lowdim compress` has no such method, and what to call instead; empty for most.
     """
 
     number: int
@@ -108,6 +118,8 @@ class Entry:
     variants: tuple[Variant, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     tuned: str = ""
+    stage: str = ""
+    python_only: str = ""
 
     def placed(self, family: str) -> Entry:
         """The row with everything filled in that follows from its place and its target.
@@ -133,7 +145,8 @@ class Entry:
             )
             for variant in self.variants
         )
-        return replace(self, name=name, family=family, target=full(self.target), tuned=full(self.tuned), variants=variants)
+        names = {field: full(getattr(self, field)) for field in ("target", "tuned", "stage")}
+        return replace(self, name=name, family=family, variants=variants, **names)
 
     @property
     def reproduction(self) -> str:
@@ -152,6 +165,10 @@ class Entry:
     def build_tuned(self) -> Any:
         """`model -> parameters` for training after a compression."""
         return _named(self.tuned)
+
+    def build_stage(self) -> Any:
+        """The objective's class, `(teacher, student, config) -> objective`."""
+        return _named(self.stage)
 
     def build_reproduction(self) -> Any:
         """The experiment, `context -> Outcome`."""

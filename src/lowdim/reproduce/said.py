@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowdim.adapters import SubspaceModel, said
-from lowdim.diagnose import compression_bound, quantize_subspace
+from lowdim.diagnose import compression_bound, intrinsic_dimension, quantize_subspace
 from lowdim.reproduce.settings.data import fashion_mnist
 from lowdim.reproduce.settings.digits import accuracy, batches
 from lowdim.reproduce.settings.outcome import Check, Context, Outcome
@@ -54,7 +54,7 @@ def run(context: Context) -> Outcome:
         rows.append({"method": "full", "start": start, "dimension": "", **_row(scores["full", start])})
         for kind in KINDS:
             rows += [{"method": kind, "start": start, "dimension": d, **_row(scores[kind, start, str(d)])} for d in DIMENSIONS]
-    reached = {(kind, start): _reached(mean, kind, start) for kind in KINDS for start in STARTS}
+    reached = {(kind, start): _reached(scores, kind, start) for kind in KINDS for start in STARTS}
     checks = []
     for kind in KINDS:
         for d in (32, 64):
@@ -138,10 +138,16 @@ def _compress(sub: SubspaceModel, task: Images, test: Images) -> dict[str, float
     }
 
 
-def _reached(mean: dict[tuple[str, ...], float], kind: str, start: str) -> int:
-    """The smallest dimension with 0.9 of the full score from the pre-trained start; twice the largest where none has."""
-    enough = 0.9 * mean["full", "pre-trained"]
-    return next((d for d in DIMENSIONS if mean[kind, start, str(d)] >= enough), 2 * DIMENSIONS[-1])
+def _reached(scores: dict[tuple[str, ...], list[float]], kind: str, start: str) -> int:
+    """`d_90`, of the full score from the pre-trained start; twice the largest dimension where none reaches it."""
+    full = scores["full", "pre-trained"]
+    found = intrinsic_dimension(
+        lambda d, seed: scores[kind, start, str(d)][seed],
+        DIMENSIONS,
+        baseline=statistics.mean(full),
+        seeds=range(len(full)),
+    )
+    return found.dimension or 2 * DIMENSIONS[-1]
 
 
 def _spoken(d: int) -> str:

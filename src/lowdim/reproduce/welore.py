@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import itertools
 import time
 from typing import Any
@@ -16,10 +15,9 @@ from lowdim.compress import LowRankLinear, WeLoreConfig, last_report, welore, we
 from lowdim.linalg import derive_seed, stream
 from lowdim.models.sentence_classifier import mean_pool
 from lowdim.reproduce.settings.data import fashion_mnist
-from lowdim.reproduce.settings.minilm import ENCODER_LINEARS, load_minilm, sentence_embeddings, tokenized
+from lowdim.reproduce.settings.minilm import ENCODER_LINEARS, StsPairs, load_minilm, sts_benchmark, sts_spearman, tokenized
 from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 from lowdim.surgery import as_linear, find_layers, is_linear, swap_layers
-from lowdim.train.metrics import science
 
 __all__ = ["run"]
 
@@ -27,7 +25,6 @@ _TARGETS = (0.3, 0.4, 0.51)
 _STEPS, _BATCH, _RATE = 60, 16, 2e-4
 _IMAGES, _EPOCHS, _IMAGE_BATCH = 20_000, 4, 128
 _HIDDEN = ("0", "2", "4", "6")
-Pairs = tuple[list[str], list[str], Tensor]
 
 
 def run(context: Context) -> Outcome:
@@ -139,9 +136,9 @@ def _truncated(model: nn.Module, ranks: dict[str, int]) -> nn.Module:
 
 def _encoder(context: Context, outcome: Outcome) -> None:
     model, tokenizer = load_minilm()
-    test = _pairs(context, "test", 60 if context.quick else 600)
+    test = sts_benchmark(context, "test", 60 if context.quick else 600)
     batches = [tokenized(tokenizer, side) for side in test[:2]]
-    dense = _spearman(model, batches, test[2])
+    dense = sts_spearman(model, batches, test[2])
     context.say(f"encoder: dense {dense:.2f}")
     size = sum(
         p.numel() for layer in find_layers(model, ENCODER_LINEARS, accept=is_linear).values() for p in layer.parameters()
@@ -155,8 +152,8 @@ def _encoder(context: Context, outcome: Outcome) -> None:
         report = last_report(chosen)
         kept = {row.name: row.rank for row in report.replaced if row.rank is not None}
         same = _same_share(model, kept)
-        ours = _spearman(chosen, batches, test[2])
-        uniform = _spearman(_truncated(model, same), batches, test[2])
+        ours = sts_spearman(chosen, batches, test[2])
+        uniform = sts_spearman(_truncated(model, same), batches, test[2])
         context.say(f"encoder, {target:g}: WeLore {ours:.2f}, uniform {uniform:.2f}")
         row = {"model": "encoder", "arm": f"WeLore, {target:g} of all ranks gone", "score": round(ours, 2)}
         row |= {
@@ -176,7 +173,7 @@ def _encoder(context: Context, outcome: Outcome) -> None:
 
 def _tuning(context: Context, outcome: Outcome, model: nn.Module, tokenizer: Any, batches: list[Any], scores: Tensor) -> None:
     compressed = welore(copy.deepcopy(model), WeLoreConfig(target=0.5, target_modules=ENCODER_LINEARS))
-    report, before = last_report(compressed), _spearman(compressed, batches, scores)
+    report, before = last_report(compressed), sts_spearman(compressed, batches, scores)
     context.say(f"encoder, compressed: {before:.2f}")
     kept = [row.rank for row in report.replaced if row.rank is not None]
     row = {"model": "encoder", "arm": "components of target 0.5", "score": round(before, 2), "parameters": report.after}
@@ -186,7 +183,7 @@ def _tuning(context: Context, outcome: Outcome, model: nn.Module, tokenizer: Any
         f" components; the rule counts {report.details['reduction']:.3f} of all ranks, in components"
         f" {report.details['reduction_in_components']:.3f} are cut, of parameters {1 - report.after / report.before:.3f}."
     )
-    train = _pairs(context, "train", None)
+    train = sts_benchmark(context, "train", None)
     means = {}
     seeds = range(1 if context.quick else 4)
     for arm in (
@@ -203,7 +200,7 @@ def _tuning(context: Context, outcome: Outcome, model: nn.Module, tokenizer: Any
             start = time.perf_counter()
             _tune(net, parameters, tokenizer, train, seed, 3 if context.quick else _STEPS, dropout="no dropout" not in arm)
             seconds += time.perf_counter() - start
-            values.append(_spearman(net, batches, scores))
+            values.append(sts_spearman(net, batches, scores))
         means[arm] = sum(values) / len(values)
         steps = len(seeds) * (3 if context.quick else _STEPS)
         row = {"model": "encoder", "arm": f"then tuned: {arm}", "score": round(means[arm], 2), "seeds": _listed(values)}
@@ -234,7 +231,7 @@ def _chosen(net: nn.Module, arm: str) -> list[nn.Parameter]:
 
 
 def _tune(
-    net: nn.Module, parameters: list[nn.Parameter], tokenizer: Any, train: Pairs, seed: int, steps: int, *, dropout: bool
+    net: nn.Module, parameters: list[nn.Parameter], tokenizer: Any, train: StsPairs, seed: int, steps: int, *, dropout: bool
 ) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=_RATE, weight_decay=0.0)
     draw = stream(seed, "welore", "pairs")
@@ -253,16 +250,3 @@ def _tune(
 def _pooled(net: nn.Module, tokenizer: Any, sentences: list[str]) -> Tensor:
     (batch,) = tokenized(tokenizer, sentences)
     return mean_pool(net(**batch).last_hidden_state, batch["attention_mask"])
-
-
-def _spearman(model: nn.Module, batches: list[list[dict[str, Tensor]]], scores: Tensor) -> float:
-    one, two = (sentence_embeddings(model, side) for side in batches)
-    return 100 * float(science("scipy.stats", "a rank correlation").spearmanr((one * two).sum(-1).numpy(), scores.numpy())[0])
-
-
-def _pairs(context: Context, part: str, count: int | None) -> Pairs:
-    """Sentences, sentences, and scores from 0 to 5."""
-    path = context.file(f"similarity/stsbenchmark/sts-{part}.csv", "STS benchmark, ixa2.si.ehu.eus/stswiki")
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[:count]
-    return [row[5] for row in rows], [row[6] for row in rows], torch.tensor([float(row[4]) for row in rows])

@@ -66,6 +66,8 @@ class CompressCase(ABC):
         compressed: the classes that may replace a linear layer.
         shrinks: the model has fewer numbers afterwards; False for masks, which keep all.
         frozen: parameters of a compressed layer, by their names in it, that get no gradient right after it was made.
+        freezes_others: everything outside of the compressed layers is frozen.
+        transposed: options with which a Conv1D gets what an nn.Linear gets with `options`: an axis of the stored weight.
         tolerance: largest error of a compressed layer's output, relative to the largest entry, in float64.
     """
 
@@ -75,6 +77,8 @@ class CompressCase(ABC):
     compressed: ClassVar[tuple[type[nn.Module], ...]] = (LowRankLinear,)
     shrinks: ClassVar[bool] = True
     frozen: ClassVar[tuple[str, ...]] = ()
+    freezes_others: ClassVar[bool] = False
+    transposed: ClassVar[dict[str, Any]] = {}
     tolerance: ClassVar[float] = 1e-8
 
     @abstractmethod
@@ -178,8 +182,9 @@ class CompressCase(ABC):
         self.run(model)
         assert {module.training for module in model.modules()} == {training}
         assert torch.equal(model.norm.running_mean, mean)
-        still = [n for n, p in model.named_parameters() if not p.requires_grad and not n.startswith(("up.", "down."))]
-        assert still == ["classifier.bias"]
+        others = {n: p for n, p in model.named_parameters() if not n.startswith(("up.", "down."))}
+        still = [n for n, p in others.items() if not p.requires_grad]
+        assert still == (list(others) if self.freezes_others else ["classifier.bias"])
         assert torch.equal(model.norm.weight.grad, torch.ones(48))
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -271,10 +276,26 @@ class CompressCase(ABC):
             layer.load_state_dict({"weight": linear.weight.T, "bias": linear.bias})
             setattr(model, name, layer.eval())
         self.run(plain)
-        self.run(model)
+        self.run(model, **self.transposed)
         assert isinstance(model.up, self.compressed)
         x = self.batches()[0]
         torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+
+    def test_grouped_query_attention(self) -> None:
+        """Layers of four shapes; key and value projections that get a rank below the size of a head are in the report."""
+        model = _grouped_llama()
+        batches = [{"input_ids": torch.randint(32, (8, 16), generator=torch.Generator().manual_seed(i))} for i in range(8)]
+        self.compress(model, batches, **self.options)
+        replaced = {name for name, module in model.named_modules() if isinstance(module, self.compressed)}
+        assert replaced
+        assert bool(torch.isfinite(model(**batches[0]).logits).all())
+        report = getattr(model, "lowdim_report", None)
+        if report is None:  # while training, layers are masked and nothing is lost yet
+            return
+        assert {row.name for row in report.replaced} == replaced
+        ranks = {row.name: row.rank for row in report.replaced if row.name.endswith(("k_proj", "v_proj"))}
+        narrow = {name: rank for name, rank in ranks.items() if rank is not None and rank < 12}
+        assert report.details.get("below_head_dim", {}) == narrow
 
     # Wrong input: a clear error, and an unchanged model
 
@@ -312,6 +333,16 @@ class CompressCase(ABC):
     def _needs_data(self) -> None:
         if not self.needs_data:
             pytest.skip("it looks at weights alone, and reads no batch")
+
+
+def _grouped_llama() -> Any:
+    """A Llama in which two query heads of size 12 share a key and a value head; skips without transformers."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(vocab_size=32, num_hidden_layers=1, **sizes)
+        return transformers.LlamaForCausalLM(config).eval()
 
 
 class _Call(nn.Module):

@@ -159,8 +159,8 @@ class ScheduledCompressCase(CompressCase):
             layer = conv1d(linear.out_features, linear.in_features)
             layer.load_state_dict({"weight": linear.weight.T, "bias": linear.bias})
             setattr(model, name, layer.eval())
-        for net in (plain, model):
-            self.run(net)
+        for net, options in ((plain, {}), (model, self.transposed)):
+            self.run(net, **options)
             for _ in range(self.total_steps):
                 step(net)
             finalize(net)

@@ -1,6 +1,6 @@
 """Systems that make trained weights, activations and the KV cache low-dimensional."""
 
-from lowdim.catalogue.entry import Entry
+from lowdim.catalogue.entry import Entry, Variant
 
 ROWS = (
     Entry(
@@ -20,6 +20,9 @@ ROWS = (
         paper="MatryoshkaKV: Adaptive KV Compression via Trainable Orthogonal Projection",
         arxiv="2410.14731",
         claim="Over 90 % of the dense score with the KV cache 60 % smaller (up to 75 %), where plain PCA collapses.",
+        target="matryoshka_kv",
+        options={"budget": 0.5},
+        tuned="matryoshka_freeze",
     ),
     Entry(
         number=28,
@@ -28,6 +31,8 @@ ROWS = (
         paper="Learning Low-Rank Representations for Model Compression",
         arxiv="2211.11397",
         claim="ResNet-18 and -50 become 43x and 31x smaller, 2.8 and 1.0 points above the best earlier vector quantization.",
+        target="lr2vq",
+        tuned="lr2vq_tables",
     ),
     Entry(
         number=38,
@@ -36,6 +41,8 @@ ROWS = (
         paper="Neural Metamorphosis",
         arxiv="2410.11878",
         claim="One implicit function generates networks of any width, unseen ones too, at full accuracy with 75 % compression.",
+        target="neumeta",
+        python_only="it generates networks of every width from a function build(width); call lowdim.compress.neumeta in Python",
     ),
     Entry(
         number=47,
@@ -54,6 +61,8 @@ ROWS = (
         paper="Parameter-Efficient Sparsity for Large Language Models Fine-Tuning",
         arxiv="2205.11005",
         claim="Prunes 50 to 90 % while tuning 1.5 % of the parameters, on par with or above magnitude and movement pruning.",
+        target="pst",
+        variants=(Variant("pst", rates=(1e-3, 3e-4, 3e-3, 1e-4, 3e-5), pretrained=True),),
     ),
     Entry(
         number=54,
@@ -62,6 +71,8 @@ ROWS = (
         paper="Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers",
         arxiv="2402.04744",
         claim="Decaying mask or pattern beats SR-STE at over 80 % sparsity by up to 2 % in vision and 5 % in language.",
+        target="nm_decay",
+        variants=(Variant("nm-decay", rates=(5e-5, 2e-5, 1e-4, 1e-5, 2e-4), scratch_rates=(1e-3, 3e-3, 3e-4, 1e-2, 1e-4)),),
     ),
     Entry(
         number=57,
@@ -70,6 +81,7 @@ ROWS = (
         paper="WINA: Weight Informed Neuron Activation for Accelerating Large Language Model Inference",
         arxiv="2505.19427",
         claim="Training-free activation sparsity by |x| times weight norm: up to 2.94 points above TEAL at equal sparsity.",
+        target="wina",
     ),
     Entry(
         number=59,
@@ -78,5 +90,7 @@ ROWS = (
         paper="PELA: Learning Parameter-Efficient Models with Low-Rank Approximation",
         arxiv="2310.10700",
         claim="About half to two thirds of the parameters and FLOPs of DeiT, Swin and ALBEF at close to the original accuracy.",
+        target="pela",
+        stage="PELAObjective",
     ),
 )

@@ -10,6 +10,7 @@ ROWS = (
         paper="Measuring the Intrinsic Dimension of Objective Landscapes",
         arxiv="1804.08838",
         claim="An MNIST network of 199,210 parameters reaches 90 % of its baseline in about 750 random dimensions.",
+        target="intrinsic_dimension",
     ),
     Entry(
         number=14,
@@ -18,6 +19,7 @@ ROWS = (
         paper="Eigenspectrum Analysis of Neural Networks without Aspect Ratio Bias",
         arxiv="2506.06280",
         claim="Tail exponents corrected for aspect ratio give better pruning ratios: LLaMA-7B at 17.3 % lower perplexity.",
+        target="farms",
     ),
     Entry(
         number=16,
@@ -26,6 +28,7 @@ ROWS = (
         paper="High-dimensional dynamics of generalization error in neural networks",
         arxiv="1710.03667",
         claim="Over-training is worst where parameters equal samples and is cured by a smaller or a larger network.",
+        target="generalization_dynamics",
     ),
     Entry(
         number=21,
@@ -34,6 +37,7 @@ ROWS = (
         paper="Computational Limits of Low-Rank Adaptation (LoRA) for Transformer-Based Models",
         arxiv="2406.03136",
         claim="LoRA's gradient takes almost linear time in the length L below a norm of order √log L, and about L² above.",
+        target="lora_limits",
     ),
     Entry(
         number=30,
@@ -42,6 +46,7 @@ ROWS = (
         paper="Learning Rates as a Function of Batch Size: A Random Matrix Theory Approach to Neural Network Training",
         arxiv="2006.09092",
         claim="The largest stable rate grows linearly with the batch for SGD, with its square root for Adam.",
+        target="batch_spectrum",
     ),
     Entry(
         number=31,

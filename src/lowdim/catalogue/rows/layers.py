@@ -2,6 +2,9 @@
 
 from lowdim.catalogue.entry import Entry, Variant
 
+#: For factors that are trained from random weights.
+_FACTORS_SCRATCH = (3e-3, 1e-2, 1e-3, 3e-2, 3e-4)
+
 ROWS = (
     Entry(
         number=2,
@@ -11,11 +14,7 @@ ROWS = (
         arxiv="2406.02214",
         claim="Sparse plus low-rank weights reach perplexity 34.15 at 60M (full rank 34.06), in up to 73 % less memory at 7B.",
         target="SLTrainLinear",
-        variants=(
-            Variant(
-                "sltrain", options={"rank": 16, "density": 0.03, "alpha": 16.0}, scratch_rates=(3e-3, 1e-2, 1e-3, 3e-2, 3e-4)
-            ),
-        ),
+        variants=(Variant("sltrain", options={"rank": 16, "density": 0.03, "alpha": 16.0}, scratch_rates=_FACTORS_SCRATCH),),
     ),
     Entry(
         number=8,
@@ -46,10 +45,10 @@ ROWS = (
     Entry(
         number=24,
         slug="s4d",
-        name="S4D",
         paper="On the Parameterization and Initialization of Diagonal State Space Models",
         arxiv="2206.11893",
         claim="A diagonal state space, properly initialised, performs like S4: 85 % average on Long Range Arena.",
+        target="S4D",
     ),
     Entry(
         number=26,
@@ -72,10 +71,10 @@ ROWS = (
     Entry(
         number=27,
         slug="delta-product",
-        name="DeltaProduct",
         paper="DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products",
         arxiv="2502.10297",
         claim="Two Householder steps per token let one linear RNN layer solve the word problem of S3, which one step cannot.",
+        target="DeltaProduct",
     ),
     Entry(
         number=40,
@@ -84,6 +83,7 @@ ROWS = (
         paper="Learning to Normalize on the SPD Manifold under Bures-Wasserstein Geometry",
         arxiv="2504.00660",
         claim="Batch norm of SPD matrices that withstands condition numbers above 1e5 and raises accuracy on three data sets.",
+        target="GBWBatchNorm",
     ),
     Entry(
         number=43,
@@ -92,6 +92,7 @@ ROWS = (
         paper="Householder Projector for Unsupervised Latent Semantics Discovery",
         arxiv="2307.08012",
         claim="A rank-10 orthogonal projection, fine-tuned for 1 % of the steps, gives StyleGAN more disentangled directions.",
+        target="HouseholderProjector",
     ),
     Entry(
         number=49,
@@ -100,5 +101,24 @@ ROWS = (
         paper="Building on Efficient Foundations: Effectively Training LLMs with Structured Feedforward Layers",
         arxiv="2406.16450",
         claim="At 1.3B parameters an FFN with 32 % of its parameters loses 0.4 perplexity at equal FLOPs and runs 2.5x faster.",
+        target="BlockDense",
+        variants=(
+            Variant("block-dense", "BlockDense", options={"rank": 16, "nblocks": 4}, scratch_rates=_FACTORS_SCRATCH),
+            Variant(
+                "block-shuffle",
+                "BlockShuffle",
+                target="BlockShuffle",
+                options={"nblocks": 2},
+                scratch_rates=_FACTORS_SCRATCH,
+            ),
+            Variant(
+                "self-guided",
+                "Low-rank layers, self-guided",
+                target="LowRankLinear",
+                options={"rank": 16, "init": "svd"},
+                scratch_rates=_FACTORS_SCRATCH,
+                companion="SelfGuide",
+            ),
+        ),
     ),
 )

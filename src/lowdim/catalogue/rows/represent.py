@@ -10,6 +10,7 @@ ROWS = (
         paper="Frechet Cumulative Covariance Net for Deep Nonlinear Sufficient Dimension Reduction with Random Objects",
         arxiv="2502.15374",
         claim="Nonlinear sufficient directions for responses in any metric space, robust to outliers, ahead of kernel methods.",
+        target="FCCovNet",
     ),
     Entry(
         number=23,
@@ -18,6 +19,7 @@ ROWS = (
         paper="Starbucks: Improved Training for 2D Matryoshka Embeddings",
         arxiv="2410.13230",
         claim="A fixed list of (layer, width) pairs: mean STS 0.721 at (2, 32); 2DMSE 0.684, separate training 0.695.",
+        target="StarbucksLoss",
     ),
     Entry(
         number=39,
@@ -26,6 +28,7 @@ ROWS = (
         paper="Unsupervised Manifold Linearizing and Clustering",
         arxiv="2301.01805",
         claim="Clusters and a union-of-subspaces representation learned together: 86.3 on CIFAR-10 against 72.2 for EnSC.",
+        target="ManifoldLinearizingClustering",
     ),
     Entry(
         number=44,
@@ -34,6 +37,7 @@ ROWS = (
         paper="Geometry-Aware Adaptation for Pretrained Models",
         arxiv="2307.12226",
         claim="A Fréchet mean over a label metric predicts unseen classes: up to 29.7 % (SimCLR) and 10.5 % (CLIP) better.",
+        target="LokiClassifier",
     ),
     Entry(
         number=46,
@@ -42,6 +46,7 @@ ROWS = (
         paper="Transductive Few-Shot Learning: Clustering is All You Need?",
         arxiv="2106.09516",
         claim="Regularised clustering of standard features: 75.17 on 1-shot mini-ImageNet, against 73.44 for LaplacianShot.",
+        target="TransductiveClustering",
     ),
     Entry(
         number=53,
@@ -51,6 +56,7 @@ ROWS = (
         "Optimally Approximating Compatibility and Implications for Improved Model Replacements",
         arxiv="2405.02581",
         claim="Features learned against a fixed simplex stay put when the model is replaced, so a gallery is not re-indexed.",
+        target="DSimplexClassifier",
     ),
     Entry(
         number=56,
@@ -59,6 +65,7 @@ ROWS = (
         paper="Improved Active Multi-Task Representation Learning via Lasso",
         arxiv="2306.02556",
         claim="Sampling sources by Lasso relevance needs fewer samples: up to 30 % better than the L2 rule on vision data.",
+        target="ActiveMultiTask",
     ),
     Entry(
         number=58,
@@ -67,6 +74,7 @@ ROWS = (
         paper="Mitigating the Curse of Dimensionality for Certified Robustness via Dual Randomized Smoothing",
         arxiv="2404.09586",
         claim="Smoothing half-images raises the bound on the certified l2 radius by up to √2 at similar accuracy (93.9, 94.0).",
+        target="DualRandomizedSmoothing",
     ),
     Entry(
         number=60,

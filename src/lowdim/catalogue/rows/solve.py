@@ -10,6 +10,7 @@ ROWS = (
         paper="A Nearly-Optimal Bound for Fast Regression with l_infinity Guarantee",
         arxiv="2302.00248",
         claim="A dense sketch of ε⁻²·d·log³(n/δ) rows bounds each coordinate's error, which sparse sketches cannot.",
+        target="linf_lstsq",
     ),
     Entry(
         number=25,
@@ -27,5 +28,6 @@ ROWS = (
         paper="A Deep Conjugate Direction Method for Iteratively Solving Linear Systems",
         arxiv="2205.10763",
         claim="Learned search directions solve 3-D Poisson with up to 256³ unknowns in a few tens of iterations.",
+        target="solve_dcd",
     ),
 )

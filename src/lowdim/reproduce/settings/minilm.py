@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import zipfile
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +14,20 @@ from torch.nn import functional as F
 from lowdim.models import load_model, load_tokenizer
 from lowdim.models.sentence_classifier import SentenceClassifier, mean_pool
 from lowdim.reproduce.settings.outcome import Context
+from lowdim.train.metrics import science
 
-__all__ = ["ENCODER_LINEARS", "load_minilm", "sentence_embeddings", "subjectivity", "tokenized"]
+__all__ = [
+    "ENCODER_LINEARS",
+    "StsPairs",
+    "load_minilm",
+    "sentence_embeddings",
+    "sts_benchmark",
+    "sts_spearman",
+    "subjectivity",
+    "tokenized",
+]
+
+StsPairs = tuple[list[str], list[str], Tensor]
 
 #: Pattern of the 36 linear layers of its encoder.
 ENCODER_LINEARS = r"encoder\..*"
@@ -57,3 +70,17 @@ def subjectivity(context: Context) -> tuple[list[str], list[str]]:
         texts = [archive.read(f"subjectivity/{kind}.tok.gt9.5000").decode("latin-1") for kind in ("plot", "quote")]
     objective, subjective = ([line.strip() for line in text.splitlines() if line.strip()] for text in texts)
     return objective, subjective
+
+
+def sts_benchmark(context: Context, part: str, count: int | None = None) -> StsPairs:
+    """Sentences, sentences, and scores from 0 to 5 of a part (`"train"`, `"dev"`, `"test"`) of the STS benchmark."""
+    path = context.file(f"similarity/stsbenchmark/sts-{part}.csv", "STS benchmark, ixa2.si.ehu.eus/stswiki")
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[:count]
+    return [row[5] for row in rows], [row[6] for row in rows], torch.tensor([float(row[4]) for row in rows])
+
+
+def sts_spearman(model: nn.Module, sides: Sequence[Sequence[dict[str, Tensor]]], scores: Tensor) -> float:
+    """Spearman correlation (x 100) of the cosines of two sides with the scores."""
+    one, two = (sentence_embeddings(model, side) for side in sides)
+    return 100 * float(science("scipy.stats", "a rank correlation").spearmanr((one * two).sum(-1).numpy(), scores.numpy())[0])

@@ -1,7 +1,8 @@
 """lowdim: train, adapt, compress and explain neural networks in few dimensions.
 
-`lowdim.adapt(model, method)` and `lowdim.load_adapter(model, folder)` are the two calls most code needs; the families are
-`lowdim.adapters`, `optim`, `layers`, `compress`, `represent`, `diagnose` and `solve`. Nothing is imported before it is used.
+`lowdim.adapt(model, method)`, `lowdim.load_adapter(model, folder)` and `lowdim.compare(task=…, model=…)` are the calls that
+most code needs; the families are `lowdim.adapters`, `optim`, `layers`, `compress`, `represent`, `diagnose` and `solve`. Nothing
+is imported before it is used.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from lowdim.after_import import after_import
 from lowdim.lazy import lazy_names
 from lowdim.version import __version__
 
-_FUNCTIONS = {"adapt": "adapters", "load_adapter": "adapters"}
+_FUNCTIONS = {"adapt": "adapters", "compare": "jobs.comparison", "load_adapter": "adapters"}
 _PACKAGES = (
     "adapters", "calibrate", "catalogue", "compress", "diagnose", "errors", "export", "jobs", "layers", "linalg",
     "methods", "modules", "optim", "plan", "pretrained", "ranks", "report", "represent", "results", "solve", "surgery", "train",
@@ -27,6 +28,7 @@ __all__ = ["__version__", *_FUNCTIONS, *_PACKAGES]
 if TYPE_CHECKING:
     from lowdim.adapters import adapt as adapt
     from lowdim.adapters import load_adapter as load_adapter
+    from lowdim.jobs.comparison import compare as compare
 
 
 def __getattr__(name: str) -> Any:

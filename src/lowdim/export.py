@@ -17,15 +17,32 @@ from lowdim.adapters.core.files.peft_targets import TARGETS
 from lowdim.errors import check_choice
 from lowdim.files import read_tensors, whole_folder, write_tensors, write_text
 from lowdim.layers import densify
+from lowdim.loading_code import (
+    answer_lines,
+    as_keywords,
+    class_line,
+    generation_lines,
+    head_lines,
+    imports,
+    loading_call,
+    pair_lines,
+    peft_lines,
+)
 from lowdim.models import Probe, Source, encoder_options, quiet, room_for
 from lowdim.models.classes import encoder_of, imported, is_sentence_transformer, loading_class
 from lowdim.models.sentence_classifier import SentenceClassifier
+from lowdim.models.sentence_encoders import without_pooler
+from lowdim.modules import quantize_like, quantized_scheme
 from lowdim.results import Result
 from lowdim.surgery import parent_and_child
 
-__all__ = ["FORMATS", "ExportResult", "export"]
+__all__ = ["FORMATS", "ExportResult", "export", "merged_files"]
 
 FORMATS = ("peft", "merged")
+#: A base with fewer exact zeros in every adapted layer has them by chance.
+_SPARSE = 0.01
+#: The same for weights in few bits, of which up to 16 % are rounded to 0.
+_ROUNDED = 0.2
 _POOLING_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json")
 
 
@@ -38,6 +55,7 @@ class ExportResult(Result):
         reload: loads the folder the same way, to check it.
         errors: layer -> relative error of a truncated update; empty or zeros where exact.
         ranks: layer -> rank that was written, for a PEFT adapter.
+        whole_ranks: layer -> rank without a cut, for a PEFT adapter; empty where PEFT has the method itself.
         suggested_rank: the smallest common rank with an error of at most 1 % in every layer, where something was truncated.
         notes: what users of `target` need to know: the command, limits to raise.
         largest_difference: between the outputs of the trained model and of the one that the folder gave when it was loaded
@@ -56,10 +74,14 @@ class ExportResult(Result):
     suggested_rank: int | None = None
     notes: tuple[str, ...] = ()
     largest_difference: float | None = None
+    whole_ranks: dict[str, int] = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each layer of an adapter: its rank and its error; no rows for a merged model."""
-        return [{"layer": name, "rank": self.ranks.get(name), "error": error} for name, error in self.errors.items()]
+        """A row for each layer of an adapter: its rank, the rank without a cut, its error; no rows for a merged model."""
+        return [
+            {"layer": name, "rank": rank, "whole_rank": self.whole_ranks.get(name), "error": self.errors.get(name, 0.0)}
+            for name, rank in self.ranks.items()
+        ]
 
     @property
     def summary(self) -> str:
@@ -80,6 +102,7 @@ def export(
     target: str | None = None,
     joint: str | None = None,
     inputs: Mapping[str, Tensor] | None = None,
+    keep_mask: bool = False,
 ) -> ExportResult:
     """Write a trained model for other tools. If it fails, nothing is left in `folder`.
 
@@ -94,14 +117,16 @@ def export(
             one) with `head.safetensors` next to it.
         tokenizer: saved along with a merged model.
         source: where the base model came from, for the loading instructions and for files to copy along.
-        rank: write PEFT's LoRA, and truncate updates of full rank to this; None writes PEFT's own method where it has it
-            (RandLoRA), exactly.
+        rank: write PEFT's LoRA with at most this rank in each layer, listed with its error in `ranks.json`; None writes updates
+            that are low-rank, and PEFT's own method where it has it (RandLoRA), exactly.
         max_error: instead of `rank`, the smallest rank of each layer with at most this relative error, e.g. 0.01.
         target: `"vllm"` or `"llamacpp"`, for format `"peft"`: LoRA that this program loads, with one rank for all layers; an
-            error lists the obstacles before anything is written.
+            error lists the obstacles before anything is written. For llama.cpp there is an `adapter.gguf` next to PEFT's files.
         joint: for a classifier of pairs of texts, what stands between them (`""`: what the tokenizer puts there); the loading
             instructions then show how a pair is read.
         inputs: keywords of the model for that comparison; None makes two short rows.
+        keep_mask: for an adapter written merged: weights that were exactly 0 before it stay 0, so its outputs differ; an error
+            for a base without zeros.
 
     Returns:
         An `ExportResult` that states the errors.
@@ -109,12 +134,14 @@ def export(
     Raises:
         UnknownNameError: unknown format or target.
         ValueError: PEFT export of a model without an adapter, or of one that `target` cannot load; a model that transformers
-            cannot write; `rank`, `max_error` or `target` for another format than `"peft"`.
+            cannot write; a rank above what every layer has; `rank`, `max_error` or `target` for another format than `"peft"`.
         WrittenModelError: the folder does not give the outputs of the trained model; nothing is left in it.
         OSError: no space or no permission.
     """
     check_choice("--format", format, FORMATS)
     folder = Path(folder)
+    if keep_mask and (format == "peft" or not isinstance(model, Adapted)):
+        raise ValueError("keep_mask is for merging an adapter into a sparse model: --format merged, of an adapter")
     if format == "peft":
         if not isinstance(model, Adapted):
             raise ValueError("only an adapted model can be written as a PEFT adapter; export it as 'merged'")
@@ -123,12 +150,28 @@ def export(
         raise ValueError(
             "a rank, an error or a target is for --format peft; a merged model is written whole and loads anywhere"
         )
+    if keep_mask and isinstance(model, Adapted):
+        model = _merged_sparse(model)  # what is compared is the sparse model: its outputs are not the adapter's
     trained = model.model if isinstance(model, Adapted) else model  # many models have a part of that name
     probe = Probe.of(trained, inputs=inputs)
     plain = densify(model.merge() if isinstance(model, Adapted) else model)
     if probe is not None:
         probe.check(plain, "the merged model")
     return _merged(plain, folder, tokenizer, source, joint, inputs)
+
+
+def _merged_sparse(adapted: Adapted) -> nn.Module:
+    """The model, merged with its zeros kept; as it was, with an error, if it has none to speak of."""
+    merged = adapted.merge(keep_mask=True)
+    report = adapted.merge_report
+    assert report is not None
+    if all(change.sparsity_before < (_ROUNDED if change.layer in report.dequantized else _SPARSE) for change in report.layers):
+        adapted.unmerge()
+        raise ValueError(
+            f"keep_mask (--keep-mask) is for a sparse base model: no adapted layer here has {_SPARSE:.0%} exact zeros "
+            "(besides those of rounding to few bits); leave it out, or name the sparse model (--model)"
+        )
+    return merged
 
 
 def _peft(
@@ -141,7 +184,8 @@ def _peft(
 ) -> ExportResult:
     model: Any = adapted.model
     root = getattr(model, "export_root", "") or encoder_of(model)
-    config: Any = getattr(model.get_submodule(root), "config", None)
+    inner = model.get_submodule(root)
+    config: Any = getattr(inner, "config", None)
     base = source.path if source else getattr(config, "_name_or_path", None) or "BASE_MODEL"
     options = _options(model)
     if source and source.gguf:
@@ -153,7 +197,7 @@ def _peft(
 
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT misses shared bases that it finds in another layer
-            bare = _load(model, base, options)
+            bare = quantize_like(_load(model, base, options), model if is_sentence_transformer(model) else inner)
             if is_sentence_transformer(model):
                 parent, child = parent_and_child(bare, root)
                 setattr(parent, child, PeftModel.from_pretrained(bare.get_submodule(root), str(place)))
@@ -167,23 +211,25 @@ def _peft(
             snippet = (
                 "from peft import PeftModel\nfrom safetensors.torch import load_file\n"
                 "from transformers import AutoModel, AutoTokenizer\n\n"
-                f"base = {base!r}\n"
-                f'encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(base, {_typed(options)}), "{folder.name}")\n'
-                f"{_head_lines(folder, 'base', joint)}"
+                f"base = {base!r}\nencoder = AutoModel.from_pretrained(base, {as_keywords(options)})\n"
+                f'encoder = PeftModel.from_pretrained(encoder, "{folder.name}")\n'
+                f"{head_lines(folder, 'base', joint)}{answer_lines(model)}"
             )
         else:
             snippet = (
-                f"from peft import PeftModel\n{_imports(model, joint)}\n"
-                f"{_peft_lines(model, root, base, options, folder)}{_pair_lines(repr(base), joint)}"
+                f"from peft import PeftModel\n{imports(model, joint)}\n"
+                f"{peft_lines(model, root, base, options, folder)}{pair_lines(repr(base), joint)}{class_line(model)}"
             )
         page = _readme("A PEFT adapter written by lowdim", snippet)
+        if (scheme := quantized_scheme(model)) is not None:
+            page += f"\nTrained over quantized weights ({scheme}): over dense ones the outputs differ a little.\n"
         if written.notes:
             page += f"\n## For {TARGETS[how['target']]}\n\n" + "".join(f"- {_code(note)}\n" for note in written.notes)
         write_text(draft / "README.md", page)
         errors = {name: error for name, error in written.errors.items() if error}
         difference = None if errors or probe is None or not _has_peft() else probe.check(load(draft), "the PEFT adapter")
     how_ranked = (errors, written.ranks, written.suggested_rank, written.notes)
-    return ExportResult(folder, "peft", snippet, lambda: load(folder), *how_ranked, difference)
+    return ExportResult(folder, "peft", snippet, lambda: load(folder), *how_ranked, difference, written.whole_ranks)
 
 
 def _has_peft() -> bool:
@@ -210,6 +256,8 @@ def _merged(
 
     with whole_folder(folder) as draft, quiet():
         inner.save_pretrained(str(draft))
+        if is_sentence_transformer(model):
+            without_pooler(model, draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         if isinstance(model, SentenceClassifier):
@@ -218,18 +266,35 @@ def _merged(
                 _copy_pooling(Path(source.path), draft)
             snippet = (
                 "from safetensors.torch import load_file\nfrom transformers import AutoModel, AutoTokenizer\n\n"
-                f'encoder = AutoModel.from_pretrained("{folder.name}", {_typed(options)})\n'
-                f"{_head_lines(folder, repr(folder.name), joint)}"
+                f'encoder = AutoModel.from_pretrained("{folder.name}", {as_keywords(options)})\n'
+                f"{head_lines(folder, repr(folder.name), joint)}{answer_lines(model)}"
             )
         else:
             snippet = (
-                f"{_imports(model, joint)}\n"
-                f"model = {_call(model, repr(folder.name), options)}\n"
-                f"{_pair_lines(repr(folder.name), joint)}"
+                f"{imports(model, joint)}\n"
+                f"model = {loading_call(model, repr(folder.name), options)}\n"
+                f"{pair_lines(repr(folder.name), joint)}{generation_lines(model, tokenizer, repr(folder.name))}"
             )
         write_text(draft / "README.md", _readme("A merged model written by lowdim", snippet))
         difference = None if probe is None else probe.check(load(draft), "the merged model in the folder", same=True)
     return ExportResult(folder, "merged", snippet, lambda: load(folder), largest_difference=difference)
+
+
+def merged_files(model: nn.Module, folder: Path, draft: Path) -> ExportResult:
+    """The result of a merged checkpoint whose weights are in `draft` already, and will be in `folder`; adds its README.
+
+    Args:
+        model: of the class and dtype of the checkpoint; its numbers are not read.
+    """
+    options = _options(model, for_merged=True)
+    snippet = f"{imports(model, None)}\nmodel = {loading_call(model, repr(folder.name), options)}\n"
+    write_text(draft / "README.md", _readme("A merged model written by lowdim", snippet))
+
+    def load() -> nn.Module:
+        with quiet():
+            return _load(model, folder, options)
+
+    return ExportResult(folder, "merged", snippet, load)
 
 
 def _load(model: nn.Module, place: str | Path, options: dict[str, Any]) -> Any:
@@ -238,12 +303,6 @@ def _load(model: nn.Module, place: str | Path, options: dict[str, Any]) -> Any:
     if is_sentence_transformer(model):
         return imported(module, name)(str(place), trust_remote_code=False)
     return imported(module, name).from_pretrained(place, trust_remote_code=False, **options)
-
-
-def _call(model: nn.Module, place: str, options: dict[str, Any]) -> str:
-    """The call of `_load`, as text."""
-    name = loading_class(model)[1]
-    return f"{name}({place})" if is_sentence_transformer(model) else f"{name}.from_pretrained({place}, {_typed(options)})"
 
 
 def _options(model: Any, *, for_merged: bool = False) -> dict[str, Any]:
@@ -255,11 +314,9 @@ def _options(model: Any, *, for_merged: bool = False) -> dict[str, Any]:
     if for_merged or "Classification" not in name:
         return options
     options["num_labels"] = model.config.num_labels
+    if getattr(model, "replaced_head", False):
+        options["ignore_mismatched_sizes"] = True
     return {**options, "pad_token_id": model.config.pad_token_id} if "SequenceClassification" in name else options
-
-
-def _typed(options: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in options.items())
 
 
 def _copy_pooling(source: Path, folder: Path) -> None:
@@ -277,49 +334,9 @@ def _with_head(loaded: nn.Module, folder: Path, like: nn.Module) -> nn.Module:
     return whole
 
 
-def _batch_line(joint: str | None) -> str:
-    """A batch of one text, or of one pair."""
-    texts = (
-        '["a text"]' if joint is None else '["a text"], ["its partner"]' if not joint else f"[{f'a text{joint}its partner'!r}]"
-    )
-    return f'batch = tokenizer({texts}, padding=True, truncation=True, return_tensors="pt")\n'
-
-
-def _imports(model: nn.Module, joint: str | None) -> str:
-    module, name = loading_class(model)
-    names = [name] if joint is None else [name, "AutoTokenizer"]
-    return f"from {module} import {', '.join(names)}\n"
-
-
-def _peft_lines(model: nn.Module, root: str, base: str, options: dict[str, Any], folder: Path) -> str:
-    """How the base model is loaded, and the adapter over it, or over the part of it that the adapter is for."""
-    call = _call(model, repr(base), options)
-    if not root:
-        return f'base = {call}\nmodel = PeftModel.from_pretrained(base, "{folder.name}")\n'
-    first, _, rest = root.partition(".")
-    part = f"model[{first}].{rest}" if first.isdigit() else f"model.{root}"
-    return f'model = {call}\n{part} = PeftModel.from_pretrained({part}, "{folder.name}")\n'
-
-
-def _pair_lines(base: str, joint: str | None) -> str:
-    """How a classifier reads a pair of texts; nothing for single texts."""
-    if joint is None:
-        return ""
-    return f"tokenizer = AutoTokenizer.from_pretrained({base})\n\n{_batch_line(joint)}logits = model(**batch).logits\n"
-
-
-def _head_lines(folder: Path, base: str, joint: str | None) -> str:
-    return (
-        f'head = load_file("{folder.name}/head.safetensors")\ntokenizer = AutoTokenizer.from_pretrained({base})\n\n'
-        f"{_batch_line(joint)}"
-        "states, mask = encoder(**batch).last_hidden_state, batch['attention_mask'].unsqueeze(-1)\n"
-        'logits = ((states * mask).sum(1) / mask.sum(1)) @ head["weight"].T + head["bias"]\n'
-    )
-
-
 def _code(note: str) -> str:
     """A note unchanged, a command in backticks."""
-    return f"`{note}`" if note.startswith(("vllm ", "python ")) else note
+    return f"`{note}`" if note.startswith(("vllm ", "llama-")) else note
 
 
 def _readme(title: str, snippet: str) -> str:

@@ -1,6 +1,7 @@
 """Running `lowdim` in this process, and a finished run."""
 
 import json
+import shutil
 
 import pytest
 
@@ -50,6 +51,21 @@ def recipe(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def broken_model(tmp_path):
+    """The shipped language model with a weight that is NaN."""
+    from safetensors.torch import load_file, save_file
+
+    from lowdim.models import resolve
+
+    folder = tmp_path / "model"
+    shutil.copytree(resolve("stories260k").path, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -17,20 +17,34 @@ COMMANDS = {
     "plan": {
         "--model", "--budget", "--methods", "--task", "--batch-size", "--length", "--dtype", "--gradient-checkpointing",
         "--rank", "--layerwise", "--accumulate", "--tokenizer", "--classes", "--layers", "--json", "--master-weights",
+        "--quantize", "--optimizer", "--devices", "--fit", "--write-recipes", "--data", "--ffn", "--mixer",
     },
     "compare": {
         "--model", "--data", "--eval", "--task", "--tokenizer", "--text", "--label", "--methods", "--budget", "--metric",
-        "--seeds",
-        "--trials", "--steps", "--batch-size", "--max-length", "--time-limit", "--seed", "--out", "--resume",
+        "--label-separator", "--seeds",
+        "--rates", "--sizes", "--equal", "--search", "--prefer", "--validation", "--answer-pattern", "--keep", "--report-to",
+        "--steps", "--batch-size", "--max-length", "--time-limit", "--seed", "--out", "--resume",
+        "--workers", "--threads", "--ray", "--quantize", "--optimizer", "--compress",
     },
-    "run": {"recipe", "--out", "--resume", "--steps", "--check", "--master-weights"},
-    "export": {"adapter", "out", "--model", "--format", "--rank", "--task", "--for", "--max-error"},
+    "run": {
+        "recipe", "--out", "--resume", "--steps", "--check", "--master-weights", "--quantize", "--optimizer",
+        "--task", "--model", "--data", "--method", "--ffn", "--mixer",
+    },
+    "export": {"adapter", "out", "--model", "--format", "--rank", "--task", "--for", "--max-error", "--keep-mask"},
     "compress": {
         "--model", "--out", "--data", "--text", "--method", "--option", "--param-ratio", "--target", "--threshold",
         "--tune-steps",
-        "--lr", "--samples", "--max-length", "--dense",
+        "--lr", "--samples", "--max-length", "--dense", "--stage", "--budget", "--steps", "--resume", "--check",
     },
-    "diagnose": {"diagnostic", "--base", "--tuned", "--option", "--k", "--threshold", "--out"},
+    "diagnose": {
+        "diagnostic", "model", "--base", "--tuned", "--data", "--option", "--k", "--threshold", "--batch-size", "--optimizer",
+        "--layer", "--dims", "--search", "--seeds", "--out",
+    },
+    "sizes": {
+        "model", "--data", "--beside", "--text", "--label", "--layers", "--dims", "--limit", "--within", "--vectors",
+        "--repeats", "--seed", "--out",
+    },
+    "index-check": {"old", "new", "--labels", "--query", "--k", "--seed", "--out"},
     "report": {"source", "--out"},
     "reproduce": {"slug", "--data", "--quick", "--out"},
 }  # fmt: skip
@@ -114,7 +128,8 @@ def test_what_adds_up_is_repeatable():
     """`--text` twice is a pair of texts; flags say the same twice."""
     assert {(command, option.opts[0]) for command, option in options("repeatable")} == {
         ("compare", "--data"), ("compare", "--text"), ("compress", "--data"), ("compress", "--option"),
-        ("diagnose", "--option"), ("compare", "--methods"), ("plan", "--methods"),
+        ("diagnose", "--option"), ("diagnose", "--data"), ("sizes", "--data"),
+        ("compare", "--methods"), ("plan", "--methods"), ("plan", "--data"), ("run", "--data"),
     }  # fmt: skip
     assert CliRunner().invoke(app, ["list", "--json", "--json"]).exit_code == 0
 

@@ -32,8 +32,8 @@ def compare(refused, bert_folder, two_classes, tmp_path):
         ({"methods": "solve"}, ["--methods (nothing that trains a model)"]),
         ({"model": "./nowhere"}, ["--model ./nowhere: no such folder"]),
         ({"model": "minilmm"}, ["'minilmm' is not a folder", "nearest: minilm"]),
-        ({"task": "clasify"}, ["--task must be one of classify, causal-lm", "nearest: classify"]),
-        ({"metric": "acuracy"}, ["metric for classify must be one of accuracy, f1, mcc", "nearest: accuracy"]),
+        ({"task": "clasify"}, ["--task must be one of classify, regress", "nearest: classify"]),
+        ({"metric": "acuracy"}, ["metric for classify must be one of accuracy, f1", "nearest: accuracy"]),
         ({"label": "lable"}, ["no column 'lable'; nearest: label", "columns: text, label"]),
         ({"text": "txt"}, ["no column 'txt'; nearest: text"]),
         ({"budget": "8 parsecs"}, ["a size must be a number and a unit, such as 8GiB", "'8 parsecs'"]),
@@ -41,7 +41,11 @@ def compare(refused, bert_folder, two_classes, tmp_path):
         ({"time_limit": "soon"}, ["--time-limit must be a positive number with unit s, m or h", "'soon'"]),
         ({"time_limit": "0m"}, ["--time-limit must be a positive number"]),
         ({"seeds": 0}, ["--seeds must be an int >= 1; got 0"]),
-        ({"trials": 6}, ["--trials must be an int in [1, 5]; got 6"]),
+        ({"rates": 6}, ["--rates must be an int in [1, 5]; got 6"]),
+        ({"sizes": 0}, ["--sizes must be an int in [1, 4]; got 0"]),
+        ({"equal": "params"}, ["--equal must be one of parameters, flops, memory, none", "'params'"]),
+        ({"search": "halfing"}, ["--search must be one of halving, grid", "nearest: halving"]),
+        ({"prefer": "scores"}, ["--prefer must be one of memory, time, size, score", "nearest: score"]),
         ({"steps": 2}, ["--steps must be an int >= 3; got 2"]),
         ({"batch_size": 0}, ["--batch-size must be an int >= 1; got 0"]),
         ({"max_length": 1}, ["--max-length must be an int >= 4; got 1"]),
@@ -75,8 +79,8 @@ def test_compare_refuses_data(content, part, compare, tmp_path):
 
 def test_compare_refuses_options_that_contradict(compare):
     text = {"model": "stories260k", "task": "causal-lm", "data": "lowdim:shakespeare"}
-    assert "--label is for --task classify" in compare(**text, label="x")
-    assert "--methods linear-probe is for --task classify" in compare(**text, methods="linear-probe")
+    assert "--label is for --task classify, regress, image, embed, tokens; got 'x' for causal-lm" in compare(**text, label="x")
+    assert "--methods linear-probe: a language model has no new head to probe" in compare(**text, methods="linear-probe")
     assert "tensors of a model for causal-lm are missing from its weights" in compare(
         task="causal-lm", data="lowdim:shakespeare"
     )
@@ -93,6 +97,24 @@ def test_compare_refuses_a_method_that_does_not_fit_the_model(compare, monkeypat
         message = compare()
         assert "no method can be run: lora: " in message
         assert part in message
+
+
+def test_compare_of_a_model_whose_weights_are_no_numbers(refused, broken_model, tmp_path):
+    common = (
+        "--model",
+        broken_model,
+        "--task",
+        "causal-lm",
+        "--data",
+        "lowdim:shakespeare",
+        "--methods",
+        "lora",
+        "--steps",
+        "4",
+    )
+    message = refused("compare", *common, "--out", tmp_path / "out")
+    assert "model.layers.0.self_attn.q_proj.weight has NaN or infinite entries; use another copy of the model" in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_compare_does_not_write_over_another_folder(refused, bert_folder, two_classes, tmp_path):

@@ -22,9 +22,27 @@ def test_compress(call, refused, tmp_path):
     assert set(record["ranks"].values()) == {int(0.8 * i * o / (i + o)) for i, o in ((64, 32), (64, 64), (64, 172))}
     message = refused(*common, "--out", tmp_path / "x", "--param-ratio", "0")
     assert "option param_ratio of lord must be a number in (0, 1] or null; got 0" in message
-    assert "--method must be one of lord, welore" in refused(*common, "--out", tmp_path / "x", "--method", "svd")
+    assert "--method must be one of lord, " in refused(*common, "--out", tmp_path / "x", "--method", "svd")
+    assert "nm-decay acts while a model trains: a recipe of lowdim run with method: nm-decay" in refused(
+        *common, "--out", tmp_path / "x", "--method", "nm-decay"
+    )
     assert "--samples must be" in refused(*common[:5], "--out", tmp_path / "x", "--samples", "0")
     assert not (tmp_path / "x").exists()
+
+
+def test_compress_the_cache(call, refused, tmp_path):
+    """No weight changes; the ranks come back from the folder."""
+    common = ["compress", "--model", "stories260k", "--data", "lowdim:shakespeare", "--samples", "16", "--max-length", "32"]
+    common += ["--method", "matryoshka-kv", "--option", "key_ranks=4", "--option", "value_ranks=6"]
+    code, out, err = call(*common, "--out", tmp_path / "small")
+    assert (code, err) == (0, "")
+    assert "320 -> 200 cached numbers per token" in out  # 5 layers, 4 KV heads of 8
+    again = models.load_model(str(tmp_path / "small"), "causal-lm")
+    assert again.model.layers[4].self_attn.lowdim_kv.ranks == ((4,) * 4, (6,) * 4)
+    record = json.loads((tmp_path / "small" / "compression.json").read_text())
+    assert record["perplexity"][0] != record["perplexity"][1]
+    assert "leaves every weight as it is" in refused(*common, "--out", tmp_path / "dense", "--dense")
+    assert not (tmp_path / "dense").exists()
 
 
 def test_compress_by_weights(call, tmp_path):
@@ -68,6 +86,36 @@ def test_compress_then_tune(call, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_compress_then_teach(call, tmp_path):
+    common = ["compress", "--model", "stories260k", "--data", "lowdim:shakespeare", "--method", "pela", "--max-length", "32"]
+    code, out, err = call(*common, "--stage", "8", "--lr", "3e-3", "--samples", "64", "--out", tmp_path / "small")
+    assert (code, err) == (0, "")
+    assert "(taught)" in out
+    record = json.loads((tmp_path / "small" / "compression.json").read_text())
+    assert (record["stage_steps"], record["lr"], len(record["losses"])) == (8, 3e-3, 8)
+    assert record["trained"] == record["parameters"][1]  # the whole student
+    dense, compressed, taught = record["perplexity"]
+    assert dense < compressed
+    assert taught < 0.2 * compressed
+    assert models.load_model(str(tmp_path / "small"), "causal-lm").num_parameters() == record["parameters"][1]
+
+
+def test_compress_with_stages_of_its_own(call, refused, tmp_path):
+    common = ["compress", "--model", "stories260k", "--data", "lowdim:shakespeare", "--method", "lr2vq", "--max-length", "32"]
+    assert "layer model.layers.0.mlp.down_proj has 172" in refused(*common, "--out", tmp_path / "x")
+    sizes = ["--option", "subvector_size=4", "--option", "codebook_size=32", "--option", "clustering_dim=3"]
+    training = ["--option", "train_steps=6", "--option", "lr=3e-3", "--samples", "64", "--tune-steps", "4"]
+    code, out, err = call(*common, *sizes, *training, "--out", tmp_path / "small")
+    assert (code, err) == (0, "")
+    assert "906,240 -> 50,520 bytes in them" in out  # five bits for four weights, and a small table for each layer
+    assert "; ratio 17.9" in out
+    record = json.loads((tmp_path / "small" / "compression.json").read_text())
+    assert set(record["ranks"].values()) == {None}
+    assert len(record["losses"]) == 4
+    assert len(record["perplexity"]) == 3
+    assert models.load_model(str(tmp_path / "small"), "causal-lm")
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [
@@ -86,6 +134,18 @@ def test_compress_then_tune(call, tmp_path):
         (["--method", "welore", "--threshold", "2"], "option threshold of welore must be a number in [0, 1] or null"),
         (["--method", "welore", "--samples", "5"], "--samples is only used for tuning, since welore needs no samples"),
         (["--method", "welore", "--lr", "0.1"], "--lr is only used for tuning; add --tune-steps"),
+        (["--method", "welore", "--stage", "5"], "--stage: welore has no stage in which the dense model teaches"),
+        (
+            ["--method", "pela", "--tune-steps", "5"],
+            "--tune-steps: pela leaves no parameters to tune; fine-tune",
+        ),
+        (["--method", "pela", "--samples", "5"], "--samples is only used for tuning, since pela needs no samples; add --stage"),
+        (["--method", "wina", "--samples", "5"], "only used for tuning, since wina needs no samples; leave it out"),
+        (
+            ["--method", "wina", "--stage", "5"],
+            "--stage: wina has no stage in which the dense model teaches; --method pela has one",
+        ),
+        (["--method", "pela", "--stage", "0"], "--stage must be an int >= 1"),
         (["--method", "welore", "--tune-steps", "0"], "--tune-steps must be an int >= 1"),
         (["--method", "welore", "--tune-steps", "5", "--lr", "0"], "--lr must be a finite number"),
     ],

@@ -113,18 +113,19 @@ def test_export_says_what_truncating_costs_and_which_rank_would_do(call, refused
     assert (code, err) == (0, "")
     lines = [line.split() for line in out.splitlines() if line.startswith("model.layers.")]
     assert len(lines) == 10
-    assert {rank for _, rank, _ in lines} == {"4"}
-    assert all(0.1 < float(error) < 1 for _, _, error in lines)
+    assert {rank for _, rank, *_ in lines} == {"4"}
+    assert {whole for _, _, whole, _ in lines} == {"32", "64"}
+    assert all(0.1 < float(error) < 1 for *_, error in lines)
     assert "--format merged loses nothing" in out
     (wanted,) = (line.split()[1] for line in out.splitlines() if line.startswith("--rank "))
     out = call("export", full_rank, tmp_path / "wanted", "--rank", wanted)[1]
     assert "--rank" not in out
-    assert max(float(line.split()[2]) for line in out.splitlines() if line.startswith("model.layers.")) <= 0.01
+    assert max(float(line.split()[3]) for line in out.splitlines() if line.startswith("model.layers.")) <= 0.01
 
     out = call("export", full_rank, tmp_path / "bound", "--max-error", "0.2", "--for", "vllm")[1]
     lines = [line.split() for line in out.splitlines() if line.startswith("model.layers.")]
-    assert len({rank for _, rank, _ in lines}) == 1
-    assert all(float(error) <= 0.2 for _, _, error in lines)
+    assert len({rank for _, rank, *_ in lines}) == 1
+    assert all(float(error) <= 0.2 for *_, error in lines)
     assert "vllm serve" in out
     assert "--max-lora-rank 32 " in out
     assert "--lora-modules NAME=bound" in out
@@ -144,7 +145,8 @@ def test_export_for_llama_cpp(call, finished, tmp_path):
     code, out, err = call("export", finished, tmp_path / "out", "--for", "llamacpp")
     assert (code, err) == (0, "")
     assert out.startswith("exact\n")
-    assert f"python convert_lora_to_gguf.py out --base {models.resolve('stories260k').path} --outfile out.gguf" in out
+    assert "llama-cli --model BASE.gguf --lora out/adapter.gguf" in out
+    assert (tmp_path / "out" / "adapter.gguf").read_bytes()[:4] == b"GGUF"
 
 
 def test_export_of_a_run_from_random_weights(call, refused, recipe, tmp_path):
@@ -176,10 +178,87 @@ def test_export_of_what_peft_wrote(name, options, call, pefts, tmp_path):
     assert (tmp_path / "out" / wanted).is_file()
 
 
+def test_a_cut_is_shown_and_recorded_by_layer(call, refused, pefts, tmp_path):
+    import json
+
+    code, out, err = call("export", pefts / "lm", tmp_path / "cut", "--rank", "1")
+    assert (code, err) == (0, "")
+    shown = [line.split() for line in out.splitlines() if line.startswith("model.layers.")]
+    assert len(shown) == 5
+    assert {(rank, whole) for _, rank, whole, _ in shown} == {("1", "2")}
+    assert f"ranks and errors by layer: {tmp_path / 'cut' / 'ranks.json'}" in " ".join(out.split())
+    record = json.loads((tmp_path / "cut" / "ranks.json").read_text())
+    assert record["rank"] == 1
+    assert [(row["layer"], f"{row['error']:.4f}") for row in record["layers"]] == [(name, error) for name, *_, error in shown]
+    assert all(row["error"] > 0.01 for row in record["layers"])
+    assert "rank=3 is above what is there: the update has rank 2" in refused(
+        "export", pefts / "lm", tmp_path / "more", "--rank", "3"
+    )
+    assert call("export", pefts / "lm", tmp_path / "same", "--rank", "2")[1].startswith("exact\n")
+    assert not (tmp_path / "more").exists()
+
+
 def test_what_peft_wrote_is_diagnosed(call, pefts):
     code, out, err = call("diagnose", "intruders", "--base", "stories260k", "--tuned", pefts / "lm", "--k", "2")
     assert (code, err) == (0, "")
     assert "q_proj" in out
+
+
+def _edited(**changes):
+    import json
+
+    def edit(folder):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
+def _of_another_base(folder):
+    """As for a model that is half as wide."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "adapter_model.safetensors"
+    halves = {k: v[:, ::2].contiguous() if "lora_A" in k else v[::2].contiguous() for k, v in load_file(path).items()}
+    save_file(halves, path)
+
+
+def _pickled(folder):
+    import torch
+
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({}, folder / "adapter_model.bin")
+
+
+BAD = {
+    "another base": (_of_another_base, "the model's layer has shape (64, 64); it was trained on"),
+    "DoRA": (_edited(use_dora=True), "use_dora=True means DoRA, which scales the rows of the weight"),
+    "another type": (_edited(peft_type="VERA"), "holds PEFT's 'VERA'; lowdim reads its LORA: merge it with PEFT"),
+    "a type that changes inputs": (_edited(peft_type="PREFIX_TUNING"), "holds PEFT's 'PREFIX_TUNING'"),
+    "an unknown type": (_edited(peft_type="NEXTRA"), "holds PEFT's 'NEXTRA'"),
+    "no configuration": (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json does not exist"),
+    "no tensors": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors does not exist"),
+    "damaged tensors": (
+        lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"rubbish" * 9),
+        "adapter_model.safetensors is damaged or not a safetensors file",
+    ),
+    "a damaged configuration": (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json"),
+    "a pickle": (_pickled, "adapter_model.bin is a pickle"),
+    "no base": (_edited(base_model_name_or_path=None), "does not say which model it is for; name it with --model"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_folders_of_pefts(what, refused, pefts, tmp_path):
+    import shutil
+
+    change, message = BAD[what]
+    change(shutil.copytree(pefts / "lm", tmp_path / "adapter"))
+    for options in ([], ["--format", "merged"]):
+        assert message in refused("export", tmp_path / "adapter", tmp_path / "out", *options)
+    told = refused("diagnose", "intruders", "--base", "stories260k", "--tuned", tmp_path / "adapter", "--k", "2")
+    assert message in told
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_export_of_another_kind_of_model(call, tmp_path):
@@ -202,3 +281,51 @@ def test_export_of_another_kind_of_model(call, tmp_path):
         again = ViTForImageClassification.from_pretrained(tmp_path / "out").eval()
     batch = zoo.MODELS["vit-classifier"].batch()
     assert torch.allclose(zoo.logits_of(again, batch), zoo.logits_of(model.eval(), batch), atol=1e-5)
+
+
+def test_export_into_a_dense_model_has_no_zeros_to_keep(refused, finished, tmp_path):
+    message = refused("export", finished, tmp_path / "out", "--format", "merged", "--keep-mask")
+    assert "is for a sparse base model: no adapted layer here has 1% exact zeros" in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
+def test_zeros_of_rounding_to_few_bits_are_no_mask(scheme, tmp_path):
+    import torch
+
+    pytest.importorskip("bitsandbytes" if scheme == "nf4" else "torchao")
+    adapted = lowdim.adapt(models.load_model("stories260k", "causal-lm", quantize=scheme), lowdim.adapters.LoRA(rank=2))
+    before = {name: parameter.clone() for name, parameter in adapted.model.named_parameters()}
+    with pytest.raises(ValueError, match=r"keep_mask \(--keep-mask\) is for a sparse base model"):
+        lowdim.export.export(adapted, tmp_path / "out", "merged", keep_mask=True)
+    assert not (tmp_path / "out").exists()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in adapted.model.named_parameters())
+
+
+def test_export_into_a_sparse_model_keeps_its_zeros(call, refused, tmp_path):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    import tiny
+    from lowdim.compress import NMDecayConfig, finalize, nm_decay
+
+    model = finalize(nm_decay(tiny.llama(), NMDecayConfig(total_steps=1)))
+    with models.quiet():
+        model.save_pretrained(tmp_path / "base")
+        tiny.save_tokenizer(tmp_path / "base", [*tiny.SPECIAL, *tiny.PLAIN])
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = lowdim.adapt(model, lowdim.adapters.LoRA(rank=2))
+    with torch.no_grad():
+        for parameter in adapted.trainable().values():
+            parameter.add_(0.1)
+    adapted.save(tmp_path / "adapter")
+    common = ("export", tmp_path / "adapter", tmp_path / "out", "--keep-mask")
+    assert "--keep-mask is for --format merged, which writes weights; got --format peft" in refused(*common)
+    assert call(*common, "--format", "merged")[::2] == (0, "")
+    with models.quiet():
+        again = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    for name, layer in adapted.layers.items():
+        weight, before = again.get_submodule(name).weight, layer.pristine_weight()
+        assert torch.equal(weight == 0, before == 0)
+        assert bool(((weight.view(-1, 4) != 0).sum(1) == 2).all())
+        torch.testing.assert_close(weight[before != 0], layer.effective_weight()[before != 0])

@@ -6,11 +6,19 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from lowdim.cli.terminal import forgiving_output
 from lowdim.interrupts import interruptible, was_interrupted
+
+
+def wait_for_signal():
+    """Not `signal.pause()`, which never ends where the signal is ignored, as under nohup."""
+    for _ in range(3000):
+        time.sleep(0.01)
+
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
@@ -24,7 +32,7 @@ def test_a_signal_is_one_line_and_its_code(number, code, how, capsys):
         with interruptible(arguments), interruptible(arguments):  # of the entry point, and of `main`
             try:
                 os.kill(os.getpid(), number)
-                signal.pause()
+                wait_for_signal()
             except KeyboardInterrupt:
                 assert was_interrupted()
                 if how == "as an exit of typer":
@@ -46,7 +54,7 @@ def test_a_library_that_turns_an_interruption_into_an_error(call, monkeypatch):
     def entries():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
-            signal.pause()
+            wait_for_signal()
         except KeyboardInterrupt:
             raise RuntimeError("worker died") from None
 
@@ -92,7 +100,10 @@ def test_in_another_thread_nothing_is_installed():
     assert seen == [signal.SIG_DFL]
 
 
-@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(n, id=n.name, marks=[pytest.mark.slow] * (n.name != "SIGTERM")) for n in CODES],
+)
 def test_a_command_is_ended(number, tmp_path):
     """As a process, in the middle of the work that the signal interrupts."""
     (tmp_path / "recipe.yaml").write_text("model: stories260k\ntask: causal-lm\ndata: lowdim:shakespeare\nsteps: 5000\n")
@@ -118,7 +129,8 @@ def test_a_signal_in_code_that_is_executed():
     """As in every dataclass: Python forgets the exit code where a plain KeyboardInterrupt passes through `exec`."""
     code = (
         "from lowdim.interrupts import interruptible\n"
-        "with interruptible(['list']):\n    exec('import os, signal; os.kill(os.getpid(), signal.SIGTERM); signal.pause()')\n"
+        "with interruptible(['list']):\n"
+        "    exec('import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (143, "interrupted; nothing was written. To try again: lowdim list\n")

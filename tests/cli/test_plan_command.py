@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 
 def test_plan(call, refused, bert_folder):
     common = ["plan", "--model", bert_folder, "--task", "classify", "--length", "16"]
@@ -47,3 +49,74 @@ def test_plan_for_pretraining(call):
     code, out, _ = call(*base, "--rank", "64", "--layerwise")
     wider = {row["method"]: row for row in json.loads(out)}
     assert wider["galore"]["optimizer_state"] > rows["galore"]["optimizer_state"]
+
+
+FIT = ["plan", "--fit", "--model", "stories260k", "--batch-size", "8", "--length", "64"]
+
+
+@pytest.mark.slow
+def test_fit_writes_recipes_that_run_and_keep_the_texts_of_a_step(call, tmp_path):
+    from lowdim.train.recipes import load_recipe
+
+    out, budget = tmp_path / "recipes", 8 * 2**20
+    arguments = [*FIT, "--budget", "8MiB", "--methods", "full,lora", "--rank", "4", "--json"]
+    code, text, _ = call(*arguments, "--write-recipes", out, "--data", "lowdim:shakespeare")
+    assert code == 0
+    found = {row["method"]: row for row in json.loads(text)}
+    assert all(row["fits"] and row["forecast"]["total"] <= budget for row in found.values())
+    assert found["full"]["changes"]["batch_size"] < 8
+    assert sorted(path.name for path in out.iterdir()) == ["full.yaml", "lora.yaml"]
+    for name in ("full", "lora"):
+        recipe = load_recipe(out / f"{name}.yaml")
+        assert recipe.batch_size * recipe.gradient_accumulation == 8
+        assert recipe.gradient_checkpointing == found[name]["forecast"]["gradient_checkpointing"]
+        assert (recipe.method, recipe.max_length, recipe.data) == (name, 64, ["lowdim:shakespeare"])
+    assert load_recipe(out / "lora.yaml").options == {"rank": 4}
+    code, _, _ = call("run", out / "full.yaml", "--steps", "2", "--out", tmp_path / "run")
+    assert code == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["method"] == "full"
+
+
+def test_fit_prints_a_line_for_each_method(call):
+    code, out, _ = call(*FIT, "--budget", "8MiB", "--methods", "full,lora")
+    assert code == 0
+    assert "8 x 64 tokens a step in 8.00 MiB" in out
+    (line,) = (line for line in out.split("\n") if line.startswith("Full fine-tuning"))
+    assert "--batch-size" in line
+    assert "--accumulate" in line
+
+
+@pytest.mark.slow
+def test_fit_with_a_budget_that_nothing_fits(call, tmp_path):
+    code, _, err = call(*FIT, "--budget", "1MiB", "--methods", "lora", "--write-recipes", tmp_path / "r")
+    assert code == 2
+    assert "nothing fits 1.00 MiB: the smallest need is " in err
+    assert " are missing; " in err
+    assert not (tmp_path / "r").exists()
+
+
+def test_options_of_fit_that_make_no_sense(refused, tmp_path):
+    assert "--fit needs --budget" in refused(*FIT)
+    assert "forecasts nothing; leave out --fit" in refused(*FIT, "--budget", "1GiB", "--layers")
+    assert "forecasts nothing; leave out --fit, --budget" in refused("plan", "--model", "stories260k", "--layers", "--json")
+    assert "for --fit" in refused("plan", "--model", "stories260k", "--write-recipes", tmp_path / "r")
+    assert "name their folder" in refused(*FIT, "--budget", "1GiB", "--data", "a.jsonl")
+    assert "float16" in refused(*FIT, "--budget", "1GiB", "--dtype", "float16")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    assert "is not empty" in refused(*FIT, "--budget", "1GiB", "--write-recipes", tmp_path / "full")
+
+
+def test_a_configuration_alone_is_a_model(call, refused, bert_folder, tmp_path):
+    common = ["--task", "classify", "--length", "16", "--methods", "lora", "--json"]
+    whole = json.loads(call("plan", "--model", bert_folder, *common)[1])
+    content = (bert_folder / "config.json").read_text()
+    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "shape.json").write_text(content)
+    for name in (tmp_path, tmp_path / "config.json", tmp_path / "shape.json"):
+        (row,) = json.loads(call("plan", "--model", name, *common)[1])
+        assert row["total"] == whole[0]["total"]
+    (tmp_path / "shape.json").write_text(json.dumps({**json.loads(content), "model_type": "berd"}))
+    message = refused("plan", "--model", tmp_path / "shape.json", *common)
+    assert "architecture 'berd', which transformers" in message
+    assert "nearest: bert" in message

@@ -1,6 +1,12 @@
 """`lowdim reproduce`."""
 
+import dataclasses
 
-def test_reproduce_refuses(refused):
+from lowdim.catalogue import entries, find
+
+
+def test_reproduce_refuses(refused, monkeypatch):
     assert "nearest: galore" in refused("reproduce", "galor")
-    assert "is not built yet" in refused("reproduce", "pst")
+    waiting = dataclasses.replace(find("lord"), number=61, slug="waiting", target="")
+    monkeypatch.setattr("lowdim.catalogue.lookup.ROWS", (*entries(), waiting))
+    assert "is not built yet" in refused("reproduce", "waiting")

@@ -40,7 +40,7 @@ def test_run_refuses_a_recipe_at_once(changes, part, check, refused, recipe, tmp
     ("changes", "part"),
     [
         ({"options": {"target_modules": ["q_prj"]}}, "'q_prj' matches no module"),
-        ({"metric": "f1"}, "metric for causal-lm must be one of perplexity, loss; got 'f1'"),
+        ({"metric": "f1"}, "metric for causal-lm must be one of perplexity, loss"),
         ({"model": "nowhere"}, "'nowhere' is not a folder"),
         ({"data": "nowhere.txt"}, "nowhere.txt: no such file"),
         ({"max_length": 512}, "blocks of 512 tokens"),
@@ -59,6 +59,12 @@ def test_run_that_diverges(refused, recipe, tmp_path):
     assert "the loss became nan at step" in message
     assert "try a smaller learning rate than 1e+30" in message
     assert not (tmp_path / "out" / "model").exists()
+
+
+def test_run_of_a_model_whose_weights_are_no_numbers(refused, recipe, broken_model, tmp_path):
+    message = refused("run", recipe(model=str(broken_model)))
+    assert "model.layers.0.self_attn.q_proj.weight has NaN or infinite entries; use another copy of the model" in message
+    assert not (tmp_path / "out" / "adapter").exists()
 
 
 def test_run_does_not_write_over_a_run(refused, finished):

@@ -73,3 +73,9 @@ def test_accumulation_and_classes_reach_the_forecast():
     assert (few.accumulate, held.accumulate) == (1, 2)
     assert held.total > few.total
     assert many.trained_parameters - few.trained_parameters == 1000 * 64  # the head has no bias
+
+
+def test_a_regression_has_one_output():
+    settings = PlanSettings(model="stories260k", task="regress", classes=7, methods="linear-probe", length=16)
+    (found,) = plan(settings).forecasts
+    assert found.trained_parameters == 64  # a head without bias over the width of the model

@@ -27,7 +27,7 @@ def list_systems(
     can: Annotated[str | None, typer.Option("--can", help="Only what can do all of this, e.g. merge,conv,int8.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """The catalogue: sixty systems, what works today and what does not yet; or the options of one system."""
+    """The catalogue: sixty systems, and what each can do; or the options of one system."""
     from lowdim.catalogue import BASELINES, FAMILIES, entries
 
     if name is not None and name not in FAMILIES:
@@ -69,7 +69,7 @@ def _show_table(rows: list[Entry], baselines: list[Variant]) -> None:
     wide = room >= 40  # a narrow terminal has only room for the names; the claims are in --json and the docs
     table.add_column("", justify="right", style="dim")
     for head in heads[1:]:
-        table.add_column(head, no_wrap=True)
+        table.add_column(head, no_wrap=head != heads[-1])  # what to type is never cut
     if wide:
         table.add_column("what it claims", overflow="ellipsis", no_wrap=True, width=room)
     for entry, (number, slug, family, today, names) in zip(rows, cells):

@@ -1,4 +1,4 @@
-"""`lowdim list | plan | run | compare | compress | diagnose | export | report | reproduce`: one module for each command."""
+"""The commands of `lowdim`, one module for each."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from lowdim.cli.compress import compress
 from lowdim.cli.diagnose import diagnose
 from lowdim.cli.errors import clear_errors, short_warnings
 from lowdim.cli.export import export
+from lowdim.cli.index_check import index_check
 from lowdim.cli.list import list_systems
 from lowdim.cli.once import OnceCommand
 from lowdim.cli.plan import plan
 from lowdim.cli.report import report
 from lowdim.cli.reproduce import reproduce
 from lowdim.cli.run import run
+from lowdim.cli.sizes import sizes
 from lowdim.cli.terminal import forgiving_output
 from lowdim.interrupts import interruptible
 
@@ -34,7 +36,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("list", cls=OnceCommand)(list_systems)
-for command in (plan, compare, run, export, compress, diagnose, report, reproduce):
+for command in (plan, compare, run, export, compress, diagnose, sizes, index_check, report, reproduce):
     app.command(cls=OnceCommand)(command)
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lowdim.cli.options import Methods, Model, print_line
 
 if TYPE_CHECKING:
-    from lowdim.jobs import PlanSettings
+    from lowdim.jobs import FitOutcome, PlanOutcome, PlanSettings
 
 __all__ = ["plan"]
 
@@ -22,8 +26,10 @@ def plan(
     model: Model,
     budget: Annotated[str | None, typer.Option("--budget", help="Memory, e.g. 8GiB.")] = None,
     methods: Methods = None,
-    task: Annotated[str, typer.Option("--task", help="classify, causal-lm or pretrain.")] = "causal-lm",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Texts in a forward pass.")] = 1,
+    task: Annotated[
+        str, typer.Option("--task", help="classify, regress, instruct, causal-lm, pretrain, image, tokens or embed.")
+    ] = "causal-lm",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Texts or images in a forward pass.")] = 1,
     length: Annotated[int, typer.Option("--length", help="Tokens in a sequence.")] = 512,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Recompute activations.")] = False,
@@ -31,11 +37,27 @@ def plan(
     layerwise: Annotated[bool, typer.Option("--layerwise", help="Free gradients at once, if the optimizer can.")] = False,
     accumulate: Annotated[int, typer.Option("--accumulate", help="Forward passes (gradient accumulation) of a step.")] = 1,
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="bytes, a folder or hub id, for pretrain.")] = None,
-    classes: Annotated[int, typer.Option("--classes", help="Classes of --task classify.")] = 2,
+    classes: Annotated[int, typer.Option("--classes", help="Classes of --task classify, image or tokens.")] = 2,
     master_weights: Annotated[
         bool, typer.Option("--master-weights", help="With float32 copies of trained 16-bit weights.")
     ] = False,
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", help="With the base's linear weights in few bits: int8, int4 or nf4.")
+    ] = None,
+    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, or adamw8bit with moments in 8 bits.")] = "adamw",
+    ffn: Annotated[str | None, typer.Option("--ffn", help="pretrain: feed-forward layers, as of lowdim run.")] = None,
+    mixer: Annotated[
+        str | None, typer.Option("--mixer", help="pretrain: delta-product or s4d in the place of attention.")
+    ] = None,
+    devices: Annotated[int, typer.Option("--devices", help="Spread over so many by FSDP2; memory of each.")] = 1,
     layers: Annotated[bool, typer.Option("--layers", help="Show which modules the patterns match.")] = False,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="The smallest change of each method's settings that fits --budget.")
+    ] = False,
+    recipes: Annotated[
+        Path | None, typer.Option("--write-recipes", help="With --fit: a new folder for a recipe of each method that fits.")
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option("--data", help="With --write-recipes: what to train on.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Forecast the peak memory of training by each method, without allocating the model.
@@ -50,29 +72,84 @@ def plan(
     settings = PlanSettings(
         model=model, methods=",".join(methods or ["all"]), task=task, batch_size=batch_size, length=length, dtype=dtype,
         gradient_checkpointing=checkpointing, rank=rank, layerwise=layerwise, accumulate=accumulate, tokenizer=tokenizer,
-        classes=classes, master_weights=master_weights, budget=limit,
+        classes=classes, master_weights=master_weights, quantize=quantize, optimizer=optimizer,
+        ffn=ffn, mixer=mixer, devices=devices, budget=limit,
     )  # fmt: skip
     console = Console()
     notes = Console(stderr=True) if as_json else console
+    if layers and (fit or as_json or limit is not None):
+        raise ValueError("--layers shows which modules are trained and forecasts nothing; leave out --fit, --budget and --json")
     if layers:
         _show_layers(console, settings)
         _print_notes(notes, settings)
         return
-    with console.status("forecasting") as status:
-        outcome = run(settings, say=status.update)
+    if not fit and (recipes is not None or data):
+        raise ValueError("--write-recipes and --data are for --fit, which finds settings that fit --budget")
+    if fit:
+        _fit(console, notes, settings, recipes, data or [], as_json)
+        return
+    with _progress(settings) as (say, done):
+        outcome = run(settings, say=say, done=done)
     from lowdim.plan import affordable, table
 
     if as_json:
         print(json.dumps([f.to_dict() for f in outcome.forecasts], indent=1))
     else:
         console.print(table(list(outcome.forecasts), limit))
-    _print_notes(notes, settings)
-    for variant, reason in outcome.refused:
-        print_line(notes, f"{variant.label}: {reason}")
-    if not outcome.forecasts:
-        raise ValueError("no method can train this model; the reasons are above")
+    _print_remarks(notes, settings, outcome)
     if limit is not None:
         affordable(list(outcome.forecasts), limit)  # raises if nothing fits
+
+
+def _fit(
+    console: Console, notes: Console, settings: PlanSettings, recipes: Path | None, data: list[str], as_json: bool
+) -> None:
+    """`lowdim plan --fit`: a line for each method, and its recipe."""
+    from lowdim.jobs import fit_plan, write_recipes
+    from lowdim.outputs import new_folder
+    from lowdim.plan import affordable, fit_table
+
+    if data and recipes is None:
+        raise ValueError("--data is what the recipes of --write-recipes train on; name their folder")
+    with nullcontext() if recipes is None else new_folder(recipes), _progress(settings) as (say, done):
+        outcome = fit_plan(settings, say=say, done=done)
+    if as_json:
+        print(json.dumps([found.to_dict() for found in outcome.fits], indent=1))
+    else:
+        console.print(fit_table(list(outcome.fits)))
+    _print_remarks(notes, settings, outcome)
+    assert settings.budget is not None
+    affordable([found.forecast for found in outcome.fits], settings.budget)  # raises if nothing fits
+    if recipes is not None:
+        files = write_recipes(settings, outcome.fits, recipes, data)
+        print_line(
+            notes, f"written {len(files)} {'recipe' if len(files) == 1 else 'recipes'} to {recipes}: lowdim run {files[0]}"
+        )
+
+
+@contextmanager
+def _progress(settings: PlanSettings) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """A bar over the methods, on standard error; what to call before and after each."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("forecasting", total=len(settings.chosen()))
+        yield (lambda line: bar.update(task, description=line)), (lambda: bar.advance(task))
+
+
+def _print_remarks(console: Console, settings: PlanSettings, outcome: PlanOutcome | FitOutcome) -> None:
+    """Which methods are left out, why others cannot train the model, and which weights adapters do not reach.
+
+    Raises:
+        ValueError: none can.
+    """
+    _print_notes(console, settings)
+    for variant, reason in outcome.refused:
+        print_line(console, f"{variant.label}: {reason}")
+    if outcome.unreached:
+        print_line(console, f"adapters: {outcome.unreached}")
+    if len(outcome.refused) == len(settings.chosen()):
+        raise ValueError("no method can train this model; the reasons are above")
 
 
 def _print_notes(console: Console, settings: PlanSettings) -> None:

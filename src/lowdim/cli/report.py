@@ -14,10 +14,10 @@ __all__ = ["report"]
 
 
 def report(
-    source: Annotated[Path, typer.Argument(help="comparison.json, run.json, or a folder that holds one.")],
+    source: Annotated[Path, typer.Argument(help="A record (comparison, run, pipeline or families .json), or its folder.")],
     out: Annotated[Path | None, typer.Option("--out", help="The page; in the record's folder if left out.")] = None,
 ) -> None:
-    """Draw the page of a comparison or run again from its record."""
+    """Draw the page of a comparison, run or pipeline again from its record."""
     from lowdim.jobs import report as run
 
     print_line(Console(), f"written {run(source, out)}")

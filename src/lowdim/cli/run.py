@@ -21,25 +21,49 @@ __all__ = ["run"]
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe in YAML. Without one: --task and --model.")] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="Instead of the recipe's: pretrain, classify, causal-lm ...")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Instead of the recipe's.")] = None,
+    data: Annotated[list[str] | None, typer.Option("--data", help="Instead of the recipe's; repeatable.")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="Instead of the recipe's.")] = None,
+    ffn: Annotated[
+        str | None,
+        typer.Option(
+            "--ffn", help="Feed-forward layers from scratch: blockdense, blockshuffle, lowrank or dense; ',rank=64' after it."
+        ),
+    ] = None,
+    mixer: Annotated[
+        str | None, typer.Option("--mixer", help="In the place of attention, from scratch: delta-product or s4d.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Instead of the recipe's folder.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
     steps: Annotated[int | None, typer.Option("--steps", help="Instead of the recipe's.")] = None,
     master_weights: Annotated[
         bool, typer.Option("--master-weights", help="Keep float32 copies of trained bfloat16 weights.")
     ] = False,
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", help="Keep the base's linear weights in few bits: int8, int4 or nf4.")
+    ] = None,
+    optimizer: Annotated[str | None, typer.Option("--optimizer", help="adamw, or adamw8bit with moments in 8 bits.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check the recipe and print it filled in.")] = False,
 ) -> None:
-    """Fine-tune with one method, as described in a recipe."""
+    """Train with one method, as described in a recipe."""
     import yaml
 
     from lowdim.catalogue import variant
     from lowdim.methods import with_options
-    from lowdim.train.recipes import load_recipe
+    from lowdim.train.recipes import load_recipe, new_recipe
 
-    loaded = load_recipe(
-        recipe, out=None if out is None else str(out), steps=steps, master_weights=True if master_weights else None
-    )
+    if recipe is None and (task is None or model is None):
+        raise typer.BadParameter("name a recipe, or --task and --model")
+    given: dict[str, Any] = {
+        "model": model, "task": task, "data": data or None, "method": method, "ffn": ffn, "mixer": mixer,
+        "out": None if out is None else str(out), "steps": steps, "master_weights": True if master_weights else None,
+        "quantize": quantize, "optimizer": optimizer,
+    }  # fmt: skip
+    loaded = new_recipe(**given) if recipe is None else load_recipe(recipe, **given)
     with_options(variant(loaded.method), loaded.options)
     console = Console()
     if check:
@@ -53,7 +77,6 @@ def run(
 
 def _run(loaded: Recipe, folder: Path, resume: bool, first: bool, console: Console) -> None:
     from lowdim.outputs import check_replaceable
-    from lowdim.records import metric_title
     from lowdim.report import write_run
     from lowdim.train.run import run_recipe
 
@@ -73,14 +96,31 @@ def _run(loaded: Recipe, folder: Path, resume: bool, first: bool, console: Conso
         return
     if file.read_bytes() != before or not page.exists():  # a finished run that is resumed stays as it is
         write_run(record, page)
-    console.print(
-        f"{record['label']}: validation {metric_title(record['metric'])} {record['before']:.4f} before, "
-        f"{record['validation']:.4f} after; test {record['test']:.4f}",
-        highlight=False,
-        markup=False,
-    )
+    for line in _summary(record):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     kept = folder / "adapter" if (folder / "adapter").is_dir() else folder / "model"
     print_line(console, f"written {kept}, {file}, {page}")
+
+
+def _summary(record: dict[str, Any]) -> list[str]:
+    """What the model wrote and scored before and after, in lines."""
+    from lowdim.errors import shown
+    from lowdim.records import metric_title
+
+    lines = []
+    for sample in record.get("samples", ()):
+        lines += [f"prompt    {shown(sample['prompt'], 120)}"]
+        lines += [f"  {name:<9}{shown(sample[name], 120)}" for name in ("before", "after", "expected")]
+    title = metric_title(record["metric"])
+    scores = {"validation": (record["before"], record["validation"]), "test": (record.get("before_test"), record["test"])}
+    told = (
+        f"{part} {title} {after:.4f}" if before is None else f"{part} {title} {before:.4f} before, {after:.4f} after"
+        for part, (before, after) in scores.items()
+    )
+    lines.append(f"{record['label']}: {'; '.join(told)}")
+    if kept := record.get("kept"):
+        lines.append(f"loss on the text to keep: {kept[0]:.4f} before, {kept[1]:.4f} after")
+    return lines
 
 
 def _callback(bar: Progress, task: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lowdim.errors import DataError, UnknownNameError
 
-__all__ = ["holds_adapter", "load_adapted"]
+__all__ = ["About", "described", "holds_adapter", "load_adapted"]
 
 #: PEFT's task -> the Auto class whose model it is for.
 _TASKS = {
@@ -22,12 +22,24 @@ _TASKS = {
 
 
 @dataclass(frozen=True)
-class _About:
-    """The base model that an adapter names, its class, and the number of classes of its head (0 without a head)."""
+class About:
+    """What an adapter's folder says.
+
+    Attributes:
+        base: the base model.
+        kind: its class, or an Auto class.
+        labels: the number of classes of a head that was trained along; 0 without a head.
+        quantize: how the base's weights were kept in the training.
+        whole: the modules that the adapter holds whole.
+        of_peft: whether PEFT wrote it.
+    """
 
     base: str | None
     kind: str | None
     labels: int
+    quantize: str | None = None
+    whole: tuple[str, ...] = ()
+    of_peft: bool = False
 
 
 def holds_adapter(folder: Path) -> bool:
@@ -50,27 +62,32 @@ def load_adapted(folder: Path, *, model: str | None = None, task: str | None = N
     """
     from lowdim import models
     from lowdim.adapters import load_adapter
+    from lowdim.modules import quantize_base
 
-    about = _about(folder)
+    about = described(folder)
     name = model or about.base
     if not name:
         raise DataError(f"{folder} does not say which model it is for; name it with --model")
     task = task or _task(about)
     if task is None:
         base = models.load_by_class(name, str(about.kind), num_labels=about.labels or None)
+        if about.quantize is not None:
+            quantize_base(base, about.quantize, keep=about.whole)
     else:
         pad = models.load_tokenizer(name).pad_token_id
-        base = models.load_model(name, task, num_labels=about.labels or 2, pad_token_id=pad)
+        base = models.load_model(name, task, num_labels=about.labels or 2, pad_token_id=pad, quantize=about.quantize)
     return name, load_adapter(base, folder)
 
 
-def _task(about: _About) -> str | None:
+def _task(about: About) -> str | None:
     """The task of lowdim's that builds this model; None if it is of another class."""
     kind = about.kind or ""
     if kind.endswith(("ForCausalLM", "LMHeadModel")):
         return "causal-lm"
     if kind in ("SentenceClassifier", "AutoModelForSequenceClassification"):
         return "classify"
+    if kind == "SentenceTransformer":
+        return "embed"
     takes = _inputs(kind)
     if kind.endswith("ForSequenceClassification") and takes == "input_ids":
         return "classify"
@@ -88,19 +105,25 @@ def _inputs(kind: str) -> str | None:
         return None
 
 
-def _about(folder: Path) -> _About:
-    from lowdim.adapters.core.files.layout import TENSORS, read_adapter
-    from lowdim.adapters.core.files.peft_reader import read_peft
+def described(folder: Path) -> About:
+    """What the folder of an adapter says of it.
 
-    if (folder / TENSORS).is_file() or not (folder / "adapter_config.json").is_file():
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    from lowdim.adapters.core.files.layout import read_adapter
+    from lowdim.adapters.core.files.peft_reader import is_of_peft, read_peft
+
+    if not is_of_peft(folder):
         tensors, header = read_adapter(folder)
         kind = header.base_model.get("class")
-        return _About(header.base, kind if isinstance(kind, str) else None, _labels(tensors, header.modules_to_save))
+        labels, whole = _labels(tensors, header.modules_to_save), tuple(header.modules_to_save)
+        return About(header.base, kind if isinstance(kind, str) else None, labels, header.quantize, whole)
     found = read_peft(folder)
     mapped = (found.config.auto_mapping or {}).get("base_model_class")
     kind = mapped if isinstance(mapped, str) else _TASKS.get(found.config.task_type or "")
     labels = _labels(found.kept, {key.rpartition(".")[0] for key in found.kept})
-    return _About(found.config.base_model_name_or_path, kind, labels)
+    return About(found.config.base_model_name_or_path, kind, labels, of_peft=True)
 
 
 def _labels(tensors: Mapping[str, Any], modules: Iterable[str]) -> int:

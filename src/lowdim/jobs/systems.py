@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import typing
 from collections.abc import Callable, Mapping
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowdim.catalogue import BASELINES, FAMILIES, Entry, Variant, entries, variants
-from lowdim.errors import UnknownNameError, nearest, unknown
+from lowdim.errors import UnknownNameError, listed, nearest, unknown
+from lowdim.jobs.measures import MEASURES, Measure
 from lowdim.jobs.options import Option, check_options, described, options_of
 
 __all__ = ["Compressor", "Diagnostic", "compressor", "described_system", "diagnostic", "names_of"]
@@ -28,8 +30,14 @@ _COMMON = {
 
 
 def names_of(family: str) -> list[str]:
-    """The slugs of a family that work today, in alphabetical order."""
-    return sorted(entry.slug for entry in entries() if entry.family == family and entry.available)
+    """The slugs that a command can run today, in alphabetical order; without compressions that act while a model trains."""
+    found = (e for e in entries() if e.family == family and e.available and not e.python_only)
+    return sorted(e.slug for e in found if not _acts_in_training(e))
+
+
+def _acts_in_training(entry: Entry) -> bool:
+    """Whether it is a compression that `lowdim run` trains with, as opposed to one of a trained model."""
+    return entry.family == "compress" and bool(entry.variants)
 
 
 @dataclass(frozen=True)
@@ -67,27 +75,28 @@ class Compressor:
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """A measurement: `function(*inputs, **options) -> result`.
-
-    Attributes:
-        inputs: names of the positional parameters.
-    """
+    """A measurement: `function(*measure.arguments(inputs), **options) -> result`."""
 
     entry: Entry
     function: Callable[..., Any]
-    inputs: tuple[str, ...]
+    measure: Measure
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What it needs, by the names of the command."""
+        return self.measure.inputs
 
     @property
     def options(self) -> dict[str, Option]:
-        """The keyword-only parameters."""
-        return options_of(self.function)
+        """The keyword-only parameters, but for a function that is told of progress."""
+        return {name: option for name, option in options_of(self.function).items() if name not in ("callback", "say")}
 
 
 def compressor(name: str) -> Compressor:
     """The compression of this name.
 
     Raises:
-        UnknownNameError: no system of `lowdim.compress` that works today.
+        UnknownNameError: no system of `lowdim.compress` that works today, or one that only Python can call: the error says why.
 
     Example:
         >>> from lowdim.jobs import compressor
@@ -113,9 +122,14 @@ def diagnostic(name: str) -> Diagnostic:
         ('base', 'tuned')
     """
     entry = _entry("diagnose", "diagnostic", name)
-    function = entry.build()
-    parameters = inspect.signature(function).parameters.values()
-    return Diagnostic(entry, function, tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD))
+    measure, function = MEASURES.get(name), entry.build()
+    if measure is None:
+        parameters = inspect.signature(function).parameters.values()
+        measure = Measure(tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD))
+    if measure.function:
+        module, _, attribute = measure.function.rpartition(":")
+        function = getattr(importlib.import_module(module or "lowdim.diagnose"), attribute)
+    return Diagnostic(entry, function, measure)
 
 
 def described_system(name: str) -> tuple[Entry | None, dict[str, dict[str, Option]]]:
@@ -139,7 +153,9 @@ def described_system(name: str) -> tuple[Entry | None, dict[str, dict[str, Optio
         raise UnknownNameError(f"no family, system or method is called {name!r}; nearest: {', '.join(nearest(name, known))}")
     if not row.available:
         return row, {}
-    if row.family == "compress" and name == row.slug:
+    if row.python_only:
+        return row, {name: options_of(typing.get_type_hints(row.build())["config"])}
+    if row.family == "compress" and name == row.slug and not _acts_in_training(row):
         return row, {name: compressor(name).options}
     if row.family == "diagnose":
         return row, {name: diagnostic(name).options}
@@ -168,6 +184,13 @@ def variant_options(variant: Variant) -> dict[str, Option]:
 def _entry(family: str, argument: str, name: str) -> Entry:
     for entry in entries():
         if entry.family == family and entry.available and entry.slug == name:
+            if _acts_in_training(entry):
+                raise UnknownNameError(
+                    f"{argument}: {name} acts while a model trains: a recipe of lowdim run with method: {name}, or lowdim "
+                    f"compare --methods {name}. What is trained already is compressed by {', '.join(names_of(family))}"
+                )
+            if entry.python_only:
+                raise UnknownNameError(f"{argument} must be one of {listed(names_of(family))}; not {name}: {entry.python_only}")
             return entry
     raise unknown(argument, name, names_of(family))
 

@@ -55,4 +55,6 @@ def test_the_table_is_large_and_spread_over_the_package():
     counts = collections.Counter(fault.file.split("/")[0] for fault in FAULTS)
     families = ("adapters", "optim", "layers", "compress", "represent", "diagnose", "solve")
     assert all(counts[part] >= 4 for part in families)
-    assert all(counts[part] for part in ("linalg", "methods", "train", "compare", "plan", "calibrate", "export.py", "files.py"))
+    assert all(
+        counts[part] for part in ("linalg", "methods", "train", "comparison", "plan", "calibrate", "export.py", "files.py")
+    )

@@ -4,6 +4,13 @@ from mutants.planting import Fault, Tests
 
 FAULTS = [
     Fault(
+        "the Householder projector leaves its scale out of the product",
+        "layers/householder.py",
+        "(self.scale * self.signs).to(hidden.dtype)",
+        "self.signs.to(hidden.dtype)",
+        Tests(("layers/test_householder.py::TestHouseholderTall",), shared=True),
+    ),
+    Fault(
         "LoRA's scale is alpha, not alpha / rank",
         "adapters/lora.py",
         "scaling = self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)",
@@ -19,7 +26,7 @@ FAULTS = [
     ),
     Fault(
         "a Monarch layer's middle permutation is left out",
-        "layers/monarch.py",
+        "layers/core/block_factors.py",
         "return monarch_dense(self.blkdiag1, self.blkdiag2)[: self.out_features, : self.in_features]",
         "return (torch.block_diag(*self.blkdiag2) @ torch.block_diag(*self.blkdiag1))[: self.out_features, : self.in_features]",
         Tests(("layers/test_monarch_layer.py::TestMonarchWide",), "formula", shared=True),
@@ -109,6 +116,34 @@ FAULTS = [
         Tests(("represent/test_retrieval.py::TestAdaptive",), "formula", shared=True),
     ),
     Fault(
+        "PELA keeps one rank more",
+        "compress/pela/factoring.py",
+        "new, errors[name] = _factor(layer, ranks[name], wanted)",
+        "new, errors[name] = _factor(layer, ranks[name] + 1, wanted)",
+        Tests(("compress/test_pela.py::TestPELA",), shared=True),
+    ),
+    Fault(
+        "LR2VQ leaves out the basis's last column",
+        "compress/lr2vq/coded.py",
+        "_in(self.codebook, dtype) @ _in(self.basis, dtype).mT",
+        "_in(self.codebook, dtype)[:, :-1] @ _in(self.basis, dtype)[:, :-1].mT",
+        Tests(("compress/test_lr2vq.py::TestLR2VQ",), shared=True),
+    ),
+    Fault(
+        "N:M decay lets masked weights act by another value",
+        "compress/nm_decay/layers.py",
+        "torch.where(mask.bool(), values, values * value)",
+        "torch.where(mask.bool(), values, values * value**2)",
+        Tests(("compress/test_nm_decay.py::TestExponential",), shared=True),
+    ),
+    Fault(
+        "PST's update of the weight has half its size",
+        "compress/pst/layer.py",
+        "torch.addmm(wide(W), wide(U), wide(V), alpha=beta)",
+        "torch.addmm(wide(W), wide(U), wide(V), alpha=beta / 2)",
+        Tests(("compress/test_pst.py::TestPST",), shared=True),
+    ),
+    Fault(
         "WeLore keeps one rank more",
         "compress/welore.py",
         "swap_layers(model, factored, lambda name, layer: _factor(layer, kept[name], dtype))",
@@ -125,8 +160,8 @@ FAULTS = [
     Fault(
         "the end of a schedule gives the whole weight",
         "modules/masked.py",
-        "weight = self.dense_weight().to(self.weight.dtype).clone()",
-        "weight = self.matrix.clone()",
+        "return self._linear(self.dense_weight().to(self.weight.dtype).clone())",
+        "return self._linear(self.matrix.clone())",
         Tests(("compress/test_schedule.py::TestGradual",), shared=True),
     ),
 ]

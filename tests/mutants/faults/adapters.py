@@ -208,7 +208,7 @@ FAULTS = [
         "adapters/sara/method.py",
         "mine.copy_(torch.where(active, mine, held.to(mine.dtype)))",
         "pass",
-        own("sara", "to_the_bit_whatever or progressive"),
+        Tests(("adapters/test_sara.py", "adapters/test_sara_selection.py"), "to_the_bit_whatever or progressive"),
     ),
     Fault(
         "DiffoRA's gate is a tanh",
@@ -222,7 +222,7 @@ FAULTS = [
         "adapters/diffora/search.py",
         "order = torch.sort(dam, dim=1, descending=True, stable=True).indices",
         "order = torch.sort(dam, dim=1, descending=False, stable=True).indices",
-        own("diffora", "choice or half_of_four"),
+        Tests(("adapters/test_diffora.py", "adapters/test_diffora_choice.py"), "vectors_of_the_choice or half_of_four"),
     ),
     Fault(
         "LoRAM prunes the largest weights",
@@ -240,7 +240,7 @@ FAULTS = [
     ),
     Fault(
         "SAID has one scale for all tensors",
-        "adapters/said.py",
+        "adapters/core/subspace.py",
         "part = part * self.scales[index].to(part.dtype)",
         "part = part * self.scales[0].to(part.dtype)",
         formula("said", "TestSAID"),
@@ -311,8 +311,8 @@ FAULTS = [
     ),
     Fault(
         "a file for another base model is taken",
-        "adapters/core/files/checkpoint.py",
-        "layer_difference(entry.fingerprint, layer) if check_base and entry.fingerprint else None",
+        "adapters/core/files/saved.py",
+        "layer_difference(recorded, layer) if recorded else None",
         "None",
         formula("lora", "TestLoRA", "another_base"),
     ),

@@ -15,6 +15,41 @@ def of(name: str, keyword: str = "") -> Tests:
 
 FAULTS = [
     Fault(
+        "DeltaProduct's query does not see the last step of its token",
+        "linalg/delta.py",
+        "unseen = token > torch",
+        "unseen = token >= torch",
+        case("delta_product", "TestDeltaProductAll"),
+    ),
+    Fault(
+        "DeltaProduct's chunk hands on a state that has not decayed",
+        "linalg/delta.py",
+        "state = (state if factor is None else factor * state) + write.mT @ written",
+        "state = state + write.mT @ written",
+        case("delta_product", "TestDeltaProductAll"),
+    ),
+    Fault(
+        "DeltaProduct's keys serve every other value head",
+        "layers/delta_product/layer.py",
+        "k.repeat_interleave(group, 2)",
+        "k.repeat(1, 1, group, 1)",
+        case("delta_product", "TestDeltaProductGroupedValues"),
+    ),
+    Fault(
+        "DeltaProduct's masked tokens still let the state decay",
+        "layers/delta_product/layer.py",
+        "None if g is None else g.masked_fill(hidden, 0)",
+        "g",
+        Tests(("layers/test_delta_product.py",), "hole"),
+    ),
+    Fault(
+        "DeltaProduct's convolution hands on one input too early",
+        "layers/delta_product/convolution.py",
+        "seen[:, seen.shape[1] - taps + 1 :]",
+        "seen[:, seen.shape[1] - taps : -1]",
+        case("delta_product", "TestDeltaProductAll"),
+    ),
+    Fault(
         "SLTrain's support does not get the gradient of its places",
         "layers/sltrain.py",
         "dvalues = full.view(-1).index_select(0, indices)",
@@ -82,14 +117,14 @@ FAULTS = [
         "layers/sst/layer.py",
         "thin.mT @ rows).to(S.dtype)",
         "(thin * S.index_select(0, active)).mT @ rows).to(S.dtype)",
-        of("sst", "small_singular or vectors_at"),
+        Tests(("layers/test_sst.py", "layers/test_sst_gradients.py"), "small_singular or vectors_at"),
     ),
     Fault(
         "SST's negative singular values stay",
         "layers/sst/layer.py",
         "self.S.clamp_(min=0)",
         "self.S.clamp_(min=-1e9)",
-        of("sst", "post_step or clips"),
+        Tests(("layers/test_sst_factors.py", "layers/test_sst_scheduler.py"), "post_step or clips"),
     ),
     Fault(
         "SST draws without regard to the singular values",
@@ -103,14 +138,14 @@ FAULTS = [
         "layers/sst/schedule.py",
         "step = self.steps % self.steps_per_iteration + 1",
         "step = self.steps % self.steps_per_iteration + 2",
-        of("sst", "warm_up"),
+        of("sst_scheduler", "warm_up"),
     ),
     Fault(
         "SST drops the state of every parameter",
         "layers/sst/schedule.py",
         "for parameter in (layer.U_active, layer.Vh_active):",
         "for parameter in (layer.U_active, layer.Vh_active, layer.S):",
-        of("sst", "drops_the_state"),
+        of("sst_scheduler", "drops_the_state"),
     ),
     Fault(
         "the hyperboloid has another radius",

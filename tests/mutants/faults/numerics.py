@@ -124,8 +124,8 @@ FAULTS = [
     Fault(
         "outputs are not centred",
         "calibrate/collecting.py",
-        'out["output_covariance"] = sums["output_square"] / sums["output_count"] - torch.outer(mean, mean)',
-        'out["output_covariance"] = sums["output_square"] / sums["output_count"]',
+        'out["output_covariance"] = sums.pop("output_square").div_(sums["output_count"]).sub_(torch.outer(mean, mean))',
+        'out["output_covariance"] = sums.pop("output_square").div_(sums["output_count"])',
         of("test_calibrate", "output_statistics or large_mean"),
     ),
     Fault(

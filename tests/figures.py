@@ -24,6 +24,11 @@ _SOURCE = re.compile(r"[\w./-]+\.json\b")
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 #: Unit on a page -> scale from the unit of a record (seconds, bytes, shares).
 SCALES = {"ms": 1e3, "k": 1e-3, "M": 1e-6, "G": 1e-9, "KiB": 2.0**-10, "MiB": 2.0**-20, "GiB": 2.0**-30, "%": 1e2}
+#: A load average from which on the clock, and less so processor time, say little.
+BUSY = 3.0
+_BUSY = re.compile(r"\bbusy\b|\bloads?\b|\bother work\b", re.IGNORECASE)
+_TIME = re.compile(r"\d (?:ms|µs|s|seconds|milliseconds|minutes)\b")
+_TIME_HEAD = re.compile(r"\b(?:ms|µs|seconds|milliseconds|time)\b")
 _RATIO = re.compile(r"ratio|times|relative|faster|/|\bto\b|mean|average|deviation")
 
 
@@ -80,6 +85,33 @@ def figures(page: Path) -> Iterator[Figure]:
 def traced(figure: Figure, page: Path) -> bool:
     """Whether the number, at its printed precision, stands in a named JSON, or is the ratio or mean of neighbours there."""
     return any(_stands_in(figure, _file(page, name)) for name in figure.sources)
+
+
+def unmarked_times(page: Path) -> Iterator[str]:
+    """Sections with times from a record of a busy machine that do not say so."""
+    lines = page.read_text(encoding="utf-8").split("\n")
+    starts = [i for i, line in enumerate(lines) if line.startswith("## ")]
+    for start, end in zip([0, *starts], [*starts, len(lines)]):
+        body = "\n".join(lines[start:end])
+        files = [file for name in _SOURCE.findall(body) if (file := _file(page, name))]
+        text = _FENCE.sub("", body)
+        heads = re.findall(r"^\|.*\|$(?=\n\| *-)", text, re.MULTILINE)
+        timed = _TIME.search(text) or any(_TIME_HEAD.search(head) for head in heads)
+        if timed and not _BUSY.search(text) and any(_load(file) > BUSY for file in files):
+            yield f"{_name(page)}:{start + 1}: {lines[start]}"
+
+
+@cache
+def _load(file: Path) -> float:
+    """The largest load average of a record."""
+
+    def visit(node: object) -> Iterator[float]:
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+            if isinstance(key, str) and key.startswith("load") and isinstance(value, (int, float)):
+                yield float(value)
+            yield from visit(value)
+
+    return max(visit(json.loads(file.read_text(encoding="utf-8"))), default=0.0)
 
 
 def _name(page: Path) -> str:

@@ -41,6 +41,11 @@ _VERDICTS: dict[Any, bool] = {}
 _CROSSING = {"aten::copy_", "aten::_to_copy", "aten::_foreach_copy_", "aten::index", "aten::index_put_", "aten::index_put"}
 #: What only looks at the numbers or at the storage.
 _LOOKS = {Tensor.tolist, Tensor.data_ptr, Tensor.untyped_storage}
+#: Views that only set a bit, which is not seen on this side of a dispatch, and what computes their numbers.
+_PHYSICAL = {
+    torch.ops.aten._conj.default: torch.ops.aten.conj_physical.default,
+    torch.ops.aten._neg_view.default: torch.ops.aten.neg.default,
+}
 _TORCHS_GENERATOR = torch.Generator
 
 
@@ -129,7 +134,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _check_writes(func, args)
         _VERDICTS[key] = _judge(func, leaves, form)
     args, kwargs = tree_unflatten([_on_cpu(x) for x in leaves], form)
-    result = func(*args, **kwargs)
+    result = _PHYSICAL.get(func, func)(*args, **kwargs)
     same = {id(x.held): x for x in lazies}  # an operation in place gives back what it was given
     on_lazy = _VERDICTS[key]
 

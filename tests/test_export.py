@@ -81,6 +81,52 @@ def test_a_pooled_classifier_in_peft(pooled_folder, tmp_path):
     result = export(applied.adapted, tmp_path / "out", source=models.resolve(str(pooled_folder)))
     assert (tmp_path / "out" / "head.safetensors").is_file()
     assert difference(applied.model, result.reload()) < TOLERANCE
+    assert "classes" not in result.how_to_load, "nobody named them"
+
+
+@pytest.mark.parametrize("problem", [None, "multi_label_classification"])
+@pytest.mark.parametrize("format", ["peft", "merged"])
+def test_the_loading_code_of_a_pooled_classifier_answers_with_the_names_of_the_classes(
+    format, problem, pooled_folder, tmp_path, monkeypatch
+):
+    model = models.load_model(str(pooled_folder), "classify", num_labels=3, problem=problem)
+    models.name_classes(model, ("delivery", "login", "it's late"))
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([-1.0, 2.0, 1.0]))
+    applied = ready(model, "lora", ("classifier",), rank=4)
+    tokenizer = models.load_tokenizer(str(pooled_folder))
+    source = models.resolve(str(pooled_folder))
+    result = export(applied.adapted, tmp_path / "out", format, tokenizer=tokenizer, source=source)
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(result.how_to_load, found)
+    assert found["answers"] == ([["login", "it's late"]] if problem else ["login"])
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.content }}{% endfor %}"])
+def test_the_loading_code_of_a_language_model_writes_an_answer(template, tmp_path, monkeypatch, capsys):
+    model, tokenizer = models.load_model("stories260k", "causal-lm"), models.load_tokenizer("stories260k")
+    tokenizer.chat_template = template
+    result = export(model, tmp_path / "out", "merged", tokenizer=tokenizer, source=models.resolve("stories260k"))
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(result.how_to_load, found)
+    # A template writes special tokens itself; this one writes none.
+    text = {"text": "a question", "add_special_tokens": False} if template else {"text": "a text"}
+    prompt = tokenizer(**text, return_tensors="pt", return_token_type_ids=False)
+    want = model.generate(**prompt, max_new_tokens=32, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert capsys.readouterr().out.strip() == tokenizer.decode(want, skip_special_tokens=True).strip()
+    assert ("apply_chat_template" in result.how_to_load) == (template is not None)
+
+
+def test_the_loading_code_of_a_classifier_in_peft_names_the_classes(bert_folder, tmp_path):
+    model = models.load_model(str(bert_folder), "classify", num_labels=2)
+    models.name_classes(model, ("no", "yes"))
+    result = export(
+        ready(model, "lora", ("classifier",), rank=4).adapted, tmp_path / "out", source=models.resolve(str(bert_folder))
+    )
+    assert "classes = ['no', 'yes']  # in the order of the logits\n" in result.how_to_load
 
 
 def test_a_transformers_classifier_in_peft(bert_folder, tmp_path):
@@ -155,7 +201,8 @@ def test_for_programs_that_know_one_rank_and_one_alpha(name, options, target, tm
     assert {value.shape[0] if ".lora_A." in key else value.shape[1] for key, value in tensors.items()} == {config["r"]}
     assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in tensors)
     page = (tmp_path / "out" / "README.md").read_text()
-    assert ("- `vllm serve " if target == "vllm" else "- `python convert_lora_to_gguf.py out --base ") in page
+    assert ("- `vllm serve " if target == "vllm" else "- `llama-cli --model BASE.gguf --lora out/adapter.gguf`") in page
+    assert (tmp_path / "out" / "adapter.gguf").exists() == (target == "llamacpp")
     assert "from peft import PeftModel" in page
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from figures import ROOT, figures, pages, traced
+from figures import ROOT, figures, pages, traced, unmarked_times
 
 #: Page -> printed number -> why it needs no JSON file.
 EXCEPTIONS = {
@@ -30,6 +30,27 @@ def test_measured_numbers_name_their_file(page):
         + "; ".join(unknown[:20])
     )
     assert set(known) == {figure.text for figure in untraced}, "an exception that is not needed any more"
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_times_of_a_busy_machine_say_so(page):
+    assert list(unmarked_times(page)) == [], "say that the machine was busy, or measure again"
+
+
+def test_what_a_time_of_a_busy_machine_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("figures.ROOT", tmp_path)
+    for name, load in (("calm", 0.5), ("full", 12.0)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"environment": {"load_average_before": load}, "ms": 4}))
+    page = tmp_path / "page.md"
+    says = [
+        "full.json: 4 ms",
+        "full.json: 4 ms, on a busy machine",
+        "calm.json: 4 ms",
+        "full.json: 4 MiB",
+        "| n | ms |\n| --- | --- |\n| 1 | 4 |\nfull.json",
+    ]
+    page.write_text("\n".join(f"## {i}\n{text}" for i, text in enumerate(says)))
+    assert [found.rpartition(" ")[2] for found in unmarked_times(page)] == ["0", "4"]
 
 
 def test_numbers_that_are_wrong_are_found():

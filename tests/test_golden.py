@@ -1,6 +1,7 @@
 """Files that an earlier lowdim wrote are read, and give the numbers that they gave then (`golden/make.py` wrote them)."""
 
 import shutil
+from functools import cache
 
 import pytest
 import torch
@@ -109,10 +110,16 @@ def assert_same_numbers(got, want, tolerance, name=""):
         assert got == want, name
 
 
+@cache
+def has_the_stored_kernels():
+    """Whether an untrained model has the stored score to the bit: virtual processors of one name may have other kernels."""
+    return curves.curve("lora")["before"] == read_json(curves.place("lora"))["before"]
+
+
 def assert_same_run(got, want, elsewhere=1e-5):
     """To the bit where it was stored on this processor with these versions, to a relative error `elsewhere`."""
-    tolerance = 0.0 if got.pop("environment") == want.pop("environment") else elsewhere
-    assert_same_numbers(got, want, tolerance)
+    here = got.pop("environment") == want.pop("environment") and has_the_stored_kernels()
+    assert_same_numbers(got, want, 0.0 if here else elsewhere)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in curves.FOLDER.glob("*.json")))
@@ -148,21 +155,15 @@ def test_a_finished_run_is_drawn_and_exported():
         assert torch.allclose(got, want, rtol=1e-6, atol=0), layer
 
 
-def test_a_comparison_is_read_and_resumed():
+def test_a_comparison_is_read_and_not_mixed_with_another_search():
     stored = read_json(runs.COMPARISON / "comparison.json")
     page = report.render(stored)
     assert all(method["label"] in page for method in stored["methods"])
     with curves.workplace() as place:
         shutil.copytree(runs.COMPARISON, place / "out")
-        now = runs.compare(resume=True)
-    decided = ("name", "status", "lr", "trials", "scores", "mean", "trained_parameters", "curves", "config", "hits")
-    trained = [method for method in now["methods"] if not method.get("trivial")]  # rows that an earlier lowdim did not have
-    for got, want in zip(trained, stored["methods"], strict=True):
-        assert {key: got[key] for key in decided} == {key: want[key] for key in decided}
-    # An earlier lowdim named the highest mean; today the cheapest of those that cannot be told apart is handed over.
-    assert stored["winner"]["method"] == "svfit"
-    assert now["winner"]["method"] == "linear-probe"
-    assert "the cheapest" in now["winner"]["why"]
+        with pytest.raises(ValueError, match="was begun by an earlier lowdim, which searched in another way"):
+            runs.compare(resume=True)
+        assert read_json(place / "out" / "comparison.json") == stored
 
 
 @pytest.mark.parametrize("name", exports.PEFT)

@@ -12,7 +12,7 @@ README = ROOT / "README.md"
 #: What makes a command of the README cheap; a later option wins.
 CHEAP = {
     "plan": ["--methods", "linear-probe,lora", "--batch-size", "2", "--length", "16"],
-    "compare": ["--methods", "linear-probe,lora", "--seeds", "1", "--trials", "1", "--steps", "3"],
+    "compare": ["--methods", "linear-probe,lora", "--seeds", "1", "--rates", "1", "--steps", "3"],
     "run": ["--steps", "2"],
 }
 
@@ -28,11 +28,12 @@ def test_the_table_of_commands_is_the_help():
 
     from lowdim.cli import app
 
-    told = set(re.findall(r"^\| `lowdim (\w+)` \|", README.read_text(encoding="utf-8"), re.MULTILINE))
+    told = set(re.findall(r"^\| `lowdim ([\w-]+)` \|", README.read_text(encoding="utf-8"), re.MULTILINE))
     assert told == set(get_command(app).commands)
 
 
 def test_every_command_is_shown_with_an_example():
+    """But those about embeddings, which have pages of their own."""
     assert {arguments[0] for _, arguments in commands(README)} == {
         "plan", "compare", "report", "run", "export", "diagnose", "compress", "reproduce", "list",
     }  # fmt: skip

@@ -198,9 +198,12 @@ class TestMergeReport(ResultCase):
                     "relative_change": change.square().sum().sqrt() / weight.square().sum().sqrt(),
                     "largest_change": change.abs().max(),
                     "rounding_error": 0.0,
+                    "sparsity_before": 0.0,
+                    "sparsity_after": 0.0,
+                    "dropped": 0.0,
                 }
             )
-        return {"layers": layers, "untied": ()}
+        return {"layers": layers, "untied": (), "dequantized": {}}
 
     def refusals(self):
         return []
@@ -236,13 +239,26 @@ class TestPeftExport(ResultCase):
         self.folder = tmp_path / "peft"
 
     def result(self):
-        return two_layers(rank=2).export(self.folder, format="peft")
+        self.whole = two_layers(rank=2)
+        return self.whole.export(self.folder, format="peft", rank=1)
 
     def expected(self):
-        return {"ranks": {"0": 2, "1": 2}, "errors": {"0": 0.0, "1": 0.0}, "suggested_rank": None, "notes": (), "exact": True}
+        deltas = {name: layer.delta().double().numpy() for name, layer in self.whole.layers.items()}
+        s = {name: np.linalg.svd(delta, compute_uv=False) for name, delta in deltas.items()}
+        return {
+            "ranks": {"0": 1, "1": 1},
+            "whole_ranks": {"0": 2, "1": 2},
+            "errors": {name: np.sqrt((v[1:] ** 2).sum() / (v**2).sum()) for name, v in s.items()},
+            "suggested_rank": 2,
+            "notes": (),
+            "exact": False,
+        }
 
     def refusals(self):
-        return [(ValueError, "rank", lambda: two_layers().export(self.folder, format="peft", rank=0))]
+        def at(rank):
+            return lambda: two_layers().export(self.folder, format="peft", rank=rank)
+
+        return [(ValueError, "rank must be", at(0)), (ValueError, "rank=3 is above what is there", at(3))]
 
 
 class TestFitResult(ResultCase):
@@ -270,7 +286,7 @@ class TestFitResult(ResultCase):
 def test_an_exported_model_has_a_record_without_its_loader():
     found = ExportResult(Path("out"), "peft", "import peft", nn.Identity, {"a": 0.25}, {"a": 3})
     assert "reload" not in found.to_dict()
-    assert found.rows() == [{"layer": "a", "rank": 3, "error": 0.25}]
+    assert found.rows() == [{"layer": "a", "rank": 3, "whole_rank": None, "error": 0.25}]
     assert str(found).splitlines()[0] == "peft in out: largest relative error 0.25"
 
 
@@ -279,9 +295,11 @@ RECORDS = {
     "Result": "the base itself",
     "Outcome": "the record of a reproduction, filled in while it runs",
     "CompareSettings": "settings, not a result",
-    "Majority": "what a record says of a constant answer",
     "Roles": "what a record says of the columns",
     "Used": "what a record says of the columns",
+    "PELALoss": "the terms of a batch's loss, which are differentiated",
+    "Fitted": "settings that a search found, with the sizes that a record keeps",
+    "MultigridSchedule": "a schedule, which is made before training",
     "Turn": "a message, as chat templates take it",
 }
 

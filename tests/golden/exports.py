@@ -23,7 +23,7 @@ PEFT: dict[str, dict[str, Any]] = {
     "lora-conv2d": {},
     "lora-embedding": {},
     "lora-stabilized": {},
-    "randlora-sparse": {"rank": 3},  # not exact
+    "randlora-sparse": {},  # PEFT has the method itself
     "sora": {},
 }
 

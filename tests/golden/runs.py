@@ -63,11 +63,11 @@ def compare(*, resume: bool) -> dict[str, Any]:
     """The comparison in the current folder, which is a `workplace()`."""
     from rich.console import Console
 
-    from lowdim.compare import CompareSettings
-    from lowdim.compare import compare as compare_methods
+    from lowdim.comparison import CompareSettings
+    from lowdim.comparison import compare as compare_methods
 
     settings = CompareSettings(
-        model="bert", data=("sentences.jsonl",), methods=("linear-probe", "svfit"), seeds=2, trials=1, steps=3, batch_size=8,
+        model="bert", data=("sentences.jsonl",), methods=("linear-probe", "svfit"), seeds=2, rates=1, steps=3, batch_size=8,
         max_length=16,
     )  # fmt: skip
     return compare_methods(settings, "out", resume=resume, console=Console(file=io.StringIO()))

@@ -29,6 +29,7 @@ from lowdim.layers import LowRankLinear, MaestroLinear, SLTrainLinear, SSTLinear
 from lowdim.linalg import leading_vectors, stream
 from lowdim.optim import DCTAdamW, Fira, GaLore, QGaLore, quantize_linears, state_bytes
 from lowdim.plan.kept import kept_bytes
+from lowdim.train.environment import processor
 
 SHAPES = ((2048, 2048), (2048, 5504))
 RANK, NEVER = 128, 10**9
@@ -230,14 +231,6 @@ def layers(tokens: int, n_in: int, n_out: int, repeats: int) -> dict[str, Any]:
     return rows
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.is_file() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15)
@@ -253,7 +246,7 @@ def main() -> None:
             "python": platform.python_version(),
             "torch": torch.__version__,
             **{name: version(name) for name in ("lowdim", *names)},
-            "cpu": cpu_name(),
+            "cpu": processor(),
             "load_average_before": round(os.getloadavg()[0], 2),
         },
         "threads": {},

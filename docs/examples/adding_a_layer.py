@@ -6,6 +6,7 @@ from torch import nn
 from lowdim.errors import check_int
 from lowdim.linalg import draw_uniform
 from lowdim.modules import StructuredLinear
+from lowdim.surgery import plain_weight
 from lowdim.testing.layer_case import LayerCase
 
 
@@ -47,16 +48,13 @@ class BlockDiagonal(StructuredLinear):
 
     @classmethod
     def from_linear(cls, linear, *, nblocks):
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be nn.Linear; got {type(linear).__name__}")
-        if not bool(linear.weight.isfinite().all()):
+        weight = plain_weight(linear)
+        if not bool(weight.isfinite().all()):
             raise ValueError("the weight has NaN or infinite entries")
-        weight, bias = linear.weight.detach(), linear.bias
-        layer = cls(*weight.mT.shape, bias is not None, nblocks=nblocks, device="meta", dtype=weight.dtype)
+        layer = cls(*weight.mT.shape, linear.bias is not None, nblocks=nblocks, device="meta", dtype=weight.dtype)
         whole = weight.unflatten(0, (nblocks, -1)).unflatten(-1, (nblocks, -1))  # (k, out / k, k, in / k)
         layer.blocks = nn.Parameter(torch.stack([whole[b, :, b] for b in range(nblocks)]))
-        layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        return layer.train(linear.training)
+        return layer.with_rest_of(linear)  # bias and mode
 
 
 class TestBlockDiagonal(LayerCase):

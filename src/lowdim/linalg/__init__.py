@@ -35,6 +35,7 @@ from lowdim.linalg.masks import largest_mask, nm_mask, smallest_mask
 from lowdim.linalg.monarch import monarch_dense, monarch_multiply, monarch_project
 from lowdim.linalg.operators import Operator, as_operator
 from lowdim.linalg.orthogonal import cayley, cayley_inverse, cayley_signs, householder_product, householder_vectors
+from lowdim.linalg.pieces import counting_pieces, slices
 from lowdim.linalg.quantize import dequantize_blockwise, dynamic_codebook, quantize_blockwise
 from lowdim.linalg.random import derive_seed, real_numbers, seeded, stream, stream_on
 from lowdim.linalg.random_rows import combine_rows, random_rows
@@ -122,6 +123,7 @@ __all__ = [
     "compress_factors",
     "compute_dtype",
     "context_svd",
+    "counting_pieces",
     "dct",
     "dct_columns",
     "dct_matrix",
@@ -181,6 +183,7 @@ __all__ = [
     "s4d_kernel",
     "scaled_sum",
     "seeded",
+    "slices",
     "smallest_mask",
     "spd_exp",
     "spd_log",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowdim.errors import check_int
 from lowdim.linalg.leading import has_numbers
+from lowdim.linalg.pieces import slices
 from lowdim.linalg.svd import compute_dtype
 
 __all__ = ["dequantize_affine", "dequantize_nibbles", "pack_nibbles", "quantize_affine", "store_affine", "unpack_nibbles"]
@@ -239,13 +240,11 @@ def _groups(name: str, total: int, group_size: int) -> int:
 
 
 def _pieces(rows: Tensor, group_size: int, *, all_at_once: bool) -> Iterator[slice]:
-    """Runs of groups. In a forecast the first run stands for all, or one run covers everything where work is in place."""
+    """Runs of groups. In a forecast one run covers everything where work is in place."""
     count = max(1, _CHUNK.get(rows.device.type, _OTHER_CHUNK) // group_size)
-    if not has_numbers(rows):
-        yield slice(None) if all_at_once else slice(0, count)
-        return
-    for start in range(0, len(rows), count):
-        yield slice(start, start + count)
+    if all_at_once and not has_numbers(rows):
+        return iter([slice(None)])
+    return slices(len(rows), count, rows)
 
 
 def _round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,25 +21,28 @@ def first_of_alike(optimizer: Any, tracker: Tracker, work: Work) -> Iterator[Non
 
     Two parameters of a group are alike if their shapes and dtypes are, and those of their states. Their updates are made one
     after the other and allocate and free the same, so the first has the peak of all. One that leaves more or less memory than
-    there was (a state that comes into being) stands only for itself. Optimizers that drop each gradient make every update.
+    there was (a state that comes into being) stands only for itself.
     """
-    if not isinstance(optimizer, ProjectedOptimizer) or optimizer.layerwise or optimizer.hides_gradients:
+    if not isinstance(optimizer, ProjectedOptimizer) or optimizer.layerwise:
         yield
         return
     usual: Any = optimizer._update
-    known: dict[tuple[Any, ...], tuple[int, float]] = {}
+    known: dict[tuple[Any, ...], tuple[int, float, bool]] = {}
 
     def update(p: Tensor, grad: Any, group: Any, parts: Any, low: Any = None) -> None:
         state = optimizer.state[p]
         key = (p.shape, p.dtype, id(group), low is None, _described(state))
         if key in known:
-            work.flops, work.seconds = work.flops + known[key][0], work.seconds + known[key][1]
+            flops, seconds, drops = known[key]
+            work.flops, work.seconds = work.flops + flops, work.seconds + seconds
             state["step"] = state.get("step", 0) + 1
+            if drops:
+                parts.store.drop(p)
             return
-        held, flops, seconds = tracker.total, work.flops, work.seconds
+        held, (flops, seconds) = tracker.total, work.now()
         usual(p, grad, group, parts, low)
-        if tracker.total == held:
-            known[key] = work.flops - flops, work.seconds - seconds
+        if tracker.total == held:  # the caller holds a gradient that was dropped
+            known[key] = work.flops - flops, work.seconds - seconds, parts.store.grad(p) is None
 
     optimizer._update = update  # type: ignore[method-assign]
     try:

@@ -18,6 +18,7 @@ from lowdim.adapters.core.update import WeightUpdate
 from lowdim.calibrate import map_tensors
 from lowdim.catalogue import Variant
 from lowdim.garbage import isolated_gc
+from lowdim.linalg import counting_pieces
 from lowdim.methods import Applied, Setup, strategy_for
 from lowdim.modules import more_when_plain
 from lowdim.plan.alike import first_of_alike
@@ -121,7 +122,7 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
         map_tensors(batch, lambda tensor: tracker.add([tensor], "activations"))
         stack = _stack(applied.model, depth if depth is not None else subject.depth)
         marks = _Marks(tracker, stack)
-        with tracker:
+        with tracker, counting_pieces(work):
             _Steps(applied, optimizer, batch, plan, tracker, marks, work).run(steps)
         for handle in (*hooks, *marks.handles):
             handle.remove()
@@ -181,7 +182,7 @@ class _Steps:
         """The forward and backward passes of a step."""
         plan, tracker, work = self.plan, self.tracker, self.work
         for index in range(plan.passes):
-            self.marks.index, before = index, (work.flops, work.seconds)
+            self.marks.index, before = index, work.now()
             self.marks.begin(step, "forward", "before", "activations")
             loss = self.applied.loss(self.batch, plan.loss_fn).total
             loss = loss / plan.accumulate if plan.accumulate > 1 else loss

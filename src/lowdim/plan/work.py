@@ -89,9 +89,13 @@ class Work:
         self.seconds = 0.0
         self.on = False
 
-    def repeat(self, before: tuple[int, float], times: int) -> None:
-        """Count what was done since `before = (flops, seconds)` as many times more."""
-        self.flops += times * (self.flops - before[0])
+    def now(self) -> tuple[int, float]:
+        """`(flops, seconds)` so far."""
+        return self.flops, self.seconds
+
+    def repeat(self, before: tuple[int, float], times: float) -> None:
+        """Count what was done since `before = work.now()` as many times more."""
+        self.flops += round(times * (self.flops - before[0]))
         self.seconds += times * (self.seconds - before[1])
 
     def count(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowdim.adapters.core.thin import ThinUpdate
-from lowdim.linalg import add_product, draw_normal, gather, many_processes, mean_over_processes, replicate, wide
+from lowdim.linalg import add_product, draw_normal, gather, many_processes, mean_over_processes, replicate, slices, wide
 
 __all__ = ["STD", "IncreLoRAUpdate"]
 
@@ -231,10 +231,9 @@ def _score(
 ) -> Tensor:
     """`Σ |up down ∘ gradᵀ x| / √(out·in)`, a few rows of the matrices at a time."""
     out, n = len(up), x.shape[1]
-    step = max(1, _CHUNK // n)
-    total = torch.zeros((), dtype=wide(up).dtype, device=up.device)
-    for rows, columns in zip(up.split(step), grad.mT.split(step)):
-        part = (rows @ down).mul_(columns @ x)
+    total, turned = torch.zeros((), dtype=wide(up).dtype, device=up.device), grad.mT
+    for rows in slices(out, max(1, _CHUNK // n), up):
+        part = (up[rows] @ down).mul_(turned[rows] @ x)
         total = total + torch.linalg.vector_norm(part, 1, dtype=total.dtype)
     return total / math.sqrt(out * n)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from lowdim.linalg import has_numbers
+from lowdim.linalg import slices
 
 __all__ = ["pieces"]
 
@@ -15,8 +15,5 @@ _PIECE = {True: 2**18, False: 2**24}
 
 
 def pieces(low: Tensor, block: int) -> Iterator[slice]:
-    """Slices of the flattened tensor, of whole blocks except the last; in a forecast the first stands for all."""
-    piece = _PIECE[low.device.type == "cpu"] // block * block
-    total = low.numel() if has_numbers(low) else min(piece, low.numel())
-    for start in range(0, total, piece):
-        yield slice(start, min(start + piece, total))
+    """Slices of the flattened tensor, of whole blocks except the last."""
+    return slices(low.numel(), _PIECE[low.device.type == "cpu"] // block * block, low)

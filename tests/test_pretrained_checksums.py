@@ -1,10 +1,12 @@
-"""Checksums of checkpoints: each flipped bit is found, and files of the first version are read."""
+"""Checksums of checkpoints: each flipped bit is found, and files of earlier versions are read."""
 
 import hashlib
 import json
+import zlib
 
 import pytest
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -44,9 +46,31 @@ def test_damage_is_found(tmp_path):
         verify([tmp_path / "m.safetensors"], {"layer": {"rank": 5}})
 
 
+def _blake(tensor):
+    """Of the first version: eight bytes of BLAKE2b over dtype, shape and bytes."""
+    kind, raw = _kind_and_bytes(tensor)
+    return hashlib.blake2b(kind + raw, digest_size=8).hexdigest()
+
+
+def _crc(tensor):
+    """Afterwards: CRC-32 of the same, and the number of bytes."""
+    kind, raw = _kind_and_bytes(tensor)
+    return f"crc32:{len(raw):x}:{zlib.crc32(kind + raw):08x}"
+
+
+def _xxh3(tensor):
+    """Now: XXH3 of the same, in 64 bits."""
+    kind, raw = _kind_and_bytes(tensor)
+    return f"xxh3:{len(raw):x}:{xxhash.xxh3_64_hexdigest(kind + raw)}"
+
+
+def _kind_and_bytes(tensor):
+    return f"{tensor.dtype}{tuple(tensor.shape)}".encode(), tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
 @pytest.mark.parametrize("flip", [False, True])
-def test_files_of_the_first_version(tmp_path, flip):
-    """They have eight bytes of BLAKE2b over dtype, shape and bytes."""
+@pytest.mark.parametrize("checksum", [_blake, _crc, _xxh3])
+def test_files_of_each_version(tmp_path, checksum, flip):
     model = welore(tiny.llama(), WeLoreConfig(threshold=0.6))
     save_compressed(model, tmp_path)
     path = tmp_path / "model.safetensors"
@@ -54,10 +78,9 @@ def test_files_of_the_first_version(tmp_path, flip):
     with safe_open(path, "pt") as file:
         meta = file.metadata()
     record = json.loads(meta["lowdim"])
-    for name, tensor in tensors.items():
-        digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=8)
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        record["checksums"][name] = digest.hexdigest()
+    ours = dict(record["checksums"])
+    record["checksums"] |= {name: checksum(tensor) for name, tensor in tensors.items()}
+    assert (record["checksums"] == ours) == (checksum is _xxh3)
     if flip:
         next(iter(tensors.values())).view(-1)[0] += 1
     save_file(tensors, path, metadata={**meta, "lowdim": json.dumps(record)})
@@ -67,3 +90,13 @@ def test_files_of_the_first_version(tmp_path, flip):
     else:
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
         assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_file_with_checksums_of_two_kinds_is_damaged(tmp_path):
+    tensors = {"layer.A": torch.ones(4, 3), "rest": torch.ones(2)}
+    meta = header(tensors, {"layer": {"rank": 4}})
+    record = json.loads(meta["lowdim"])
+    record["checksums"]["rest"] = _crc(tensors["rest"])
+    save_file(tensors, tmp_path / "m.safetensors", metadata={"lowdim": json.dumps(record)})
+    with pytest.raises(CheckpointError, match=r"m\.safetensors is damaged: tensor rest"):
+        verify([tmp_path / "m.safetensors"], {"layer": {"rank": 4}})

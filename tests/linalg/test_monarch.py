@@ -37,6 +37,8 @@ def test_product_and_dense_are_the_definition(shape1, shape2, dtype):
     x = torch.randn(shape1[0] * shape1[2], dtype=dtype)
     want = by_definition(x, w1, w2)
     torch.testing.assert_close(monarch_multiply(x, w1, w2), want, rtol=1e-12, atol=1e-12)
+    bias = torch.randn_like(want)
+    torch.testing.assert_close(monarch_multiply(x, w1, w2, bias), want + bias, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(monarch_dense(w1, w2) @ x, want, rtol=1e-12, atol=1e-12)
 
 
@@ -51,7 +53,8 @@ def test_product_is_the_definition_for_any_shapes(k, l, p, s, multiple, data):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_first_and_second_derivatives(dtype):
-    tensors = [torch.randn(3, 20, dtype=dtype), *factors(*SHAPES[0], dtype)]
+    w1, w2 = factors(*SHAPES[0], dtype)
+    tensors = [torch.randn(3, 20, dtype=dtype), w1, w2, torch.randn(w2.shape[0] * w2.shape[1], dtype=dtype)]
     for tensor in tensors:
         tensor.requires_grad_(True)
     assert torch.autograd.gradcheck(monarch_multiply, tensors)
@@ -64,6 +67,9 @@ def test_function_transforms():
     w1.requires_grad_(True)
     (total,) = torch.autograd.grad(monarch_multiply(x, w1, w2).square().sum(), w1)
     torch.testing.assert_close(per_row.sum(0), total)
+    biases = torch.randn(3, w2.shape[0] * w2.shape[1], dtype=torch.float64)
+    members = torch.func.vmap(lambda last, bias: monarch_multiply(x, w1, last, bias))(torch.stack([w2] * 3), biases)
+    torch.testing.assert_close(members, monarch_multiply(x, w1, w2) + biases[:, None])
 
 
 def test_frozen_factors_keep_nothing_for_their_gradient():
@@ -166,6 +172,8 @@ def test_factors_that_do_not_chain(shape1, shape2):
 def test_wrong_sizes():
     with pytest.raises(ValueError, match=r"x must have 6 features .* got \(3, 7\)"):
         monarch_multiply(torch.zeros(3, 7), torch.zeros(2, 4, 3), torch.zeros(4, 2, 2))
+    with pytest.raises(ValueError, match=r"bias must have shape \(8,\) .* got \(7,\)"):
+        monarch_multiply(torch.zeros(3, 6), torch.zeros(2, 4, 3), torch.zeros(4, 2, 2), torch.zeros(7))
     with pytest.raises(ValueError, match=r"m must have shape \(8, 6\) .* got \(6, 8\)"):
         monarch_project(torch.zeros(6, 8), (2, 4, 3), (4, 2, 2))
     with pytest.raises(ValueError, match="NaN"):

@@ -16,21 +16,23 @@ def monarch_multiply(
     x: Tensor,  # (..., k p)
     w1: Tensor,  # (k, q, p)
     w2: Tensor,  # (l, s, r) with l r = k q
+    bias: Tensor | None = None,  # (l s,)
 ) -> Tensor:
-    """`W x` for the Monarch matrix `W (l s, k p)` of two factors, without building it.
+    """`W x + bias` for the Monarch matrix `W (l s, k p)` of two factors, without building it.
 
-    Formula: `h[a q + c] = w1[a, c] · x[a p : (a + 1) p]`, `y[e l + b] = Σ_j w2[b, e, j] h[j l + b]`.
+    Formula: `h[a q + c] = w1[a, c] · x[a p : (a + 1) p]`, `y[e l + b] = Σ_j w2[b, e, j] h[j l + b] + bias[e l + b]`.
 
     Args:
         x: real or complex rows; any leading dimensions.
         w1: one block for each consecutive piece of the input.
         w2: one block for each class of channels that are equal modulo `l`.
+        bias: None adds nothing.
 
     Returns:
         `(..., l s)`, contiguous. The backward pass keeps `x`, the factors and `h`, nothing else.
 
     Raises:
-        ValueError: the factors do not chain, or `x` has another number of features.
+        ValueError: the factors do not chain, `x` has another number of features, or `bias` another number of entries.
 
     Example:
         >>> import torch
@@ -46,8 +48,12 @@ def monarch_multiply(
         raise ValueError(
             f"x must have {features} features in its last dimension for w1 {tuple(w1.shape)}; got {tuple(x.shape)}"
         )
+    out_features = w2.shape[0] * w2.shape[1]
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise ValueError(f"bias must have shape ({out_features},) for w2 {tuple(w2.shape)}; got {tuple(bias.shape)}")
     x, w1, w2 = _autocast(x, w1, w2)
-    return _multiply(x.reshape(-1, features), w1, w2).view(*x.shape[:-1], w2.shape[0] * w2.shape[1])
+    bias = None if bias is None else bias.to(w2.dtype)
+    return _multiply(x.reshape(-1, features), w1, w2, bias).view(*x.shape[:-1], out_features)
 
 
 def monarch_dense(
@@ -116,12 +122,13 @@ def monarch_project(
     return w1.view(k, q, p).to(m.dtype), w2.mT.contiguous().to(m.dtype)
 
 
-def _multiply(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+def _multiply(x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None) -> Tensor:
     # The channels are kept outermost and the rows innermost, so that the permutation between the factors is a view that
     # BLAS accepts; only interleaving the output needs a copy.
     (l, _, r), rows = w2.shape, x.shape[0]
-    hidden = _First.apply(x, w1)
-    return _Second.apply(hidden.view(r, l, rows).transpose(0, 1), w2)
+    if not torch.is_grad_enabled():  # an autograd.Function takes as long as a small product
+        return _Second.forward(_First.forward(x, w1).view(r, l, rows).transpose(0, 1), w2, bias)
+    return _Second.apply(_First.apply(x, w1).view(r, l, rows).transpose(0, 1), w2, bias)
 
 
 class _First(torch.autograd.Function):
@@ -153,29 +160,30 @@ class _First(torch.autograd.Function):
 
 
 class _Second(torch.autograd.Function):
-    """`(l, r, T), (l, s, r) -> (T, s l)`. Written out so that the output's gradient is sorted by class once only."""
+    """`(l, r, T), (l, s, r), (s l,) -> (T, s l)`. Written out so that the output's gradient is sorted by class once only."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(hidden: Tensor, w2: Tensor) -> Tensor:
+    def forward(hidden: Tensor, w2: Tensor, bias: Tensor | None) -> Tensor:
         by_class = torch.bmm(hidden.mT, w2.mT)  # (l, T, s)
-        return by_class.permute(1, 2, 0).reshape(hidden.shape[2], w2.shape[0] * w2.shape[1])
+        y = by_class.permute(1, 2, 0).reshape(hidden.shape[2], w2.shape[0] * w2.shape[1])
+        return y if bias is None else y.add_(bias)  # y is new, or a view of what is
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        hidden, w2 = inputs
-        wants_hidden, wants_w2 = ctx.needs_input_grad
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        hidden, w2, _ = inputs
+        wants_hidden, wants_w2, ctx.wants_bias = ctx.needs_input_grad
         ctx.save_for_backward(hidden if wants_w2 else None, w2 if wants_hidden else None)
         ctx.shape = hidden.shape[2], w2.shape[1], w2.shape[0]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         hidden, w2 = ctx.saved_tensors
         by_class = grads[0].reshape(ctx.shape).mT.contiguous().transpose(0, 1)  # (l, T, s), sorted within each row
         grad_hidden = None if w2 is None else torch.bmm(w2.mT.conj(), by_class.mT)
         grad_w2 = None if hidden is None else torch.bmm(by_class.mT, hidden.mT.conj())
-        return grad_hidden, grad_w2
+        return grad_hidden, grad_w2, grads[0].sum(0) if ctx.wants_bias else None
 
 
 def _pieces(x: Tensor, w1: Tensor) -> Tensor:

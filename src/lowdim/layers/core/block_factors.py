@@ -44,10 +44,12 @@ class BlockFactors(StructuredLinear):
         """`(..., out_features)`; two batched products."""
         self.check_input(x)
         padding = self.blkdiag1.shape[0] * self.blkdiag1.shape[2] - self.in_features
-        y = monarch_multiply(F.pad(x, (0, padding)) if padding else x, self.blkdiag1, self.blkdiag2)
+        whole = self.bias is not None and self.blkdiag2.shape[:2].numel() == self.out_features
+        bias = self.bias if whole else None
+        y = monarch_multiply(F.pad(x, (0, padding)) if padding else x, self.blkdiag1, self.blkdiag2, bias)
         if y.shape[-1] > self.out_features:
             y = y[..., : self.out_features]
-        return y.contiguous() if self.bias is None else y + self.bias.to(y.dtype)
+        return y.contiguous() if self.bias is None or whole else y + self.bias.to(y.dtype)
 
     def dense_weight(self) -> Tensor:
         """The exact dense equivalent `(out, in)`."""

@@ -35,6 +35,7 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
     return {
         "recipe": name,
         **{key: record.get(key) for key in kept},
+        **({"verdict": record["replacement"]["verdict"]} if "replacement" in record else {}),
         "model": record["recipe"]["model"],
         "task": record["recipe"]["task"],
         "steps": record["recipe"]["steps"],
@@ -43,6 +44,7 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
         "process_bytes": process,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu, 1),
+        "cpu": record["environment"]["cpu"],
     }
 
 
@@ -67,7 +69,8 @@ def main() -> None:
     shipped = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*shipped, []], help="recipes; all by default")
-    names = parser.parse_args().names or shipped
+    named = parser.parse_args().names
+    names = named or shipped
     from lowdim.train.environment import environment
 
     record = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"rows": []}
@@ -81,7 +84,8 @@ def main() -> None:
             shutil.rmtree(Path(folder) / name)
             print(rows[name], flush=True)
     kept = [rows[name] for name in shipped if name in rows]
-    found = {"command": "python bench/recipes.py", "rows": kept, "environment": environment()}
+    circumstances = record["environment"] if named and "environment" in record else environment()  # each row has its CPU
+    found = {"command": "python bench/recipes.py", "rows": kept, "environment": circumstances}
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -143,8 +143,11 @@ def recipes(record: dict[str, Any]) -> str:
         what = f"{row['model'].removeprefix('lowdim-data/')}, {row['label']}, {row['steps']} of {row['batch_size']}"
         test = _before_and_after(row["before_test"], row["test"])
         scores = f"{metric}: validation {_before_and_after(row['before'], row['validation'])}, test {test}"
+        scores += f"; the old index: *{row['verdict']}*" if "verdict" in row else ""
         peak, process = format_bytes(row["peak_bytes"]), format_bytes(row["process_bytes"])
-        lines.append(f"| `{name}.yaml` | {what} | {row['cpu_seconds']:.0f} s | {peak} | {process} | {scores} |")
+        other = row.get("cpu", record["environment"]["cpu"])
+        time = f"{row['cpu_seconds']:.0f} s" + (f" ({other})" if other != record["environment"]["cpu"] else "")
+        lines.append(f"| `{name}.yaml` | {what} | {time} | {peak} | {process} | {scores} |")
     return "\n".join(lines)
 
 

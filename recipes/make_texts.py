@@ -1,9 +1,10 @@
-"""Write what `recipes/labels.yaml` and `recipes/regress-similarity.yaml` read: requests with labels, and pairs with a score.
+"""Write what `labels.yaml`, `regress-similarity.yaml` and `embed-replace.yaml` read: requests, pairs and scenes.
 
     python recipes/make_texts.py [FOLDER]
 
 The folder (`lowdim-data` if none is named) gets 400 requests, `requests.jsonl`, each with a list of what it is about, and 600
-pairs of descriptions, `pairs.jsonl`, each with the number of their five parts that say the same.
+pairs of descriptions, `pairs.jsonl`, each with the number of their five parts that say the same. `scenes.jsonl` holds 800
+descriptions, each with where and when it happens as its topic: one of 12.
 """
 
 import json
@@ -44,11 +45,17 @@ def pair(draw: random.Random) -> dict[str, object]:
     return {"sentence1": first, "sentence2": second, "score": sum(a == b for a, b in zip(one, two))}
 
 
+def scene(draw: random.Random) -> dict[str, object]:
+    """A description, and where and when it happens."""
+    parts = [draw.choice(part) for part in SCENE]
+    return {"text": " ".join(draw.choice(said) for said in parts), "topic": f"{parts[2][0]} {parts[3][0]}"}
+
+
 def main(folder: Path) -> None:
-    """Write both files."""
+    """Write the files."""
     draw = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, count, make in (("requests.jsonl", 400, request), ("pairs.jsonl", 600, pair)):
+    for name, count, make in (("requests.jsonl", 400, request), ("pairs.jsonl", 600, pair), ("scenes.jsonl", 800, scene)):
         rows = [json.dumps(make(draw)) for _ in range(count)]
         (folder / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
 

@@ -98,6 +98,14 @@ def _run(loaded: Recipe, folder: Path, resume: bool, first: bool, console: Conso
         write_run(record, page)
     for line in _summary(record):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if "replacement" in record:
+        vectors, items = folder / "index" / "vectors.safetensors", folder / "index" / "items.jsonl"
+        console.print(
+            f"to see it again: lowdim index-check {vectors}:old {vectors}:new --labels {items}:label --query {items}:asks",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     kept = folder / "adapter" if (folder / "adapter").is_dir() else folder / "model"
     print_line(console, f"written {kept}, {file}, {page}")
 
@@ -118,6 +126,8 @@ def _summary(record: dict[str, Any]) -> list[str]:
         for part, (before, after) in scores.items()
     )
     lines.append(f"{record['label']}: {'; '.join(told)}")
+    if replacement := record.get("replacement"):
+        lines.append(f"the old index, {replacement['old']}: {replacement['verdict']}: {replacement['reason']}")
     if kept := record.get("kept"):
         lines.append(f"loss on the text to keep: {kept[0]:.4f} before, {kept[1]:.4f} after")
     return lines

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowdim.errors import DataError
-from lowdim.jobs.embedding_files import read_labels, read_mask, read_vectors
 from lowdim.jobs.page_or_record import page_or_record
+from lowdim.train.embedding_files import read_labels, read_mask, read_vectors
 
 if TYPE_CHECKING:
     from lowdim.represent import ReplacementReport

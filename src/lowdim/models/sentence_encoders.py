@@ -10,7 +10,7 @@ from lowdim.files import read_json_object, write_json
 from lowdim.models.configurations import encoder_options, load_config
 from lowdim.models.sources import Source, quiet, resolve
 
-__all__ = ["load_sentence_encoder", "without_pooler"]
+__all__ = ["draw_weights", "load_sentence_encoder", "without_pooler"]
 
 
 def load_sentence_encoder(name: str, *, device: str | None = None, pooler: bool = True) -> Any:
@@ -39,6 +39,17 @@ def load_sentence_encoder(name: str, *, device: str | None = None, pooler: bool 
             return SentenceTransformer(source.path, device=device, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError) as error:
         raise source.failure(name, "no sentence encoder could be read", error) from error
+
+
+def draw_weights(encoder: Any, seed: int) -> None:
+    """Give the transformer of a sentence encoder, in place, weights that are drawn from the seed."""
+    import torch
+
+    inner = encoder[0].auto_model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        drawn = type(inner)(inner.config).state_dict()
+    inner.load_state_dict({key: drawn[key] for key in inner.state_dict()})
 
 
 def without_pooler(model: Any, folder: Path) -> None:

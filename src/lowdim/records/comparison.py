@@ -25,6 +25,7 @@ __all__ = [
 
 #: Metrics whose name alone does not say how classes are averaged.
 _TITLES = {"f1": "f1 (macro)", "f1-micro": "f1 (micro)", "f1-weighted": "f1 (weighted)", "f1-binary": "f1 (binary)"}
+_TITLES |= {"index-accuracy": "accuracy in the old index"}
 
 
 def metric_title(name: str) -> str:

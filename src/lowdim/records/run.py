@@ -37,6 +37,7 @@ class RunRecord(Record):
         capped_ranks: layer -> its rank, where the method's is above what the layer allows.
         notes: what the method left out or changed, in sentences.
         fingerprint: checksums of what the run builds on: base model, tokenizer, data.
+        replacement: what the new vectors find in an old model's index (`lowdim.represent.ReplacementReport`), and that model.
         files: checksums of the trained model's files.
         file_bytes: size of its tensors as they were written, in `adapter/` or `model/`.
 
@@ -83,11 +84,12 @@ class RunRecord(Record):
     by_class: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
     kept: list[float] | None = None
+    replacement: dict[str, Any] | None = None
 
     def left_out(self) -> set[str]:
         """Penalties, ranks and notes of a method that has none, and checksums and sizes of versions that kept none."""
         names = ("penalties", "ranks", "capped_ranks", "notes", "fingerprint", "files", "file_bytes")
-        names += ("by_class", "samples", "kept")
+        names += ("by_class", "samples", "kept", "replacement")
         unknown = {"before_test"} if self.before_test is None else set()  # a score of 0 is one
         return {name for name in names if not getattr(self, name)} | unknown
 

@@ -15,7 +15,7 @@ from lowdim.report.sections import numbers, section, tile_list
 from lowdim.report.text import MISSING, count, esc, number, plain
 from lowdim.version import __version__
 
-__all__ = ["render_replacement", "write_replacement"]
+__all__ = ["render_replacement", "replacement_sections", "replacement_sentence", "write_replacement"]
 
 _SAID = {
     "stay": "The old index may stay.",
@@ -44,7 +44,7 @@ def render_replacement(record: Mapping[str, Any]) -> str:
         if record.get("labels") or record.get("matrix")
         else ["There are no labels, so neighbours stand in for right answers."]
     )
-    opening = verdict(said, [reason[:1].upper() + reason[1:] + "." if reason else ""], _needed(record), doubts)
+    opening = verdict(said, [_sentence(reason)], _needed(record), doubts)
     body = "".join(
         (
             f'<div class="opening"><div class="verdict">{opening}</div>{_tiles(record)}</div>',
@@ -55,6 +55,17 @@ def render_replacement(record: Mapping[str, Any]) -> str:
                     if record.get(key)
                 ]
             ),
+            replacement_sections(record),
+        )
+    )
+    view = {"kind": "table", "metric": {"name": "accuracy"}, "costs": [], "methods": []}
+    return document("May the index stay?", "lowdim index-check", body, footer(__version__, ""), view)
+
+
+def replacement_sections(record: Mapping[str, Any]) -> str:
+    """The tables and the drawing of a report, for its own page and for that of a run."""
+    return "".join(
+        (
             section(
                 "matrix",
                 "Who finds what",
@@ -76,8 +87,16 @@ def render_replacement(record: Mapping[str, Any]) -> str:
             ),
         )
     )
-    view = {"kind": "table", "metric": {"name": "accuracy"}, "costs": [], "methods": []}
-    return document("May the index stay?", "lowdim index-check", body, footer(__version__, ""), view)
+
+
+def replacement_sentence(record: Mapping[str, Any]) -> str:
+    """The verdict and its reason."""
+    reason = plain(record.get("reason"), 1000)
+    return " ".join(part for part in (_SAID.get(plain(record.get("verdict")), ""), _sentence(reason)) if part)
+
+
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:] + "." if words else ""
 
 
 def write_replacement(record: Mapping[str, Any], path: str | Path) -> Path:

@@ -14,6 +14,7 @@ from lowdim.report.frame import chart, method_view, record_document
 from lowdim.report.opening import verdict
 from lowdim.report.reading import curve, thin
 from lowdim.report.record import Candidate
+from lowdim.report.replacement import replacement_sections, replacement_sentence
 from lowdim.report.text import count, duration, esc, number, plain, size
 
 __all__ = ["render_run", "write_run"]
@@ -22,6 +23,7 @@ __all__ = ["render_run", "write_run"]
 _PLACED = {"schema", "title", "method", "label", "config", "versions", "hardware", "environment", "losses", "loss_steps"}
 _PLACED |= {"notes", "command", "created", "failure", "hits", "fingerprint", "files", "evaluations", "subspaces", "spikes"}
 _PLACED |= {"before", "before_test", "validation", "test", "by_class", "samples", "kept", "data", "values", "validation_values"}
+_PLACED |= {"replacement"}
 _SCORES = (("score", "", ""), ("test", "test ", "before_test"), ("validation", "validation ", "before"))
 
 
@@ -59,6 +61,7 @@ def render_run(run: Mapping[str, Any]) -> str:
             _opening(run, name, line, known),
             section("samples", "What the model wrote", _samples(run), "Prompts of the test part, before and after training."),
             section("classes", "By class", evidence.class_table(findings.classes(run.get("by_class"))), "On the test part."),
+            _replacement(run),
             chart("losses", "Training loss", "", "curves", "") if known else "",
             section("scores", "Scores during training", watched.scores(run)),
             section("subspaces", "Subspaces", watched.subspaces(run)),
@@ -165,6 +168,15 @@ def _samples(run: Mapping[str, Any]) -> str:
                 SampleRecord(prompt=plain(row.get("prompt"), 4000), expected=plain(row.get("expected"), 4000), answers=answers)
             )
     return evidence.sample_list(found, {"before": "Before training", "after": "After training"}, ("before", "after"))
+
+
+def _replacement(run: Mapping[str, Any]) -> str:
+    """What the new vectors find in the index of the model that is replaced."""
+    record = mapping(run.get("replacement"))
+    if not record:
+        return ""
+    said = f"<p>{esc(replacement_sentence(record))} The model that is replaced: {esc(plain(record.get('old'), 200))}.</p>"
+    return sections.section("old-index", "May the old index stay?", said) + replacement_sections(record)
 
 
 def _described(value: Any) -> str:

@@ -32,6 +32,7 @@ def fingerprint_of(
     evaluation: str | Path | None = None,
     validation: str | Path | None = None,
     keep: str | Path | None = None,
+    replaced: str | Path | None = None,
 ) -> dict[str, str]:
     """Checksums of the base model's configuration and weights, the tokenizer, and each data file.
 
@@ -40,9 +41,10 @@ def fingerprint_of(
     Args:
         evaluation, validation: separate files.
         keep: the text that must not be forgotten.
+        replaced: the model that is replaced, or the file of its vectors.
     """
     files = {f"data {name}": str(name) for name in data}
-    others = {"test data": evaluation, "validation data": validation, "the text to keep": keep}
+    others = {"test data": evaluation, "validation data": validation, "the text to keep": keep, "the old vectors of": replaced}
     files |= {f"{what} {name}": str(name) for what, name in others.items() if name is not None}
     found = _of_model(model, processor) | {what: _of_data(name, task) for what, name in files.items()}
     if task.kind == "instruct":

@@ -11,6 +11,7 @@ from torch import nn
 from lowdim import models
 from lowdim.models.blocks import with_blocks
 from lowdim.models.forms import form_of
+from lowdim.models.sentence_encoders import draw_weights
 from lowdim.train.answers import use_template
 from lowdim.train.recipes import Recipe
 from lowdim.train.tasks import Task, load
@@ -108,6 +109,12 @@ def random_model(
     Args:
         ffn, mixer: other parts of its blocks, as in `lowdim.models.blocks.with_blocks`.
     """
+    if form_of(task).pairs:
+        if (ffn or mixer or tokenizer) is not None:
+            raise ValueError("task embed keeps the model's own blocks and tokenizer; leave out ffn, mixer and tokenizer")
+        encoder = models.load_model(name, task)
+        draw_weights(encoder, seed)
+        return encoder
     config = models.load_config(name)
     if ffn is not None or mixer is not None:
         with_blocks(config, ffn, mixer)

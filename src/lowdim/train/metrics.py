@@ -55,6 +55,7 @@ METRICS = {
         Metric("bits-per-byte", ("causal-lm", "pretrain"), False, high=math.inf),
         Metric("exact-match", ("instruct",), True),
         Metric("ndcg@10", ("embed",), True),
+        Metric("index-accuracy", ("embed",), True),
         Metric("entity-f1", ("tokens",), True),
         Metric("token-accuracy", ("tokens",), True),
     )

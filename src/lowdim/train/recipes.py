@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from lowdim.errors import UnknownNameError, nearest, shown
 from lowdim.train.recipe_files import Columns, Files, read_recipe
+from lowdim.train.replacing import Replaces
 
 __all__ = ["Recipe", "load_recipe", "new_recipe"]
 
@@ -58,6 +59,11 @@ class Recipe(BaseModel):
         None,
         description="(layers, dimensions) that are trained besides the whole (embed): all layers for Matryoshka, growing ones "
         "for Starbucks",
+    )
+    replaces: Replaces | None = Field(
+        None,
+        description="The old model whose index stays (embed, texts with a class each): its vectors, `FILE` or `FILE:KEY`, or "
+        "its name; or {vectors: FILE, mu: 10, ce_weight: 0.1}",
     )
     keep: str | None = Field(None, description="A text whose loss before and after is reported: what must not be forgotten")
 
@@ -127,6 +133,15 @@ class Recipe(BaseModel):
     def _of_embeddings(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None and info.data.get("task") != "embed":
             raise ValueError(f"sizes is for task embed; the task is {info.data.get('task')}")
+        return value
+
+    @field_validator("replaces")
+    @classmethod
+    def _of_one_size(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("task") != "embed":
+            raise ValueError(f"replaces is for task embed; the task is {info.data.get('task')}")
+        if value is not None and info.data.get("sizes") is not None:
+            raise ValueError("replaces trains one size, that of the old vectors: leave out sizes")
         return value
 
 

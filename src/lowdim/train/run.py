@@ -139,7 +139,7 @@ def _read(run: _Run) -> _Base:
         run.say(f"{kind}: {line}")
     torch.manual_seed(recipe.seed)
     model = load_base(recipe, task.num_labels, processor, task.problem)
-    files = (recipe.data, recipe.eval, recipe.validation, recipe.keep)
+    files = (recipe.data, recipe.eval, recipe.validation, recipe.keep, recipe.replaces and recipe.replaces.name)
     fingerprint = fingerprint_of(model, processor, task, *files)
     models.name_classes(model, task.classes)
     return _Base(
@@ -245,6 +245,9 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
     doubted += [] if note is None else [note]
     for doubt in doubted:
         run.say(f"note: {doubt}")
+    replacement = task.replacement(applied.model)
+    if replacement is not None:
+        run.say(f"the old index: {replacement.report.summary}")
     record = RunRecord(
         method=variant.name,
         label=variant.label,
@@ -261,6 +264,7 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
         by_class=after.by_class,
         samples=samples(start.before, after),
         kept=None if start.before.kept is None or after.kept is None else [start.before.kept, after.kept],
+        replacement=None if replacement is None else replacement.to_dict(),
         data={**task.data_record(), **({"baseline": baseline_record(constant)} if constant else {})},
         losses=list(result.losses),
         loss_steps=result.steps,
@@ -292,6 +296,8 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
                 base.processor.save_pretrained(run.folder / "adapter")
         else:
             save_plain(applied.model, run.folder / "model", base.processor, whole, joint=task.joint, small=small)
+        if replacement is not None:
+            replacement.write(run.folder / "index")
         record = dataclasses.replace(record, files=written(run.folder), file_bytes=weight_bytes(run.folder))
         record.write(run.folder)
     return record.to_dict()

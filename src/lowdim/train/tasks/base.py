@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from lowdim.errors import check_choice, shown
 from lowdim.surgery import model_device
 from lowdim.train.data import Used
 from lowdim.train.metrics import METRICS, Metric
+
+if TYPE_CHECKING:
+    from lowdim.train.tasks.replace import Replacement
 
 __all__ = [
     "Baseline",
@@ -180,6 +183,10 @@ class Task:
         """
         return None
 
+    def replacement(self, model: nn.Module) -> Replacement | None:
+        """Whether a trained model's vectors can be searched in an old model's index; None where it replaces none."""
+        return None
+
     def row_length(self, row: Any) -> int:
         """A length by which rows are sorted before they are batched for scoring."""
         return len(row["input_ids"]) if isinstance(row, dict) and "input_ids" in row else 0
@@ -205,9 +212,21 @@ class Task:
         """The value of `score`."""
         return self.score(model, part, metric).value
 
-    @torch.no_grad()
     def score(self, model: nn.Module, part: Any, metric: Metric) -> Score:
         """The score of a model on one part, in evaluation mode; NaN if an output is not finite."""
+        try:
+            found = self.all_outcomes(model, part, metric)
+        except FloatingPointError:
+            return Score(math.nan)
+        return self.score_of(found, metric)
+
+    @torch.no_grad()
+    def all_outcomes(self, model: nn.Module, part: Any, metric: Metric) -> list[Any]:
+        """The `outcomes` of a part's rows, in their order, in evaluation mode.
+
+        Raises:
+            FloatingPointError: an output is not finite.
+        """
         device, was_training = model_device(model), model.training
         model.eval()
         order = self.order(part)
@@ -218,11 +237,9 @@ class Task:
                 batch = to_device(self.collate([part[i] for i in places]), device)
                 for place, outcome in zip(places, self.outcomes(model, batch, metric), strict=True):
                     found[place] = outcome
-        except FloatingPointError:
-            return Score(math.nan)
         finally:
             model.train(was_training)
-        return self.score_of(found, metric)
+        return found
 
     def sample_batches(self, count: int, batch_size: int, device: torch.device) -> Iterator[Any]:
         """The first training rows, for methods that need data before training."""

@@ -22,7 +22,7 @@ from lowdim.train.repeats import same_text
 from lowdim.train.tasks.base import Score, Task, check_finite, data_name
 from lowdim.train.text_pairs import TextPairs, read_pairs
 
-__all__ = ["Embedding", "embedding"]
+__all__ = ["Embedding", "embedded", "embedding"]
 
 _DEPTH = 10  # of ndcg
 _BLOCK = 1 << 22  # scores at once
@@ -108,17 +108,28 @@ class Embedding(Task):
         return StarbucksLoss(model, base, self.pairs)
 
     def _embedded(self, model: Any, features: dict[str, Tensor]) -> np.ndarray:
-        found = model(dict(features))["sentence_embedding"].float()
+        found = embedded(model, features).float()
         check_finite(found)
-        width = getattr(model, "truncate_dim", None)
-        return found[:, :width].cpu().numpy()
+        return found.cpu().numpy()
 
 
 _INPUTS = ("input_ids", "attention_mask")
 
 
-def load(recipe: Any, processor: Any, **keywords: Any) -> Embedding:
-    """The task of a recipe."""
+def embedded(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The embeddings `(B, n)` that a model of sentence-transformers gives the texts of a batch, at its `truncate_dim`."""
+    found = model({name: batch[name] for name in _INPUTS})["sentence_embedding"]
+    return found[:, : getattr(model, "truncate_dim", None)]
+
+
+def load(recipe: Any, processor: Any, **keywords: Any) -> Task:
+    """The task of a recipe; where it replaces a model, that of `lowdim.train.tasks.replace`."""
+    if recipe.replaces is not None:
+        from lowdim.train.tasks.replace import replacing
+
+        return replacing(
+            processor, recipe.data, recipe.replaces, label=recipe.label, separator=recipe.label_separator, **keywords
+        )
     pairs = None if recipe.sizes is None else tuple(map(tuple, recipe.sizes))
     return embedding(processor, recipe.data, label=recipe.label, pairs=pairs, model=recipe.model, **keywords)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ class Parts:
     Attributes:
         example: the first training row as the model sees it, with its label.
         joint: what stands between the texts of a pair.
+        texts: all texts in the order of the rows' `place`, where that was asked for.
     """
 
     train: Any
@@ -41,6 +43,7 @@ class Parts:
     columns: tuple[Used, ...]
     example: str
     joint: str | None
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,13 @@ def labelled_parts(
     seed: int = 0,
     limit: int | None = None,
     segments: bool | None = None,
+    placed: bool = False,
 ) -> Parts:
     """Read files of labelled texts, or pairs of texts, and split them.
 
-    Args: see `Reading` and `lowdim.train.data.read_examples`.
+    Args:
+        placed: give each row its `place` among all texts: those of the data, then of the validation and of the test file.
+        The others: see `Reading` and `lowdim.train.data.read_examples`.
     """
     length = max_length if most is None else min(max_length, most)
     how = {"text": text, "label": label, "separator": separator, "numbers": numbers}
@@ -135,11 +141,12 @@ def labelled_parts(
         why = "--max-length" if length == max_length else "the model reads no more"
         kind = "pairs" if whole.examples.others else "texts"
         notes.append(f"{cut} of {total} {kind} are longer than {length} tokens and were cut ({why})")
-    learn = _rows(whole, train)
+    parts = [part for part in (whole, chosen, test) if part is not None]
+    learn = _rows(whole, train, parts if placed else [])
     return Parts(
         train=learn,
-        validation=_rows(chosen or whole, found.validation),
-        test=_rows(whole, found.test) if test is None else _rows(test, range(len(test.examples))),
+        validation=_rows(chosen or whole, found.validation, parts if placed else []),
+        test=_rows(test or whole, found.test if test is None else range(len(test.examples)), parts if placed else []),
         classes=whole.examples.classes,
         several=whole.examples.several,
         max_length=length,
@@ -147,6 +154,7 @@ def labelled_parts(
         columns=tuple(used for part in sets for used in part.examples.columns),
         example=f"{example_text(tokenizer, learn)} -> {whole.examples.label(train[0])}",
         joint=whole.inputs.joint,
+        texts=tuple(text for part in parts for text in part.examples.texts) if placed else (),
     )
 
 
@@ -164,8 +172,8 @@ def _check_alike(whole: _Set, other: _Set) -> None:
             )
 
 
-def _rows(part: _Set, where: Sequence[int]) -> Any:
-    """The examples at these places as a dataset."""
+def _rows(part: _Set, where: Sequence[int], parts: Sequence[_Set]) -> Any:
+    """The examples at these places as a dataset; with their places among the examples of all `parts`, if there are some."""
     import pyarrow as pa
 
     datasets = datasets_module()
@@ -173,7 +181,9 @@ def _rows(part: _Set, where: Sequence[int]) -> Any:
     columns = {name: column.take(pa.array(where, pa.int64())) for name, column in part.inputs.columns.items()}
     kind = pa.list_(pa.int64()) if part.examples.several else pa.int64() if part.examples.classes else pa.float64()
     labels = pa.array([part.examples.labels[i] for i in where], kind)
-    return datasets.Dataset(pa.table({**columns, "labels": labels}))
+    begin = sum(len(each.examples) for each in itertools.takewhile(lambda each: each is not part, parts))
+    placed = {"place": pa.array([begin + i for i in where], pa.int64())} if parts else {}
+    return datasets.Dataset(pa.table({**columns, **placed, "labels": labels}))
 
 
 def _unfit(part: _Set, unknown: int | None) -> bool:

@@ -12,11 +12,25 @@ from torch import Tensor
 
 from lowdim.errors import CheckpointError, DataError, listed, shown, unknown
 
-__all__ = ["read_labels", "read_mask", "read_vectors"]
+__all__ = ["VECTORS", "names_vectors", "read_labels", "read_mask", "read_vectors"]
+
+#: Suffixes of files that hold vectors.
+VECTORS = (".npy", ".npz", ".safetensors", ".parquet")
 
 _TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _LABELS = ("label", "labels", "class", "category", "target", "y")
 _TRUE, _FALSE = {"1", "true", "yes"}, {"0", "false", "no"}
+
+
+def names_vectors(name: str) -> bool:
+    """Whether a name is that of a file of vectors, `FILE` or `FILE:KEY`, by its suffix.
+
+    Example:
+        >>> from lowdim.train.embedding_files import names_vectors
+        >>> names_vectors("old.safetensors:vectors"), names_vectors("minilm")
+        (True, False)
+    """
+    return Path(name).suffix in VECTORS or Path(name.rpartition(":")[0]).suffix in VECTORS
 
 
 def read_vectors(name: str) -> Tensor:

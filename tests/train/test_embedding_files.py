@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from lowdim.errors import DataError
-from lowdim.jobs.embedding_files import read_labels, read_mask, read_vectors
+from lowdim.train.embedding_files import read_labels, read_mask, read_vectors
 
 X = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 ROWS = pa.table({"id": range(6), "vector": list(X), "other": list(2 * X), "kind": list("aabbcc")})

@@ -45,6 +45,11 @@ def _fastfood(args: Any, out: Any) -> int:
     return 2 * gaussian.numel() * max(4, out.element_size()) - out.nbytes
 
 
+def _reduce_scatter(args: Any, out: Any) -> int:
+    """Gloo sums a copy of the whole input, of which it keeps a part."""
+    return args[1].nbytes
+
+
 _HIDDEN = {
     torch.ops.lowdim.fastfood: _fastfood,
     torch.ops.lowdim.fastfood_transpose: _fastfood,
@@ -53,6 +58,8 @@ _HIDDEN = {
     _aten.convolution: _convolution,
     _aten.convolution_backward: _convolution_backward,
 }
+if torch.distributed.is_available():
+    _HIDDEN[torch.ops.c10d._reduce_scatter_base_] = _reduce_scatter
 
 
 def hidden_bytes(func: Any, args: Any, out: Any) -> int:

@@ -1,10 +1,12 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
-from lowdim.diagnose import heavy_ball, tune_sgd
+from lowdim.diagnose import TuneSGD, heavy_ball, tune_sgd
 from lowdim.testing.agreement import refuses
 from lowdim.testing.result_case import ValueCase
 
@@ -114,7 +116,93 @@ def test_a_schedule_continues_from_the_new_rate():
     assert all(group["initial_lr"] == lr for group in optimizer.param_groups)
 
 
-def trained(tmp_path, folder, resume=None, epochs=2):
+def small_training(**how):
+    """A network whose curvature changes as it trains, its optimizer, schedule and tuner."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(16, 3, generator=g), torch.randint(2, (16,), generator=g)
+    optimizer = SGD(net.parameters(), lr=1e-2, momentum=0.1)
+    schedule = LambdaLR(optimizer, lambda step: 0.9**step)
+    tuner = TuneSGD(optimizer, lambda: nn.functional.cross_entropy(net(x), y), scheduler=schedule, steps=4, **how)
+
+    def step():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        schedule.step()
+        tuner.step(optimizer)
+
+    return (net, optimizer, schedule, tuner), step
+
+
+@pytest.mark.parametrize(
+    ("how", "measured"),
+    [
+        ({"interval": 2, "unit": "epochs"}, [(0, 0), (6, 2)]),
+        ({"interval": 2, "unit": "steps"}, [(2, 1), (4, 2), (6, 2), (8, 3)]),
+        ({}, [(0, 0), (3, 1), (6, 2)]),
+    ],
+)
+def test_the_companion_measures_when_it_is_due(how, measured):
+    (_, optimizer, schedule, tuner), step = small_training(**how)
+    for _ in range(3):
+        tuner.epoch()
+        for _ in range(3):
+            step()
+    assert [(row["step"], row["epoch"]) for row in tuner.history] == measured
+    last = tuner.history[-1]
+    assert len({row["lr"] for row in tuner.history}) == len(measured), "each time the curvature was measured anew"
+    assert schedule.base_lrs == [last["lr"]]
+    assert optimizer.param_groups[0]["momentum"] == last["momentum"]
+
+
+def test_the_companions_measurement_is_tune_sgd():
+    (_, _, _, tuner), step = small_training(interval=3, unit="steps")
+    for _ in range(3):
+        step()
+    (_, optimizer, _, other), again = small_training(interval=100, unit="steps")
+    for _ in range(3):
+        again()
+    assert tune_sgd(optimizer, other.loss_closure, steps=4) == (tuner.history[-1]["lr"], tuner.history[-1]["momentum"])
+
+
+@pytest.mark.parametrize("how", [{"interval": 2, "unit": "steps"}, {"interval": 2}])
+def test_a_resumed_companion_gives_the_same_bits(how):
+    def train(step, tuner, steps):
+        for i in steps:
+            if i % 2 == 0:
+                tuner.epoch()
+            step()
+
+    parts, step = small_training(**how)
+    train(step, parts[-1], range(5))
+    kept = copy.deepcopy([part.state_dict() for part in parts])
+    train(step, parts[-1], range(5, 10))
+    others, again = small_training(**how)
+    for part, state in zip(others, kept):
+        part.load_state_dict(state)
+    train(again, others[-1], range(5, 10))
+    assert others[-1].history == parts[-1].history
+    assert len(others[-1].history) > len(kept[-1]["history"])
+    assert all(torch.equal(p, q) for p, q in zip(parts[0].parameters(), others[0].parameters()))
+
+
+def test_what_the_companion_refuses():
+    optimizer, loss, params = quadratic()
+    refuses(
+        [
+            (ValueError, "interval must be an int >= 1; got 0", lambda: TuneSGD(optimizer, loss, interval=0)),
+            (ValueError, "unit must be one of epochs, steps", lambda: TuneSGD(optimizer, loss, unit="days")),
+            (TypeError, "TuneSGD has no option 'stps'", lambda: TuneSGD(optimizer, loss, stps=3)),
+            (ValueError, "rule must be one of", lambda: TuneSGD(optimizer, loss, rule="polyak")),
+            (TypeError, "with a momentum, such as torch.optim.SGD; got Adam", lambda: TuneSGD(Adam(params), loss)),
+            (TypeError, "got StepLR", lambda: TuneSGD(optimizer, loss, scheduler=StepLR(optimizer, 3))),
+        ]
+    )
+
+
+def trained(tmp_path, folder, resume=None, epochs=2, **how):
     from transformers import Trainer, TrainingArguments
 
     from lowdim.train import TuneSGDCallback
@@ -132,7 +220,7 @@ def trained(tmp_path, folder, resume=None, epochs=2):
     net, g = Net(), torch.Generator().manual_seed(0)
     rows = [{"x": torch.randn(3, generator=g), "labels": i % 2} for i in range(16)]
     batch = {"x": torch.stack([row["x"] for row in rows[:8]]), "labels": torch.tensor([row["labels"] for row in rows[:8]])}
-    callback = TuneSGDCallback(batch, lambda model, given: model(**given)["loss"], steps=4)
+    callback = TuneSGDCallback(batch, lambda model, given: model(**given)["loss"], steps=4, **how)
     arguments = TrainingArguments(
         tmp_path / folder, num_train_epochs=epochs, per_device_train_batch_size=4, save_strategy="steps", save_steps=3,
         report_to="none", lr_scheduler_type="linear", use_cpu=True, logging_strategy="no", disable_tqdm=True, seed=1,
@@ -156,7 +244,22 @@ def test_the_trainers_callback(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), resumed.parameters()))
 
 
+def test_the_trainers_callback_by_steps(tmp_path):
+    pytest.importorskip("transformers", reason="its trainer is used")
+    how = {"interval": 2, "unit": "steps"}
+    _, callback, net = trained(tmp_path, "a", **how)
+    assert [(each["step"], each["epoch"]) for each in callback.history] == [(2, 1), (4, 1), (6, 2), (8, 2)]
+    _, again, resumed = trained(tmp_path, "a", resume=str(tmp_path / "a" / "checkpoint-3"), **how)
+    assert again.history == callback.history[1:]
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), resumed.parameters()))
+
+
 def test_the_callback_refuses_unknown_options():
     from lowdim.train import TuneSGDCallback
 
-    refuses([(TypeError, "TuneSGDCallback has no option 'stps'", lambda: TuneSGDCallback({}, stps=3))])
+    refuses(
+        [
+            (TypeError, "TuneSGDCallback has no option 'stps'", lambda: TuneSGDCallback({}, stps=3)),
+            (ValueError, "interval must be an int >= 1; got 0", lambda: TuneSGDCallback({}, interval=0)),
+        ]
+    )

@@ -9,7 +9,7 @@ from lowdim.diagnose.batch_lr.theory import (
     max_lr,
     scale_lr,
 )
-from lowdim.diagnose.batch_lr.tuning import heavy_ball, tune_sgd
+from lowdim.diagnose.batch_lr.tuning import TuneSGD, heavy_ball, tune_sgd
 from lowdim.diagnose.core.curvature import hessian_matvec
 from lowdim.diagnose.core.quadrature import Quadrature, lanczos_quadrature
 from lowdim.diagnose.core.subspace import compression_bound, quantize_subspace
@@ -53,6 +53,7 @@ __all__ = [
     "Reduction",
     "SpectrumResult",
     "TempBalance",
+    "TuneSGD",
     "Weights",
     "balance_groups",
     "balanced_lrs",

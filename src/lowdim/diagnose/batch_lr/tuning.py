@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lowdim.companion import Companion
 from lowdim.diagnose.core.curvature import gradient_and_hessian
 from lowdim.diagnose.core.quadrature import lanczos_quadrature
-from lowdim.errors import check_choice, check_float, check_int
+from lowdim.errors import check_choice, check_float, check_int, refuse_strange
 from lowdim.linalg import stream
 
-__all__ = ["RULES", "heavy_ball", "tune_sgd"]
+__all__ = ["RULES", "TuneSGD", "heavy_ball", "tune_sgd"]
 
 RULES = ("heavy_ball", "gradient")
 
@@ -101,13 +103,7 @@ def tune_sgd(
 
     Source: Granziol, Zohren, Roberts, arXiv 2006.09092; `rule="gradient"`: the first author's program MLRG_DeepCurvature.
     """
-    check_choice("rule", rule, RULES)
-    check_int("steps", steps, 1)
-    check_float("floor", floor, 0.0, 1.0, high_open=True)
-    plain, schedule = getattr(optimizer, "optimizer", optimizer), _plain_schedule(scheduler)
-    groups = plain.param_groups
-    if any("momentum" not in group for group in groups):
-        raise TypeError(f"tune_sgd needs an optimizer with a momentum, such as torch.optim.SGD; got {type(plain).__name__}")
+    groups, schedule = _checked(optimizer, scheduler, rule=rule, steps=steps, floor=floor)
     params = [p for group in groups for p in group["params"] if p.requires_grad]
     kept = [p.grad for p in params]
     devices = sorted({p.device.index for p in params if p.device.type == "cuda" and p.device.index is not None})
@@ -137,6 +133,105 @@ def tune_sgd(
         schedule.base_lrs = [lr] * len(groups)
         schedule._last_lr = [lr] * len(groups)
     return lr, momentum
+
+
+class TuneSGD(Companion):
+    """Learning rate and momentum of SGD from the curvature while a model trains: `tune_sgd` every so many epochs or steps.
+
+    Args:
+        optimizer, loss_closure, scheduler: as in `tune_sgd`. The closure is called at each measurement: let it use one
+            fixed batch of the size that is trained with, in evaluation mode.
+        interval: epochs or steps between two measurements, >= 1.
+        unit: what `interval` counts. `"epochs"`: `epoch()` measures, called at the beginning of each, the first one included.
+            `"steps"`: `step()` does, after every `interval` steps of the optimizer.
+        **options: `rule`, `steps`, `floor` and `seed` of `tune_sgd`.
+
+    Attributes:
+        history: `{"step": …, "epoch": …, "lr": …, "momentum": …}` of each measurement: steps and epochs that were over.
+
+    Raises:
+        TypeError, ValueError: as `tune_sgd`, whatever can be checked without measuring at once; an unknown option.
+
+    Example:
+        >>> import torch
+        >>> from lowdim.diagnose import TuneSGD
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, 1.0]))
+        >>> sgd = torch.optim.SGD([w], lr=0.1, momentum=0.9)
+        >>> tuner = TuneSGD(sgd, lambda: (torch.tensor([2.0, 0.5]) * w**2).sum(), interval=2, unit="steps")
+        >>> for _ in range(4):
+        ...     tuner.step()  # after each sgd.step()
+        >>> [(row["step"], round(row["lr"], 4)) for row in tuner.history]
+        [(2, 0.4444), (4, 0.4444)]
+
+    Rate and momentum are kept in the state of the optimizer and of its scheduler: a checkpoint needs theirs, too.
+
+    Source: Granziol, Zohren, Roberts, arXiv 2006.09092.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        loss_closure: Callable[[], Tensor],
+        *,
+        interval: int = 1,
+        unit: Literal["epochs", "steps"] = "epochs",
+        scheduler: Any = None,
+        **options: Any,
+    ):
+        check_int("interval", interval, 1)
+        check_choice("unit", unit, ("epochs", "steps"))
+        self.check_options("TuneSGD", options)
+        _checked(optimizer, scheduler, **options)
+        self.optimizer, self.loss_closure, self.scheduler = optimizer, loss_closure, scheduler
+        self.interval, self.unit, self.options = interval, unit, options
+        self.history: list[dict[str, float]] = []
+        self._steps = self._epochs = 0
+
+    @staticmethod
+    def check_options(who: str, options: Mapping[str, Any]) -> None:
+        """Raise TypeError for an option that `tune_sgd` has not, in the name of `who`."""
+        known = inspect.signature(tune_sgd).parameters.keys() - {"optimizer", "loss_closure", "scheduler"}
+        refuse_strange(who, options, sorted(known))
+
+    def update(self) -> tuple[float, float]:
+        """Measure and set both now; returns `(lr, momentum)`."""
+        lr, momentum = tune_sgd(self.optimizer, self.loss_closure, scheduler=self.scheduler, **self.options)
+        self.history.append({"step": self._steps, "epoch": self._epochs, "lr": lr, "momentum": momentum})
+        return lr, momentum
+
+    def epoch(self) -> None:
+        """Call at the beginning of each epoch."""
+        if self.unit == "epochs" and self._epochs % self.interval == 0:
+            self.update()
+        self._epochs += 1
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Count a step."""
+        self._steps += 1
+        if self.unit == "steps" and self._steps % self.interval == 0:
+            self.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts and the history."""
+        return {"steps": self._steps, "epochs": self._epochs, "history": [dict(row) for row in self.history]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned; nothing is measured."""
+        self._steps, self._epochs = int(state["steps"]), int(state["epochs"])
+        self.history = [dict(row) for row in state["history"]]
+
+
+def _checked(
+    optimizer: Any, scheduler: Any, *, rule: str = "heavy_ball", steps: int = 10, floor: float = 1e-3, seed: int = 0
+) -> tuple[list[dict[str, Any]], Any]:
+    """The optimizer's groups and the plain scheduler, where `tune_sgd` can use them."""
+    check_choice("rule", rule, RULES)
+    check_int("steps", steps, 1)
+    check_float("floor", floor, 0.0, 1.0, high_open=True)
+    plain, schedule = getattr(optimizer, "optimizer", optimizer), _plain_schedule(scheduler)
+    if any("momentum" not in group for group in plain.param_groups):
+        raise TypeError(f"tune_sgd needs an optimizer with a momentum, such as torch.optim.SGD; got {type(plain).__name__}")
+    return plain.param_groups, schedule
 
 
 def _set_rate(group: dict[str, Any], lr: float) -> None:

@@ -28,7 +28,7 @@ COMMANDS = {
     },
     "run": {
         "recipe", "--out", "--resume", "--steps", "--check", "--master-weights", "--quantize", "--optimizer",
-        "--task", "--model", "--data", "--method", "--ffn", "--mixer",
+        "--task", "--model", "--data", "--method", "--ffn", "--mixer", "--watch",
     },
     "export": {"adapter", "out", "--model", "--format", "--rank", "--task", "--for", "--max-error", "--keep-mask"},
     "compress": {

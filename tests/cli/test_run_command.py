@@ -1,5 +1,7 @@
 """`lowdim run`."""
 
+import json
+
 import pytest
 
 
@@ -52,6 +54,28 @@ def test_run_refuses_what_does_not_fit(changes, part, refused, recipe, tmp_path)
         changes = {**changes, "data": str(tmp_path / "short.txt")}
     assert part in refused("run", recipe(**changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_run_watches_its_layers(call, recipe, tmp_path):
+    code, out, err = call("run", recipe(), "--watch", "2")
+    assert code == 0, err
+    assert "every 2 steps 35 layers are measured" in out
+    watch = json.loads((tmp_path / "out" / "run.json").read_text())["watch"]
+    assert [row["step"] for row in watch["rows"]] == [0, 2, 3]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<svg viewBox") >= 3
+    assert "Layers during training" in page
+
+
+def test_run_names_a_method_without_layers_to_watch(refused, tmp_path):
+    where = ("--task", "classify", "--model", "stories260k", "--method", "linear-probe", "--steps", "2")
+    message = refused("run", *where, "--watch", "2", "--out", tmp_path / "out")
+    assert "watch 2: method linear-probe has no layer to watch: no linear layer besides the prediction head" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_refuses_an_interval_below_zero(refused, recipe):
+    assert "watch: Input should be greater than or equal to 0 (got -1)" in refused("run", recipe(), "--watch", "-1")
 
 
 def test_run_that_diverges(refused, recipe, tmp_path):

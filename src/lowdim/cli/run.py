@@ -47,6 +47,9 @@ def run(
         str | None, typer.Option("--quantize", help="Keep the base's linear weights in few bits: int8, int4 or nf4.")
     ] = None,
     optimizer: Annotated[str | None, typer.Option("--optimizer", help="adamw, or adamw8bit with moments in 8 bits.")] = None,
+    watch: Annotated[
+        int | None, typer.Option("--watch", help="Measure what training does to the layers, every so many steps; 0: never.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check the recipe and print it filled in.")] = False,
 ) -> None:
     """Train with one method, as described in a recipe."""
@@ -61,7 +64,7 @@ def run(
     given: dict[str, Any] = {
         "model": model, "task": task, "data": data or None, "method": method, "ffn": ffn, "mixer": mixer,
         "out": None if out is None else str(out), "steps": steps, "master_weights": True if master_weights else None,
-        "quantize": quantize, "optimizer": optimizer,
+        "quantize": quantize, "optimizer": optimizer, "watch": watch,
     }  # fmt: skip
     loaded = new_recipe(**given) if recipe is None else load_recipe(recipe, **given)
     with_options(variant(loaded.method), loaded.options)

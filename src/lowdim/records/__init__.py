@@ -19,7 +19,7 @@ from lowdim.records.compression import CompressionRecord
 from lowdim.records.differences import difference_text, in_points, with_error
 from lowdim.records.families import FamiliesRecord, FamilyRun, LevelRecord
 from lowdim.records.pipeline import PipelineRecord, StepRecord
-from lowdim.records.run import RUN, ComparedRun, RunRecord
+from lowdim.records.run import RUN, ComparedRun, RunRecord, WatchRecord
 
 __all__ = [
     "RUN",
@@ -42,6 +42,7 @@ __all__ = [
     "StepRecord",
     "Trial",
     "VisitRecord",
+    "WatchRecord",
     "WinnerRecord",
     "claim",
     "difference_text",

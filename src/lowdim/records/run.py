@@ -7,9 +7,38 @@ from typing import Any, ClassVar
 
 from lowdim.records.base import Record
 
-__all__ = ["RUN", "ComparedRun", "RunRecord"]
+__all__ = ["RUN", "ComparedRun", "RunRecord", "WatchRecord"]
 
 RUN = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchRecord(Record):
+    """What a run measured of its layers while they trained (`lowdim.train.LayerWatch`).
+
+    Attributes:
+        schema: of the rows.
+        interval: steps between two measurements.
+        k, threshold, kept: directions that are compared, similarity of an intruder, directions of the start that are known.
+        not_measured: layer -> why.
+        rows: `step`; `alpha`, `intruders` and `overlap`, the means over the layers; and `layers`, the same for each layer. The
+            first row is the start, an alpha that could not be fitted is None.
+
+    Example:
+        >>> from lowdim.records import WatchRecord
+        >>> WatchRecord(interval=50, k=10, threshold=0.5, kept=64, not_measured={}, rows=[]).to_dict()["schema"]
+        1
+    """
+
+    what: ClassVar[str] = "the record of watched layers"
+
+    schema: int = 1
+    interval: int
+    k: int
+    threshold: float
+    kept: int
+    not_measured: dict[str, str]
+    rows: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +69,7 @@ class RunRecord(Record):
         replacement: what the new vectors find in an old model's index (`lowdim.represent.ReplacementReport`), and that model.
         files: checksums of the trained model's files.
         file_bytes: size of its tensors as they were written, in `adapter/` or `model/`.
+        watch: what was measured of the layers during the training, if anything was.
 
     Example:
         >>> import dataclasses
@@ -85,11 +115,12 @@ class RunRecord(Record):
     samples: list[dict[str, str]] = field(default_factory=list)
     kept: list[float] | None = None
     replacement: dict[str, Any] | None = None
+    watch: WatchRecord | None = None
 
     def left_out(self) -> set[str]:
         """Penalties, ranks and notes of a method that has none, and checksums and sizes of versions that kept none."""
         names = ("penalties", "ranks", "capped_ranks", "notes", "fingerprint", "files", "file_bytes")
-        names += ("by_class", "samples", "kept", "replacement")
+        names += ("by_class", "samples", "kept", "replacement", "watch")
         unknown = {"before_test"} if self.before_test is None else set()  # a score of 0 is one
         return {name for name in names if not getattr(self, name)} | unknown
 

@@ -23,7 +23,7 @@ __all__ = ["render_run", "write_run"]
 _PLACED = {"schema", "title", "method", "label", "config", "versions", "hardware", "environment", "losses", "loss_steps"}
 _PLACED |= {"notes", "command", "created", "failure", "hits", "fingerprint", "files", "evaluations", "subspaces", "spikes"}
 _PLACED |= {"before", "before_test", "validation", "test", "by_class", "samples", "kept", "data", "values", "validation_values"}
-_PLACED |= {"replacement"}
+_PLACED |= {"replacement", "watch"}
 _SCORES = (("score", "", ""), ("test", "test ", "before_test"), ("validation", "validation ", "before"))
 
 
@@ -65,6 +65,7 @@ def render_run(run: Mapping[str, Any]) -> str:
             chart("losses", "Training loss", "", "curves", "") if known else "",
             section("scores", "Scores during training", watched.scores(run)),
             section("subspaces", "Subspaces", watched.subspaces(run)),
+            section("layers", "Layers during training", watched.layers(run), _watched_hint(run)),
             section("the-data", "Data", evidence.data_section(data)),
             section("config", "Configuration", _described(config)),
             section("circumstances", "Circumstances", circumstances),
@@ -177,6 +178,17 @@ def _replacement(run: Mapping[str, Any]) -> str:
         return ""
     said = f"<p>{esc(replacement_sentence(record))} The model that is replaced: {esc(plain(record.get('old'), 200))}.</p>"
     return sections.section("old-index", "May the old index stay?", said) + replacement_sections(record)
+
+
+def _watched_hint(run: Mapping[str, Any]) -> str:
+    """What the charts of the layers mean."""
+    watch = mapping(run.get("watch"))
+    k = plain(watch.get("k"), 20) or "k"
+    return (
+        f"A smaller alpha is a heavier tail, an intruder is one of the {k} strongest directions that the start did not have, "
+        f"and overlap is 1 while the {k} strongest directions are those of the start; points are means over the layers, "
+        "bars reach from the smallest to the largest."
+    )
 
 
 def _described(value: Any) -> str:

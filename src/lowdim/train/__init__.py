@@ -9,6 +9,7 @@ from lowdim.lazy import lazy_names
 if TYPE_CHECKING:
     from lowdim.train.callbacks import AdaptedCallback, TempBalanceCallback
     from lowdim.train.curvature_callback import TuneSGDCallback
+    from lowdim.train.layer_watch import LayerWatch
     from lowdim.train.loop import fit
     from lowdim.train.mixin import AdaptedTrainerMixin
     from lowdim.train.multigrid import MultigridSchedule
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lowdim.train.tasks import Task, classification, language_modelling
     from lowdim.train.tasks.own import OwnTask, own_task
     from lowdim.train.tokenizers import byte_tokenizer, character_tokenizer
+    from lowdim.train.watch_callback import WatchCallback
 
 __all__ = [
     "AdaptedCallback",
@@ -28,6 +30,7 @@ __all__ = [
     "FitResult",
     "FitSettings",
     "GridDataset",
+    "LayerWatch",
     "MultigridBatchSampler",
     "MultigridCallback",
     "MultigridSchedule",
@@ -38,6 +41,7 @@ __all__ = [
     "Task",
     "TempBalanceCallback",
     "TuneSGDCallback",
+    "WatchCallback",
     "byte_tokenizer",
     "character_tokenizer",
     "classification",
@@ -55,6 +59,8 @@ _HOMES = {
     "AdaptedCallback": "callbacks",
     "TempBalanceCallback": "callbacks",
     "TuneSGDCallback": "curvature_callback",
+    "LayerWatch": "layer_watch",
+    "WatchCallback": "watch_callback",
     "AdaptedTrainerMixin": "mixin",
     "FitResult": "settings",
     "FitSettings": "settings",

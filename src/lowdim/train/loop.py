@@ -17,6 +17,7 @@ from lowdim.models import quiet
 from lowdim.train.settings import FitResult, FitSettings
 
 if TYPE_CHECKING:
+    from lowdim.train.layer_watch import LayerWatch
     from lowdim.train.tasks.base import Task
 
 __all__ = ["FitResult", "FitSettings", "fit"]
@@ -33,6 +34,7 @@ def fit(
     callbacks: tuple[Any, ...] = (),
     say: Callable[[str], None] = lambda line: None,
     fingerprint: Mapping[str, str] | None = None,
+    layer_watch: LayerWatch | None = None,
 ) -> FitResult:
     """Train `applied.model` on the task's training part.
 
@@ -42,6 +44,7 @@ def fit(
         measure_memory: record the peak of one step (the third), which makes that step slower.
         say: called with a line for each spike and each evaluation.
         fingerprint: what the run builds on (`lowdim.train.fingerprint`); a checkpoint of another one is refused.
+        layer_watch: measures the layers of `applied.model` while it trains; its state is kept in checkpoints.
 
     Returns:
         A `FitResult`; a loss that is not finite ends the run and is reported as `failure`, not raised.
@@ -66,6 +69,7 @@ def fit(
             callbacks=callbacks,
             say=say,
             fingerprint=fingerprint,
+            layer_watch=layer_watch,
         )
 
 
@@ -80,9 +84,11 @@ def _fit(
     callbacks: tuple[Any, ...],
     say: Callable[[str], None],
     fingerprint: Mapping[str, str] | None,
+    layer_watch: LayerWatch | None,
 ) -> FitResult:
     from lowdim.train import trainer as trainers
     from lowdim.train.monitoring import Recorder, RunMonitor
+    from lowdim.train.watch_callback import WatchCallback
 
     result = FitResult()
     recorder = Recorder(applied.model, measure_memory)
@@ -99,7 +105,8 @@ def _fit(
         data_collator=task.collate,
         callbacks=[recorder],
     )
-    for callback in (RunMonitor(trainer, task, settings, result, say), *callbacks):
+    watching = () if layer_watch is None else (WatchCallback(trainer, layer_watch),)
+    for callback in (RunMonitor(trainer, task, settings, result, say), *watching, *callbacks):
         trainer.add_callback(callback)
     try:
         with quiet():  # otherwise there is a progress bar for each checkpoint

@@ -93,6 +93,7 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, description="Of all random numbers")
     eval_steps: int = Field(0, ge=0, description="Steps between scores on the validation part; 0: at the end (pretrain)")
     save_steps: int = Field(0, ge=0, description="Steps between checkpoints; 0: no checkpoints")
+    watch: int = Field(0, ge=0, description="Steps between measurements of what training does to the layers' weights; 0: none")
     report_to: str = Field("none", description="A tracker known to transformers, e.g. tensorboard")
 
     out: str = Field("lowdim-run", description="Folder of the results")

@@ -19,17 +19,18 @@ from torch import nn
 import lowdim
 from lowdim import models
 from lowdim.catalogue import variant
-from lowdim.errors import CheckpointError, LowdimError
+from lowdim.errors import CheckpointError, LowdimError, listed
 from lowdim.files import write_text
 from lowdim.linalg import many_processes
 from lowdim.locking import exclusive
 from lowdim.methods import Applied, Setup, Strategy, strategy_for, with_options
-from lowdim.records import RunRecord, claim
+from lowdim.records import RunRecord, WatchRecord, claim
 from lowdim.train.baselines import baseline_record
 from lowdim.train.environment import environment
 from lowdim.train.fingerprint import fingerprint_of
 from lowdim.train.finished import finished, load_run, weight_bytes, written
 from lowdim.train.keeping import Kept, kept_by
+from lowdim.train.layer_watch import LayerWatch, NothingToWatchError
 from lowdim.train.loading import load_base, load_task, recipe_processor
 from lowdim.train.loop import FitResult, FitSettings, check_tracker, fit
 from lowdim.train.measuring import Measured, doubts, measure, refuse_broken, samples
@@ -103,6 +104,7 @@ class _Start:
     applied: Applied
     lr: float
     before: Measured
+    watch: LayerWatch | None
     trained: int  # counted at the start: some methods train fewer parameters over time
 
 
@@ -196,7 +198,24 @@ def _start(run: _Run, base: _Base) -> _Start:
         run.say(f"note: {note}")
     trained = applied.trained()
     run.say(f"{strategy.variant.label}: {trained:,} trained parameters, learning rate {lr:g}")
-    return _Start(base, applied, lr, before, trained)
+    return _Start(base, applied, lr, before, _watch(run, applied.model), trained)
+
+
+def _watch(run: _Run, model: nn.Module) -> LayerWatch | None:
+    """Measures the layers while the model trains, if the recipe wants it.
+
+    Raises:
+        ValueError: the method trains no layers that could be measured.
+    """
+    if not run.recipe.watch:
+        return None
+    try:
+        watch = LayerWatch(model, interval=run.recipe.watch, seed=run.recipe.seed)
+    except NothingToWatchError as error:
+        raise ValueError(f"watch {run.recipe.watch}: method {run.recipe.method} has {error}; leave out watch") from None
+    left = f"; not {listed(watch.left_out)}" if watch.left_out else ""
+    run.say(f"every {run.recipe.watch} steps {len(watch.layers)} layers are measured{left}")
+    return watch
 
 
 def _train(run: _Run, start: _Start, resume: bool, callbacks: tuple[Any, ...]) -> FitResult:
@@ -218,6 +237,7 @@ def _train(run: _Run, start: _Start, resume: bool, callbacks: tuple[Any, ...]) -
         callbacks=callbacks,
         say=run.say,
         fingerprint=start.base.fingerprint,
+        layer_watch=start.watch,
     )
 
 
@@ -280,6 +300,7 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
         capped_ranks=applied.capped_ranks,
         notes=[*applied.notes, *doubted],
         fingerprint=base.fingerprint,
+        watch=None if start.watch is None else _watched(start.watch),
     )
     whole = whole_state(applied.model)
     if run.first:
@@ -301,6 +322,17 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
         record = dataclasses.replace(record, files=written(run.folder), file_bytes=weight_bytes(run.folder))
         record.write(run.folder)
     return record.to_dict()
+
+
+def _watched(watch: LayerWatch) -> WatchRecord:
+    return WatchRecord(
+        interval=watch.interval,
+        k=watch.k,
+        threshold=watch.threshold,
+        kept=watch.kept,
+        not_measured=watch.left_out,
+        rows=watch.history,
+    )
 
 
 def _told(found: Measured, metric: Metric) -> str:

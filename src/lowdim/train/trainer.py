@@ -22,6 +22,7 @@ from lowdim.pretrained.guard import writes_checkpoints
 from lowdim.train.checkpoints import MANIFEST, checkpoint_errors, complete, discard, newest_checkpoint, rotate, step_of
 from lowdim.train.mixin import PenaltyLog
 from lowdim.train.settings import SUBSPACE, FitSettings
+from lowdim.train.watch_callback import WatchCallback
 
 __all__ = ["MethodTrainer", "arguments"]
 
@@ -147,6 +148,9 @@ class MethodTrainer(PenaltyLog, Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.applied.companion is not None and self.args.should_save:
             torch.save(self.applied.companion.state_dict(), Path(output_dir) / _COMPANION)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, WatchCallback) and self.args.should_save:
+                callback.save(Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with checkpoint_errors(resume_from_checkpoint):

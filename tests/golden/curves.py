@@ -64,8 +64,8 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 #: Ways to train that also start from random weights.
 SCRATCH = (
-    "dct", "fira", "full", "galore", "galore-8bit", "low-rank", "low-rank-restart", "maestro", "monarch", "q-galore",
-    "sltrain", "sst",
+    "block-dense", "block-shuffle", "dct", "fira", "full", "galore", "galore-8bit", "low-rank", "low-rank-restart", "maestro",
+    "monarch", "q-galore", "self-guided", "sltrain", "sst",
 )  # fmt: skip
 
 

@@ -158,6 +158,19 @@ def test_zero_parameters_fit_a_logarithmic_axis():
     assert not any("NaN" in str(place) for place in drawn)
 
 
+def test_shares_that_are_all_zero_have_no_negative_ticks():
+    record = comparison()
+    for method in record["methods"][:10]:
+        method.update(mean=0.0, interval=[0.0, 0.0], scores=[0.0] * len(method["scores"]))
+    texts = asked(
+        report.render(record),
+        """return [...document.querySelectorAll('[data-chart=scatter] svg text')].map((t) => t.textContent);""",
+    )
+    numbers = [text for text in texts if re.fullmatch(r"[−-]?[0-9.]+ ?%?", text)]
+    assert numbers
+    assert not any(text.startswith(("−", "-")) for text in numbers), numbers
+
+
 @pytest.mark.parametrize("case", ["one", "none", "lower", "losses", "same"])
 def test_odd_records_draw_without_an_error(case):
     record = comparison()

@@ -36,7 +36,9 @@ function scatter(host) {
     const reach = 0.6 * (near[1] - near[0]);
     const inView = references.filter((m) => m.mean >= near[0] - reach && m.mean <= near[1] + reach);
     const [bottom, top] = extent([...near, ...(DATA.band ?? []), ...inView.map((m) => m.mean)]);
-    const yTicks = linearTicks(bottom, top, 6), yFormat = tickFormat(yTicks, "score");
+    // A margin below 0 has no ticks where no score is there: shares are never negative.
+    const least = Math.min(0, ...near, ...(DATA.band ?? []));
+    const yTicks = linearTicks(bottom, top, 6).filter((tick) => tick >= least), yFormat = tickFormat(yTicks, "score");
     const box = { left: leftOf(yTicks, yFormat, 48), right: inner - 14, top: 26, bottom: height - 46 };
     const useLog = log && positive.length > 0;
     const gutter = useLog && positive.length < xs.length ? 36 : 0;

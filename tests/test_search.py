@@ -153,6 +153,29 @@ def test_an_edge_widens_where_it_wins_by_more_than_its_error(lead, widens):
     assert bool(asked) == widens
 
 
+@pytest.mark.parametrize("best", [0.5, 5e-3, 1e-6])
+def test_a_rate_of_another_origin_widens_nothing_and_stops_no_widening(best):
+    """With a measured rate the usual ones are those that are tried without it, wherever it lies and however good it is."""
+    usual = [Candidate("a", rate) for rate in (1e-2, 1e-3, 1e-4)]
+
+    def advance(candidate, steps):
+        value = 9.0 if candidate.origin else -abs(np.log10(candidate.lr) + 0.5)
+        return value + np.zeros(EXAMPLES)
+
+    def widen(candidate, upward):
+        return Candidate(candidate.method, candidate.lr * (10 if upward else 0.1))
+
+    def tried(found):
+        return [v.candidate for v in halve(found, 160, advance, widen=widen).visits if v.rung == 0 and not v.candidate.origin]
+
+    measured = Candidate("a", best, origin="curvature")
+    assert tried([*usual, measured]) == tried(usual)
+    assert len(tried(usual)) > len(usual), "they do widen"
+    search = halve([*usual, measured], 160, advance, widen=widen)
+    assert search.survivors[0].origin == "curvature"
+    assert Candidate("a", best) == measured, "the origin makes no other candidate"
+
+
 def test_what_cannot_be_searched():
     with pytest.raises(ValueError, match="needs different candidates; got \\[\\]"):
         halve([], 100, scored({}))

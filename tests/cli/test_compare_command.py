@@ -42,6 +42,7 @@ def compare(refused, bert_folder, two_classes, tmp_path):
         ({"time_limit": "0m"}, ["--time-limit must be a positive number"]),
         ({"seeds": 0}, ["--seeds must be an int >= 1; got 0"]),
         ({"rates": 6}, ["--rates must be an int in [1, 5]; got 6"]),
+        ({"rates": "foo"}, ["--rates must be an int in [1, 5], or \"curvature\"; got 'foo'"]),
         ({"sizes": 0}, ["--sizes must be an int in [1, 4]; got 0"]),
         ({"equal": "params"}, ["--equal must be one of parameters, flops, memory, none", "'params'"]),
         ({"search": "halfing"}, ["--search must be one of halving, grid", "nearest: halving"]),

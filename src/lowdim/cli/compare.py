@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from lowdim.cli.options import MODEL_HELP, Methods
+from lowdim.cli.options import MODEL_HELP, Methods, rates_of
 
 __all__ = ["compare"]
 
@@ -46,7 +46,10 @@ def compare(
     ] = None,
     keep: Annotated[str | None, typer.Option("--keep", help="A text that must not be forgotten: its loss is shown.")] = None,
     rates: Annotated[
-        int | None, typer.Option("--rates", "--trials", help="Learning rates of each method in the search, 1 to 5.")
+        str | None,
+        typer.Option(
+            "--rates", "--trials", help="Learning rates of each method in the search, 1 to 5; curvature: 3 and a measured one."
+        ),
     ] = None,
     sizes: Annotated[int | None, typer.Option("--sizes", help="Ranks of each method in the search, 1 to 4.")] = None,
     equal: Annotated[
@@ -93,7 +96,7 @@ def compare(
         strange = [name for name, value in given.items() if value is not None]
         if strange:
             raise ValueError(f"{', '.join(strange)} cannot be used with --compress")
-        usual = {"max_length": max_length, "steps": steps, "rates": rates, "seeds": seeds, "task": task}
+        usual = {"max_length": max_length, "steps": steps, "rates": rates_of(rates), "seeds": seeds, "task": task}
         _compressions(
             {name: value for name, value in usual.items() if value is not None}, model=model, data=data, text=text,
             label=label, methods=methods, budget=budget, batch_size=batch_size, seed=seed, out=out, resume=resume,
@@ -109,7 +112,7 @@ def compare(
         text=",".join(text) if text else None, label=label, label_separator=label_separator,
         methods=",".join(methods).split(",") if methods else (),
         budget=None if budget is None else parse_bytes(budget), metric=metric,
-        answer_pattern=answer_pattern, keep=keep, rates=rates, sizes=sizes, equal=equal, search=search, seeds=seeds,
+        answer_pattern=answer_pattern, keep=keep, rates=rates_of(rates), sizes=sizes, equal=equal, search=search, seeds=seeds,
         prefer=prefer, quantize=quantize, optimizer=optimizer,
         steps=steps, batch_size=batch_size, max_length=max_length, seed=seed, report_to=report_to,
         time_limit=None if time_limit is None else parse_seconds(time_limit), workers=workers, threads=threads, ray=ray,

@@ -27,7 +27,7 @@ class OnceCommand(TyperCommand):
             single = [p for p in given if p.param_type_name == "option" and not (p.multiple or p.is_flag or p.count)]
             for parameter in dict.fromkeys(single):
                 if single.count(parameter) > 1:
-                    name = max(parameter.opts, key=len)
+                    name = next((each for each in parameter.opts if each.startswith("--")), parameter.opts[0])
                     if is_number(parameter):
                         typer.echo(f"note: {name} is given {single.count(parameter)} times; the last value counts", err=True)
                         continue

@@ -71,7 +71,7 @@ class Finals:
     def _round(self, index: int) -> list[Run]:
         seed = derive_seed(self.seed, "run", index) % 2**31
         return [
-            Run(sized(self.variants[c.method], c.size), "seed", index, c.lr, seed, self.bench.steps, c.size)
+            Run(sized(self.variants[c.method], c.size), "seed", index, c.lr, seed, self.bench.steps, c.size, origin=c.origin)
             for c in self.candidates
         ]
 

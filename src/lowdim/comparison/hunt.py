@@ -16,7 +16,8 @@ from lowdim.comparison.ladder import sized
 from lowdim.comparison.live import LiveTable
 from lowdim.comparison.runs import Contest, Run, drop_checkpoints
 from lowdim.comparison.search import Candidate, Chain, Search, halve, rungs_of
-from lowdim.records import ComparedRun, SearchRecord, VisitRecord
+from lowdim.comparison.settings import CURVATURE
+from lowdim.records import ComparedRun, MeasuredRate, SearchRecord, VisitRecord
 from lowdim.units import format_seconds
 
 __all__ = ["ALWAYS", "Hunt", "first_candidates", "next_rate"]
@@ -36,6 +37,7 @@ class Hunt:
         sizes: their ranks.
         kind: `"halving"` or `"grid"`.
         crew: who trains.
+        measured: rates that are tried beside the usual ones.
         records: candidate -> its records, of growing rungs.
     """
 
@@ -48,6 +50,7 @@ class Hunt:
     clock: Clock
     live: LiveTable
     crew: Crew
+    measured: Sequence[MeasuredRate] = ()
     records: dict[Candidate, list[ComparedRun]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     _late: set[Candidate] = field(default_factory=set)
@@ -64,6 +67,7 @@ class Hunt:
             LowdimError: the time limit ended before every method was tried once.
         """
         begin = first_candidates(self.variants, self.sizes, self.rates, self.bench.scratch)
+        begin += _beside(begin, self.measured)
         self.live.rung(0, self.rungs[0], len(begin))
         found = halve(
             begin,
@@ -107,7 +111,7 @@ class Hunt:
             before = known[-1].rung or 0 if known else 0
             known.append((yield Job(self._run(candidate, rung), rung - before)))
             try:
-                candidate = chain.send(self._scores(known[-1]))
+                candidate = chain.send(self.scores(known[-1]))
             except StopIteration:
                 return
 
@@ -121,9 +125,10 @@ class Hunt:
             rung,
             candidate.size,
             self.rows(rung),
+            candidate.origin,
         )
 
-    def _scores(self, record: ComparedRun) -> NDArray[np.float64] | None:
+    def scores(self, record: ComparedRun) -> NDArray[np.float64] | None:
         """One value for each validation example, higher is better; None where the run failed."""
         if record.failure is not None or record.validation is None:
             return None
@@ -171,6 +176,7 @@ class Hunt:
                 scores[visit.candidate, visit.steps] if visit.score is not None else None,
                 visit.goes_on,
                 visit.reason,
+                visit.candidate.origin,
             )
             for visit in found.visits
         ]
@@ -190,6 +196,13 @@ def first_candidates(
         if at < len(rungs[name]) and place < len(sizes[name])
         for size in [sizes[name][place]]
     ]
+
+
+def _beside(usual: Sequence[Candidate], measured: Iterable[MeasuredRate]) -> list[Candidate]:
+    """The candidates with measured rates; they come last, so that a time limit takes nothing from the usual ones."""
+    taken = {candidate.name for candidate in usual}
+    found = [Candidate(each.method, each.lr, each.size, CURVATURE) for each in measured if each.lr is not None]
+    return [candidate for candidate in found if candidate.name not in taken]
 
 
 def next_rate(rates: Sequence[float], lr: float, upward: bool) -> float:

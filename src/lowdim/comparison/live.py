@@ -141,7 +141,8 @@ def _described(run: Run) -> str:
     word = "rank" if strategy_for(run.variant).at_rank(8) is not None else "blocks"
     size = "" if run.size is None else f", {word} {run.size}"
     what = f"seed {run.index + 1}, " if run.phase == "seed" else ""
-    return f"{what}lr {run.lr:g}{size}"
+    origin = f" ({run.origin})" if run.origin else ""
+    return f"{what}lr {run.lr:g}{origin}{size}"
 
 
 def _scores(values: list[float], metric: Metric) -> str:

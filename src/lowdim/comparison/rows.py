@@ -46,6 +46,7 @@ def _row(
     row = summarise(each if best is None else sized(each, best.size), trials, [], None, None)
     if best is not None:
         row.status, row.reason, row.lr, row.size = "left", _why(best, found, finals), best.lr, best.size
+        row.lr_origin = best.origin
     return row
 
 

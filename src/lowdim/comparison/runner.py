@@ -17,16 +17,18 @@ import lowdim
 from lowdim.comparison.clock import Clock
 from lowdim.comparison.crew import Crew
 from lowdim.comparison.finals import Finals, finalists_of
+from lowdim.comparison.helped import rates_record
 from lowdim.comparison.hiring import hired, limited_threads, threads_of
 from lowdim.comparison.hunt import Hunt
 from lowdim.comparison.judging import judge_runs
 from lowdim.comparison.live import LiveTable
+from lowdim.comparison.measured_rates import measured_rates
 from lowdim.comparison.result import remarks, samples_of
 from lowdim.comparison.rows import forecast_of, rows_of_methods
 from lowdim.comparison.runs import Contest
 from lowdim.comparison.search import Search, rungs_of
 from lowdim.comparison.setting_up import Field, choose_methods, find_sizes, make_contest
-from lowdim.comparison.settings import CompareSettings
+from lowdim.comparison.settings import CURVATURE, CompareSettings
 from lowdim.comparison.tracking import Tracking
 from lowdim.comparison.trivial import hits_of, trivial_rows, trivial_values
 from lowdim.comparison.verdict import conclude
@@ -113,6 +115,8 @@ def run_comparison(
         check_fingerprint(contest.parts, earlier, folder)
         described = {**settings.to_dict(), "command": command, "fingerprint": contest.parts}
         _begin(crew, contest, described)
+        if settings.rates == CURVATURE:
+            entered.measured = measured_rates(contest, entered.able, entered.sizes, settings.seed, clock, say)
         return _compare(settings, bench, contest, entered, crew, clock, console, command), contest
 
 
@@ -175,6 +179,7 @@ def _compare(
         ],
         judgement=judgement,
         search=hunt.record(found),
+        rates=rates_record(hunt, found),
         samples=samples_of(contest.untouched_samples, finals.runs),
     )
     lost: WrittenModelError | None = None
@@ -211,7 +216,9 @@ def _search_and_final(
     rungs = (settings.steps,) if settings.search == "grid" else rungs_of(settings.steps)
     labels = {name: each.label for name, each in able.items()}
     with LiveTable(console, contest.metric, labels, rungs, contest.search_metric) as live:
-        hunt = Hunt(contest, able, entered.sizes, settings.rates, seed, settings.search, clock, live, crew)
+        hunt = Hunt(
+            contest, able, entered.sizes, settings.usual_rates, seed, settings.search, clock, live, crew, entered.measured
+        )
         found = hunt.search()
         finals = Finals(contest, able, finalists_of(found), trivial, settings.seeds, seed, clock, live, crew)
         finals.play()

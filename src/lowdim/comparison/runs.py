@@ -32,7 +32,7 @@ from lowdim.train.loop import FitResult, FitSettings, fit
 from lowdim.train.metrics import Metric
 from lowdim.train.tasks.base import Score, Task
 
-__all__ = ["WEIGHTS", "Contest", "Run", "drop_checkpoints", "finished_record", "perform"]
+__all__ = ["WEIGHTS", "Contest", "Run", "drop_checkpoints", "finished_record", "perform", "prepared"]
 
 WEIGHTS = "weights.safetensors"
 _ADAPTER = ("adapter.safetensors", "adapter.json")
@@ -49,6 +49,7 @@ class Run:
         index: of the seed; of a trial that of the rung.
         steps: where it ends; a trial goes on from the rung before.
         rows: of the validation part that a trial is scored on; 0 for all.
+        origin: of the rate, as in `Candidate`.
     """
 
     variant: Variant
@@ -59,11 +60,12 @@ class Run:
     steps: int
     size: int | None = None
     rows: int = 0
+    origin: str = ""
 
     @property
     def candidate(self) -> Candidate:
         """Its method, rate and size."""
-        return Candidate(self.variant.name, self.lr, self.size)
+        return Candidate(self.variant.name, self.lr, self.size, self.origin)
 
     @property
     def name(self) -> str:
@@ -128,9 +130,10 @@ def perform(bench: Contest, run: Run, *, on_step: Callable[[], None] = lambda: N
         environment=environment(),
         size=run.size,
         rung=run.steps if run.phase == "trial" else None,
+        origin=run.origin or None,
     )
     try:
-        strategy, applied = _prepared(bench, run)
+        strategy, applied = prepared(bench, run)
         record.config = {key: _jsonable(value) for key, value in applied.options.items()}
         record.trained_parameters = applied.trained()
         record.capped_ranks = applied.capped_ranks or None
@@ -159,7 +162,7 @@ def perform(bench: Contest, run: Run, *, on_step: Callable[[], None] = lambda: N
     return ComparedRun.read(folder)
 
 
-def _prepared(bench: Contest, run: Run) -> tuple[Strategy, Applied]:
+def prepared(bench: Contest, run: Run) -> tuple[Strategy, Applied]:
     """The model as the method changes it before training: the same for every leg of a candidate."""
     model = copy.deepcopy(bench.model)
     torch.manual_seed(run.seed)

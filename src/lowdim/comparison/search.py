@@ -36,11 +36,16 @@ Scores = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method with one rate and one size."""
+    """A method with one rate and one size.
+
+    Attributes:
+        origin: where its rate comes from, if it is not one of the method's usual ones: `"curvature"`.
+    """
 
     method: str
     lr: float
     size: int | None = None
+    origin: str = field(default="", compare=False)
 
     @property
     def name(self) -> str:
@@ -250,10 +255,13 @@ def _widened(
 
 
 def _further(scores: dict[Candidate, Scores | None], widen: Callable[[Candidate, bool], Candidate | None]) -> Chain:
-    """Further rates of one method and size, beside those that were scored; their scores are added."""
+    """Further rates of one method and size, beside those that were scored; their scores are added.
+
+    A rate of another origin is no step of the scale: usual rates widen as they would without it.
+    """
     for upward in (True, False):
         for _ in range(_WIDENINGS):
-            own = [c for c in scores if _ok(scores[c])]
+            own = [c for c in scores if _ok(scores[c]) and not c.origin]
             if len(own) < 2:
                 break
             edge, neighbour = sorted(own, key=_rate, reverse=upward)[:2]

@@ -30,6 +30,7 @@ from lowdim.comparison.settings import DEFAULT_METHODS, TRAINING_METHODS, Compar
 from lowdim.comparison.workbench import Workbench, recipe_of
 from lowdim.errors import LowdimError
 from lowdim.methods import strategy_for
+from lowdim.records import MeasuredRate
 from lowdim.train.keeping import kept_by
 from lowdim.train.measuring import refuse_broken
 from lowdim.train.neighbours import padding_note
@@ -57,6 +58,7 @@ class Field:
         sizes: method -> its ranks.
         notes: on the sizes.
         costs: parameters and FLOPs by method and rank; from random weights.
+        measured: rates from curvature, where they are asked for.
     """
 
     chosen: list[Variant]
@@ -64,6 +66,7 @@ class Field:
     sizes: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     costs: dict[tuple[str, int | None], Costs] = field(default_factory=dict)
+    measured: list[MeasuredRate] = field(default_factory=list)
 
     @property
     def able(self) -> dict[str, Variant]:

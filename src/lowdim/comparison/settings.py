@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import InitVar, asdict, dataclass
 from typing import Any
 
-from lowdim.errors import check_choice, check_int
+from lowdim.errors import check_choice, check_int, shown
 from lowdim.methods import OPTIMIZERS
 from lowdim.models import TASKS
 from lowdim.modules import SCHEMES
 
-__all__ = ["DEFAULT_METHODS", "EQUAL", "PREFER", "SEARCH", "CompareSettings"]
+__all__ = ["CURVATURE", "DEFAULT_METHODS", "EQUAL", "PREFER", "SEARCH", "CompareSettings"]
 
 DEFAULT_METHODS = "linear-probe,lora,full,lamda,randlora,galore"
 #: For pretraining, where adapters on random weights make no sense.
 TRAINING_METHODS = "full,training"
 
 
+#: `--rates`: the usual ones, and one that is measured.
+CURVATURE = "curvature"
+_USUAL_RATES = 3
 #: What methods of one size have in common.
 EQUAL = ("parameters", "flops", "memory", "none")
 SEARCH = ("halving", "grid")
@@ -39,7 +42,8 @@ class CompareSettings:
         metric: None for the task's usual one.
         label_separator, answer_pattern, keep: as in `lowdim.train.Recipe`.
         seeds: rounds of the final at most; each trains every finalist once.
-        rates: learning rates of each method in the search, 1 to 5; `trials` is its former name.
+        rates: learning rates of each method in the search, 1 to 5; `"curvature"`: three, and one that is measured from the
+            curvature of the loss. `trials` is its former name.
         sizes: ranks of each method in the search.
         equal: what methods of one size have in common: `"parameters"`, `"flops"` (of structured layers that are trained from
             random weights), `"memory"` (the forecast peak) or `"none"`.
@@ -76,7 +80,7 @@ class CompareSettings:
     answer_pattern: str | None = None
     keep: str | None = None
     seeds: int = 3
-    rates: int = 3
+    rates: int | str = _USUAL_RATES
     sizes: int = 2
     equal: str = "parameters"
     search: str = "halving"
@@ -109,7 +113,9 @@ class CompareSettings:
         for name in ("threads", "workers"):
             if getattr(self, name) is not None:
                 check_int(f"--{name}", getattr(self, name), 1)
-        check_int("--rates", self.rates, 1, 5)
+        if isinstance(self.rates, str) and self.rates != CURVATURE:
+            raise ValueError(f'--rates must be an int in [1, 5], or "{CURVATURE}"; got {shown(self.rates)}')
+        check_int("--rates", self.usual_rates, 1, 5)
         check_int("--sizes", self.sizes, 1, 4)
         for name, allowed in (("equal", EQUAL), ("search", SEARCH), ("prefer", PREFER)):
             check_choice(f"--{name}", getattr(self, name), allowed)
@@ -132,6 +138,11 @@ class CompareSettings:
             )
         if not self.data and "task" not in self.given:
             raise ValueError("--data must name at least one file")
+
+    @property
+    def usual_rates(self) -> int:
+        """How many of each method's own rates the search begins with."""
+        return _USUAL_RATES if isinstance(self.rates, str) else self.rates
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able record."""

@@ -126,7 +126,7 @@ def compare(
     answer_pattern: str | None = None,
     keep: str | os.PathLike[str] | None = None,
     seeds: int | None = None,
-    rates: int | None = None,
+    rates: int | str | None = None,
     sizes: int | None = None,
     equal: str | None = None,
     search: str | None = None,
@@ -159,6 +159,8 @@ def compare(
         methods: names and families, as a list or with commas.
         console: of `rich`, which shows the progress and the table.
         budget: bytes, or a text such as `"8GiB"`.
+        rates: how many of each method's own are tried, 1 to 5, or `"curvature"`: three, and one that is measured from the
+            curvature of its loss.
         time_limit: seconds, or a text such as `"10m"`.
         workers: processes that train; a script must call this under `if __name__ == "__main__":` then.
         threads: of each training.

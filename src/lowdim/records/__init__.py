@@ -19,6 +19,7 @@ from lowdim.records.compression import CompressionRecord
 from lowdim.records.differences import difference_text, in_points, with_error
 from lowdim.records.families import FamiliesRecord, FamilyRun, LevelRecord
 from lowdim.records.pipeline import PipelineRecord, StepRecord
+from lowdim.records.rates import MeasuredRate, MeasuredRates, RatesRecord
 from lowdim.records.run import RUN, ComparedRun, RunRecord, WatchRecord
 
 __all__ = [
@@ -31,10 +32,13 @@ __all__ = [
     "JudgementRecord",
     "LevelRecord",
     "LossCurve",
+    "MeasuredRate",
+    "MeasuredRates",
     "MethodRecord",
     "MetricRecord",
     "ModelRecord",
     "PipelineRecord",
+    "RatesRecord",
     "Record",
     "RunRecord",
     "SampleRecord",

@@ -40,7 +40,7 @@ class Record:
     Example:
         >>> from lowdim.records import Trial
         >>> Trial.from_dict({"lr": 0.1, "score": None}, "trial.json")
-        Trial(lr=0.1, score=None, size=None, steps=None)
+        Trial(lr=0.1, score=None, size=None, steps=None, origin='')
     """
 
     file: ClassVar[str] = ""

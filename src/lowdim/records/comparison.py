@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from lowdim.records.base import Record
+from lowdim.records.rates import RatesRecord
 
 __all__ = [
     "ComparisonRecord",
@@ -46,21 +47,28 @@ class Trial(Record):
     Attributes:
         size: rank, or what takes its place; None for methods without one.
         steps: trained when it was scored last; None: to the end.
+        origin: of the rate: `"curvature"` if it was measured, empty for the usual ones.
     """
 
     lr: float
     score: float | None = None
     size: int | None = None
     steps: int | None = None
+    origin: str = ""
 
     def left_out(self) -> set[str]:
-        """A size and steps that are not known."""
-        return {name for name in ("size", "steps") if getattr(self, name) is None}
+        """A size and steps that are not known, and no origin."""
+        unknown = {name for name in ("size", "steps") if getattr(self, name) is None}
+        return unknown if self.origin else unknown | {"origin"}
 
 
 @dataclass(frozen=True)
 class VisitRecord(Record):
-    """A candidate of the search at a rung: its score on the validation part, and whether and why it went on or left."""
+    """A candidate of the search at a rung: its score on the validation part, and whether and why it went on or left.
+
+    Attributes:
+        origin: of the rate: `"curvature"` if it was measured, empty for the usual ones.
+    """
 
     method: str
     lr: float
@@ -70,6 +78,11 @@ class VisitRecord(Record):
     score: float | None
     goes_on: bool
     reason: str = ""
+    origin: str = ""
+
+    def left_out(self) -> set[str]:
+        """No origin."""
+        return set() if self.origin else {"origin"}
 
 
 @dataclass(frozen=True)
@@ -156,6 +169,7 @@ class MethodRecord(Record):
         status: "ok", "skipped" (it was never run) or "failed".
         reason: why it was skipped, failed, or lost some of its runs.
         lr: the rate that was chosen among `trials`.
+        lr_origin: `"curvature"` if that rate was measured, empty for a usual one.
         scores, mean, interval: of the seeds on the test part, their mean, and the two ends of its 95 % interval.
         forecast_peak_bytes, measured_peak_bytes: peak memory of a step.
         hits: of each seed, right or wrong text by text.
@@ -202,12 +216,13 @@ class MethodRecord(Record):
     by_class: list[dict[str, Any]] = field(default_factory=list)
     kept: list[float] | None = None
     flops_per_token: int | None = None
+    lr_origin: str = ""
 
     def left_out(self) -> set[str]:
         """What versions without it did not write: rows of theirs are written as they were."""
         later = ("size", "difference", "half_width", "may_be_best", "kept", "flops_per_token")
         unset = {name for name in later if getattr(self, name) is None}
-        return unset | {name for name in ("trivial", "by_class") if not getattr(self, name)}
+        return unset | {name for name in ("trivial", "by_class", "lr_origin") if not getattr(self, name)}
 
 
 @dataclass(frozen=True)
@@ -272,6 +287,7 @@ class ComparisonRecord(Record):
         judgement: what it shows (None: nothing finished, or a version without the rule).
         search: the search tree.
         samples: what models wrote for prompts of the test part.
+        rates: the measured rates and whether they helped, where they were asked for.
     """
 
     file: ClassVar[str] = "comparison.json"
@@ -296,7 +312,8 @@ class ComparisonRecord(Record):
     judgement: JudgementRecord | None = None
     search: SearchRecord | None = None
     samples: list[SampleRecord] = field(default_factory=list)
+    rates: RatesRecord | None = None
 
     def left_out(self) -> set[str]:
         """What versions without it did not write."""
-        return {name for name in ("judgement", "search", "samples") if not getattr(self, name)}
+        return {name for name in ("judgement", "search", "samples", "rates") if not getattr(self, name)}

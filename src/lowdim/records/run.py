@@ -152,6 +152,7 @@ class ComparedRun(Record):
         ranks: layer -> the rank that the method chose in training.
         retry: the machine failed (memory, disk, device) and not the method, so the run is tried again.
         capped_ranks, notes: layers that got a smaller rank than the others, and what the method says of the model.
+        origin: of the rate: `"curvature"` if it was measured; None for one of the usual ones.
     """
 
     file: ClassVar[str] = RUN
@@ -192,6 +193,7 @@ class ComparedRun(Record):
     by_class: list[dict[str, Any]] | None = None
     kept: list[float] | None = None
     samples: list[dict[str, str]] | None = None
+    origin: str | None = None
 
     @property
     def score(self) -> float | None:

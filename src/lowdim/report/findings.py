@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowdim.records import JudgementRecord, SampleRecord, SearchRecord, VisitRecord
+from lowdim.records import JudgementRecord, MeasuredRate, RatesRecord, SampleRecord, SearchRecord, VisitRecord
 from lowdim.report.text import number, plain
 
-__all__ = ["Class", "classes", "items", "judgement", "kept", "mapping", "samples", "search", "whole"]
+__all__ = ["Class", "classes", "items", "judgement", "kept", "mapping", "rates", "samples", "search", "whole"]
 
 _MOST = 20_000  # visits of a search
 
@@ -92,6 +92,37 @@ def _visit(value: Any) -> VisitRecord | None:
         score=number(record.get("score")),
         goes_on=record.get("goes_on") is True,
         reason=plain(record.get("reason"), 300).strip(),
+        origin=plain(record.get("origin"), 40),
+    )
+
+
+def rates(value: Any) -> RatesRecord | None:
+    """The measured rates; None where there are none."""
+    record = mapping(value)
+    found = [rate for rate in map(_rate, items(record.get("rates"))[:1000]) if rate is not None]
+    if not found:
+        return None
+    texts = {name: plain(record.get(name), 2000) for name in ("origin", "judged", "how", "sentence")}
+    return RatesRecord(rates=found, **texts)
+
+
+def _rate(value: Any) -> MeasuredRate | None:
+    record = mapping(value)
+    method = plain(record.get("method"), 120)
+    if not method:
+        return None
+    half, survived = number(record.get("half_width")), record.get("survived")
+    return MeasuredRate(
+        method=method,
+        label=plain(record.get("label"), 120) or method,
+        size=whole(record.get("size")),
+        clipped=record.get("clipped") is True,
+        reason=plain(record.get("reason"), 600).strip(),
+        survived=survived if isinstance(survived, bool) else None,
+        steps=whole(record.get("steps")),
+        half_width=half if half is not None and half >= 0 else None,
+        idle=whole(record.get("idle")) or 0,
+        **{name: number(record.get(name)) for name in ("lr", "limit", "eigenvalue", "error", "usual", "difference")},
     )
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lowdim.outputs import write_page
-from lowdim.report import evidence, methods, sections, tree
+from lowdim.report import evidence, measured, methods, sections, tree
 from lowdim.report.frame import chart, costs_of, document, footer, method_view
 from lowdim.report.losses import losses_section
 from lowdim.report.opening import opening, terms
 from lowdim.report.reading import read
 from lowdim.report.record import Comparison
 from lowdim.report.sentences import caveats, subtitle
-from lowdim.report.text import date, plural, rate
+from lowdim.report.text import date, plural
 
 __all__ = ["render", "write"]
 
@@ -56,6 +56,7 @@ def render(comparison: Mapping[str, Any]) -> str:
             section("samples", "What the models wrote", evidence.samples(record), "Prompts of the test part."),
             section("classes", "By class", evidence.by_class(record)),
             _rates(record),
+            measured.measured_section(record),
             losses_section(record),
             section("left-out", "Not compared", methods.left_out(record)),
             section("use", _use_title(record), sections.load(record.winner)),
@@ -109,7 +110,8 @@ def _rates(record: Comparison) -> str:
         for trial in candidate.trials:
             chosen = trial.lr == candidate.lr and (candidate.size is None or trial.size == candidate.size)
             size = [str(trial.size) if trial.size is not None else "–"] if sized else []
-            rows.append((candidate.label, rate(trial.lr), *size, record.score(trial.score), "chosen" if chosen else ""))
+            lr = measured.rate_cell(trial.lr, trial.origin)
+            rows.append((candidate.label, lr, *size, record.score(trial.score), "chosen" if chosen else ""))
     heads = ("Method", "Learning rate", *(["Size"] if sized else []), f"Validation {record.metric}", "")
     lines = ", one line for each size" if sized else ""
     steps = {trial.steps for c in drawn for trial in c.trials if trial.steps is not None}

@@ -92,6 +92,7 @@ def read(comparison: Any) -> Comparison:
         judgement=judged,
         search=found,
         samples=tuple(findings.samples(record.get("samples"))),
+        rates=findings.rates(record.get("rates")),
     )
 
 
@@ -122,6 +123,7 @@ def _candidate(record: Mapping[str, Any], index: int) -> Candidate:
         baseline=record.get("baseline") is True,
         trivial=record.get("trivial") is True,
         lr=number(record.get("lr")),
+        lr_origin=plain(record.get("lr_origin"), 40),
         trials=sorted((t for t in known if t.score is not None), key=lambda t: (t.lr, t.size or 0)),
         rates=[t.lr for t in known],
         scores=scores,
@@ -147,14 +149,15 @@ def _candidate(record: Mapping[str, Any], index: int) -> Candidate:
 
 def _first_trials(candidate: Candidate, first: list[VisitRecord]) -> list[Trial]:
     own = [v for v in first if v.method == candidate.name and v.score is not None]
-    return sorted((Trial(v.lr, v.score, v.size, v.steps) for v in own), key=lambda t: (t.lr, t.size or 0))
+    return sorted((Trial(v.lr, v.score, v.size, v.steps, v.origin) for v in own), key=lambda t: (t.lr, t.size or 0))
 
 
 def _trial(record: Mapping[str, Any]) -> Trial | None:
     lr = number(record.get("lr"))
     if lr is None:
         return None
-    return Trial(lr, number(record.get("score")), whole(record.get("size")), whole(record.get("steps")))
+    origin = plain(record.get("origin"), 40)
+    return Trial(lr, number(record.get("score")), whole(record.get("size")), whole(record.get("steps")), origin)
 
 
 def _known(value: Any) -> bool | None:

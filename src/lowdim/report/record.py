@@ -10,6 +10,7 @@ from typing import Any
 from lowdim.records import (
     JudgementRecord,
     MethodRecord,
+    RatesRecord,
     SampleRecord,
     SearchRecord,
     VisitRecord,
@@ -77,6 +78,7 @@ class Comparison:
     judgement: JudgementRecord | None = None
     search: SearchRecord | None = None
     samples: tuple[SampleRecord, ...] = ()
+    rates: RatesRecord | None = None
 
     @property
     def marked_as(self) -> str:
@@ -206,7 +208,8 @@ class Comparison:
     def chosen_settings(self, candidate: Candidate) -> list[str]:
         """The size and the rate that were chosen, as far as they are known."""
         settings = [f"size {candidate.size}"] if candidate.size is not None else []
-        return settings + ([f"lr {rate(candidate.lr)}"] if candidate.lr is not None else [])
+        origin = f" ({candidate.lr_origin})" if candidate.lr_origin else ""
+        return settings + ([f"lr {rate(candidate.lr)}{origin}"] if candidate.lr is not None else [])
 
     def interval(self, candidate: Candidate) -> str:
         """`"[0.820, 0.860]"`, or nothing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lowdim.report.measured import measured_lines
 from lowdim.report.reading import read
 from lowdim.report.record import Comparison
 from lowdim.report.rows import columns, sentences
@@ -45,6 +46,8 @@ def summary(comparison: Mapping[str, Any], width: int | None = None) -> Renderab
     said, reasons = spoken(record)
     parts: list[RenderableType] = [Text(said, style="bold"), *(Text(line) for line in reasons), Text("")]
     parts.append(_table(record, width))
+    if lines := measured_lines(record):
+        parts += [Text(""), *map(Text, lines)]
     if record.samples:
         parts += [Text(""), _samples(record)]
     return Group(*parts)

@@ -8,7 +8,7 @@ function tree(host) {
   let at = null;
   host.prepend(plot);
   const column = new Map(rungs.map((rung, i) => [rung.rung, i]));
-  const nameOf = (p) => [p.lane.label, p.size === null ? "" : `size ${p.size}`, `lr ${FORMAT.rate(p.lr)}`].filter(Boolean).join(", ");
+  const nameOf = (p) => [p.lane.label, p.size === null ? "" : `size ${p.size}`, `lr ${FORMAT.rate(p.lr)}${p.origin ? ` (${p.origin})` : ""}`].filter(Boolean).join(", ");
   const endOf = (p) => (p.on ? "Went to the end." : `Left after ${FORMAT.step(rungs[column.get(p.visits.at(-1)[0])].steps)} steps${p.reason ? `: ${p.reason}` : ""}.`);
 
   function draw(full) {

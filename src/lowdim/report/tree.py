@@ -7,8 +7,9 @@ from typing import Any
 from lowdim.records import VisitRecord
 from lowdim.report import sections
 from lowdim.report.frame import chart
+from lowdim.report.measured import rate_cell
 from lowdim.report.record import Comparison
-from lowdim.report.text import percent, plural, rate
+from lowdim.report.text import percent, plural
 
 __all__ = ["tree_section", "tree_view"]
 
@@ -33,7 +34,8 @@ def tree_section(comparison: Comparison) -> str:
         end = "went to the end" if last.goes_on else f"left after {plural(last.steps, 'step')}"
         label = _labels(comparison).get(method, method)
         shown = "–" if size is None else str(size)
-        rows.append((label, shown, rate(lr), end, comparison.score(last.score), last.reason or ("" if last.goes_on else "–")))
+        why = last.reason or ("" if last.goes_on else "–")
+        rows.append((label, shown, rate_cell(lr, last.origin), end, comparison.score(last.score), why))
     heads = ("Method", "Size", "Learning rate", "End", f"Last validation {comparison.metric}", "Why")
     numbers = sections.details(
         f"All {plural(len(rows), 'candidate')}", sections.numbers(heads, rows, "Candidates of the search")
@@ -59,6 +61,7 @@ def tree_view(comparison: Comparison) -> dict[str, Any] | None:
                 "visits": [[v.rung, v.score] for v in visits],
                 "on": visits[-1].goes_on,
                 "reason": visits[-1].reason,
+                "origin": visits[-1].origin,
             }
         )
     reach = {name: max(path["visits"][-1][0] for path in paths) for name, paths in lanes.items()}

@@ -17,7 +17,7 @@ COMMANDS = {
     "plan": {
         "--model", "--budget", "--methods", "--task", "--batch-size", "--length", "--dtype", "--gradient-checkpointing",
         "--rank", "--layerwise", "--accumulate", "--tokenizer", "--classes", "--layers", "--json", "--master-weights",
-        "--quantize", "--optimizer", "--devices", "--fit", "--write-recipes", "--data", "--ffn", "--mixer",
+        "--quantize", "--optimizer", "--devices", "--fit", "--write-recipes", "--data", "--ffn", "--mixer", "--rates",
     },
     "compare": {
         "--model", "--data", "--eval", "--task", "--tokenizer", "--text", "--label", "--methods", "--budget", "--metric",

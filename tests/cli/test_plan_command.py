@@ -120,3 +120,34 @@ def test_a_configuration_alone_is_a_model(call, refused, bert_folder, tmp_path):
     message = refused("plan", "--model", tmp_path / "shape.json", *common)
     assert "architecture 'berd', which transformers" in message
     assert "nearest: bert" in message
+
+
+def test_rates_from_curvature_stand_beside_the_memory(call):
+    common = ["plan", "--model", "stories260k", "--data", "lowdim:shakespeare", "--methods", "lora,galore", "--length", "16"]
+    common += ["--batch-size", "2", "--accumulate", "2", "--rates", "curvature"]
+    code, out, err = call(*common, "--json")
+    assert code == 0, err
+    lora, galore = (row["measured_rate"] for row in json.loads(out))
+    assert lora["lr"] == pytest.approx(19 / lora["eigenvalue"])
+    assert "lr" not in galore
+    assert f"LoRA: rate {lora['lr']:.3g} from curvature, half of the limit" in err
+    assert "GaLore: no rate from curvature: it has an optimizer of its own" in err
+    code, out, err = call(*common)
+    assert code == 0, err
+    (row,) = (line for line in out.splitlines() if line.startswith("LoRA "))
+    assert row.split()[-1] == f"{lora['lr']:.2g}"
+    assert f"(largest eigenvalue {lora['eigenvalue']:.4g} ± " in out
+
+
+def test_rates_of_plan_that_cannot_be_measured(refused):
+    common = ["plan", "--model", "stories260k", "--methods", "lora", "--length", "16"]
+    data = ["--data", "lowdim:shakespeare"]
+    curvature = [*data, "--rates", "curvature"]
+    message = refused(*common, "--rates", "curvature")
+    assert "--rates curvature needs --data" in message
+    assert "lowdim compare --rates curvature" in message
+    assert "--rates must be one of curvature; got 'foo'" in refused(*common, *data, "--rates", "foo")
+    assert "leave out --dtype, --devices" in refused(*common, *curvature, "--dtype", "bfloat16", "--devices", "2")
+    assert "leave out one of the two" in refused(*common, *curvature, "--fit", "--budget", "1GiB")
+    assert "forecasts nothing" in refused(*common, *curvature, "--layers")
+    assert "is a shape without a tokenizer" in refused("plan", "--model", "llama-7b", *curvature)

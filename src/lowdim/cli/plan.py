@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,6 +18,7 @@ from lowdim.cli.options import Methods, Model, print_line
 
 if TYPE_CHECKING:
     from lowdim.jobs import FitOutcome, PlanOutcome, PlanSettings
+    from lowdim.records import MeasuredRate
 
 __all__ = ["plan"]
 
@@ -57,10 +58,13 @@ def plan(
     recipes: Annotated[
         Path | None, typer.Option("--write-recipes", help="With --fit: a new folder for a recipe of each method that fits.")
     ] = None,
-    data: Annotated[list[str] | None, typer.Option("--data", help="With --write-recipes: what to train on.")] = None,
+    data: Annotated[list[str] | None, typer.Option("--data", help="With --write-recipes or --rates: what to train on.")] = None,
+    rates: Annotated[
+        str | None, typer.Option("--rates", help="curvature: load the model, and measure a learning rate on --data.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Forecast the peak memory of training by each method, without allocating the model.
+    """Forecast the peak memory of training by each method, without allocating the model (unless --rates measures on it).
 
     Not counted: the program and a GPU's context, what the allocator keeps, the data, and work done once before training.
     """
@@ -77,28 +81,53 @@ def plan(
     )  # fmt: skip
     console = Console()
     notes = Console(stderr=True) if as_json else console
-    if layers and (fit or as_json or limit is not None):
-        raise ValueError("--layers shows which modules are trained and forecasts nothing; leave out --fit, --budget and --json")
+    if layers and (fit or as_json or limit is not None or rates is not None):
+        raise ValueError(
+            "--layers shows which modules are trained and forecasts nothing; leave out --fit, --budget, --rates and --json"
+        )
     if layers:
         _show_layers(console, settings)
         _print_notes(notes, settings)
         return
-    if not fit and (recipes is not None or data):
-        raise ValueError("--write-recipes and --data are for --fit, which finds settings that fit --budget")
+    if fit and rates is not None:
+        raise ValueError("--rates measures the settings as they are; --fit changes them: leave out one of the two")
+    if not fit and (recipes is not None or (data and rates is None)):
+        raise ValueError(
+            "--write-recipes and --data are for --fit, which finds settings that fit --budget; --data is for --rates, too"
+        )
     if fit:
         _fit(console, notes, settings, recipes, data or [], as_json)
         return
+    measured = None if rates is None else _measured(notes, settings, data or [], rates)
     with _progress(settings) as (say, done):
         outcome = run(settings, say=say, done=done)
     from lowdim.plan import affordable, table
 
     if as_json:
-        print(json.dumps([f.to_dict() for f in outcome.forecasts], indent=1))
+        rows = [f.to_dict() for f in outcome.forecasts]
+        print(json.dumps([{**row, **_rate_of(measured, row["method"])} for row in rows], indent=1))
     else:
-        console.print(table(list(outcome.forecasts), limit))
+        found = None if measured is None else {name: rate.lr for name, rate in measured.items()}
+        console.print(table(list(outcome.forecasts), limit, found))
     _print_remarks(notes, settings, outcome)
     if limit is not None:
         affordable(list(outcome.forecasts), limit)  # raises if nothing fits
+
+
+def _measured(notes: Console, settings: PlanSettings, data: list[str], origin: str) -> dict[str, MeasuredRate]:
+    """`lowdim plan --rates`: a rate for each method; each is printed with its eigenvalue, or why there is none."""
+    from lowdim.comparison.measured_rates import rate_sentence
+    from lowdim.jobs import plan_rates
+
+    with _progress(settings) as (say, _):
+        found = plan_rates(settings, data, origin, say=say)
+    for rate in found.values():
+        print_line(notes, rate_sentence(rate))
+    return found
+
+
+def _rate_of(measured: dict[str, MeasuredRate] | None, method: str) -> dict[str, Any]:
+    return {} if measured is None else {"measured_rate": measured[method].to_dict()}
 
 
 def _fit(

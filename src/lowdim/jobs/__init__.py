@@ -14,6 +14,7 @@ from lowdim.jobs.fitted_recipes import write_recipes
 from lowdim.jobs.index_check import IndexCheckSettings, index_check
 from lowdim.jobs.options import Option, options_of, parse_options
 from lowdim.jobs.plan import FitOutcome, PlanOutcome, PlanSettings, fit_plan, plan, touched_layers
+from lowdim.jobs.plan_rates import plan_rates
 from lowdim.jobs.report import report
 from lowdim.jobs.reproduce import Reproduction, reproduce
 from lowdim.jobs.sizes import SizesOutcome, SizesSettings, parse_numbers, sizes
@@ -49,6 +50,7 @@ __all__ = [
     "parse_numbers",
     "parse_options",
     "plan",
+    "plan_rates",
     "report",
     "reproduce",
     "sizes",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 __all__ = ["Touched", "fit_table", "shows", "table"]
 
 
-def table(forecasts: Sequence[Forecast], budget: int | str | None = None) -> Table:
+def table(
+    forecasts: Sequence[Forecast], budget: int | str | None = None, rates: Mapping[str, float | None] | None = None
+) -> Table:
     """The forecasts as a table of 80 columns, least memory first, each with the verdict on the budget.
 
     All sizes but the file's are in one unit, which the title names; activations include workspace.
 
     Args:
         budget: bytes, or a text such as `"8GiB"`; None uses each forecast's own.
+        rates: learning rate by method, None where there is none; they get a column.
     """
     from rich.table import Table
 
@@ -45,13 +48,19 @@ def table(forecasts: Sequence[Forecast], budget: int | str | None = None) -> Tab
         shown.add_column("fits")
     shown.add_column("file", justify="right")
     shown.add_column("step", justify="right")
+    if rates is not None:
+        shown.add_column("rate", justify="right")
     for f in sorted(forecasts, key=lambda f: f.total):
         parts = f.weights, f.gradients, f.optimizer_state, f.activations + f.workspace, f.total
         row = [f.label, _count(f.trained_parameters), *(f"{part / scale:.{digits}f}" for part in parts)]
         if limits:
             allowed = limit if limit is not None else f.budget_bytes
             row.append("" if allowed is None else "[green]yes[/]" if f.total <= allowed else "[red]no[/]")
-        shown.add_row(*row, format_bytes(f.file_bytes), format_seconds(f.seconds_per_step))
+        row += [format_bytes(f.file_bytes), format_seconds(f.seconds_per_step)]
+        if rates is not None:
+            lr = rates.get(f.method)
+            row.append("" if lr is None else f"{lr:.2g}")
+        shown.add_row(*row)
     return shown
 
 

@@ -4,6 +4,8 @@
     python bench/judge.py halving       19 adapters, 3 rates, 2 sizes, up to 3 seeds: about five minutes on two cores
     python bench/judge.py halving --workers 2
     python bench/judge.py exhaustive    the same with every candidate trained to its end: about half an hour
+    python bench/judge.py rates         whether rates from curvature help, on the shipped text and sentences: about ten minutes;
+                                        in results/measured-rates.json
 
 Each part replaces its entry of the file and keeps the others. `--out DIR` keeps the comparison, `--resume` continues it there.
 """
@@ -27,6 +29,14 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "bench-judge.json"
 DEMO = ["compare", "--task", "classify", "--rates", "3", "--sizes", "2", "--seeds", "3", "--steps", "20", "--time-limit", "10h"]
 OVERHEAD = ["lora", "full", "lamda", "galore"]
+RATES = RESULTS.with_name("measured-rates.json")
+#: Comparisons with a measured rate for each method: a language model on the shipped text as `make demo`, and the sentences.
+MEASURED = {
+    "text": ["--task", "causal-lm", "--data", "lowdim:shakespeare", "--steps", "60", "--max-length", "64",
+             "--methods", "full,lora,galore,lamda,randlora,lora-xs,svfit"],
+    "sentences": ["--task", "classify", "--steps", "20", "--max-length", "40",
+                  "--methods", "linear-probe,full,lora,lamda,svfit"],
+}  # fmt: skip
 
 
 class Meter:
@@ -177,6 +187,26 @@ def compared(options: argparse.Namespace, search: str) -> dict[str, Any]:
     }
 
 
+def measured_rates(options: argparse.Namespace) -> dict[str, Any]:
+    """What `--rates curvature` found in each comparison."""
+    folder, found = options.out or Path(tempfile.mkdtemp()), {}
+    for name, how in MEASURED.items():
+        command = ["compare", *how, "--rates", "curvature", "--seeds", "3", "--time-limit", "10h"]
+        resume = ["--resume"] if options.resume and (folder / name).is_dir() else []
+        subprocess.run([sys.executable, "-m", "lowdim", *command, "--out", str(folder / name), *resume], check=True)
+        record = json.loads((folder / name / "comparison.json").read_text())
+        rows = {row["name"]: row for row in record["methods"] if not row.get("trivial")}
+        finals = {key: {"lr": row["lr"], "origin": row.get("lr_origin", ""), "mean": row["mean"]} for key, row in rows.items()}
+        found[name] = {
+            "command": "lowdim " + " ".join(command),
+            **record["rates"],
+            "headline": record["judgement"]["headline"],
+            "metric": record["metric"]["name"],
+            "chosen": finals,
+        }
+    return {"command": "python bench/judge.py rates", **found}
+
+
 def agreement(record: dict[str, Any]) -> dict[str, Any] | None:
     """How the two confidence sets compare."""
     if not {"halving", "exhaustive"} <= set(record):
@@ -197,7 +227,7 @@ def _share(part: float | None, whole: float | None) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", default="overhead", choices=("overhead", "halving", "exhaustive", "child"))
+    parser.add_argument("part", nargs="?", default="overhead", choices=("overhead", "halving", "exhaustive", "rates", "child"))
     parser.add_argument("--runs", type=int, default=3, help="processes per method (overhead)")
     parser.add_argument("--out", type=Path, help="folder of the comparison")
     parser.add_argument("--resume", action="store_true", help="continue the comparison in --out")
@@ -206,6 +236,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.part == "child":
         measured_compare(str(options.out), options.method)
+        return
+    if options.part == "rates":
+        from lowdim.train.environment import environment
+
+        RATES.write_text(json.dumps({**measured_rates(options), "environment": environment()}, indent=1) + "\n")
         return
     if options.part == "overhead":
         found = overhead(options)

@@ -200,9 +200,11 @@ def test_what_a_watch_refuses():
 
 
 def test_resume_gives_the_same_numbers():
-    def start():
+    def start(moved=0.0):
         torch.manual_seed(0)
         model = net()
+        with torch.no_grad():
+            model[0].weight += moved * torch.randn(32, 24)
         return model, LayerWatch(model, k=5, interval=2, rows=12)
 
     model, watch = start()
@@ -210,7 +212,7 @@ def test_resume_gives_the_same_numbers():
     kept = copy.deepcopy((model.state_dict(), watch.state_dict()))
     trained(model, watch, 3)
     watch.finish()
-    again, other = start()
+    again, other = start(moved=0.1)  # the stored start counts, not what the new watch has found
     again.load_state_dict(kept[0])
     other.load_state_dict(kept[1])
     trained(again, other, 3)
@@ -250,7 +252,16 @@ def trainer_of(folder, steps=5, **others):
         use_cpu=True, disable_tqdm=True, logging_steps=1, learning_rate=1e-2,
     )  # fmt: skip
     data = [{"x": row} for row in torch.randn(32, 24, generator=torch.Generator().manual_seed(2))]
-    trainer = transformers.Trainer(model, args, train_dataset=data)
+
+    class Tracker(transformers.TrainerCallback):
+        """Trackers are callbacks, too, and were there before."""
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            told.update({(state.global_step, key): value for key, value in logs.items()})
+
+    told = {}
+    trainer = transformers.Trainer(model, args, train_dataset=data, callbacks=[Tracker()])
+    trainer.told = told
     callback = WatchCallback(trainer, LayerWatch(model, k=5, interval=2, rows=12), **others)
     trainer.add_callback(callback)
     return trainer, callback
@@ -267,6 +278,7 @@ def test_the_trainers_callback_logs_and_resumes(tmp_path):
         assert {key: entry[f"watch/{key}"] for key in ("alpha", "intruders", "overlap")} == {
             key: row[key] for key in ("alpha", "intruders", "overlap")
         }
+        assert trainer.told[row["step"], "watch/alpha"] == row["alpha"]
         assert entry["watch/overlap/body.2"] == row["layers"]["body.2"]["overlap"]
     assert len([entry for entry in trainer.state.log_history if "loss" in entry]) == 5, "the losses are logged as without it"
     resumed, again = trainer_of(tmp_path / "a")

@@ -66,8 +66,8 @@ FAULTS = [
     Fault(
         "Monarch's output is not interleaved",
         "linalg/monarch.py",
-        "return by_class.permute(1, 2, 0).reshape(",
-        "return by_class.permute(1, 0, 2).reshape(",
+        "y = by_class.permute(1, 2, 0).reshape(",
+        "y = by_class.permute(1, 0, 2).reshape(",
         case("monarch_layer", "TestMonarchWide"),
     ),
     Fault(

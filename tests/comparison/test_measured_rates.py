@@ -188,6 +188,13 @@ def test_lora_is_measured_after_a_warm_up(bench):
     assert measure(bench, chosen, 4, 0) == later, "seeded"
 
 
+def test_a_method_that_grows_while_it_trains_is_measured(bench):
+    """IncreLoRA adds groups to its optimizer during the warm-up."""
+    rate = measure(bench, catalogue.variant("increlora"), None, 0)
+    assert rate.reason == ""
+    assert rate.lr > 0
+
+
 def test_measuring_leaves_model_and_random_stream_alone(bench):
     before = {name: p.clone() for name, p in bench.model.state_dict().items()}
     torch.manual_seed(7)

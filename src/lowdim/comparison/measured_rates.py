@@ -169,11 +169,11 @@ def _loss(bench: Contest, applied: Applied, batch: Any) -> Tensor:
 
 def _warm_up(applied: Applied, optimizer: Any, loss: Callable[[Any], Tensor], batches: Sequence[Any], clipped: bool) -> None:
     """Train on these batches, one a step, while the rate rises to the one that the optimizer was made with."""
-    peaks = [float(group["lr"]) for group in optimizer.param_groups]
+    peaks: dict[int, float] = {}  # of the groups, by identity: a method that grows adds some on the way
     applied.model.train()
     for step, batch in enumerate(batches, 1):
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * step / len(batches)
+        for group in optimizer.param_groups:
+            group["lr"] = peaks.setdefault(id(group), float(group["lr"])) * step / len(batches)
         loss(batch).backward()
         if not clipped:
             nn.utils.clip_grad_norm_(applied.model.parameters(), FitSettings.max_grad_norm)

@@ -124,6 +124,14 @@ def test_of_a_number_given_again_the_last_counts_and_this_is_said():
     assert "Full fine-tuning" in result.output
 
 
+@pytest.mark.parametrize("name", ["--rates", "--trials"])
+def test_the_number_of_rates_may_be_given_again(name):
+    """The option also takes a word, and one with another name, which is its former one."""
+    arguments = ["compare", "--model", "minilm", "--data", "missing.csv", "--rates", "1", name, "2"]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert "note: --rates is given 2 times; the last value counts" in result.output
+
+
 def test_what_adds_up_is_repeatable():
     """`--text` twice is a pair of texts; flags say the same twice."""
     assert {(command, option.opts[0]) for command, option in options("repeatable")} == {

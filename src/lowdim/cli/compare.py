@@ -48,7 +48,10 @@ def compare(
     rates: Annotated[
         str | None,
         typer.Option(
-            "--rates", "--trials", help="Learning rates of each method in the search, 1 to 5; curvature: 3 and a measured one."
+            "--rates",
+            "--trials",
+            metavar="N|curvature",
+            help="Learning rates of each method in the search, 1 to 5; curvature: 3 and a measured one.",
         ),
     ] = None,
     sizes: Annotated[int | None, typer.Option("--sizes", help="Ranks of each method in the search, 1 to 4.")] = None,

@@ -36,6 +36,8 @@ class OnceCommand(TyperCommand):
 
 
 def is_number(parameter: Any) -> bool:
-    """Whether an option takes a number; typer keeps the annotation, click the type."""
+    """Whether an option takes a number, also beside a word (`metavar="N|word"`); typer keeps the annotation, click the type."""
+    if (parameter.metavar or "").startswith("N|"):
+        return True
     annotation = getattr(getattr(parameter, "type_descriptor", None), "annotation", None)
     return annotation in (int, float) or getattr(getattr(parameter, "type", None), "name", "") in ("integer", "float")

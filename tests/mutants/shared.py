@@ -89,7 +89,7 @@ FAULTS = [
     ),
     Fault(
         "LoRD keeps the smallest eigenvectors",
-        "compress/lord.py",
+        "compress/lord/factors.py",
         "return eigenvalues.flip(0).clamp_min(0), vectors.flip(1)",
         "return eigenvalues.flip(0).clamp_min(0), vectors",
         Tests(("compress/test_lord.py::TestLoRD",), shared=True),

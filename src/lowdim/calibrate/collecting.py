@@ -16,7 +16,7 @@ from lowdim.surgery import is_conv1d, is_quantized
 
 __all__ = ["KINDS", "LossFn", "collect", "has_statistics"]
 
-KINDS = frozenset({"covariance", "context_covariance", "norms", "output_covariance", "gradient"})
+KINDS = frozenset({"covariance", "context_covariance", "norms", "output_covariance", "output_norms", "gradient"})
 LossFn = Callable[[nn.Module, Any], Tensor]
 Stats = dict[str, Any]
 
@@ -124,8 +124,12 @@ class _Collector:
                         self._add_inputs(name, self._rows(x))
                     if "context_covariance" in self.kinds:
                         self._add_samples(name, x)
-                if "output_covariance" in self.kinds:
-                    self._add_outputs(name, self._rows(output.movedim(1, -1) if isinstance(layer, nn.Conv2d) else output))
+                if self.kinds & {"output_covariance", "output_norms"}:
+                    y = output.movedim(1, -1) if isinstance(layer, nn.Conv2d) else output
+                    if "output_covariance" in self.kinds:
+                        self._add_outputs(name, self._rows(y))
+                    else:
+                        self._add_output_norms(name, self._used(y))
 
         return hook
 
@@ -176,17 +180,29 @@ class _Collector:
     def _add_outputs(self, name: str, y: Tensor) -> None:
         if not y.shape[0]:
             return
+        if "output_norms" in self.kinds:
+            self._add_output_norms(name, y)
+        else:
+            self._add(name, "output_count", y.shape[0])
         # Sums are shifted by the first rows' mean: E[y yᵀ] − μ μᵀ cancels where the mean is large compared with the spread.
         y = y - self.sums[name].setdefault("output_shift", y.mean(0))
         self._add_gram(name, "output_square", y)
         self._add(name, "output_sum", y.sum(0))
+
+    def _add_output_norms(self, name: str, y: Tensor) -> None:
+        wide = widest(y.new_empty(0)).dtype
+        self._add(name, "output_squares", torch.linalg.vector_norm(y, dim=0, dtype=wide).square())  # without a wide copy
         self._add(name, "output_count", y.shape[0])
 
     def _rows(self, x: Tensor) -> Tensor:
+        return widest(self._used(x))
+
+    def _used(self, x: Tensor) -> Tensor:
+        """The rows that are not padding."""
         mask = self._mask_of(x)
         if mask is not None:
             x = x[mask.view(x.shape[:-1])]
-        return widest(x.reshape(-1, x.shape[-1]))
+        return x.reshape(-1, x.shape[-1])
 
     def _mask_of(self, x: Tensor) -> Tensor | None:
         """Which rows are not padding, in the shape of the batch's mask; None if there is no mask for these rows."""
@@ -251,6 +267,9 @@ class _Collector:
             mean = sums["output_sum"] / sums["output_count"]
             out["output_mean"] = sums["output_shift"] + mean
             out["output_covariance"] = sums.pop("output_square").div_(sums["output_count"]).sub_(torch.outer(mean, mean))
+        if "output_norms" in self.kinds:
+            out["output_norms"] = sums["output_squares"].sqrt()
+        if "output_count" in sums:
             out["output_count"] = sums["output_count"]
         if "gradient" in self.kinds:
             if "gradient" not in sums or not bool(sums["gradient"].any()):

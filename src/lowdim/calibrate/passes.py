@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +12,7 @@ from torch import nn
 
 from lowdim.surgery import is_quantized, weight_matrix
 
-__all__ = ["as_it_was", "call_model", "evaluating"]
+__all__ = ["as_it_was", "call_model", "evaluating", "give_back"]
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
@@ -65,3 +67,14 @@ def as_it_was(model: nn.Module, layers: Mapping[str, nn.Module], *, want_gradien
         for p, flag in flags.items():
             p.requires_grad_(flag)
             p.grad = grads[p]
+
+
+def give_back() -> None:
+    """Have the C library return freed memory to the system, which takes it milliseconds; where it cannot, nothing is done.
+
+    Glibc keeps what large tensors leave behind, in pieces into which the next ones do not fit: after a pass of a model as much
+    again as the pass took.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Memory", "recall", "remembered"]
+__all__ = ["Memory", "is_remembering", "recall", "remembered"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -71,6 +71,11 @@ class Memory:
         self.bytes += size
         while self.bytes > self.limit:
             self.bytes -= _bytes(self._kept.popitem(last=False)[1])
+
+
+def is_remembering() -> bool:
+    """Whether a `Memory` is active: what was computed once may then be had for nothing."""
+    return _active is not None
 
 
 def remembered(function: Callable[P, R]) -> Callable[P, R]:

@@ -11,21 +11,21 @@ def of(path: str, keyword: str = "") -> Tests:
 FAULTS = [
     Fault(
         "LoRD does not compensate the bias",
-        "compress/lord.py",
+        "compress/lord/factors.py",
         "new_bias = mean - B @ (B.T @ shifted)",
         "new_bias = mean - shifted",
         of("compress/test_lord", "compensated or reference_layer"),
     ),
     Fault(
         "LoRD's error is not relative",
-        "compress/lord.py",
+        "compress/lord/factors.py",
         "math.sqrt(float(eigenvalues[rank:].sum()) / total)",
         "math.sqrt(float(eigenvalues[rank:].sum()))",
         of("compress/test_lord", "left_out or reference"),
     ),
     Fault(
         "LoRD keeps layers that would grow",
-        "compress/lord.py",
+        "compress/lord/selection.py",
         "return rank * (in_features + out_features) >= in_features * out_features",
         "return rank * (in_features + out_features) < in_features * out_features",
         of("compress/test_lord", "not_shrink"),

@@ -18,6 +18,7 @@ __all__ = ["CRITERIA", "RULES", "WINALinear"]
 CRITERIA = ("wina", "teal")
 RULES = ("topk", "threshold")
 _GATHERED = (torch.float32, torch.float64)  # dtypes in which rows are summed faster than the dense product
+_STRIP = 2**22  # bytes of a strip of the transposed weight: in larger ones, rows are spread over too many pages of memory
 _WORTH = 0.5  # sparsity from which they are, on every processor that was tried
 
 
@@ -209,14 +210,32 @@ class WINALinear(MaskedLinear):
         if not len(chosen):
             found = token.new_zeros(1, self.out_features)
         else:
-            found = F.embedding_bag(chosen[None], self._transposed(), per_sample_weights=token[chosen][None], mode="sum")
+            found = _sum_of_rows(self._transposed(), chosen, token[chosen])
         if self.bias is not None:
             found = found + self.bias
         return found.reshape(*x.shape[:-1], self.out_features)
 
     def _transposed(self) -> Tensor:
-        """`Wᵀ (in, out)`, contiguous; made again after the weight has changed."""
+        """`Wᵀ` in strips of its columns, `(strips, in, out / strips)`, contiguous; made again after the weight has changed."""
         now = (self.weight.data_ptr(), self.weight._version)
         if self._rows is None or self._rows[1] != now:
-            self._rows = (cast(Tensor, self.matrix.detach()).T.contiguous(), now)
+            matrix = cast(Tensor, self.matrix.detach())
+            strips = max(n for n in range(1, min(max(matrix.nbytes // _STRIP, 1), 16) + 1) if len(matrix) % n == 0)
+            self._rows = (matrix.unflatten(0, (strips, -1)).mT.contiguous(), now)
         return self._rows[0]
+
+
+def _sum_of_rows(
+    strips: Tensor,  # (strips, in, width)
+    chosen: Tensor,  # (k,)
+    weights: Tensor,  # (k,)
+) -> Tensor:
+    """`Σ_j weights_j Wᵀ[chosen_j]`, `(1, strips · width)`: each strip is a bag, in one call and without a copy of the rows."""
+    count, rows, width = strips.shape
+    starts = torch.arange(count)
+    bags = (chosen + rows * starts[:, None]).view(-1)
+    # What F.embedding_bag calls, without its checks, which take as long as a layer of a small model.
+    found = torch.embedding_bag(
+        strips.view(-1, width), bags, len(chosen) * starts, False, 0, False, weights.expand(count, -1).reshape(-1)
+    )
+    return found[0].view(1, -1)

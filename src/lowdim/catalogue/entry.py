@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-__all__ = ["BASELINES", "FAMILIES", "KINDS", "Entry", "Variant"]
+__all__ = ["BASELINES", "FAMILIES", "KINDS", "NESTED", "Entry", "Variant"]
 
 FAMILIES = ("adapters", "optim", "layers", "compress", "represent", "diagnose", "solve", "train")
 #: How the systems of a family are trained, unless a row gives another `kind`.
 KINDS = {"adapters": "adapter", "optim": "optimizer", "layers": "layer", "compress": "compress"}
+
+#: How an embedding can be trained at several sizes at once, with any method, and what that is called.
+NESTED = {"matryoshka": "Matryoshka", "starbucks": "Starbucks"}
 
 
 #: Learning rates tried for most methods, in this order.
@@ -43,6 +46,8 @@ class Variant:
         kind: how a model is trained with it: `"probe"`, `"full"`, `"adapter"`, `"optimizer"`, `"layer"` or `"compress"`
             (`lowdim.methods`). A row omits it if it is its family's (`KINDS`).
         pretrained: it tunes weights that stay frozen and so needs a trained model, as every adapter does.
+        nested: a name of `NESTED` where an embedding is trained at several sizes; no row has one, users write
+            `lora+starbucks`.
     """
 
     name: str
@@ -54,6 +59,7 @@ class Variant:
     companion: str = ""
     kind: str = ""
     pretrained: bool = False
+    nested: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", types.MappingProxyType(dict(self.options)))
@@ -76,6 +82,8 @@ class Variant:
 
     def unfit(self, task: str) -> str | None:
         """Why the method makes no sense for a task; None if it does."""
+        if self.nested and task != "embed":
+            return f"{NESTED[self.nested]} trains embeddings of several sizes; it is for --task embed"
         if self.kind == "probe" and task in ("causal-lm", "pretrain", "instruct"):
             return "a language model has no new head to probe; it is for --task classify"
         if (self.kind == "adapter" or self.pretrained) and task == "pretrain":

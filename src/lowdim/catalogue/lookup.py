@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lowdim.catalogue.entry import BASELINES, FAMILIES, Entry, Variant
+from dataclasses import replace
+
+from lowdim.catalogue.entry import BASELINES, FAMILIES, NESTED, Entry, Variant
 from lowdim.catalogue.rows import ROWS
 from lowdim.errors import unknown
 
@@ -39,17 +41,32 @@ def variants() -> dict[str, Variant]:
 def variant(name: str) -> Variant:
     """The trainable method of this name.
 
+    For embeddings `+matryoshka` or `+starbucks` after it trains several sizes at once; `starbucks` alone is full fine-tuning.
+
+    Example:
+        >>> from lowdim.catalogue import variant
+        >>> variant("lora+starbucks").label, variant("starbucks").label
+        ('LoRA, Starbucks', 'Starbucks')
+
     Raises:
         UnknownNameError: unknown, or known but not built yet, or not something that is trained.
     """
     known = variants()
     if name in known:
         return known[name]
+    base, plus, nested = ("full", "+", name) if name in NESTED else name.partition("+")
+    if plus:
+        if nested not in NESTED:
+            raise unknown(f"what follows {base}+", nested, NESTED)
+        first, title = variant(base), NESTED[nested]
+        if base == "full":
+            return replace(first, name=nested, label=title, nested=nested)
+        return replace(first, name=f"{first.name}+{nested}", label=f"{first.label}, {title}", nested=nested)
     for row in entries():
         if name == row.slug:
             why = "is not built yet" if not row.available else f"is not a way to train a model (family {row.family})"
             raise unknown(f"method ({row.name} {why})", name, known)
-    raise unknown("method", name, known)
+    raise unknown("method", name, [*known, *NESTED])
 
 
 def methods(selection: str) -> list[Variant]:
@@ -72,7 +89,8 @@ def methods(selection: str) -> list[Variant]:
                 if row.available and row.family in families:
                     chosen.update({v.name: v for v in row.variants})
         else:
-            chosen[word] = variant(word)
+            found = variant(word)
+            chosen[found.name] = found
     if not chosen:
         raise unknown("--methods (nothing that trains a model)", selection, variants())
     return list(chosen.values())

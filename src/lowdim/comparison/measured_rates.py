@@ -164,7 +164,7 @@ def _limit(bench: Contest, chosen: Variant, size: int | None, lr: float, seed: i
 
 
 def _loss(bench: Contest, applied: Applied, batch: Any) -> Tensor:
-    return applied.loss(batch, bench.task.loss_fn).total
+    return applied.loss(batch, bench.task.loss_for(applied.variant)).total
 
 
 def _warm_up(applied: Applied, optimizer: Any, loss: Callable[[Any], Tensor], batches: Sequence[Any], clipped: bool) -> None:

@@ -61,6 +61,7 @@ def summarise(
         curves=[LossCurve(run.seed, list(run.loss_steps or ()), run.losses or []) for run in good],
         size=good[0].size if good else None,
         by_class=next((run.by_class for run in good if run.by_class), []),
+        by_size=next((run.by_size for run in good if run.by_size), []),
         kept=next((run.kept for run in good if run.kept), None),
     )
     if row.status == "ok" and failures:

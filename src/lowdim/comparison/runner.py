@@ -112,6 +112,7 @@ def run_comparison(
         contest = make_contest(settings, bench, folder, say)
         contest.tracking = tracking
         find_sizes(settings, bench, contest, entered, clock, say)
+        contest.cuts = contest.task.smaller(contest.model, entered.able.values())
         check_fingerprint(contest.parts, earlier, folder)
         described = {**settings.to_dict(), "command": command, "fingerprint": contest.parts}
         _begin(crew, contest, described)
@@ -152,7 +153,8 @@ def _compare(
     hunt, found, finals = _search_and_final(settings, contest, entered, trivial, crew, clock, console)
     peak = forecast_of(bench, settings.steps, settings.batch_size)
     rows = rows_of_methods(entered, hunt, found, finals, peak)
-    rows += trivial_rows(metric, constant, contest.untouched)
+    cut = [] if contest.untouched is None else task.at_sizes(contest.model, contest.cuts, metric)
+    rows += trivial_rows(metric, constant, contest.untouched, cut)
     pick, why, judgement = conclude(rows, judge_runs(finals.runs, trivial), metric, settings.prefer)
     result = ComparisonRecord(
         title=f"{task.name}: {bench.label}",

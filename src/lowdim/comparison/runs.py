@@ -97,6 +97,7 @@ class Contest:
     source: Source | None = None  # of the model; None: a module of one's own
     label: str = ""  # of the model
     tracking: Tracking | None = None
+    cuts: tuple[tuple[int, int], ...] = ()  # (layers, dimensions) at which embeddings are scored besides the whole
     memory: Memory = field(default_factory=Memory)  # of decompositions and sample statistics
 
     @property
@@ -173,7 +174,7 @@ def prepared(bench: Contest, run: Run) -> tuple[Strategy, Applied]:
         steps=bench.steps,
         head=bench.head,
         batches=list(bench.task.sample_batches(count, bench.batch_size, device)),
-        loss_fn=bench.task.loss_fn,
+        loss_fn=bench.task.loss_for(run.variant),
         seed=run.seed,
         scratch=bench.scratch,
         max_norm=FitSettings.max_grad_norm,
@@ -275,6 +276,7 @@ def _score(record: ComparedRun, model: nn.Module, bench: Contest, run: Run) -> N
         record.by_class = (score.details or {}).get("by_class")
         if run.index == 0:
             record.samples = task.samples(model) or None
+            record.by_size = task.at_sizes(model, bench.cuts, bench.metric) or None
             record.kept = None if bench.kept is None else [bench.kept_before, bench.kept.loss(model)]
     if not math.isfinite(record.score if record.score is not None else math.nan):
         record.failure = "the trained model's outputs are not finite"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lowdim.records import MethodRecord
 from lowdim.train.metrics import Metric
@@ -19,13 +20,20 @@ def hits_of(score: Score) -> str:
     return "".join("1" if value else "0" for value in score.values) if whole else ""
 
 
-def trivial_rows(metric: Metric, constant: Baseline | None, untouched: Score | None) -> list[MethodRecord]:
-    """The rows of what was never trained, with their scores on the test part; `reason` says what they are."""
+def trivial_rows(
+    metric: Metric, constant: Baseline | None, untouched: Score | None, by_size: Sequence[dict[str, Any]] = ()
+) -> list[MethodRecord]:
+    """The rows of what was never trained, with their scores on the test part; `reason` says what they are.
+
+    Args:
+        by_size: the untouched model's scores at smaller sizes.
+    """
     rows = []
     if constant is not None:
         rows.append(_row(constant.name, constant.label, constant.what, constant.score))
     if untouched is not None:
         rows.append(_row(UNTOUCHED, "Untouched model", "the untouched model", untouched))
+        rows[-1].by_size = list(by_size)
     return rows
 
 

@@ -237,7 +237,7 @@ class _Own(Workbench):
             budget_bytes=budget_bytes,
             device=_device(),
             batch=_largest_batch(self.task, batch_size),
-            loss_fn=self.task.loss_fn,
+            loss_fn=self.task.loss_for(variant),
             optimizer=_optimizer(self.settings, variant),
         )
 

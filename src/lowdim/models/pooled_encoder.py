@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +44,30 @@ class PooledEncoder(nn.Module):
         embeddings = F.normalize(mean_pool(states, attention_mask), dim=-1)
         if labels is None:
             return SequenceClassifierOutput(logits=embeddings)  # pyright: ignore[reportArgumentType]
-        first, second = embeddings.chunk(2)
-        scores = _SCALE * first @ second.T
-        loss = F.cross_entropy(scores, torch.arange(len(first), device=scores.device))
-        return SequenceClassifierOutput(loss=loss, logits=embeddings)  # pyright: ignore[reportArgumentType]
+        return SequenceClassifierOutput(loss=_of_pairs(embeddings), logits=embeddings)  # pyright: ignore[reportArgumentType]
+
+    def nested_loss(
+        self,
+        batch: Mapping[str, Tensor],
+        sizes: Sequence[tuple[int, int]],  # (layers, dimensions)
+    ) -> Tensor:
+        """The sum of the losses at each size; where layers grow also the distance of each to the whole, as in Starbucks."""
+        mask, grows = batch["attention_mask"], len({layers for layers, _ in sizes}) > 1
+        states = self.encoder(input_ids=batch["input_ids"], attention_mask=mask, output_hidden_states=grows)
+        layers = states.hidden_states if grows else (states.last_hidden_state,)
+        whole = mean_pool(layers[-1], mask)
+        total = _of_pairs(F.normalize(whole, dim=-1))
+        for layer, dim in sizes[:-1]:
+            own = mean_pool(layers[layer], mask) if grows else whole
+            total = total + _of_pairs(F.normalize(own[:, :dim], dim=-1))
+            if grows:
+                teacher, student = (each[:, :dim].log_softmax(-1) for each in (whole, own))
+                total = total + F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        return total
+
+
+def _of_pairs(embeddings: Tensor) -> Tensor:
+    """The loss of pairs: each first text finds its second one."""
+    first, second = embeddings.chunk(2)
+    scores = _SCALE * first @ second.T
+    return F.cross_entropy(scores, torch.arange(len(first), device=scores.device))

@@ -22,7 +22,7 @@ _EVERYTHING = ("all-linear", None)
 def rehearse_deep(subject: Subject, plan: Plan) -> tuple[Rehearsal, tuple[int, ...]]:
     """The rehearsal at the model's own depth, and the depths that it was extrapolated from, if it was."""
     depth, shallow = subject.depth, SHALLOW if plan.devices == 1 else SHALLOW_SHARDED
-    if depth is None or depth <= 2 * shallow[1] or _names_layers(plan.variant):
+    if depth is None or depth <= 2 * shallow[1] or _names_layers(plan.variant) or plan.variant.nested:
         return rehearse(subject, plan), ()
     try:
         small, large = (rehearse(subject, plan, d) for d in shallow)

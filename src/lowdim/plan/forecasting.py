@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from lowdim.catalogue import Variant, variant
 from lowdim.errors import BudgetError, check_choice, check_int
 from lowdim.methods import OPTIMIZERS, strategy_for
+from lowdim.methods.nesting import nested_sizes
 from lowdim.plan.depths import rehearse_deep
 from lowdim.plan.fake import LossFn, Subject, model_loss
 from lowdim.plan.rehearse import Plan
@@ -194,6 +195,8 @@ def forecast(
     chosen = method if isinstance(method, Variant) else variant(method)
     strategy_for(chosen).check_quantize(quantize)
     strategy_for(chosen).check_optimizer(optimizer)
+    if chosen.nested and loss_fn is model_loss:
+        loss_fn = _nested_loss(chosen, task)
     subject = Subject.of(
         model, task=task, num_labels=num_labels, dtype=dtype, device=device, problem=problem, quantize=quantize, head=head
     )
@@ -260,6 +263,18 @@ def forecast(
         devices=devices,
         parts=tuple({"step": key[0], "phase": key[1], **part.by_kind} for key, part in rehearsal.peaks.items()),
     )
+
+
+def _nested_loss(chosen: Variant, task: str) -> LossFn:
+    """The loss of a method that trains embeddings of several sizes."""
+    if (reason := chosen.unfit(task)) is not None:
+        raise ValueError(f"method {chosen.name}: {reason}")
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        config = model.config
+        return model.nested_loss(batch, nested_sizes(chosen.nested, config.num_hidden_layers, config.hidden_size))
+
+    return loss
 
 
 def _check_functions(batch: Any, loss_fn: Any) -> None:

@@ -183,6 +183,7 @@ class MethodRecord(Record):
             half-width of the interval around it.
         may_be_best: whether no other row is shown to be better.
         by_class: `{"class", "precision", "recall", "f1", "count"}` on the test part, of its first seed.
+        by_size: scores at smaller sizes of an embedding, of its first seed: `{"layers", "dimensions", "score"}`.
         kept: loss on the text that must not be forgotten, before and after.
         flops_per_token: operations of its layers for one token, forward; from random weights.
     """
@@ -217,12 +218,13 @@ class MethodRecord(Record):
     kept: list[float] | None = None
     flops_per_token: int | None = None
     lr_origin: str = ""
+    by_size: list[dict[str, Any]] = field(default_factory=list)
 
     def left_out(self) -> set[str]:
         """What versions without it did not write: rows of theirs are written as they were."""
         later = ("size", "difference", "half_width", "may_be_best", "kept", "flops_per_token")
         unset = {name for name in later if getattr(self, name) is None}
-        return unset | {name for name in ("trivial", "by_class", "lr_origin") if not getattr(self, name)}
+        return unset | {name for name in ("trivial", "by_class", "by_size", "lr_origin") if not getattr(self, name)}
 
 
 @dataclass(frozen=True)

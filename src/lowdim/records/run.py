@@ -66,6 +66,7 @@ class RunRecord(Record):
         capped_ranks: layer -> its rank, where the method's is above what the layer allows.
         notes: what the method left out or changed, in sentences.
         fingerprint: checksums of what the run builds on: base model, tokenizer, data.
+        by_size: scores on the test part at smaller sizes of an embedding: `{"layers", "dimensions", "score", "before"}`.
         replacement: what the new vectors find in an old model's index (`lowdim.represent.ReplacementReport`), and that model.
         files: checksums of the trained model's files.
         file_bytes: size of its tensors as they were written, in `adapter/` or `model/`.
@@ -114,13 +115,14 @@ class RunRecord(Record):
     by_class: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
     kept: list[float] | None = None
+    by_size: list[dict[str, Any]] = field(default_factory=list)
     replacement: dict[str, Any] | None = None
     watch: WatchRecord | None = None
 
     def left_out(self) -> set[str]:
         """Penalties, ranks and notes of a method that has none, and checksums and sizes of versions that kept none."""
         names = ("penalties", "ranks", "capped_ranks", "notes", "fingerprint", "files", "file_bytes")
-        names += ("by_class", "samples", "kept", "replacement", "watch")
+        names += ("by_class", "samples", "kept", "by_size", "replacement", "watch")
         unknown = {"before_test"} if self.before_test is None else set()  # a score of 0 is one
         return {name for name in names if not getattr(self, name)} | unknown
 
@@ -149,6 +151,7 @@ class ComparedRun(Record):
         samples: what the model wrote for prompts of the test part.
         file_bytes: size of the weights that would be handed over (None: the same as another seed's).
         files: checksums of the files with the trained tensors (None: only another seed's are kept).
+        by_size: scores on the test part at smaller sizes of an embedding: `{"layers", "dimensions", "score"}`.
         ranks: layer -> the rank that the method chose in training.
         retry: the machine failed (memory, disk, device) and not the method, so the run is tried again.
         capped_ranks, notes: layers that got a smaller rank than the others, and what the method says of the model.
@@ -194,6 +197,7 @@ class ComparedRun(Record):
     kept: list[float] | None = None
     samples: list[dict[str, str]] | None = None
     origin: str | None = None
+    by_size: list[dict[str, Any]] | None = None
 
     @property
     def score(self) -> float | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowdim.outputs import write_page
-from lowdim.report import evidence, measured, methods, sections, tree
+from lowdim.report import cuts, evidence, measured, methods, sections, tree
 from lowdim.report.frame import chart, costs_of, document, footer, method_view
 from lowdim.report.losses import losses_section
 from lowdim.report.opening import opening, terms
@@ -55,6 +55,7 @@ def render(comparison: Mapping[str, Any]) -> str:
             tree.tree_section(record),
             section("samples", "What the models wrote", evidence.samples(record), "Prompts of the test part."),
             section("classes", "By class", evidence.by_class(record)),
+            section("smaller-sizes", "At smaller sizes", cuts.cut_table(record), cuts.HINT),
             _rates(record),
             measured.measured_section(record),
             losses_section(record),

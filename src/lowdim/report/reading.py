@@ -144,6 +144,7 @@ def _candidate(record: Mapping[str, Any], index: int) -> Candidate:
         may_be_best=_known(record.get("may_be_best")),
         classes=findings.classes(record.get("by_class")),
         kept=findings.kept(record.get("kept")),
+        by_size=[dict(mapping(row)) for row in items(record.get("by_size"))[:50]],
     )
 
 

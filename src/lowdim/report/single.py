@@ -8,7 +8,7 @@ from typing import Any
 
 from lowdim.outputs import write_page
 from lowdim.records import LossCurve, SampleRecord, metric_title
-from lowdim.report import evidence, findings, sections, watched
+from lowdim.report import cuts, evidence, findings, sections, watched
 from lowdim.report.findings import items, mapping
 from lowdim.report.frame import chart, method_view, record_document
 from lowdim.report.opening import verdict
@@ -23,7 +23,7 @@ __all__ = ["render_run", "write_run"]
 _PLACED = {"schema", "title", "method", "label", "config", "versions", "hardware", "environment", "losses", "loss_steps"}
 _PLACED |= {"notes", "command", "created", "failure", "hits", "fingerprint", "files", "evaluations", "subspaces", "spikes"}
 _PLACED |= {"before", "before_test", "validation", "test", "by_class", "samples", "kept", "data", "values", "validation_values"}
-_PLACED |= {"replacement", "watch"}
+_PLACED |= {"replacement", "by_size", "watch"}
 _SCORES = (("score", "", ""), ("test", "test ", "before_test"), ("validation", "validation ", "before"))
 
 
@@ -61,6 +61,7 @@ def render_run(run: Mapping[str, Any]) -> str:
             _opening(run, name, line, known),
             section("samples", "What the model wrote", _samples(run), "Prompts of the test part, before and after training."),
             section("classes", "By class", evidence.class_table(findings.classes(run.get("by_class"))), "On the test part."),
+            section("smaller-sizes", "At smaller sizes", cuts.run_table(run), cuts.RUN_HINT),
             _replacement(run),
             chart("losses", "Training loss", "", "curves", "") if known else "",
             section("scores", "Scores during training", watched.scores(run)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lowdim.report.cuts import cut_rows
 from lowdim.report.measured import measured_lines
 from lowdim.report.reading import read
 from lowdim.report.record import Comparison
@@ -48,6 +49,8 @@ def summary(comparison: Mapping[str, Any], width: int | None = None) -> Renderab
     parts.append(_table(record, width))
     if lines := measured_lines(record):
         parts += [Text(""), *map(Text, lines)]
+    if (cut := _cut(record)) is not None:
+        parts += [Text(""), cut]
     if record.samples:
         parts += [Text(""), _samples(record)]
     return Group(*parts)
@@ -98,6 +101,24 @@ def _table(record: Comparison, width: int | None) -> Table:
         result.add_row(*(Text(text, overflow="ellipsis", no_wrap=True) for text in row), style=style)
     lines = sentences(record)
     result.caption = Text("\n".join(lines)) if lines else None
+    return result
+
+
+def _cut(record: Comparison) -> Table | None:
+    """Scores at smaller sizes, where embeddings were trained for them."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    heads, rows = cut_rows(record)
+    if not rows:
+        return None
+    result: Table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, title_justify="left")
+    result.title = Text(f"{record.metric} cut to layers × dimensions, first seed")
+    for index, head in enumerate(heads):
+        result.add_column(Text(head), justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        result.add_row(*map(Text, row))
     return result
 
 

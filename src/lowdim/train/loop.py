@@ -98,7 +98,7 @@ def _fit(
         settings.lr,
         watch=settings.watch,
         count_items=task.count_items,
-        loss_fn=task.loss_fn,
+        loss_fn=task.loss_for(applied.variant),
         fingerprint=fingerprint,
         args=trainers.arguments(settings, max(1, settings.steps - applied.spent), folder),
         train_dataset=task.train,

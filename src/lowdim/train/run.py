@@ -105,12 +105,15 @@ class _Start:
     lr: float
     before: Measured
     watch: LayerWatch | None
+    cut: list[dict[str, Any]]  # scores of the untrained model at the method's smaller sizes
     trained: int  # counted at the start: some methods train fewer parameters over time
 
 
 def _prepare(recipe: Recipe, resume: bool, first: bool, say: Callable[[str], None]) -> _Run:
     """Check everything that can be checked without a model, and claim the folder."""
     strategy = strategy_for(with_options(variant(recipe.method), recipe.options))
+    if strategy.variant.nested and (reason := strategy.variant.unfit(recipe.task)) is not None:
+        raise ValueError(f"method {recipe.method}: {reason}")
     strategy.check_layerwise(recipe.layerwise)
     strategy.check_quantize(recipe.quantize)
     strategy.check_optimizer(recipe.optimizer)
@@ -173,6 +176,7 @@ def _start(run: _Run, base: _Base) -> _Start:
         task.notes = (*task.notes, note)
         run.say(f"note: {note}")
     before = measure(model, task, base.metric, base.kept, answers=answers)
+    cut = task.at_sizes(model, task.smaller(model, [strategy.variant]), base.metric)
     if math.isnan(before.validation):
         refuse_broken(model, recipe.model)
     run.say(f"before: {_told(before, base.metric)}")
@@ -183,7 +187,7 @@ def _start(run: _Run, base: _Base) -> _Start:
         steps=recipe.steps,
         head=head,
         batches=task.sample_batches(strategy.sample_batches(recipe.steps), recipe.batch_size, device),
-        loss_fn=task.loss_fn,
+        loss_fn=task.loss_for(strategy.variant),
         warmup=0.0 if recipe.schedule == "constant" else recipe.warmup,
         seed=recipe.seed,
         scratch=recipe.from_scratch,
@@ -198,7 +202,7 @@ def _start(run: _Run, base: _Base) -> _Start:
         run.say(f"note: {note}")
     trained = applied.trained()
     run.say(f"{strategy.variant.label}: {trained:,} trained parameters, learning rate {lr:g}")
-    return _Start(base, applied, lr, before, _watch(run, applied.model), trained)
+    return _Start(base, applied, lr, before, _watch(run, applied.model), cut, trained)
 
 
 def _watch(run: _Run, model: nn.Module) -> LayerWatch | None:
@@ -265,6 +269,11 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
     doubted += [] if note is None else [note]
     for doubt in doubted:
         run.say(f"note: {doubt}")
+    rows = task.at_sizes(applied.model, [(row["layers"], row["dimensions"]) for row in start.cut], metric)
+    by_size = [{**row, "before": earlier["score"]} for row, earlier in zip(rows, start.cut, strict=True)]
+    for row in by_size:
+        size = f"{row['layers']} layers, {row['dimensions']} dimensions"
+        run.say(f"test {metric.title} at {size}: {row['before']:.4f} before, {row['score']:.4f} after")
     replacement = task.replacement(applied.model)
     if replacement is not None:
         run.say(f"the old index: {replacement.report.summary}")
@@ -284,6 +293,7 @@ def _write(run: _Run, start: _Start, result: FitResult) -> dict[str, Any]:
         by_class=after.by_class,
         samples=samples(start.before, after),
         kept=None if start.before.kept is None or after.kept is None else [start.before.kept, after.kept],
+        by_size=by_size,
         replacement=None if replacement is None else replacement.to_dict(),
         data={**task.data_record(), **({"baseline": baseline_record(constant)} if constant else {})},
         losses=list(result.losses),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -22,6 +22,8 @@ from lowdim.train.data import Used
 from lowdim.train.metrics import METRICS, Metric
 
 if TYPE_CHECKING:
+    from lowdim.calibrate import LossFn
+    from lowdim.catalogue import Variant
     from lowdim.train.tasks.replace import Replacement
 
 __all__ = [
@@ -147,6 +149,26 @@ class Task:
         """The mean loss of a batch."""
         output = model(**batch)
         return output["loss"] if isinstance(output, Mapping) else output.loss
+
+    def loss_for(self, variant: Variant) -> LossFn:
+        """The loss with which a method trains.
+
+        Raises:
+            ValueError: the method makes no sense for the task.
+        """
+        if variant.nested:
+            raise ValueError(
+                f"method {variant.name}: {variant.unfit(self.kind) or 'this task has no embeddings of several sizes'}"
+            )
+        return self.loss_fn
+
+    def smaller(self, model: nn.Module, variants: Iterable[Variant]) -> tuple[tuple[int, int], ...]:
+        """The `(layers, dimensions)` that these methods train besides the whole."""
+        return ()
+
+    def at_sizes(self, model: nn.Module, sizes: Sequence[tuple[int, int]], metric: Metric) -> list[dict[str, Any]]:
+        """A model's score on the test part, cut to each of the sizes: `{"layers", "dimensions", "score"}`."""
+        return []
 
     def count_items(self, batch: Any) -> int:
         """The number over which the loss of a batch is a mean: rows with a label, or tokens that count."""

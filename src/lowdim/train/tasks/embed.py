@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowdim.errors import DataError, cut
+from lowdim.methods.nesting import nested_sizes
 from lowdim.models.padding import padding_side
 from lowdim.train.metrics import METRICS, Metric
 from lowdim.train.number_scores import number_score
@@ -21,6 +22,10 @@ from lowdim.train.parts import Rows, divide
 from lowdim.train.repeats import same_text
 from lowdim.train.tasks.base import Score, Task, check_finite, data_name
 from lowdim.train.text_pairs import TextPairs, read_pairs
+
+if TYPE_CHECKING:
+    from lowdim.calibrate import LossFn
+    from lowdim.catalogue import Variant
 
 __all__ = ["Embedding", "embedded", "embedding"]
 
@@ -57,7 +62,40 @@ class Embedding(Task):
 
     def loss_fn(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """sentence-transformers' loss, at each of `pairs` where there are some."""
-        return self._loss(model)(_columns(batch), batch["labels"])
+        return self._loss(model, self.pairs)(_columns(batch), batch["labels"])
+
+    def loss_for(self, variant: Variant) -> LossFn:
+        """The loss at each of the method's sizes; those of the recipe where it has some."""
+        if not variant.nested:
+            return self.loss_fn
+
+        def nested(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            return self._loss(model, self._sizes(model, variant))(_columns(batch), batch["labels"])
+
+        return nested
+
+    def smaller(self, model: nn.Module, variants: Iterable[Variant]) -> tuple[tuple[int, int], ...]:
+        """All sizes of the methods but the whole, the smallest first."""
+        return tuple(sorted({size for each in variants if each.nested for size in self._sizes(model, each)[:-1]}))
+
+    def at_sizes(self, model: nn.Module, sizes: Sequence[tuple[int, int]], metric: Metric) -> list[dict[str, Any]]:
+        """The model's score at each of the sizes."""
+        from lowdim.represent import shrink_encoder
+
+        return [
+            {
+                "layers": layers,
+                "dimensions": dim,
+                "score": self.evaluate(shrink_encoder(model, layers, dim), self.test, metric),
+            }
+            for layers, dim in sizes
+        ]
+
+    def _sizes(self, model: nn.Module, variant: Variant) -> tuple[tuple[int, int], ...]:
+        from lowdim.represent.starbucks.encoder import encoder_of, layer_list, sentence_model, width_of
+
+        plain = sentence_model(model, variant.label)
+        return nested_sizes(variant.nested, len(layer_list(encoder_of(plain))[2]), width_of(plain), self.pairs)
 
     def count_items(self, batch: dict[str, Tensor]) -> int:
         """Rows."""
@@ -89,23 +127,22 @@ class Embedding(Task):
         """The scores of the test part by (layers, dimensions), in one line; the model stays as it is."""
         if not self.pairs:
             return None
-        from lowdim.represent import shrink_encoder
-
         metric = self.metrics()[0]
-        found = [f"{pair} {self.evaluate(shrink_encoder(model, *pair), self.test, metric):.4f}" for pair in self.pairs]
+        rows = self.at_sizes(model, self.pairs, metric)
+        found = [f"({row['layers']}, {row['dimensions']}) {row['score']:.4f}" for row in rows]
         return f"test {metric.title} by (layers, dimensions): {', '.join(found)}"
 
-    def _loss(self, model: nn.Module) -> nn.Module:
+    def _loss(self, model: nn.Module, pairs: Sequence[tuple[int, int]]) -> nn.Module:
         from sentence_transformers.sentence_transformer import losses
 
         from lowdim.represent import StarbucksLoss
 
         base: Any = (losses.CoSENTLoss if self.scored else losses.MultipleNegativesRankingLoss)(model)  # type: ignore[arg-type]
-        if not self.pairs:
+        if not pairs:
             return base
-        if len({layers for layers, _ in self.pairs}) == 1:
-            return losses.MatryoshkaLoss(model, base, [dim for _, dim in self.pairs])  # type: ignore[arg-type]
-        return StarbucksLoss(model, base, self.pairs)
+        if len({layers for layers, _ in pairs}) == 1:
+            return losses.MatryoshkaLoss(model, base, [dim for _, dim in pairs])  # type: ignore[arg-type]
+        return StarbucksLoss(model, base, pairs)
 
     def _embedded(self, model: Any, features: dict[str, Tensor]) -> np.ndarray:
         found = embedded(model, features).float()

@@ -231,10 +231,11 @@ def _sum_of_rows(
     weights: Tensor,  # (k,)
 ) -> Tensor:
     """`Σ_j weights_j Wᵀ[chosen_j]`, `(1, strips · width)`: each strip is a bag, in one call and without a copy of the rows."""
-    count, rows, width = strips.shape
+    count, rows, width = strips.shape  # what F.embedding_bag calls, without its checks, follows
+    if count == 1:
+        return torch.embedding_bag(strips[0], chosen, chosen.new_zeros(1), False, 0, False, weights)[0]
     starts = torch.arange(count)
     bags = (chosen + rows * starts[:, None]).view(-1)
-    # What F.embedding_bag calls, without its checks, which take as long as a layer of a small model.
     found = torch.embedding_bag(
         strips.view(-1, width), bags, len(chosen) * starts, False, 0, False, weights.expand(count, -1).reshape(-1)
     )

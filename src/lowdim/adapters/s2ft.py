@@ -7,7 +7,7 @@ import random
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -127,6 +127,8 @@ class S2FT(Method):
     Source: Yang et al., "S2FT: Efficient, Scalable and Generalizable LLM Fine-tuning by Structured Sparsity", NeurIPS 2024,
     arXiv 2412.06289.
     """
+
+    draws_layers: ClassVar[bool] = True
 
     ratio: float = 0.03
     axis: str = "in"

@@ -13,7 +13,9 @@ from lowdim.plan.tracker import KINDS, Peak, unique_bytes
 __all__ = ["SHALLOW", "rehearse_deep"]
 
 #: Deeper stacks than this are rehearsed at two small depths and extrapolated linearly.
-SHALLOW = (2, 4)
+SHALLOW = (2, 3)
+#: The same where chance decides how much of each layer is trained: more blocks come closer to the mean.
+SHALLOW_DRAWN = (4, 8)
 #: The same under FSDP2, where a block's neighbours hold memory, too: its gathered weights, its gradients on their way.
 SHALLOW_SHARDED = (4, 6)
 _EVERYTHING = ("all-linear", None)
@@ -21,7 +23,8 @@ _EVERYTHING = ("all-linear", None)
 
 def rehearse_deep(subject: Subject, plan: Plan) -> tuple[Rehearsal, tuple[int, ...]]:
     """The rehearsal at the model's own depth, and the depths that it was extrapolated from, if it was."""
-    depth, shallow = subject.depth, SHALLOW if plan.devices == 1 else SHALLOW_SHARDED
+    drawn = plan.variant.target and getattr(plan.variant.build(), "draws_layers", False)
+    depth, shallow = subject.depth, SHALLOW_SHARDED if plan.devices > 1 else SHALLOW_DRAWN if drawn else SHALLOW
     if depth is None or depth <= 2 * shallow[1] or _names_layers(plan.variant) or plan.variant.nested:
         return rehearse(subject, plan), ()
     try:

@@ -47,6 +47,8 @@ class Method(Options):
 
     #: Whether `target_modules` must be given, because its entries mean something (one column of a grid each).
     names_targets: ClassVar[bool] = False
+    #: Whether chance decides how much of each layer is trained; a forecast then looks at more of them.
+    draws_layers: ClassVar[bool] = False
 
     # Every method has these two fields; each dataclass declares them itself, so that its fields are in its paper's order.
     target_modules: Any

@@ -6,6 +6,7 @@
     python bench/judge.py exhaustive    the same with every candidate trained to its end: about half an hour
     python bench/judge.py rates         whether rates from curvature help, on the shipped text and sentences: about ten minutes;
                                         in results/measured-rates.json
+    python bench/judge.py ranks         whether ranks and pruning ratios from FARMS help: half an hour; in results/layer-ranks.json
 
 Each part replaces its entry of the file and keeps the others. `--out DIR` keeps the comparison, `--resume` continues it there.
 """
@@ -30,6 +31,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "bench-judge.json"
 DEMO = ["compare", "--task", "classify", "--rates", "3", "--sizes", "2", "--seeds", "3", "--steps", "20", "--time-limit", "10h"]
 OVERHEAD = ["lora", "full", "lamda", "galore"]
 RATES = RESULTS.with_name("measured-rates.json")
+LAYER_RANKS = RATES.with_name("layer-ranks.json")
 #: Comparisons with a measured rate for each method: a language model on the shipped text as `make demo`, and the sentences.
 MEASURED = {
     "text": ["--task", "causal-lm", "--data", "lowdim:shakespeare", "--steps", "60", "--max-length", "64",
@@ -207,6 +209,89 @@ def measured_rates(options: argparse.Namespace) -> dict[str, Any]:
     return {"command": "python bench/judge.py rates", **found}
 
 
+#: Name -> a comparison with ranks by layer beside uniform ones.
+RANKS = {
+    "language": [
+        "--task",
+        "causal-lm",
+        "--methods",
+        "lora,lora-xs,lamda",
+        "--rates",
+        "3",
+        "--steps",
+        "60",
+        "--max-length",
+        "64",
+    ],
+    "sentences": [
+        "--task",
+        "classify",
+        "--methods",
+        "lora,lora-xs,lamda",
+        "--rates",
+        "2",
+        "--steps",
+        "20",
+        "--max-length",
+        "40",
+    ],
+}
+RATIOS = ["compare", "--compress", "--methods", "magnitude,magnitude+uniform,magnitude+farms", "--budget", "0.7x,0.5x"]
+
+
+def ranks(options: argparse.Namespace) -> dict[str, Any]:
+    """Ranks by layer from FARMS against one rank, and pruning ratios from FARMS against one ratio, each judged by the rule."""
+    from lowdim.records import difference_text
+
+    folder = options.out or Path(tempfile.mkdtemp())
+    resume = ["--resume"] if options.resume else []
+    found: dict[str, Any] = {}
+    for name, how in RANKS.items():
+        command = ["compare", *how, "--sizes", "2", "--seeds", "3", "--ranks", "farms", "--time-limit", "10h"]
+        subprocess.run([sys.executable, "-m", "lowdim", *command, "--out", str(folder / name), *resume], check=True)
+        record = json.loads((folder / name / "comparison.json").read_text())
+        found[name] = {
+            "command": f"lowdim {' '.join(command)}",
+            "sentence": record["ranks"]["sentence"],
+            "judged": record["judgement"]["judged"],
+            "seeds": record["judgement"]["seeds"],
+            "pairs": [
+                {
+                    **pair,
+                    "text": difference_text(record["judgement"]["judged"], pair["difference"], pair["half_width"]),
+                    "means": [
+                        next(r["mean"] for r in record["methods"] if r["name"] == pair["method"] + end)
+                        for end in ("", "+farms")
+                    ],
+                }
+                for pair in record["ranks"]["pairs"]
+            ],
+            "lowest_and_highest_exponent": [pick(record["ranks"]["exponents"].values()) for pick in (min, max)],
+            "ranks": {method: [min(r.values()), max(r.values())] for method, r in record["ranks"]["layers"].items()},
+        }
+    command = [*RATIOS, "--steps", "20", "--seeds", "3"]
+    subprocess.run([sys.executable, "-m", "lowdim", *command, "--out", str(folder / "ratios"), *resume], check=True)
+    record = json.loads((folder / "ratios" / "families.json").read_text())
+    names = dict.fromkeys(run["method"] for run in record["runs"])
+    found["ratios"] = {
+        "command": f"lowdim {' '.join(command)}",
+        "levels": [
+            {
+                "budget": level["budget"],
+                "headline": level["headline"],
+                "perplexity": {
+                    name: statistics.fmean(
+                        r["score"] for r in record["runs"] if (r["method"], r["budget"]) == (name, level["budget"])
+                    )
+                    for name in names
+                },
+            }
+            for level in record["levels"]
+        ],
+    }
+    return {"command": "python bench/judge.py ranks", **found}
+
+
 def agreement(record: dict[str, Any]) -> dict[str, Any] | None:
     """How the two confidence sets compare."""
     if not {"halving", "exhaustive"} <= set(record):
@@ -227,7 +312,7 @@ def _share(part: float | None, whole: float | None) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", default="overhead", choices=("overhead", "halving", "exhaustive", "rates", "child"))
+    parser.add_argument("part", nargs="?", default="overhead", choices=("overhead", "halving", "exhaustive", "rates", "ranks", "child"))
     parser.add_argument("--runs", type=int, default=3, help="processes per method (overhead)")
     parser.add_argument("--out", type=Path, help="folder of the comparison")
     parser.add_argument("--resume", action="store_true", help="continue the comparison in --out")
@@ -241,6 +326,11 @@ def main() -> None:
         from lowdim.train.environment import environment
 
         RATES.write_text(json.dumps({**measured_rates(options), "environment": environment()}, indent=1) + "\n")
+        return
+    if options.part == "ranks":
+        from lowdim.train.environment import environment
+
+        LAYER_RANKS.write_text(json.dumps({**ranks(options), "environment": environment()}, indent=1) + "\n")
         return
     if options.part == "overhead":
         found = overhead(options)

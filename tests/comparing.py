@@ -4,6 +4,7 @@ import io
 import os
 import signal
 
+import pytest
 import torch
 from rich.console import Console
 from torch import nn
@@ -12,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 import lowdim
 from lowdim.comparison import compare
+from lowdim.comparison.live import LiveTable
 from lowdim.comparison.setting_up import make_contest
 from lowdim.comparison.workbench import workbench
 from lowdim.files import read_json
@@ -31,6 +33,23 @@ def run(settings, folder, **options):
     said = io.StringIO()
     result = compare(settings, folder, console=Console(file=said, width=200), **options)
     return result, said.getvalue()
+
+
+def interrupted_after(ticks, settings, folder, monkeypatch):
+    """A comparison that ends at this step, counted over all runs."""
+    left = [ticks]
+    original = LiveTable.tick
+
+    def tick(self):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LiveTable, "tick", tick)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, folder)
 
 
 def numbers(value):

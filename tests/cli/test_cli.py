@@ -18,22 +18,23 @@ COMMANDS = {
         "--model", "--budget", "--methods", "--task", "--batch-size", "--length", "--dtype", "--gradient-checkpointing",
         "--rank", "--layerwise", "--accumulate", "--tokenizer", "--classes", "--layers", "--json", "--master-weights",
         "--quantize", "--optimizer", "--devices", "--fit", "--write-recipes", "--data", "--ffn", "--mixer", "--rates",
+        "--ranks",
     },
     "compare": {
         "--model", "--data", "--eval", "--task", "--tokenizer", "--text", "--label", "--methods", "--budget", "--metric",
         "--label-separator", "--seeds",
         "--rates", "--sizes", "--equal", "--search", "--prefer", "--validation", "--answer-pattern", "--keep", "--report-to",
         "--steps", "--batch-size", "--max-length", "--time-limit", "--seed", "--out", "--resume",
-        "--workers", "--threads", "--ray", "--quantize", "--optimizer", "--compress",
+        "--workers", "--threads", "--ray", "--quantize", "--optimizer", "--compress", "--ranks",
     },
     "run": {
         "recipe", "--out", "--resume", "--steps", "--check", "--master-weights", "--quantize", "--optimizer",
-        "--task", "--model", "--data", "--method", "--ffn", "--mixer", "--watch",
+        "--task", "--model", "--data", "--method", "--ffn", "--mixer", "--watch", "--ranks",
     },
     "export": {"adapter", "out", "--model", "--format", "--rank", "--task", "--for", "--max-error", "--keep-mask"},
     "compress": {
         "--model", "--out", "--data", "--text", "--method", "--option", "--param-ratio", "--target", "--threshold",
-        "--tune-steps",
+        "--tune-steps", "--ratios",
         "--lr", "--samples", "--max-length", "--dense", "--stage", "--budget", "--steps", "--resume", "--check",
     },
     "diagnose": {

@@ -47,6 +47,13 @@ def compare(refused, bert_folder, two_classes, tmp_path):
         ({"equal": "params"}, ["--equal must be one of parameters, flops, memory, none", "'params'"]),
         ({"search": "halfing"}, ["--search must be one of halving, grid", "nearest: halving"]),
         ({"prefer": "scores"}, ["--prefer must be one of memory, time, size, score", "nearest: score"]),
+        ({"ranks": "farm"}, ["--ranks must be one of uniform, farms; got 'farm'", "nearest: farms"]),
+        (
+            {"ranks": "farms", "methods": "full,galore"},
+            ["--ranks farms needs a method with a rank in each layer", "full, galore"],
+        ),
+        ({"methods": "full+farms"}, ["full has no rank by layer", "such as lora"]),
+        ({"methods": "lora+farm"}, ["method must be one of", "got 'lora+farm'"]),
         ({"steps": 2}, ["--steps must be an int >= 3; got 2"]),
         ({"batch_size": 0}, ["--batch-size must be an int >= 1; got 0"]),
         ({"max_length": 1}, ["--max-length must be an int >= 4; got 1"]),

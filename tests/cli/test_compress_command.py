@@ -1,6 +1,7 @@
 """`lowdim compress`."""
 
 import json
+import re
 
 import pytest
 
@@ -153,4 +154,24 @@ def test_compress_with_stages_of_its_own(call, refused, tmp_path):
 def test_compress_refuses_what_it_would_not_use(options, part, refused, tmp_path):
     common = ["compress", "--model", "stories260k", "--data", "lowdim:shakespeare", "--out", tmp_path / "x"]
     assert part in refused(*common, *options)
+    assert not (tmp_path / "x").exists()
+
+
+def test_compress_with_ratios_by_layer(call, refused, tmp_path):
+    """Each layer's share is printed and recorded; the mean is that of the method."""
+    common = ["compress", "--model", "stories260k", "--data", "lowdim:shakespeare", "--max-length", "32", "--method", "wina"]
+    code, out, err = call(*common, "--out", tmp_path / "small", "--ratios", "farms", "--option", "sparsity=0.4")
+    assert (code, err) == (0, "")
+    record = json.loads((tmp_path / "small" / "compression.json").read_text())
+    shares = record["sparsity"]
+    assert record["ratios"] == "farms"
+    assert len(shares) == 35
+    assert max(shares.values()) - min(shares.values()) > 0.05
+    for name, share in shares.items():
+        assert re.search(rf"{re.escape(name)} .* {share:.0%} of its inputs left out", out)
+    size = {"q_proj": 64 * 64, "o_proj": 64 * 64, "k_proj": 32 * 64, "v_proj": 32 * 64}
+    sizes = {name: size.get(name.rpartition(".")[2], 172 * 64) for name in shares}
+    assert abs(sum(shares[n] * sizes[n] for n in shares) / sum(sizes.values()) - 0.4) < 1e-9
+    assert "lord has no ratio by layer; wina has" in refused(*common[:-1], "lord", "--out", tmp_path / "x", "--ratios", "farms")
+    assert "--ratios must be one of uniform, farms" in refused(*common, "--out", tmp_path / "x", "--ratios", "farm")
     assert not (tmp_path / "x").exists()

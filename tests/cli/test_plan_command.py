@@ -151,3 +151,27 @@ def test_rates_of_plan_that_cannot_be_measured(refused):
     assert "leave out one of the two" in refused(*common, *curvature, "--fit", "--budget", "1GiB")
     assert "forecasts nothing" in refused(*common, *curvature, "--layers")
     assert "is a shape without a tokenizer" in refused("plan", "--model", "llama-7b", *curvature)
+
+
+def test_plan_with_ranks_by_layer(call, refused, bert_folder, tmp_path):
+    """The forecast is that of the training: as many trained numbers as a rank in each layer gives."""
+    common = ["plan", "--model", bert_folder, "--task", "classify", "--length", "16"]
+    code, out, err = call(*common, "--methods", "lora,full", "--ranks", "farms", "--json")
+    assert code == 0
+    assert err == "--ranks does not change Full fine-tuning: they have no rank by layer\n"
+    twin, full = json.loads(out)
+    assert (twin["method"], full["method"]) == ("lora+farms", "full")
+    code, out, _ = call(*common, "--methods", "lora", "--json")
+    uniform = json.loads(out)[0]["trained_parameters"]
+    assert abs(twin["trained_parameters"] - uniform) <= 0.05 * uniform
+    code, out, _ = call(*common, "--methods", "lora+farms", "--json")
+    assert json.loads(out)[0]["trained_parameters"] == twin["trained_parameters"]
+    assert "needs a method with a rank in each layer, such as lora; got full" in refused(
+        *common, "--methods", "full", "--ranks", "farms"
+    )
+    assert "--ranks must be one of uniform, farms" in refused(*common, "--ranks", "farm")
+    (tmp_path / "config.json").write_text((bert_folder / "config.json").read_text())
+    message = refused("plan", "--model", tmp_path, *common[3:], "--methods", "lora", "--ranks", "farms")
+    assert "--ranks farms measures weights, and a configuration alone has none" in message
+    assert "a configuration alone has none" in refused("plan", "--model", "llama-tiny", "--methods", "lora", "--ranks", "farms")
+    assert "here they are random" in refused("run", "--model", "llama-tiny", "--task", "pretrain", "--ranks", "farms")

@@ -97,3 +97,25 @@ def test_run_does_not_write_over_a_run(refused, finished):
     message = refused("run", finished / "recipe.yaml", "--out", finished, "--resume", "--steps", "5")
     assert "was made with a different recipe: steps was 3 and is 5" in message
     assert (finished / "run.json").read_bytes() == before
+
+
+def test_run_with_ranks_by_layer(call, refused, recipe, tmp_path):
+    """The record says which layer got which rank; so does the adapter."""
+    code, out, err = call("run", recipe(method="lora", save_steps=2), "--ranks", "farms")
+    assert code == 0, err
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    layers = json.loads((tmp_path / "out" / "adapter" / "adapter.json").read_text())["layers"]
+    assert record["ranks"] == {name: layer["meta"]["rank"] for name, layer in layers.items()}
+    assert len(set(record["ranks"].values())) > 1
+    assert record["recipe"]["ranks"] == "farms"
+    assert (record["method"], record["label"]) == ("lora+farms", "LoRA + FARMS")
+    assert any(note.startswith("ranks by layer from FARMS: ") for note in record["notes"])
+    assert f"{record['trained_parameters']:,} trained parameters" in " ".join(out.split())
+    before = (tmp_path / "out" / "run.json").read_bytes()
+    code, out, err = call("run", recipe(method="lora", save_steps=2, ranks="farms"), "--resume")
+    assert code == 0, err
+    assert (tmp_path / "out" / "run.json").read_bytes() == before, "the recipe's key is the option"
+    other = recipe(method="full", out=str(tmp_path / "other"))
+    assert "full has no rank by layer; leave out --ranks farms" in refused("run", other, "--ranks", "farms")
+    assert "farms" in refused("run", other, "--ranks", "farm")
+    assert not (tmp_path / "other").exists()

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 import tiny
-from comparing import ACCURACY, METHODS, by_name, finals, names, numbers, rebuilt, records, run
+from comparing import ACCURACY, METHODS, by_name, finals, interrupted_after, names, numbers, rebuilt, records, run
 from lowdim import catalogue
 from lowdim.comparison import ladder, runner, runs
-from lowdim.comparison.live import LiveTable
 from lowdim.comparison.winner import export_winner, restore
 from lowdim.errors import CheckpointError
 from lowdim.files import read_json
@@ -175,23 +174,6 @@ def test_the_settings_that_count(make):
 
 
 # --- killed and resumed ----------------------------------------------------------------------------------------------------
-
-
-def interrupted_after(ticks, settings, folder, monkeypatch):
-    """A comparison that ends at this step, counted over all runs."""
-    left = [ticks]
-    original = LiveTable.tick
-
-    def tick(self):
-        left[0] -= 1
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        original(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LiveTable, "tick", tick)
-        with pytest.raises(KeyboardInterrupt):
-            run(settings, folder)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`lowdim compare --compress`: bytes that the test counts itself, the judge's rule, going on, and the page."""
 
+import copy
 import json
 
 import numpy as np
@@ -11,9 +12,10 @@ import tiny
 from lowdim.comparison.judge import judge
 from lowdim.errors import CheckpointError, LowdimError
 from lowdim.jobs import report
+from lowdim.jobs.ratios import ratios_by_layer
 from lowdim.modules import PrunedLinear
 from lowdim.pipeline import FamilySettings, compare_families, families
-from lowdim.pipeline.families import _pruned
+from lowdim.pipeline.pruning import pruned
 from lowdim.pretrained import stored_bytes
 from lowdim.report import render_families
 
@@ -118,16 +120,54 @@ def test_pruning_keeps_the_largest_and_no_more_than_fits():
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name != "lm_head"}
     dense = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     weights = sum(w.numel() for w in dense.values())
-    pruned, size, _ = _pruned(model, whole, int(0.6 * whole))
-    masks = {name: pruned.get_submodule(name).mask().bool() for name in dense}
+    small, size, _ = pruned(model, whole, int(0.6 * whole))
+    masks = {name: small.get_submodule(name).mask().bool() for name in dense}
     kept = sum(int(mask.sum()) for mask in masks.values())
     assert size == whole - 4 * weights + 4 * kept + -(-weights // 8) <= int(0.6 * whole)
     smallest = min(float(dense[n][m].abs().min()) for n, m in masks.items())
     assert all(float(dense[n][~m].abs().max()) <= smallest for n, m in masks.items() if not m.all())
-    layer = pruned.model.layers[0].mlp.up_proj
+    layer = small.model.layers[0].mlp.up_proj
     x = torch.randn(2, 32)
     torch.testing.assert_close(layer(x), x @ (dense["model.layers.0.mlp.up_proj"] * masks["model.layers.0.mlp.up_proj"]).T)
     assert isinstance(layer, PrunedLinear)
+
+
+def test_pruning_each_layer_by_itself():
+    """At one share of every layer, and at shares that follow its exponent, with the same number kept up to rounding."""
+    dense = tiny.llama(2)
+    whole = stored_bytes(dense)
+    kept = {}
+    for ratios in ("uniform", "farms"):
+        small, size, notes = pruned(copy.deepcopy(dense), whole, int(0.6 * whole), ratios)
+        masks = {name: layer.mask().bool() for name, layer in small.named_modules() if isinstance(layer, PrunedLinear)}
+        weights = {name: dense.get_submodule(name).weight.abs() for name in masks}
+        assert 0.97 * int(0.6 * whole) < size <= int(0.6 * whole)
+        for name, mask in masks.items():
+            assert float(weights[name][~mask].max()) <= float(weights[name][mask].min())
+        kept[ratios] = {name: float(mask.double().mean()) for name, mask in masks.items()}
+        assert bool(notes) == (ratios == "farms")
+    share = kept["uniform"]["model.layers.0.mlp.up_proj"]
+    assert all(abs(value - share) < 0.01 for value in kept["uniform"].values())
+    layers = {name: dense.get_submodule(name) for name in kept["farms"]}
+    shares, _ = ratios_by_layer(dense, layers, 1 - share)
+    assert max(shares.values()) > min(shares.values()) + 0.05
+    assert all(abs(kept["farms"][name] - (1 - shares[name])) < 0.01 for name in layers)
+
+
+def test_the_verdict_says_whether_ratios_by_layer_helped(tmp_path):
+    settings = FamilySettings(
+        **SMALL, methods=("magnitude+uniform", "magnitude+farms"), budgets=("0.6x",), steps=0, rates=1, seeds=2
+    )
+    record = compare_families(settings, tmp_path / "out")
+    found = judge(
+        ["magnitude+uniform", "magnitude+farms"],
+        np.array([[r.values for r in record.runs if r.method == name] for name in settings.methods]),
+    )
+    gap, width = found.difference("magnitude+farms", "magnitude+uniform")
+    word = "better than" if gap > width else "worse than" if gap < -width else "not distinguishable from"
+    assert f"{word} one ratio" in record.levels[0].headline
+    assert f"{gap:.1f}"[:2] in record.levels[0].headline
+    assert "Pruning ratios from FARMS" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -167,6 +167,8 @@ class ALLoRA(Method):
     Source: Huang, Balestriero, "ALLoRA: Adaptive Learning Rate Mitigates LoRA Fatal Flaws", arXiv 2410.09692.
     """
 
+    ranks_by_layer: ClassVar[bool] = True
+
     rank: int = 8
     eta: float = 2.0
     target_modules: Any = None
@@ -183,7 +185,8 @@ class ALLoRA(Method):
 
     def blank(self, out_features: int, in_features: int, *, stats: Stats, dtype: Any, device: Any) -> ALLoRAUpdate:
         """Allocate `A` and `B`."""
-        return ALLoRAUpdate(out_features, in_features, self.rank, self.eta, self.apply_to, dtype=dtype, device=device)
+        rank = stats.get("rank", self.rank)
+        return ALLoRAUpdate(out_features, in_features, rank, self.eta, self.apply_to, dtype=dtype, device=device)
 
     def initialise(self, update: ALLoRAUpdate, weight: Tensor, stats: Stats, generator: torch.Generator | None) -> None:
         """Draw `A`; `B` is zero, so the output does not change."""

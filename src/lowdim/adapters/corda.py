@@ -97,6 +97,7 @@ class CorDA(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"context_covariance"})
     bounded_rank: ClassVar[bool] = True
+    ranks_by_layer: ClassVar[bool] = True
 
     rank: int = 128
     alpha: float | None = None

@@ -197,6 +197,11 @@ class LaMDA(Method):
         """A spectral start needs as many singular vectors; a random one takes any rank."""
         return self.init == "spectral"
 
+    @property
+    def ranks_by_layer(self) -> bool:  # type: ignore[override]
+        """LaMDA++ chooses them itself."""
+        return self.rank_choices is None
+
     @classmethod
     def at_rank(cls, options: Mapping[str, Any], rank: int) -> dict[str, Any]:
         """LaMDA++'s choices scale with the mean rank."""

@@ -157,6 +157,7 @@ class LoLDU(Method):
     """
 
     bounded_rank: ClassVar[bool] = True
+    ranks_by_layer: ClassVar[bool] = True
 
     rank: int = 64
     alpha: float = 1.0

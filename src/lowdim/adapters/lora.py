@@ -48,6 +48,7 @@ class LoRA(Method):
     """
 
     takes: ClassVar[frozenset[str]] = frozenset({"linear", "conv2d", "embedding"})
+    ranks_by_layer: ClassVar[bool] = True
 
     rank: int = 8
     alpha: float = 16

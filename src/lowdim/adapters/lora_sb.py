@@ -81,6 +81,7 @@ class LoRASB(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
     bounded_rank: ClassVar[bool] = True
+    ranks_by_layer: ClassVar[bool] = True
 
     rank: int = 96
     dropout: float = 0.0
@@ -141,6 +142,7 @@ class LoRAXS(Method):
     """
 
     bounded_rank: ClassVar[bool] = True
+    ranks_by_layer: ClassVar[bool] = True
 
     rank: int = 64
     alpha: float = 16

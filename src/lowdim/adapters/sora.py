@@ -40,8 +40,8 @@ class SoRAUpdate(GatedLoRAUpdate):
         return self.gate
 
     def meta(self) -> dict[str, Any]:
-        """The rank, once closed ranks have been cut."""
-        return {"rank": self.rank} if self.rank < self.full_rank else {}
+        """The rank, where it is not the method's: once closed ranks have been cut, or as the layer's own."""
+        return {"rank": self.rank} if self.rank != self.full_rank else {}
 
     @torch.no_grad()
     def cut(self) -> None:
@@ -175,6 +175,7 @@ class SoRA(Method):
     adapted_type: ClassVar[type[SoRAAdapted]] = SoRAAdapted
 
     takes: ClassVar[frozenset[str]] = frozenset({"linear", "conv2d", "embedding"})
+    ranks_by_layer: ClassVar[bool] = True
 
     rank: int = 8
     alpha: float = 16

@@ -83,6 +83,7 @@ class SVFit(Method):
     """
 
     bounded_rank: ClassVar[bool] = True
+    ranks_by_layer: ClassVar[bool] = True
 
     rank: int | None = None
     energy: float = 0.99

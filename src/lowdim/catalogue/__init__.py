@@ -3,7 +3,7 @@
 The rows are data (`catalogue/rows/`, one module for each family); nothing here imports torch, so `lowdim list` is fast.
 """
 
-from lowdim.catalogue.entry import BASELINES, FAMILIES, Entry, Variant
+from lowdim.catalogue.entry import BASELINES, BY_FARMS, FAMILIES, Entry, Variant
 from lowdim.catalogue.lookup import entries, find, methods, variant, variants
 
-__all__ = ["BASELINES", "FAMILIES", "Entry", "Variant", "entries", "find", "methods", "variant", "variants"]
+__all__ = ["BASELINES", "BY_FARMS", "FAMILIES", "Entry", "Variant", "entries", "find", "methods", "variant", "variants"]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-__all__ = ["BASELINES", "FAMILIES", "KINDS", "NESTED", "Entry", "Variant"]
+__all__ = ["BASELINES", "BY_FARMS", "FAMILIES", "KINDS", "NESTED", "Entry", "Variant"]
 
 FAMILIES = ("adapters", "optim", "layers", "compress", "represent", "diagnose", "solve", "train")
 #: How the systems of a family are trained, unless a row gives another `kind`.
@@ -16,6 +16,11 @@ KINDS = {"adapters": "adapter", "optim": "optimizer", "layers": "layer", "compre
 
 #: How an embedding can be trained at several sizes at once, with any method, and what that is called.
 NESTED = {"matryoshka": "Matryoshka", "starbucks": "Starbucks"}
+
+
+#: The end of the name of a method whose ranks by layer come from FARMS.
+BY_FARMS = "+farms"
+_MAPPINGS = ("options", "exponents")
 
 
 #: Learning rates tried for most methods, in this order.
@@ -48,6 +53,8 @@ class Variant:
         pretrained: it tunes weights that stay frozen and so needs a trained model, as every adapter does.
         nested: a name of `NESTED` where an embedding is trained at several sizes; no row has one, users write
             `lora+starbucks`.
+        ranks: `"uniform"`, or `"farms"`: each layer's rank follows its tail exponent, at the cost of one rank for all.
+        exponents: layer -> its exponent, for `"farms"`; empty: they are measured on the model when it is prepared.
     """
 
     name: str
@@ -60,13 +67,30 @@ class Variant:
     kind: str = ""
     pretrained: bool = False
     nested: str = ""
+    ranks: str = "uniform"
+    exponents: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "options", types.MappingProxyType(dict(self.options)))
+        for name in _MAPPINGS:
+            object.__setattr__(self, name, types.MappingProxyType(dict(getattr(self, name))))
 
     def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy cannot be sent to another process
-        values = {each.name: getattr(self, each.name) for each in fields(self)} | {"options": dict(self.options)}
-        return type(self), tuple(values.values())
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return type(self), tuple(dict(value) if name in _MAPPINGS else value for name, value in values.items())
+
+    def by_farms(self, exponents: Mapping[str, float] | None = None) -> Variant:
+        """The method with ranks by layer from tail exponents.
+
+        Example:
+            >>> from lowdim.catalogue import variant
+            >>> twin = variant("lora").by_farms()
+            >>> twin.name, twin.label
+            ('lora+farms', 'LoRA + FARMS')
+        """
+        found = dict(self.exponents if exponents is None else exponents)
+        if self.ranks == "farms":
+            return replace(self, exponents=found)
+        return replace(self, name=self.name + BY_FARMS, label=f"{self.label} + FARMS", ranks="farms", exponents=found)
 
     def build(self) -> Any:
         """The class or function itself (imports its module)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lowdim.catalogue.entry import BASELINES, FAMILIES, NESTED, Entry, Variant
+from lowdim.catalogue.entry import BASELINES, BY_FARMS, FAMILIES, NESTED, Entry, Variant
 from lowdim.catalogue.rows import ROWS
 from lowdim.errors import unknown
 
@@ -39,7 +39,7 @@ def variants() -> dict[str, Variant]:
 
 
 def variant(name: str) -> Variant:
-    """The trainable method of this name.
+    """The trainable method of this name; with `+farms` after it, the same with ranks by layer (`Variant.ranks`).
 
     For embeddings `+matryoshka` or `+starbucks` after it trains several sizes at once; `starbucks` alone is full fine-tuning.
 
@@ -54,10 +54,12 @@ def variant(name: str) -> Variant:
     known = variants()
     if name in known:
         return known[name]
+    if name.endswith(BY_FARMS):
+        return variant(name.removesuffix(BY_FARMS)).by_farms()
     base, plus, nested = ("full", "+", name) if name in NESTED else name.partition("+")
     if plus:
         if nested not in NESTED:
-            raise unknown(f"what follows {base}+", nested, NESTED)
+            raise unknown(f"what follows {base}+", nested, (*NESTED, BY_FARMS[1:]))
         first, title = variant(base), NESTED[nested]
         if base == "full":
             return replace(first, name=nested, label=title, nested=nested)

@@ -75,6 +75,10 @@ def compare(
         str | None, typer.Option("--quantize", help="Keep the base's linear weights in few bits: int8, int4 or nf4.")
     ] = None,
     optimizer: Annotated[str | None, typer.Option("--optimizer", help="adamw, or adamw8bit with moments in 8 bits.")] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option("--ranks", help="farms: a second row for each adapter, with ranks by layer from FARMS. Default: uniform."),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option("--workers", help="Processes that train, each on a device of its own where there are several.")
     ] = None,
@@ -96,6 +100,7 @@ def compare(
         given |= {"--label-separator": label_separator, "--answer-pattern": answer_pattern, "--keep": keep, "--sizes": sizes}
         given |= {"--equal": equal, "--search": search, "--prefer": prefer, "--time-limit": time_limit, "--ray": ray}
         given |= {"--report-to": report_to, "--quantize": quantize, "--optimizer": optimizer, "--workers": workers}
+        given |= {"--ranks": ranks}
         strange = [name for name, value in given.items() if value is not None]
         if strange:
             raise ValueError(f"{', '.join(strange)} cannot be used with --compress")
@@ -116,7 +121,7 @@ def compare(
         methods=",".join(methods).split(",") if methods else (),
         budget=None if budget is None else parse_bytes(budget), metric=metric,
         answer_pattern=answer_pattern, keep=keep, rates=rates_of(rates), sizes=sizes, equal=equal, search=search, seeds=seeds,
-        prefer=prefer, quantize=quantize, optimizer=optimizer,
+        prefer=prefer, quantize=quantize, optimizer=optimizer, ranks=ranks,
         steps=steps, batch_size=batch_size, max_length=max_length, seed=seed, report_to=report_to,
         time_limit=None if time_limit is None else parse_seconds(time_limit), workers=workers, threads=threads, ray=ray,
     )  # fmt: skip

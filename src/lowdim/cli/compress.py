@@ -26,6 +26,9 @@ def compress(
         str | None,
         typer.Option("--budget", help="0.5x of the dense model, or 60MiB: finds ranks, sparsities, cache ranks by layer."),
     ] = None,
+    ratios: Annotated[
+        str | None, typer.Option("--ratios", help="farms: the share left out of each layer from FARMS (wina); or uniform.")
+    ] = None,
     param_ratio: Annotated[float | None, typer.Option("--param-ratio", help="Same as --option param_ratio=…")] = None,
     target: Annotated[float | None, typer.Option("--target", help="Same as --option target=…")] = None,
     threshold: Annotated[float | None, typer.Option("--threshold", help="Same as --option threshold=…")] = None,
@@ -50,7 +53,7 @@ def compress(
     if steps is not None:
         given = {"--model": model, "--data": data, "--text": text, "--option": option, "--budget": budget}
         given |= {"--param-ratio": param_ratio, "--target": target, "--threshold": threshold, "--tune-steps": tune_steps}
-        given |= {"--stage": stage, "--lr": lr, "--samples": samples, "--dense": dense or None}
+        given |= {"--ratios": ratios, "--stage": stage, "--lr": lr, "--samples": samples, "--dense": dense or None}
         _pipeline(steps, given, out, resume, check, console)
         return
     if resume or check:
@@ -64,7 +67,8 @@ def compress(
     spelled = {"param_ratio": param_ratio, "target": target, "threshold": threshold}
     settings = CompressSettings(
         model=model, data=tuple(data), text=text, out=out, method=method, options=_options(method, option, spelled),
-        budget=budget, tune_steps=tune_steps, stage_steps=stage, lr=lr, samples=samples, max_length=max_length, dense=dense,
+        budget=budget, ratios=ratios or "uniform",
+        tune_steps=tune_steps, stage_steps=stage, lr=lr, samples=samples, max_length=max_length, dense=dense,
     )  # fmt: skip
     show = partial(print_line, console)
     outcome = run(settings, say=show, tell=show)

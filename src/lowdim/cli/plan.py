@@ -46,6 +46,9 @@ def plan(
         str | None, typer.Option("--quantize", help="With the base's linear weights in few bits: int8, int4 or nf4.")
     ] = None,
     optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, or adamw8bit with moments in 8 bits.")] = "adamw",
+    ranks: Annotated[
+        str, typer.Option("--ranks", help="farms: ranks by layer from FARMS, which needs the weights; or uniform.")
+    ] = "uniform",
     ffn: Annotated[str | None, typer.Option("--ffn", help="pretrain: feed-forward layers, as of lowdim run.")] = None,
     mixer: Annotated[
         str | None, typer.Option("--mixer", help="pretrain: delta-product or s4d in the place of attention.")
@@ -76,7 +79,7 @@ def plan(
     settings = PlanSettings(
         model=model, methods=",".join(methods or ["all"]), task=task, batch_size=batch_size, length=length, dtype=dtype,
         gradient_checkpointing=checkpointing, rank=rank, layerwise=layerwise, accumulate=accumulate, tokenizer=tokenizer,
-        classes=classes, master_weights=master_weights, quantize=quantize, optimizer=optimizer,
+        classes=classes, master_weights=master_weights, quantize=quantize, optimizer=optimizer, ranks=ranks,
         ffn=ffn, mixer=mixer, devices=devices, budget=limit,
     )  # fmt: skip
     console = Console()

@@ -50,13 +50,16 @@ def run(
     watch: Annotated[
         int | None, typer.Option("--watch", help="Measure what training does to the layers, every so many steps; 0: never.")
     ] = None,
+    ranks: Annotated[
+        str | None, typer.Option("--ranks", help="farms: each layer of an adapter has its own rank, from FARMS; or uniform.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check the recipe and print it filled in.")] = False,
 ) -> None:
     """Train with one method, as described in a recipe."""
     import yaml
 
     from lowdim.catalogue import variant
-    from lowdim.methods import with_options
+    from lowdim.methods import with_options, with_ranks
     from lowdim.train.recipes import load_recipe, new_recipe
 
     if recipe is None and (task is None or model is None):
@@ -64,10 +67,10 @@ def run(
     given: dict[str, Any] = {
         "model": model, "task": task, "data": data or None, "method": method, "ffn": ffn, "mixer": mixer,
         "out": None if out is None else str(out), "steps": steps, "master_weights": True if master_weights else None,
-        "quantize": quantize, "optimizer": optimizer, "watch": watch,
+        "quantize": quantize, "optimizer": optimizer, "watch": watch, "ranks": ranks,
     }  # fmt: skip
     loaded = new_recipe(**given) if recipe is None else load_recipe(recipe, **given)
-    with_options(variant(loaded.method), loaded.options)
+    with_ranks(with_options(variant(loaded.method), loaded.options), loaded.ranks)
     console = Console()
     if check:
         console.print(yaml.safe_dump(loaded.model_dump(), sort_keys=False, allow_unicode=True), highlight=False, markup=False)

@@ -95,12 +95,12 @@ class Finals:
         return found is not None and found.best is not None
 
 
-def finalists_of(found: Search) -> list[Candidate]:
+def finalists_of(found: Search, always: Sequence[str] = ALWAYS) -> list[Candidate]:
     """The best candidate of each method that reached the end of the search, best first, and of those that always stand."""
     best: dict[str, Candidate] = {}
     for candidate in found.survivors:
         best.setdefault(candidate.method, candidate)
-    for name in ALWAYS:
+    for name in always:
         candidate = found.best_of(name)
         if candidate is not None:
             best.setdefault(name, candidate)

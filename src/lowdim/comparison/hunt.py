@@ -38,6 +38,7 @@ class Hunt:
         kind: `"halving"` or `"grid"`.
         crew: who trains.
         measured: rates that are tried beside the usual ones.
+        always: methods that reach the final whatever the search finds.
         records: candidate -> its records, of growing rungs.
     """
 
@@ -51,6 +52,7 @@ class Hunt:
     live: LiveTable
     crew: Crew
     measured: Sequence[MeasuredRate] = ()
+    always: Sequence[str] = ALWAYS
     records: dict[Candidate, list[ComparedRun]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     _late: set[Candidate] = field(default_factory=set)
@@ -73,7 +75,7 @@ class Hunt:
             begin,
             self.bench.steps,
             self._drive,
-            always=ALWAYS,
+            always=self.always,
             finalists=_FINALISTS,
             widen=self._widen,
             rungs=self.rungs,

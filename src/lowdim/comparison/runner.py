@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shlex
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -14,12 +15,13 @@ from rich.markup import escape
 from torch import nn
 
 import lowdim
+from lowdim.comparison.by_layer import paired, ranks_record
 from lowdim.comparison.clock import Clock
 from lowdim.comparison.crew import Crew
 from lowdim.comparison.finals import Finals, finalists_of
 from lowdim.comparison.helped import rates_record
 from lowdim.comparison.hiring import hired, limited_threads, threads_of
-from lowdim.comparison.hunt import Hunt
+from lowdim.comparison.hunt import ALWAYS, Hunt
 from lowdim.comparison.judging import judge_runs
 from lowdim.comparison.live import LiveTable
 from lowdim.comparison.measured_rates import measured_rates
@@ -115,6 +117,8 @@ def run_comparison(
         contest.cuts = contest.task.smaller(contest.model, entered.able.values())
         check_fingerprint(contest.parts, earlier, folder)
         described = {**settings.to_dict(), "command": command, "fingerprint": contest.parts}
+        if entered.exponents:
+            described["exponents"] = entered.exponents
         _begin(crew, contest, described)
         if settings.rates == CURVATURE:
             entered.measured = measured_rates(contest, entered.able, entered.sizes, settings.seed, clock, say)
@@ -155,7 +159,11 @@ def _compare(
     rows = rows_of_methods(entered, hunt, found, finals, peak)
     cut = [] if contest.untouched is None else task.at_sizes(contest.model, contest.cuts, metric)
     rows += trivial_rows(metric, constant, contest.untouched, cut)
-    pick, why, judgement = conclude(rows, judge_runs(finals.runs, trivial), metric, settings.prefer)
+    judged = judge_runs(finals.runs, trivial)
+    pick, why, judgement = conclude(rows, judged, metric, settings.prefer)
+    ranks = ranks_record(entered, rows, finals.runs, judged, metric.judged or metric.name)
+    if ranks is not None and judgement is not None and ranks.sentence:
+        judgement = dataclasses.replace(judgement, reasons=[*judgement.reasons, ranks.sentence])
     result = ComparisonRecord(
         title=f"{task.name}: {bench.label}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -171,6 +179,7 @@ def _compare(
         methods=rows,
         notes=[
             *entered.notes,
+            *_without_ranks(entered),
             *_scored_rows(hunt),
             *_ranked_by(contest),
             *hunt.notes,
@@ -183,6 +192,7 @@ def _compare(
         search=hunt.record(found),
         rates=rates_record(hunt, found),
         samples=samples_of(contest.untouched_samples, finals.runs),
+        ranks=ranks,
     )
     lost: WrittenModelError | None = None
     if pick is None:
@@ -217,12 +227,13 @@ def _search_and_final(
     able, seed = entered.able, settings.seed
     rungs = (settings.steps,) if settings.search == "grid" else rungs_of(settings.steps)
     labels = {name: each.label for name, each in able.items()}
+    always = tuple(dict.fromkeys((*ALWAYS, *paired(entered))))
     with LiveTable(console, contest.metric, labels, rungs, contest.search_metric) as live:
         hunt = Hunt(
-            contest, able, entered.sizes, settings.usual_rates, seed, settings.search, clock, live, crew, entered.measured
+            contest, able, entered.sizes, settings.usual_rates, seed, settings.search, clock, live, crew, entered.measured, always
         )
         found = hunt.search()
-        finals = Finals(contest, able, finalists_of(found), trivial, settings.seeds, seed, clock, live, crew)
+        finals = Finals(contest, able, finalists_of(found, always), trivial, settings.seeds, seed, clock, live, crew)
         finals.play()
     return hunt, found, finals
 
@@ -257,6 +268,11 @@ def _described(contest: Contest) -> ModelRecord:
         parameters=sum(p.numel() for p in parameters),
         dtype=str(parameters[0].dtype).removeprefix("torch."),
     )
+
+
+def _without_ranks(entered: Field) -> list[str]:
+    """Which methods have one row, where others have a second with ranks by layer."""
+    return [f"no rank by layer, so one row each: {', '.join(entered.plain)}"] if entered.plain else []
 
 
 def _scored_rows(hunt: Hunt) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lowdim.catalogue import BASELINES, FAMILIES, Variant, methods
+from lowdim.comparison.by_layer import enter_twins, give_sizes, measure_exponents, without_twins
 from lowdim.comparison.clock import Clock
 from lowdim.comparison.costs import Costs, DenseMatch, costs_of
 from lowdim.comparison.ladder import (
@@ -40,7 +41,21 @@ __all__ = ["Field", "choose_methods", "find_sizes", "make_contest"]
 
 #: Settings that decide which runs there are, and not what one of them gives.
 _INDECISIVE = (
-    *("seeds", "rates", "sizes", "equal", "search", "prefer", "report_to", "time_limit", "budget", "methods", "workers", "ray"),
+    *(
+        "seeds",
+        "rates",
+        "sizes",
+        "equal",
+        "search",
+        "prefer",
+        "report_to",
+        "time_limit",
+        "budget",
+        "methods",
+        "workers",
+        "ray",
+        "ranks",
+    ),
 )
 
 _EQUAL_IN = {"parameters": "parameters", "flops": "FLOPs"}
@@ -59,6 +74,8 @@ class Field:
         notes: on the sizes.
         costs: parameters and FLOPs by method and rank; from random weights.
         measured: rates from curvature, where they are asked for.
+        exponents: layer -> tail exponent of the base, where a method has ranks by layer.
+        plain: labels of the methods without ranks by layer, where such rows are asked for.
     """
 
     chosen: list[Variant]
@@ -67,6 +84,8 @@ class Field:
     notes: list[str] = field(default_factory=list)
     costs: dict[tuple[str, int | None], Costs] = field(default_factory=dict)
     measured: list[MeasuredRate] = field(default_factory=list)
+    exponents: dict[str, float] = field(default_factory=dict)
+    plain: list[str] = field(default_factory=list)
 
     @property
     def able(self) -> dict[str, Variant]:
@@ -79,7 +98,7 @@ def choose_methods(settings: CompareSettings, bench: Workbench) -> Field:
 
     Raises:
         UnknownNameError: no such method.
-        ValueError: none of them makes sense for the task.
+        ValueError: none of them makes sense for the task, or ranks by layer are asked for and none has them.
     """
     words = settings.methods or tuple((TRAINING_METHODS if bench.scratch else DEFAULT_METHODS).split(","))
     named = methods(",".join(words))
@@ -90,7 +109,10 @@ def choose_methods(settings: CompareSettings, bench: Workbench) -> Field:
     unfit = {each.name: reason for each in named if (reason := _unfit(each, bench, settings.quantize)) is not None}
     if len(unfit) == len(named):
         raise ValueError(f"--methods {','.join(words)}: {'; '.join(dict.fromkeys(unfit.values()))}")
-    return Field(named, unfit)
+    entered = Field(named, unfit)
+    if settings.ranks == "farms":
+        enter_twins(entered)
+    return entered
 
 
 def _unfit(variant: Variant, bench: Workbench, quantize: str | None) -> str | None:
@@ -153,7 +175,8 @@ def find_sizes(settings: CompareSettings, bench: Workbench, contest: Contest, en
         LowdimError: no method can train the model.
         ValueError: the time limit is too short for one rung, as far as it can be known.
     """
-    able = list(entered.able.values())
+    measure_exponents(entered, contest)
+    able, twins = without_twins(entered)
     how = {"steps": settings.steps, "batch_size": settings.batch_size}
     limit = largest_rank(contest.model, contest.head)
     if contest.scratch and settings.equal in ("parameters", "flops"):
@@ -164,9 +187,11 @@ def find_sizes(settings: CompareSettings, bench: Workbench, contest: Contest, en
         with parameter_counter(contest.model, contest.head, contest.scratch) as count:
             fixed = parameters_of(contest.model, contest.head)
             ladder = build_ladder(able, settings.sizes, settings.equal, limit, count, fixed)
+    give_sizes(twins, ladder, contest)
+    able += twins.values()
     if settings.budget is not None:
         _keep_within(settings.budget, bench, able, ladder, how)
-    entered.sizes, entered.notes = ladder.sizes, ladder.notes
+    entered.sizes, entered.notes = ladder.sizes, [*entered.notes, *ladder.notes]
     entered.skipped |= ladder.skipped
     for each in able:
         if each.name in ladder.skipped:

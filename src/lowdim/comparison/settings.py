@@ -6,7 +6,7 @@ from dataclasses import InitVar, asdict, dataclass
 from typing import Any
 
 from lowdim.errors import check_choice, check_int, shown
-from lowdim.methods import OPTIMIZERS
+from lowdim.methods import OPTIMIZERS, RANKS
 from lowdim.models import TASKS
 from lowdim.modules import SCHEMES
 
@@ -26,7 +26,7 @@ SEARCH = ("halving", "grid")
 #: What decides between methods that may all be the best.
 PREFER = ("memory", "time", "size", "score")
 #: What a setting was before it could be set.
-_LATER = {"optimizer": "adamw"}
+_LATER = {"optimizer": "adamw", "ranks": "uniform"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,8 @@ class CompareSettings:
         quantize: `"int8"`, `"int4"` or `"nf4"`: the base's linear weights are kept in few bits, and methods that train them are
             left out.
         optimizer: `"adamw"` or `"adamw8bit"`, of methods without an optimizer of their own.
+        ranks: `"uniform"`, or `"farms"`: every adapter with ranks by layer has a second row, `NAME+farms`, whose ranks follow
+            from the layers' tail exponents.
         threads: of each training, on which the last digits of its numbers depend; None: all of this process's, an equal share
             of them for each worker, one with `ray`.
         workers: processes that train, each with a device of its own where there are several; with `ray`, runs at once at most.
@@ -94,6 +96,7 @@ class CompareSettings:
     threads: int | None = None
     quantize: str | None = None
     optimizer: str = "adamw"
+    ranks: str = "uniform"
     workers: int | None = None
     ray: str | None = None
     report_to: str = "none"
@@ -122,6 +125,9 @@ class CompareSettings:
         if self.equal == "flops" and self.task != "pretrain" and self.pretrained:
             raise ValueError(f"--equal flops is for structured layers from random weights (--task pretrain); got {self.task}")
         check_choice("--optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("--ranks", self.ranks, RANKS)
+        if self.ranks != "uniform" and (self.task == "pretrain" or not self.pretrained):
+            raise ValueError(f"--ranks {self.ranks} follows from trained weights; here they are random")
         if self.quantize is not None:
             check_choice("--quantize", self.quantize, SCHEMES)
             if self.task == "pretrain" or not self.pretrained:

@@ -17,6 +17,7 @@ from lowdim.diagnose.core.weights import Weights, weights_of
 from lowdim.diagnose.farms.balance import TempBalance, balance_groups, balanced_lrs
 from lowdim.diagnose.farms.fit import PowerLawFit, fit_alpha
 from lowdim.diagnose.farms.pruning import prune, pruning_ratios
+from lowdim.diagnose.farms.ranks import farms_ranks
 from lowdim.diagnose.farms.spectrum import LayerSpectrum, SpectrumResult, farms
 from lowdim.diagnose.farms.windows import farms_eigs, farms_windows
 from lowdim.diagnose.generalization_dynamics.features import FeatureDynamics, feature_dynamics
@@ -63,6 +64,7 @@ __all__ = [
     "effective_batch",
     "farms",
     "farms_eigs",
+    "farms_ranks",
     "farms_windows",
     "feature_dynamics",
     "fit_alpha",

@@ -144,6 +144,7 @@ def compare(
     pretrained: bool = True,
     quantize: str | None = None,
     optimizer: str | None = None,
+    ranks: str | None = None,
 ) -> Comparison:
     """Which method is best for this model, this data and this memory? Search, train fairly, judge, hand over.
 
@@ -168,6 +169,8 @@ def compare(
         pretrained: False for a module with random weights: rates for training from scratch are tried.
         quantize: `"int8"`, `"int4"` or `"nf4"`: the base's linear weights are kept in few bits; a module is copied first.
         optimizer: `"adamw"`, or `"adamw8bit"` with moments in 8 bits.
+        ranks: `"farms"` gives every adapter with ranks by layer a second row, `NAME+farms`, with ranks from the layers' tail
+            exponents at the same number of trained parameters, and says whether it helped.
 
     Returns:
         A `Comparison`: `rows()`, `to_dataframe()`, `summary`, `page`, `winner`, `load_winner()`.
@@ -223,6 +226,7 @@ def compare(
         pretrained=pretrained,
         quantize=quantize,
         optimizer=optimizer,
+        ranks=ranks,
     )
     shown = console or RichConsole(quiet=True)
     record, contest = run_comparison(settings, Path(out), resume=resume, console=shown, model=own_model, task=own_task)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lowdim.errors import check_float, check_int
 from lowdim.jobs.budgets import Budget, Fitted, check_budget_options, fit_budget, looks_at_samples
+from lowdim.jobs.ratios import check_ratios, with_ratios
 from lowdim.jobs.systems import Compressor, compressor
 from lowdim.jobs.tuning import train
 from lowdim.outputs import new_folder
@@ -50,6 +51,8 @@ class CompressSettings:
         options: fields of the method's config; others have the row's or the config's defaults.
         budget: a share of the dense model such as `0.5x`, or a size such as `60MiB`, for which the method's ranks or sparsities
             are found layer by layer (`lowdim.jobs.budgets`). None: the options say them.
+        ratios: `"uniform"`, or `"farms"`: the share of each layer that is left out follows its tail exponent, at the method's
+            share of all together (`lowdim.jobs.ratios`).
         tune_steps: optimizer steps of tuning afterwards, for the parameters that the method leaves trainable; None: no tuning.
         stage_steps: optimizer steps in which the dense model teaches the compressed one, for a method with such a stage.
         lr: learning rate of the tuning or stage; None means 5e-5.
@@ -73,6 +76,7 @@ class CompressSettings:
     method: str = "lord"
     options: Mapping[str, Any] = field(default_factory=dict)
     budget: str | None = None
+    ratios: str = "uniform"
     tune_steps: int | None = None
     stage_steps: int | None = None
     lr: float | None = None
@@ -113,6 +117,7 @@ class CompressOutcome(Result):
         columns: what its columns are used for.
         folder: where the model was written.
         fitted: what the budget counts, allows and could have been at the least; None without a budget.
+        ratios: `"uniform"` or `"farms"`.
     """
 
     method: str
@@ -125,6 +130,7 @@ class CompressOutcome(Result):
     folder: Path
     columns: tuple[Mapping[str, Any], ...] = ()
     fitted: Mapping[str, Any] | None = None
+    ratios: str = "uniform"
 
     @property
     def record(self) -> CompressionRecord:
@@ -137,6 +143,7 @@ class CompressOutcome(Result):
                     **self.report.details,
                     **({"columns": self.columns} if self.columns else {}),
                     **({"fitted": self.fitted} if self.fitted else {}),
+                    **({"ratios": self.ratios} if self.ratios != "uniform" else {}),
                 }
             ),
             ranks={layer.name: layer.rank for layer in self.report.replaced},
@@ -226,10 +233,16 @@ def _compress(
     teacher = copy.deepcopy(model) if settings.stage_steps is not None else None
     fitted = _fitted(settings, method, model, task)
     config = config if fitted is None else fitted.config
+    notes: list[str] = []
+    if settings.ratios != "uniform":
+        config, notes = with_ratios(method, config, model)
     model = method.function(model, config, *_samples(method, config, model, task))
     perplexity.append(task.evaluate(model, task.test, metric))
     kept = _size(model)
-    say(last_report(model).summary if fitted is None else _shares(last_report(model)))
+    by_layer = fitted is not None or settings.ratios != "uniform"
+    say(_shares(last_report(model)) if by_layer else last_report(model).summary)
+    for note in notes:
+        say(f"note: {note}")
     for note in capped_note(last_report(model).details.get("capped_ranks", {})):
         say(f"note: {note}")
     for note in last_report(model).notes:
@@ -254,6 +267,7 @@ def _compress(
         folder=out,
         columns=tuple(used.to_dict() for used in task.columns),
         fitted=None if fitted is None else {"budget": settings.budget, **fitted.to_dict()},
+        ratios=settings.ratios,
     )
     save_compressed(model, out, tokenizer, record=outcome.to_dict(), dense=settings.dense)
     return outcome
@@ -275,6 +289,7 @@ def _shares(report: CompressionReport) -> str:
 def _check_use(settings: CompressSettings, method: Compressor, config: Any) -> None:
     """Reject settings that would be ignored."""
     name = settings.method
+    check_ratios(settings.ratios, method, config, budget=settings.budget)
     if settings.budget is not None:
         check_budget_options(method, settings.options)
     if settings.tune_steps is not None and not method.entry.tuned:

@@ -8,8 +8,8 @@ from typing import Any
 
 from lowdim.catalogue import Variant
 from lowdim.catalogue import methods as choose
-from lowdim.errors import check_choice, check_int
-from lowdim.methods import OPTIMIZERS
+from lowdim.errors import UnknownNameError, check_choice, check_int
+from lowdim.methods import OPTIMIZERS, RANKS, strategy_for
 from lowdim.models.blocks import check_blocks, with_blocks
 from lowdim.models.forms import TASKS
 from lowdim.modules import SCHEMES
@@ -40,6 +40,7 @@ class PlanSettings:
         master_weights: keep float32 copies of trained 16-bit weights.
         quantize: `"int8"`, `"int4"` or `"nf4"`: the base's linear weights are kept in few bits.
         optimizer: `"adamw"` or `"adamw8bit"`, of methods without an optimizer of their own.
+        ranks: `"uniform"`, or `"farms"`: ranks by layer from the tail exponents of the weights, which are loaded for it.
         ffn, mixer: other parts of the blocks, as in `lowdim.train.Recipe`; for `pretrain`.
         devices: spread the model over so many by FSDP2; the batch and all bytes are those of one of them.
         budget: bytes, of each device.
@@ -60,6 +61,7 @@ class PlanSettings:
     master_weights: bool = False
     quantize: str | None = None
     optimizer: str = "adamw"
+    ranks: str = "uniform"
     ffn: str | None = None
     mixer: str | None = None
     devices: int = 1
@@ -69,6 +71,9 @@ class PlanSettings:
         check_choice("--task", self.task, TASKS)
         check_choice("--dtype", self.dtype, _DTYPES)
         check_choice("--optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("--ranks", self.ranks, RANKS)
+        if self.ranks != "uniform" and self.task == "pretrain":
+            raise ValueError(f"--ranks {self.ranks} follows from trained weights; --task pretrain starts from random ones")
         if self.quantize is not None:
             check_choice("--quantize", self.quantize, SCHEMES)
             if self.task == "pretrain":
@@ -106,6 +111,10 @@ class PlanSettings:
             return "it would replace the layers that --ffn or --mixer has chosen"
         return variant.unfit(self.task)
 
+    def by_layer(self) -> list[Variant]:
+        """The chosen methods whose ranks by layer come from FARMS."""
+        return [v for v in self.chosen() if self.ranks == "farms" and strategy_for(v).ranks_by_layer()]
+
     def at_rank(self, variant: Variant) -> Variant:
         """The method at the requested rank, if it has one.
 
@@ -127,6 +136,10 @@ class PlanSettings:
         lines = [f"left out: {', '.join(labels)}: {reason}" for reason, labels in reasons.items()]
         if unchanged := self.unchanged():
             lines.append(f"--rank does not change {', '.join(unchanged)}: they have no rank")
+        by_layer = {v.name for v in self.by_layer()}
+        alike = [v.label for v in self.chosen() if v.name not in by_layer and v.ranks == "uniform"]
+        if self.ranks != "uniform" and alike:
+            lines.append(f"--ranks does not change {', '.join(alike)}: they have no rank by layer")
         plain = [v.label for v in self.chosen() if v.kind != "optimizer"]
         if self.layerwise and plain:
             lines.append(f"--layerwise does not change {', '.join(plain)}: only lowdim.optim methods update layer by layer")
@@ -191,7 +204,7 @@ def plan(
     from lowdim.plan import forecast
 
     config, forecasts, refused = _configuration(settings), [], []
-    for variant in settings.chosen():
+    for variant in _methods(settings, say):
         say(f"forecasting {variant.label}")
         try:
             forecasts.append(
@@ -228,7 +241,7 @@ def fit_plan(
     if settings.dtype == "float16":
         raise ValueError("--fit is for what lowdim run trains: --dtype float32 or bfloat16; got float16")
     config, fits, refused = _configuration(settings), [], []
-    for variant in settings.chosen():
+    for variant in _methods(settings, say):
         say(f"fitting {variant.label}")
         try:
             fits.append(fit(config, settings.at_rank(variant), settings.budget, **_how(settings, variant)))
@@ -237,6 +250,39 @@ def fit_plan(
         done()
     fits.sort(key=lambda found: (found.missing_bytes, len(found.changes), found.forecast.total))
     return FitOutcome(tuple(fits), tuple(refused), _unreached(settings, config))
+
+
+def _methods(settings: PlanSettings, say: Callable[[str], None] = lambda line: None) -> list[Variant]:
+    """The chosen methods, those with ranks by layer with the exponents of the model's weights.
+
+    Raises:
+        ValueError: ranks by layer are asked for, and no method has them, or there are no weights to measure.
+    """
+    named = [v for v in settings.chosen() if v.ranks == "farms"]
+    for variant in named:
+        strategy_for(variant).check_ranks()
+    by_layer = {v.name for v in (*settings.by_layer(), *named)}
+    if settings.ranks == "farms" and not by_layer:
+        raise ValueError(f"--ranks farms needs a method with a rank in each layer, such as lora; got {settings.methods}")
+    if not by_layer:
+        return settings.chosen()
+    say("measuring tail exponents")
+    exponents = _exponents(settings)
+    return [v.by_farms(exponents) if v.name in by_layer else v for v in settings.chosen()]
+
+
+def _exponents(settings: PlanSettings) -> dict[str, float]:
+    """Those of the model's weights."""
+    from lowdim import models
+    from lowdim.methods.exponents import layer_exponents
+
+    try:
+        model = models.load_model(settings.model, settings.task, num_labels=settings.outputs)
+    except UnknownNameError as error:
+        raise ValueError(f"--ranks farms measures weights, and a configuration alone has none: {error}") from None
+    found = layer_exponents(model, models.head_modules(model, settings.task))
+    found.refuse_few()
+    return found.alphas
 
 
 def _unreached(settings: PlanSettings, config: Any) -> str:
@@ -276,7 +322,7 @@ def touched_layers(settings: PlanSettings) -> list[tuple[Variant, list[Any]]]:
     from lowdim.plan import shows
 
     config = _configuration(settings)
-    chosen = [settings.at_rank(variant) for variant in settings.chosen()]
+    chosen = [settings.at_rank(variant) for variant in _methods(settings)]
     return [(v, list(shows(config, v, task=settings.task, num_labels=settings.outputs))) for v in chosen]
 
 

@@ -21,11 +21,12 @@ from lowdim.methods.full import FullStrategy
 from lowdim.methods.layer import LayerStrategy
 from lowdim.methods.optimizer import OptimizerStrategy
 from lowdim.methods.probe import ProbeStrategy
-from lowdim.methods.setup import OPTIMIZERS, WARMUP, Setup
+from lowdim.methods.setup import OPTIMIZERS, RANKS, WARMUP, Setup
 from lowdim.methods.strategy import Strategy
 
 __all__ = [
     "OPTIMIZERS",
+    "RANKS",
     "STRATEGIES",
     "WARMUP",
     "Applied",
@@ -36,6 +37,7 @@ __all__ = [
     "apply",
     "strategy_for",
     "with_options",
+    "with_ranks",
 ]
 
 #: The class for each `Variant.kind`.
@@ -98,4 +100,23 @@ def with_options(variant: Variant, options: Mapping[str, Any]) -> Variant:
             raise UnknownNameError(f"method {variant.name} has no option {name!r}{close}")
     changed = dataclasses.replace(variant, options={**variant.options, **options})
     strategy_for(changed).check()
+    return changed
+
+
+def with_ranks(variant: Variant, ranks: str) -> Variant:
+    """The variant with one rank for all layers (`"uniform"`), or with ranks by layer (`"farms"`).
+
+    Raises:
+        UnknownNameError: another word.
+        ValueError: the method has no rank by layer.
+
+    Example:
+        >>> from lowdim.catalogue import variant
+        >>> from lowdim.methods import with_ranks
+        >>> with_ranks(variant("lora"), "farms").name
+        'lora+farms'
+    """
+    check_choice("--ranks", ranks, RANKS)
+    changed = variant.by_farms() if ranks == "farms" else variant
+    strategy_for(changed).check_ranks()
     return changed

@@ -48,6 +48,7 @@ class Applied:
         make_companion: `optimizer -> Companion`, or None if the method needs none besides `adapted`.
         notes: messages about parts that were left unchanged, or got a smaller rank than the others.
         capped_ranks: layer -> its rank, where the method's is above what the layer allows.
+        layer_ranks: layer -> its rank, where the method was given ranks by layer.
         spent: number of steps that the method has already used in a search before the training.
         companion: made by `start` with `make_companion`. Its state is saved in checkpoints; that of `adapted` is in the model's
             own buffers.
@@ -61,6 +62,7 @@ class Applied:
     make_companion: Callable[[torch.optim.Optimizer], Companion] | None = None
     notes: tuple[str, ...] = ()
     capped_ranks: dict[str, Any] = field(default_factory=dict)
+    layer_ranks: dict[str, int] = field(default_factory=dict)
     spent: int = 0
     companion: Companion | None = field(default=None, init=False)
 
@@ -99,8 +101,9 @@ class Applied:
             each.step(optimizer)
 
     def ranks(self) -> dict[str, int]:
-        """Layer -> rank now, where the method chooses them while it trains."""
-        return {name: rank for each in self.companions for name, rank in each.found_ranks().items()}
+        """Layer -> rank now, where each has its own: as it was given, or as the method chooses while it trains."""
+        found = {name: rank for each in self.companions for name, rank in each.found_ranks().items()}
+        return self.layer_ranks | found
 
     def compact(self) -> bool:
         """Call before the trained model is evaluated and written: layers become as small as the method has found they can be.

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowdim.calibrate import LossFn
 
-__all__ = ["OPTIMIZERS", "WARMUP", "Setup"]
+__all__ = ["OPTIMIZERS", "RANKS", "WARMUP", "Setup"]
 
 OPTIMIZERS = ("adamw", "adamw8bit")
 """What trains the parameters of methods without an optimizer of their own."""
+
+RANKS = ("uniform", "farms")
+"""How the ranks of an adapter's layers are chosen."""
 
 WARMUP = 0.1
 """Default share of the steps in which the rate rises."""

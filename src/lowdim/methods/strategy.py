@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lowdim.catalogue import BY_FARMS
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -71,6 +73,24 @@ class Strategy(ABC):
         if "rank" not in self.option_names():
             return None
         return replace(self.variant, options={**self.variant.options, "rank": rank})
+
+    def ranks_by_layer(self) -> bool:
+        """Whether each layer can have a rank of its own (`Variant.ranks`)."""
+        return False
+
+    def layer_ranks(self, model: nn.Module, setup: Setup) -> dict[str, int]:
+        """The rank of each layer, for a variant with ranks by layer.
+
+        Raises:
+            ValueError: the method has none, the model no weights, or too few layers that can be measured.
+        """
+        raise ValueError(f"{self.variant.label} has no rank by layer: one rank for all layers, or none")
+
+    def check_ranks(self) -> None:
+        """Raise ValueError if ranks by layer are requested and the method has none."""
+        if self.variant.ranks != "uniform" and not self.ranks_by_layer():
+            base = self.variant.name.removesuffix(BY_FARMS)
+            raise ValueError(f"{base} has no rank by layer; leave out --ranks {self.variant.ranks}, or choose such as lora")
 
     @abstractmethod
     def apply(self, model: nn.Module, setup: Setup) -> Applied:

@@ -48,14 +48,15 @@ class PrunedLinear(MaskedLinear):
         return {}
 
 
-def magnitude_prune(model: nn.Module, layers: Mapping[str, nn.Module], kept: int) -> nn.Module:
-    """Keep the largest weights of these layers, by one threshold on `|w|` for all of them, in place.
+def magnitude_prune(model: nn.Module, layers: Mapping[str, nn.Module], kept: int | Mapping[str, int]) -> nn.Module:
+    """Keep the largest weights of these layers, by one threshold on `|w|` for all of them, or one for each, in place.
 
     Args:
-        kept: how many weights of all layers together, >= 1; of equal ones at the threshold none is kept.
+        kept: how many weights of all layers together, or layer -> how many of its own, >= 1; of equal ones at the threshold
+            none is kept.
 
     Raises:
-        ValueError: `kept` is below 1, or above the number of weights.
+        ValueError: `kept` is below 1, or above the number of weights; a layer without a number.
 
     Example:
         >>> import torch
@@ -67,13 +68,23 @@ def magnitude_prune(model: nn.Module, layers: Mapping[str, nn.Module], kept: int
         [[-4.0, 0.0], [0.0, 3.0]]
     """
     sizes = {name: dense_matrix(layer).detach().abs() for name, layer in layers.items()}
-    every = torch.cat([size.flatten().float() for size in sizes.values()])
-    check_int("kept", kept, 1, every.numel())
-    out = every.numel() - kept
-    threshold = float(every.kthvalue(out).values) if out else -math.inf
+    if isinstance(kept, Mapping):
+        if missing := [name for name in sizes if name not in kept]:
+            raise ValueError(f"kept must have a number for each layer; layer {missing[0]} has none")
+        thresholds = {name: _threshold(f"kept[{name!r}]", size.flatten().float(), kept[name]) for name, size in sizes.items()}
+    else:
+        every = torch.cat([size.flatten().float() for size in sizes.values()])
+        thresholds = dict.fromkeys(sizes, _threshold("kept", every, kept))
     with torch.no_grad():
-        swap_layers(model, layers, lambda name, layer: PrunedLinear(layer, sizes[name] > threshold))
+        swap_layers(model, layers, lambda name, layer: PrunedLinear(layer, sizes[name] > thresholds[name]))
     return model
+
+
+def _threshold(argument: str, sizes: Tensor, kept: int) -> float:
+    """The largest of `sizes` that is not kept."""
+    check_int(argument, kept, 1, sizes.numel())
+    out = sizes.numel() - kept
+    return float(sizes.kthvalue(out).values) if out else -math.inf
 
 
 def pruned_bytes(weights: int, kept: int, itemsize: int) -> int:

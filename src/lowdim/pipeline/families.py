@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from lowdim.comparison.judge import judge
@@ -22,7 +21,8 @@ from lowdim.jobs import compressor
 from lowdim.jobs.budgets import Budget, fit_budget
 from lowdim.jobs.tuning import train
 from lowdim.locking import exclusive
-from lowdim.modules import base_layers, magnitude_prune, pack_linear, pruned_bytes
+from lowdim.modules import base_layers, pack_linear
+from lowdim.pipeline.pruning import SHARES, helped, pruned
 from lowdim.pipeline.recipe import PipelineRecipe
 from lowdim.pipeline.subject import Subject, load_subject
 from lowdim.pretrained import stored_bytes
@@ -46,7 +46,8 @@ class FamilySettings:
 
     Attributes:
         model, data, task, text, label, max_length, samples, held_out: as in a pipeline's recipe.
-        methods: of `FAMILIES`.
+        methods: of `FAMILIES`, or `"magnitude+uniform"` and `"magnitude+farms"`: pruning at one share of every layer, and at
+            shares that follow the layers' tail exponents.
         budgets: shares of the dense model, or sizes.
         steps: of tuning, the same for all, on every number that a method keeps in floating point; 0: none.
         rates: how many learning rates are tried for each method and budget, by the validation part at the first seed, 1 to 3.
@@ -74,7 +75,7 @@ class FamilySettings:
 
     def __post_init__(self) -> None:
         for method in self.methods:
-            check_choice("--methods with --compress", method, FAMILIES)
+            check_choice("--methods with --compress", method, (*FAMILIES, *SHARES))
         if not self.methods or not self.budgets:
             raise ValueError("--methods and --budget must name at least one each")
         for budget in self.budgets:
@@ -205,7 +206,9 @@ class _Comparison:
             pack_linear(model, method)
             return model, stored_bytes(model), []
         if method == "magnitude":
-            return _pruned(model, self.whole, Budget.parse(budget).of(self.whole))
+            return pruned(model, self.whole, Budget.parse(budget).of(self.whole))
+        if method in SHARES:
+            return pruned(model, self.whole, Budget.parse(budget).of(self.whole), SHARES[method])
         system = compressor(method)
         given = _options(method, model)
         batches = self.subject.batches(model, seed=self.settings.seed + seed)
@@ -286,7 +289,7 @@ class _Comparison:
             headline = f"{found.leader} has the best mean; one seed shows nothing."
         return dataclasses.replace(
             level,
-            headline=headline,
+            headline=headline + helped(found, self.subject.metric.judged or self.subject.metric.name),
             means=dict(zip(found.names, found.means)),
             half_widths={name: found.difference(name, found.leader)[1] for name in found.names if name != found.leader},
             leader=found.leader,
@@ -302,19 +305,3 @@ def _options(method: str, model: nn.Module) -> dict[str, Any]:
     layers = base_layers(model)
     size = math.gcd(8, *(matrix_shape(layer)[1] for layer in layers.values()))
     return {"subvector_size": size, "clustering_dim": size}  # without training, a smaller dimension only costs
-
-
-def _pruned(model: Any, whole: int, allowed: int) -> tuple[Any, int, list[str]]:
-    """The share of weights is left out with which those that are kept, and a bit for each place, fit."""
-    layers = base_layers(model)
-    weights = sum(math.prod(matrix_shape(layer)) for layer in layers.values())
-    itemsize = next(iter(layers.values())).weight.element_size()  # type: ignore[operator, union-attr]
-    outside = whole - weights * itemsize
-    kept = (allowed - outside - pruned_bytes(weights, 0, itemsize)) // itemsize
-    if kept < 1:
-        least = outside + pruned_bytes(weights, 1, itemsize)
-        raise LowdimError(f"pruning reaches {format_bytes(least)} at the smallest")
-    magnitude_prune(model, layers, min(kept, weights))
-    left = sum(int(layer.mask().count_nonzero()) for layer in model.modules() if hasattr(layer, "bits"))
-    with torch.no_grad():
-        return model, outside + pruned_bytes(weights, left, itemsize), []

@@ -25,7 +25,7 @@ def rehearse_deep(subject: Subject, plan: Plan) -> tuple[Rehearsal, tuple[int, .
     """The rehearsal at the model's own depth, and the depths that it was extrapolated from, if it was."""
     drawn = plan.variant.target and getattr(plan.variant.build(), "draws_layers", False)
     depth, shallow = subject.depth, SHALLOW_SHARDED if plan.devices > 1 else SHALLOW_DRAWN if drawn else SHALLOW
-    if depth is None or depth <= 2 * shallow[1] or _names_layers(plan.variant) or plan.variant.nested:
+    if depth is None or depth <= 2 * shallow[1] or _names_layers(plan.variant) or plan.variant.nested or plan.variant.exponents:
         return rehearse(subject, plan), ()
     try:
         small, large = (rehearse(subject, plan, d) for d in shallow)

@@ -15,6 +15,8 @@ __all__ = [
     "MethodRecord",
     "MetricRecord",
     "ModelRecord",
+    "RankPair",
+    "RanksRecord",
     "SampleRecord",
     "SearchRecord",
     "Trial",
@@ -227,6 +229,45 @@ class MethodRecord(Record):
         return unset | {name for name in ("trivial", "by_class", "by_size", "lr_origin") if not getattr(self, name)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class RankPair(Record):
+    """A method with ranks by layer against the same with one rank.
+
+    Attributes:
+        method, label: of the row with one rank.
+        sizes: the rank that was chosen, of the row with one rank and of the other (there: before it was spread).
+        difference, half_width: mean with ranks by layer less that with one rank, as judged (higher is better), and the
+            half-width of the interval around it; None: not judged.
+        verdict: `"better"`, `"worse"` or `"not distinguishable"`; empty where it was not judged.
+    """
+
+    method: str
+    label: str
+    sizes: list[int | None]
+    difference: float | None = None
+    half_width: float | None = None
+    verdict: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RanksRecord(Record):
+    """Ranks by layer from tail exponents, and whether they helped.
+
+    Attributes:
+        exponents: layer of the base -> exponent.
+        layers: method -> layer -> rank, of those that reached the final.
+        pairs: each method with ranks by layer against the same with one rank.
+        plain: labels of the methods without ranks by layer, which have one row.
+        sentence: the verdict.
+    """
+
+    exponents: dict[str, float]
+    layers: dict[str, dict[str, int]]
+    pairs: list[RankPair]
+    plain: list[str]
+    sentence: str
+
+
 @dataclass(frozen=True)
 class MetricRecord(Record):
     """The metric of the scores."""
@@ -290,6 +331,7 @@ class ComparisonRecord(Record):
         search: the search tree.
         samples: what models wrote for prompts of the test part.
         rates: the measured rates and whether they helped, where they were asked for.
+        ranks: ranks by layer; None where no row has them.
     """
 
     file: ClassVar[str] = "comparison.json"
@@ -315,7 +357,8 @@ class ComparisonRecord(Record):
     search: SearchRecord | None = None
     samples: list[SampleRecord] = field(default_factory=list)
     rates: RatesRecord | None = None
+    ranks: RanksRecord | None = None
 
     def left_out(self) -> set[str]:
         """What versions without it did not write."""
-        return {name for name in ("judgement", "search", "samples", "rates") if not getattr(self, name)}
+        return {name for name in ("judgement", "search", "samples", "rates", "ranks") if not getattr(self, name)}

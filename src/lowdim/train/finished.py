@@ -10,7 +10,7 @@ from lowdim import models
 from lowdim.catalogue import Variant, variant
 from lowdim.checksums import check_files, checksums
 from lowdim.errors import CheckpointError
-from lowdim.methods import with_options
+from lowdim.methods import with_options, with_ranks
 from lowdim.records import RUN, RunRecord
 from lowdim.train.fingerprint import check_fingerprint
 from lowdim.train.loading import load_base, recipe_processor
@@ -55,7 +55,7 @@ def load_run(folder: str | Path) -> tuple[Any, Recipe, Variant]:
         labels = int(record.data.get("outputs") or max(2, len(record.data["labels"])))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / RUN} is not the record of a recipe run") from error
-    chosen = with_options(variant(recipe.method), recipe.options)
+    chosen = with_ranks(with_options(variant(recipe.method), recipe.options), recipe.ranks)
     if not (folder / "adapter").is_dir():
         raise CheckpointError(f"{folder} holds no adapter; its model is in {folder / 'model'}, ready to use")
     base = load_base(recipe, labels, recipe_processor(recipe), record.data.get("problem"))

@@ -86,6 +86,9 @@ class Recipe(BaseModel):
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="Of methods without an optimizer of their own; adamw8bit keeps its moments in 8 bits"
     )
+    ranks: Literal["uniform", "farms"] = Field(
+        "uniform", description="farms: each layer's rank follows its tail exponent, at the same number of trained numbers"
+    )
     master_weights: bool = Field(
         False, description="Keep a float32 copy of each trained bfloat16 weight; false: they are rounded stochastically"
     )
@@ -115,6 +118,13 @@ class Recipe(BaseModel):
     def _of_trained_weights(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and (info.data.get("task") == "pretrain" or info.data.get("pretrained") is False):
             raise ValueError("quantize is for a pre-trained base, which stays as it is; random weights are all trained")
+        return value
+
+    @field_validator("ranks")
+    @classmethod
+    def _of_trained_layers(cls, value: str, info: ValidationInfo) -> str:
+        if value != "uniform" and (info.data.get("task") == "pretrain" or info.data.get("pretrained") is False):
+            raise ValueError(f"ranks {value} follow from trained weights; here they are random")
         return value
 
     @field_validator("ffn", "mixer")

@@ -23,7 +23,7 @@ from lowdim.errors import CheckpointError, LowdimError, listed
 from lowdim.files import write_text
 from lowdim.linalg import many_processes
 from lowdim.locking import exclusive
-from lowdim.methods import Applied, Setup, Strategy, strategy_for, with_options
+from lowdim.methods import Applied, Setup, Strategy, strategy_for, with_options, with_ranks
 from lowdim.records import RunRecord, WatchRecord, claim
 from lowdim.train.baselines import baseline_record
 from lowdim.train.environment import environment
@@ -111,7 +111,7 @@ class _Start:
 
 def _prepare(recipe: Recipe, resume: bool, first: bool, say: Callable[[str], None]) -> _Run:
     """Check everything that can be checked without a model, and claim the folder."""
-    strategy = strategy_for(with_options(variant(recipe.method), recipe.options))
+    strategy = strategy_for(with_ranks(with_options(variant(recipe.method), recipe.options), recipe.ranks))
     if strategy.variant.nested and (reason := strategy.variant.unfit(recipe.task)) is not None:
         raise ValueError(f"method {recipe.method}: {reason}")
     strategy.check_layerwise(recipe.layerwise)

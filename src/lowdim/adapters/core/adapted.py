@@ -71,6 +71,7 @@ class Adapted(Companion):
         shared: the module that all layers share, if the method has one; in the model it is called `lowdim_shared`.
         merge_report: the changes of the last `merge()`.
         capped_ranks: layer -> its own rank, where the method's is above what the layer allows (`adapt(..., cap_rank=True)`).
+        layer_ranks: layer -> the rank that it was given (`adapt(..., ranks=...)`).
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Adapted(Companion):
         self.allow_unused = False
         self.merge_report: MergeReport | None = None
         self.capped_ranks: dict[str, Any] = {}
+        self.layer_ranks: dict[str, int] = {}
 
     #: Whether a training without the regularizer is the method, too: `step()` does not ask for it then.
     optional_regularizer: ClassVar[bool] = False
@@ -328,11 +330,14 @@ class Adapted(Companion):
                 name: {
                     "shape": [layer.out_features, layer.in_features],
                     "fingerprint": self.fingerprints.get(name),
-                    "meta": {**layer.update.meta(), **self._capped(name)},
+                    "meta": {**self._given(name), **layer.update.meta(), **self._capped(name)},
                 }
                 for name, layer in self.layers.items()
             },
         }
+
+    def _given(self, name: str) -> dict[str, Any]:
+        return {"rank": self.layer_ranks[name], "given_rank": self.layer_ranks[name]} if name in self.layer_ranks else {}
 
     def _capped(self, name: str) -> dict[str, Any]:
         return {"rank": self.capped_ranks[name], "capped": True} if name in self.capped_ranks else {}

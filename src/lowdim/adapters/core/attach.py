@@ -21,7 +21,7 @@ from lowdim.adapters.core.guards import (
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.method import Method, ModelMethod
 from lowdim.calibrate import LossFn, collect, has_statistics
-from lowdim.errors import warn_caller
+from lowdim.errors import check_int, unknown, warn_caller
 from lowdim.garbage import paused_gc
 from lowdim.linalg import stream
 from lowdim.surgery import (
@@ -54,6 +54,7 @@ def adapt(
     dtype: torch.dtype | None = None,
     initialise: bool = True,
     cap_rank: bool = False,
+    ranks: Mapping[str, int] | None = None,
 ) -> Adapted:
     """Freeze `model` and attach `method` to the layers it names, in place.
 
@@ -69,12 +70,15 @@ def adapt(
         initialise: False allocates only (forecasts).
         cap_rank: where the method needs a rank of at most min(out, in) and a layer's is smaller, adapt that layer at its own
             limit; `capped_ranks` of the result lists these layers. Methods that take any rank (LoRA) are not changed.
+        ranks: layer -> its rank instead of the method's, of any of the layers; for methods with ranks by layer (LoRA, ALLoRA,
+            SoRA, LaMDA, SVFit, LoLDU, CorDA, LoRA-SB, LoRA-XS). The scale of LoRA and SoRA stays that of the method's rank.
 
     Returns:
         An `Adapted`.
 
     Raises:
         NoMatchingModuleError: a pattern of `target_modules` or `modules_to_save` matches nothing.
+        UnknownNameError: `ranks` names a layer that is not adapted.
         ValueError, TypeError: from the method, with the layer's name (a rank above its limit, unless `cap_rank`); a model
             whose weights are not in memory, that carries another library's adapter, or that is wrapped for several processes.
 
@@ -91,6 +95,7 @@ def adapt(
         raise TypeError(f"method must be a lowdim.adapters method such as LoRA(rank=8); got {method!r}")
     model = plain_model(model)
     if isinstance(method, ModelMethod):
+        _checked(ranks, method, {})
         return method.attach_model(
             model,
             seed=seed,
@@ -103,6 +108,7 @@ def adapt(
     if is_composed(model):
         raise ValueError("a method that acts on the whole model (SAID, aTLAS) is already attached; merge() it first")
     layers = target_layers(model, method)
+    given = _checked(ranks, method, layers)
     refuse_missing(layers, values=initialise)
     note = unreached_note(model, layers, None if method.target_modules in (None, "all-linear") else method.target_modules)
     if note:
@@ -112,6 +118,8 @@ def adapt(
     with torch.enable_grad():
         stats = collect(model, layers, method.needs, batches, loss_fn) if initialise else {name: {} for name in layers}
     prepared = method.prepare(layers, seed=seed, initialise=initialise)
+    for name, rank in given.items():
+        prepared[name]["rank"] = rank
     shared = method.shared(layers, seed=seed, initialise=initialise)
     limits = {name: method.capped_rank(layer, prepared[name]) for name, layer in layers.items()} if cap_rank else {}
     capped = {name: rank for name, rank in limits.items() if rank is not None}
@@ -134,7 +142,19 @@ def adapt(
         model, method, wrap, layers=layers, fingerprints=fingerprints, modules_to_save=kept, seed=seed, shared=shared
     )
     adapted.capped_ranks = capped
+    adapted.layer_ranks = {name: rank for name, rank in given.items() if name not in capped}
     return adapted
+
+
+def _checked(ranks: Mapping[str, int] | None, method: Method, layers: Mapping[str, nn.Module]) -> dict[str, int]:
+    """The ranks of single layers."""
+    if ranks and not method.ranks_by_layer:
+        raise ValueError(f"ranks: {type(method).__name__} has one rank for all layers, or none; leave ranks out")
+    for name, rank in (ranks or {}).items():
+        if name not in layers:
+            raise unknown("ranks: layer", name, layers)
+        check_int(f"ranks[{name!r}]", rank, 1)
+    return dict(ranks or {})
 
 
 def _fingerprints(method: Method, layers: Mapping[str, nn.Module]) -> dict[str, str]:

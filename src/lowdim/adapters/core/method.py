@@ -40,6 +40,10 @@ class Method(Options):
     #: are drawn at random (LoRA) take any rank, as in PEFT.
     bounded_rank: ClassVar[bool] = False
 
+    #: Whether each layer can have a rank of its own, which `blank` finds in `stats["rank"]`, with more trained numbers the
+    #: higher it is.
+    ranks_by_layer: ClassVar[bool] = False
+
     #: The class that `lowdim.adapt` returns, if the method acts on all layers together: a subclass of `Adapted`.
     adapted_type: ClassVar[type[Any] | None] = None
     #: The class of the adapted layers.

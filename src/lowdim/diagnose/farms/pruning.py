@@ -13,7 +13,7 @@ from lowdim.diagnose.core.weights import plain_model
 from lowdim.errors import UnknownNameError, check_float, check_int, nearest
 from lowdim.linalg import smallest_mask
 
-__all__ = ["prune", "pruning_ratios"]
+__all__ = ["layer_factors", "prune", "pruning_ratios"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -55,9 +55,27 @@ def pruning_ratios(
     Source: Hu, Goel, Killiakov, Yang, arXiv 2506.06280; Lu et al., "AlphaPruning", arXiv 2410.10912.
     """
     check_float("sparsity", sparsity, 0.0, 1.0, low_open=True, high_open=True)
+    check_float("cap", cap, 0.0, 1.0, low_open=True)
+    q = layer_factors(alphas, sizes, epsilon=epsilon, block=block) * sparsity
+    return [float(cap) if share > 1 else float(share) for share in q]
+
+
+def layer_factors(
+    alphas: Sequence[float] | np.ndarray,  # (L,)
+    sizes: Sequence[float] | np.ndarray,  # (L,)
+    *,
+    epsilon: float,
+    block: int = 1,
+) -> np.ndarray:
+    """How much more or less than the mean each layer gets: `(L,)`, rising with alpha, with the mean 1 over `sizes`.
+
+    Formula: the `q` of `pruning_ratios`, divided by `Σ sizes q / Σ sizes`. It serves shares to prune and ranks.
+
+    Raises:
+        ValueError: as in `pruning_ratios`.
+    """
     check_float("epsilon", epsilon, 0.0, 1.0, high_open=True)
     check_int("block", block, 1)
-    check_float("cap", cap, 0.0, 1.0, low_open=True)
     a, n = np.asarray(alphas, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
     if a.ndim != 1 or a.shape != n.shape or not len(a):
         raise ValueError(f"alphas and sizes must have one number for each layer; got {a.shape} and {n.shape}")
@@ -68,8 +86,7 @@ def pruning_ratios(
     a = np.repeat(a.reshape(-1, block).mean(1), block)
     spread = a.max() - a.min()
     q = 1 - epsilon + 2 * epsilon * (a - a.min()) / spread if spread > 0 else np.ones(len(a))
-    q = q * sparsity * n.sum() / (n * q).sum()
-    return [float(cap) if share > 1 else float(share) for share in q]
+    return q * n.sum() / (n * q).sum()
 
 
 @torch.no_grad()

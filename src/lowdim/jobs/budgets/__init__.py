@@ -10,5 +10,6 @@
 
 from lowdim.jobs.budgets.budget import Budget, Fitted
 from lowdim.jobs.budgets.fitting import check_budget_options, fit_budget, looks_at_samples
+from lowdim.jobs.budgets.sparsity import sparse_layers
 
-__all__ = ["Budget", "Fitted", "check_budget_options", "fit_budget", "looks_at_samples"]
+__all__ = ["Budget", "Fitted", "check_budget_options", "fit_budget", "looks_at_samples", "sparse_layers"]

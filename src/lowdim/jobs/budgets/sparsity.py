@@ -17,7 +17,7 @@ from lowdim.jobs.systems import Compressor
 from lowdim.linalg import wide
 from lowdim.surgery import blocks_of, find_layers, is_linear, is_quantized, matrix_shape, model_device, without_tied
 
-__all__ = ["fit_sparsity"]
+__all__ = ["fit_sparsity", "sparse_layers"]
 
 COUNTED = "of weights read for a token"
 _STEP = 0.1
@@ -33,10 +33,7 @@ def fit_sparsity(
     if not batches:
         raise ValueError("batches is empty: sparsities are found by the outputs of blocks on sample data")
     config = method.build(given)
-    found = find_layers(
-        model, config.target_modules, exclude=config.exclude, accept=lambda layer: is_linear(layer) and not is_quantized(layer)
-    )
-    layers, _ = without_tied(model, found, named=config.target_modules is not None)
+    layers = sparse_layers(model, config)
     sizes = {name: math.prod(matrix_shape(layer)) for name, layer in layers.items()}
     rows = {
         name: matrix_shape(layer)[0] * cast(Tensor, layer.weight).element_size() for name, layer in layers.items()
@@ -63,6 +60,14 @@ def fit_sparsity(
         if read(shares) <= allowed:
             return Fitted(method.build({**given, "sparsity": shares}), COUNTED, dense, allowed, least)
         target += (read(shares) - allowed) / dense + 1e-3  # the state nearest to the target may be below it
+
+
+def sparse_layers(model: nn.Module, config: Any) -> dict[str, nn.Module]:
+    """The layers whose inputs WINA makes sparse."""
+    found = find_layers(
+        model, config.target_modules, exclude=config.exclude, accept=lambda layer: is_linear(layer) and not is_quantized(layer)
+    )
+    return without_tied(model, found, named=config.target_modules is not None)[0]
 
 
 def _sparsest(parts: Mapping[str, list[str]], sizes: Mapping[str, int]) -> dict[str, float]:

@@ -84,6 +84,9 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
     )
     for name, state in heads.items():
         load_kept(model, name, state)
+    adapted.layer_ranks = {
+        name: entry.meta["given_rank"] for name, entry in header.layers.items() if "given_rank" in entry.meta
+    }
     adapted.capped_ranks = {name: entry.meta["rank"] for name, entry in header.layers.items() if entry.meta.get("capped")}
     return adapted
 

@@ -272,12 +272,15 @@ def _methods(settings: PlanSettings, say: Callable[[str], None] = lambda line: N
 
 
 def _exponents(settings: PlanSettings) -> dict[str, float]:
-    """Those of the model's weights."""
+    """Those of the model's weights, as they will be trained on."""
+    import torch
+
     from lowdim import models
     from lowdim.methods.exponents import layer_exponents
 
     try:
-        model = models.load_model(settings.model, settings.task, num_labels=settings.outputs)
+        how: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "quantize": settings.quantize}
+        model = models.load_model(settings.model, settings.task, num_labels=settings.outputs, **how)
     except UnknownNameError as error:
         raise ValueError(f"--ranks farms measures weights, and a configuration alone has none: {error}") from None
     found = layer_exponents(model, models.head_modules(model, settings.task))

@@ -6,7 +6,8 @@
     python bench/judge.py exhaustive    the same with every candidate trained to its end: about half an hour
     python bench/judge.py rates         whether rates from curvature help, on the shipped text and sentences: about ten minutes;
                                         in results/measured-rates.json
-    python bench/judge.py ranks         whether ranks and pruning ratios from FARMS help: half an hour; in results/layer-ranks.json
+    python bench/judge.py ranks         whether ranks and pruning ratios from FARMS help: half an hour; in
+                                        results/layer-ranks.json
 
 Each part replaces its entry of the file and keeps the others. `--out DIR` keeps the comparison, `--resume` continues it there.
 """
@@ -312,7 +313,9 @@ def _share(part: float | None, whole: float | None) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", default="overhead", choices=("overhead", "halving", "exhaustive", "rates", "ranks", "child"))
+    parser.add_argument(
+        "part", nargs="?", default="overhead", choices=("overhead", "halving", "exhaustive", "rates", "ranks", "child")
+    )
     parser.add_argument("--runs", type=int, default=3, help="processes per method (overhead)")
     parser.add_argument("--out", type=Path, help="folder of the comparison")
     parser.add_argument("--resume", action="store_true", help="continue the comparison in --out")

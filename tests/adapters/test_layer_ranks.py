@@ -13,7 +13,8 @@ from lowdim.errors import UnknownNameError
 from lowdim.export import export
 
 METHODS = {
-    "LoRA": {}, "ALLoRA": {}, "SoRA": {}, "LaMDA": {}, "SVFit": {}, "LoLDU": {}, "CorDA": {}, "LoRASB": {"lr": 0.1}, "LoRAXS": {},
+    "LoRA": {}, "ALLoRA": {}, "SoRA": {}, "LaMDA": {}, "SVFit": {}, "LoLDU": {}, "CorDA": {}, "LoRASB": {"lr": 0.1},
+    "LoRAXS": {},
 }  # fmt: skip
 #: Trained numbers of a layer `(out, in)` at a rank.
 TRAINED = {

@@ -59,7 +59,7 @@ def test_refusals():
         check_ratios("farm", wina, WINAConfig())
     with pytest.raises(ValueError, match="lord has no ratio by layer; wina has"):
         check_ratios("farms", lord, lord.build({}))
-    with pytest.raises(ValueError, match="a ratio for each|got one for each"):
+    with pytest.raises(ValueError, match="got one for each"):
         check_ratios("farms", wina, WINAConfig(sparsity={"up_proj": 0.5}))
     with pytest.raises(ValueError, match="--budget finds the sparsity of each layer itself"):
         check_ratios("farms", wina, WINAConfig(), budget="0.5x")

@@ -229,9 +229,8 @@ def _search_and_final(
     labels = {name: each.label for name, each in able.items()}
     always = tuple(dict.fromkeys((*ALWAYS, *paired(entered))))
     with LiveTable(console, contest.metric, labels, rungs, contest.search_metric) as live:
-        hunt = Hunt(
-            contest, able, entered.sizes, settings.usual_rates, seed, settings.search, clock, live, crew, entered.measured, always
-        )
+        trained = contest, able, entered.sizes, settings.usual_rates, seed, settings.search, clock, live, crew
+        hunt = Hunt(*trained, measured=entered.measured, always=always)
         found = hunt.search()
         finals = Finals(contest, able, finalists_of(found, always), trivial, settings.seeds, seed, clock, live, crew)
         finals.play()

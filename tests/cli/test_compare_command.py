@@ -53,7 +53,7 @@ def compare(refused, bert_folder, two_classes, tmp_path):
             ["--ranks farms needs a method with a rank in each layer", "full, galore"],
         ),
         ({"methods": "full+farms"}, ["full has no rank by layer", "such as lora"]),
-        ({"methods": "lora+farm"}, ["method must be one of", "got 'lora+farm'"]),
+        ({"methods": "lora+farm"}, ["what follows lora+ must be one of", "got 'farm'", "nearest: farms"]),
         ({"steps": 2}, ["--steps must be an int >= 3; got 2"]),
         ({"batch_size": 0}, ["--batch-size must be an int >= 1; got 0"]),
         ({"max_length": 1}, ["--max-length must be an int >= 4; got 1"]),

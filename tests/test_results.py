@@ -301,6 +301,7 @@ RECORDS = {
     "Fitted": "settings that a search found, with the sizes that a record keeps",
     "MultigridSchedule": "a schedule, which is made before training",
     "Turn": "a message, as chat templates take it",
+    "Replacement": "a report with the vectors that it is of, which a task finds",
 }
 
 

@@ -155,17 +155,15 @@ def test_one_token_reads_the_chosen_rows_and_gives_the_masked_product(rule, shap
     assert layer.copied_bytes() == 0
 
 
-@pytest.mark.parametrize(("outputs", "strips"), [(12, 4), (9, 3), (7, 1)])
-def test_a_large_weight_is_kept_in_strips(outputs, strips, monkeypatch):
-    """Of 4 MiB; here of 96 bytes, four of which hold 12 outputs of 8 inputs in float32: as many as divide the outputs."""
-    monkeypatch.setattr(sys.modules["lowdim.compress.wina.linear"], "_STRIP", 8 * 3 * 4)
+@pytest.mark.parametrize(("dtype", "bag"), [(torch.float32, 3), (torch.float32, 4), (torch.float64, 16)])
+def test_rows_are_summed_in_bags(dtype, bag, monkeypatch):
+    monkeypatch.setattr(sys.modules["lowdim.compress.wina.linear"], "_BAG", bag)
     torch.manual_seed(0)
-    layer = WINALinear.from_linear(nn.Linear(8, outputs), 0.5).eval()
-    x = torch.randn(1, 8)
+    layer = WINALinear.from_linear(nn.Linear(16, 9, dtype=dtype), 0.5).eval()
+    x = torch.randn(1, 16, dtype=dtype)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), nn.functional.linear(x * layer.mask(x), layer.weight, layer.bias))
-    assert len(layer._rows[0]) == strips
-    assert layer.copied_bytes() == 8 * outputs * 4
+    assert layer.copied_bytes() == 16 * 9 * dtype.itemsize
 
 
 def test_rows_follow_the_weight():

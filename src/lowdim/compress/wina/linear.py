@@ -18,7 +18,7 @@ __all__ = ["CRITERIA", "RULES", "WINALinear"]
 CRITERIA = ("wina", "teal")
 RULES = ("topk", "threshold")
 _GATHERED = (torch.float32, torch.float64)  # dtypes in which rows are summed faster than the dense product
-_STRIP = 2**22  # bytes of a strip of the transposed weight: in larger ones, rows are spread over too many pages of memory
+_BAG = 64  # rows that are summed at a time
 _WORTH = 0.5  # sparsity from which they are, on every processor that was tried
 
 
@@ -216,27 +216,19 @@ class WINALinear(MaskedLinear):
         return found.reshape(*x.shape[:-1], self.out_features)
 
     def _transposed(self) -> Tensor:
-        """`Wᵀ` in strips of its columns, `(strips, in, out / strips)`, contiguous; made again after the weight has changed."""
+        """`Wᵀ (in, out)`, contiguous; made again after the weight has changed."""
         now = (self.weight.data_ptr(), self.weight._version)
         if self._rows is None or self._rows[1] != now:
-            matrix = cast(Tensor, self.matrix.detach())
-            strips = max(n for n in range(1, min(max(matrix.nbytes // _STRIP, 1), 16) + 1) if len(matrix) % n == 0)
-            self._rows = (matrix.unflatten(0, (strips, -1)).mT.contiguous(), now)
+            self._rows = (cast(Tensor, self.matrix.detach()).mT.contiguous(), now)
         return self._rows[0]
 
 
 def _sum_of_rows(
-    strips: Tensor,  # (strips, in, width)
+    rows: Tensor,  # (in, out)
     chosen: Tensor,  # (k,)
     weights: Tensor,  # (k,)
 ) -> Tensor:
-    """`Σ_j weights_j Wᵀ[chosen_j]`, `(1, strips · width)`: each strip is a bag, in one call and without a copy of the rows."""
-    count, rows, width = strips.shape  # what F.embedding_bag calls, without its checks, follows
-    if count == 1:
-        return torch.embedding_bag(strips[0], chosen, chosen.new_zeros(1), False, 0, False, weights)[0]
-    starts = torch.arange(count)
-    bags = (chosen + rows * starts[:, None]).view(-1)
-    found = torch.embedding_bag(
-        strips.view(-1, width), bags, len(chosen) * starts, False, 0, False, weights.expand(count, -1).reshape(-1)
-    )
-    return found[0].view(1, -1)
+    """`Σ_j weights_j rows[chosen_j]`, `(1, out)`, without a copy of the rows."""
+    starts = torch.arange(0, len(chosen), _BAG)  # one long bag is slower than many short ones
+    # What F.embedding_bag calls, without its checks:
+    return torch.embedding_bag(rows, chosen, starts, False, 0, False, weights)[0].sum(0, keepdim=True)

@@ -12,6 +12,8 @@ import pytest
 from lowdim.testing.processes import in_processes
 from lowdim.testing.sharded_case import check_sharded, sharded_numbers
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 FOLDERS = ("optim", "layers", "compress")
 for _folder in FOLDERS:

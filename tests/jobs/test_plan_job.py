@@ -15,6 +15,7 @@ def outcomes():
     return [plan(PlanSettings(**common, rank=rank)) for rank in (2, 6)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", RANKED)
 def test_a_rank_changes_what_is_trained_or_kept(method, outcomes):
     assert not any(outcome.refused for outcome in outcomes)

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from lowdim.report.axis import Scale, fences, ticks
+from lowdim.report.line_chart import Line, line_chart
 
 
 @pytest.mark.parametrize("ends", [(0.0, 0.068), (0.705, 0.7802), (-0.02, 0.05), (12.86, 12.87), (0.0, 2e-7), (1.0, 3e12)])
@@ -44,3 +45,11 @@ def test_fences_leave_out_what_is_far_from_the_middle():
     assert fences(values) == (0.1, 0.5)
     assert fences([*values, 100.0]) == (0.1, 0.5)
     assert fences([0.3]) == (0.3, 0.3)
+
+
+def test_a_chart_of_counts_has_no_negative_ticks():
+    drawn = line_chart([Line("mean", [0, 1], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0])], ["0", "10"], "step", "intruders")
+    assert "−" not in drawn
+    assert ">0<" in drawn
+    below = line_chart([Line("mean", [0, 1], [-0.5, 0.5], [-0.5, 0.5], [-0.5, 0.5])], ["0", "10"], "step", "gain")
+    assert "−" in below

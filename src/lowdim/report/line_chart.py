@@ -47,8 +47,9 @@ def line_chart(lines: Sequence[Line], steps: Sequence[str], across: str, up: str
     every = [value for line in lines for value in (*line.lows, *line.highs, *line.values)]
     if not every or not steps:
         return ""
-    low, high = min(every), max(every)
-    low, high = (low - 0.05, high + 0.05) if high - low < 1e-9 else (low - 0.04 * (high - low), high + 0.04 * (high - low))
+    least, most = min(every), max(every)
+    margin = 0.05 if most - least < 1e-9 else 0.04 * (most - least)
+    low, high = least - margin, most + margin  # a margin below 0 has no ticks where no value is there
     inner = _WIDTH - _LEFT - _RIGHT
 
     def x(place: float) -> float:
@@ -59,7 +60,7 @@ def line_chart(lines: Sequence[Line], steps: Sequence[str], across: str, up: str
 
     parts = [f'<text x="{_LEFT - 8}" y="{y(tick) + 4}" text-anchor="end">{text}</text>'
              f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick)}" y2="{y(tick)}"/>'
-             for tick, text in ticks(low, high, 6)]  # fmt: skip
+             for tick, text in ticks(low, high, 6) if tick >= min(least, 0.0)]  # fmt: skip
     bottom = _HEIGHT - _BOTTOM
     parts += [f'<text x="{x(i)}" y="{bottom + 18}" text-anchor="middle">{esc(step)}</text>' for i, step in enumerate(steps)]
     parts.append(f'<text x="{_LEFT + inner / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{esc(across)}</text>')

@@ -55,6 +55,7 @@ def layers(run: Mapping[str, Any]) -> str:
         return ""
     shown = _some(rows)
     charts = "".join(_chart(shown, key, up) for key, up, _, _ in _LAYERS)
+    charts = f'<div class="side-by-side">{charts}</div>'
     cells = [[f"{number(row['step']):.0f}", *(_with_range(row, key, digits) for key, _, _, digits in _LAYERS)] for row in shown]
     heads = ["Step", *(head for _, _, head, _ in _LAYERS)]
     table = sections.numbers(heads, cells, "Means over the layers, with the smallest and largest")

@@ -160,6 +160,7 @@ def timed(words: tuple[str, ...]) -> dict:
         "methods": len(rows),
         "cpu_seconds": round(cpu, 1),
         "seconds": round(wall, 1),
+        "cpu": processor(),
     }
     if "--fit" in words:
         row["forecasts"] = sum(found["tried"] for found in rows)

@@ -127,3 +127,22 @@ def test_the_numbers_of_a_batch_are_left_out_under_the_forecast_only():
     )
     assert type(seen[0]) is not torch.Tensor
     assert seen[0].shape == real.shape
+
+
+@pytest.mark.parametrize("columns", [2, 3])
+def test_an_encoder_of_pairs_runs_on_each_column(columns):
+    """As sentence-transformers trains: the gradient of a column is complete before that of the next is added."""
+    model = build(bert(), "embed").eval()
+    rows, calls = 4, []
+    ids = torch.randint(3, 60, (columns * rows, 8), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    model.encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    found = model(**batch, labels=torch.zeros(rows))
+    assert calls == [rows] * columns
+    whole = model(**batch).logits
+    scores = 20 * whole[:rows] @ whole[rows:].T
+    torch.testing.assert_close(found.loss, cross_entropy(scores, torch.arange(rows)))
+    sizes = model.nested_loss({**batch, "labels": torch.zeros(rows)}, [(1, 16), (2, 32)])
+    assert sizes > found.loss

@@ -116,6 +116,7 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
             for p in applied.model.parameters()
             if p.requires_grad
         ]
+        tracker.trained = frozenset(p.shape for p in applied.model.parameters() if p.requires_grad)
         optimizer = applied.start(plan.lr)
         tracker.add(optimizer_tensors(optimizer), "optimizer_state")
         batch = fake_batch(subject, plan.batch_size, plan.sequence_length) if plan.batch is None else plan.batch()

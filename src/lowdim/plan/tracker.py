@@ -30,6 +30,7 @@ def _nothing() -> dict[str, int]:
 
 
 _DEVICE = torch.ops.prim.device.default
+_ADD = torch.ops.aten.add.Tensor
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Tracker(TorchDispatchMode):
         desugared: tensor classes that hand their operations on to plain tensors, which are seen instead.
         exchange: operations between devices, and `(args, kwargs) -> tensors` that are their buffers: workspace.
         paused: nothing is counted.
+        trained: shapes of the trained parameters.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Tracker(TorchDispatchMode):
         self.desugared: tuple[type, ...] = ()
         self.exchange: Mapping[Any, Callable[[Any, Any], Any]] = {}
         self.paused = False
+        self.trained: frozenset[torch.Size] = frozenset()
 
     def enter(self, stretch: Any, kind: str | None = None) -> None:
         """Start this part of the step; new tensors are of this kind (None: as before)."""
@@ -139,6 +142,14 @@ class Tracker(TorchDispatchMode):
             counts[kind] += entry.size
         entry.kind = kind
 
+    def _accumulates(self, out: Tensor) -> bool:
+        """Whether a sum is that of two gradients of a parameter, which autograd takes in place unless a mode looks on.
+
+        What it leaves is recorded with the next operation.
+        """
+        backward = isinstance(self.stretch, tuple) and self.stretch[1] == "backward"
+        return backward and out.shape in self.trained and not torch.is_grad_enabled()
+
     def _record(self, extra: int) -> None:
         peak = self.peaks.get(self.stretch)
         if peak is None:
@@ -172,7 +183,8 @@ class Tracker(TorchDispatchMode):
                 self._track(storage, self.kind)
         if func in self.exchange:
             self.add(tensors_in(self.exchange[func](args, kwargs)), "workspace")
-        self._record(0 if self.hidden is None else self.hidden(func, args, out))
+        if func is not _ADD or not self._accumulates(out):
+            self._record(0 if self.hidden is None else self.hidden(func, args, out))
         if self.work is not None:
             self.work(func, args, kwargs, out, tensors)
         return out

@@ -29,6 +29,7 @@ from lowdim.adapters.core.merging import (
 )
 from lowdim.adapters.core.method import Method
 from lowdim.adapters.core.shared import SHARED, free_name, shared_prefix
+from lowdim.adapters.core.tensors import UPDATE, below, by_layer, kept_tensors, load_kept
 from lowdim.adapters.core.update import WeightUpdate
 from lowdim.calibrate import LossFn
 from lowdim.companion import Companion, warn_of_lost_updates
@@ -38,10 +39,7 @@ from lowdim.modules import quantized_scheme
 from lowdim.results import html_table
 from lowdim.surgery import freeze_statistics, plain_name, release_statistics, submodule
 
-__all__ = ["EXPORTERS", "Adapted", "by_layer", "kept_tensors", "load_kept"]
-
-#: Between a layer's name and that of a tensor of its update.
-_UPDATE = ".update."
+__all__ = ["EXPORTERS", "Adapted"]
 
 #: Format -> `write(adapted, folder, **options)`. A module that writes a format registers itself here.
 EXPORTERS: dict[str, Callable[..., Any]] = {}
@@ -288,7 +286,7 @@ class Adapted(Companion):
         Tensors that FSDP2 has sharded are gathered, so every process must call it.
         """
         state = {
-            f"{name}{_UPDATE}{key}": gather(value)
+            f"{name}{UPDATE}{key}": gather(value)
             for name, layer in self.layers.items()
             for key, value in layer.update.saved().items()
         }
@@ -309,9 +307,9 @@ class Adapted(Companion):
         for name, layer in self.layers.items():
             layer.update.restore(own[name], layer.pristine_weight())
         if self.shared is not None:
-            self.shared.load_state_dict(_below(state, shared_prefix(self.modules_to_save)))
+            self.shared.load_state_dict(below(state, shared_prefix(self.modules_to_save)))
         for module in self.modules_to_save:
-            load_kept(self.model, module, _below(state, f"{module}."))
+            load_kept(self.model, module, below(state, f"{module}."))
 
     def description(self) -> dict[str, Any]:
         """The description in a checkpoint: the method and its hyperparameters, the base model, each layer."""
@@ -459,46 +457,6 @@ class Adapted(Companion):
             for name, layer in self.layers.items()
         ]
         return html_table(f"{self.method}: {trained:,} parameters trained ({share:.2%}), {len(rows)} adapted layers", rows)
-
-
-def kept_tensors(model: nn.Module, module: str) -> dict[str, Tensor]:
-    """The tensors of a module that is saved whole.
-
-    Raises:
-        ValueError: its state holds something else.
-    """
-    saved = {plain_name(key): value for key, value in submodule(model, module).state_dict().items()}
-    odd = [key for key, value in saved.items() if not isinstance(value, Tensor)]
-    if odd:
-        raise ValueError(
-            f"module {module} cannot be saved whole: {odd[0]} of its state is a {type(saved[odd[0]]).__name__}; adapter "
-            "files hold tensors only; name its parts in modules_to_save instead"
-        )
-    return saved
-
-
-def load_kept(model: nn.Module, module: str, state: Mapping[str, Tensor]) -> None:
-    """Load the tensors of a module that was saved whole, by their plain names."""
-    found = submodule(model, module)
-    names = {plain_name(key): key for key in found.state_dict()}
-    found.load_state_dict({names.get(key, key): value for key, value in state.items()})
-
-
-def by_layer(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each layer's update in a checkpoint, under the names that they have in the update."""
-    own: dict[str, dict[str, Tensor]] = {name: {} for name in names}
-    for key, value in state.items():
-        start = key.find(_UPDATE)
-        while start >= 0:  # a module of the user's may be called `update`, so the first one need not be ours
-            if key[:start] in own:
-                own[key[:start]][key[start + len(_UPDATE) :]] = value
-                break
-            start = key.find(_UPDATE, start + 1)
-    return own
-
-
-def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def _noted(regularizer: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.adapted import Adapted, kept_tensors, load_kept
+from lowdim.adapters.core.adapted import Adapted
 from lowdim.adapters.core.attach import adapt
 from lowdim.adapters.core.combination import Combination, blank_lora, weighted_sum
 from lowdim.adapters.core.files.checkpoint import load_adapter
@@ -28,6 +28,7 @@ from lowdim.adapters.core.merging import (
     warn_of_lost_zeros,
 )
 from lowdim.adapters.core.method import Method, ModelMethod, method_class, registered_methods
+from lowdim.adapters.core.tensors import kept_tensors, load_kept
 from lowdim.errors import check_float, check_int, unknown
 from lowdim.files import read_json
 from lowdim.surgery import replace_layers, submodule, with_matrix

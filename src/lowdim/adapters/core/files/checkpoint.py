@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from lowdim.adapters.core.adapted import Adapted, load_kept
+from lowdim.adapters.core.adapted import Adapted
 from lowdim.adapters.core.attach import put_in_place
 from lowdim.adapters.core.composed import is_composed
 from lowdim.adapters.core.files.bounds import BoundedAllocation
@@ -19,6 +19,7 @@ from lowdim.adapters.core.files.saved import SavedUpdates, reading, saved_method
 from lowdim.adapters.core.fingerprints import base_difference
 from lowdim.adapters.core.guards import plain_model, refuse_missing
 from lowdim.adapters.core.shared import shared_prefix
+from lowdim.adapters.core.tensors import load_kept
 from lowdim.adapters.core.whole import WholeMethod, refuse_adapted
 from lowdim.errors import CheckpointError, nearest
 from lowdim.surgery import named_layers, plain_name, submodule

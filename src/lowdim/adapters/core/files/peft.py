@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.adapted import EXPORTERS, Adapted, kept_tensors
+from lowdim.adapters.core.adapted import EXPORTERS, Adapted
 from lowdim.adapters.core.files.gguf_lora import FILE, write_gguf_lora
 from lowdim.adapters.core.files.peft_check import check_in_peft
 from lowdim.adapters.core.files.peft_factors import Cut, cut, laid_out, pad_rank
@@ -24,6 +24,7 @@ from lowdim.adapters.core.guards import error_context
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.merging import merged_layers
 from lowdim.adapters.core.method import ModelMethod
+from lowdim.adapters.core.tensors import kept_tensors
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.files import whole_folder, write_json, write_tensors
 from lowdim.results import Result

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowdim.adapters.core.adapted import Adapted, load_kept
+from lowdim.adapters.core.adapted import Adapted
 from lowdim.adapters.core.attach import put_in_place
 from lowdim.adapters.core.composed import is_composed
 from lowdim.adapters.core.files.peft_factors import factor_for_peft
@@ -19,6 +19,7 @@ from lowdim.adapters.core.guards import error_context, refuse_missing
 from lowdim.adapters.core.layer import AdaptedLayer, gain_of, kind_of
 from lowdim.adapters.core.low_rank import LoRAUpdate
 from lowdim.adapters.core.method import method_class
+from lowdim.adapters.core.tensors import load_kept
 from lowdim.errors import CheckpointError, nearest, shown
 from lowdim.linalg import wide
 from lowdim.surgery import CONVOLUTIONS, known_dtype, matrix_shape, named_layers, plain_name, submodule

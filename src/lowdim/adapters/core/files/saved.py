@@ -8,13 +8,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lowdim.adapters.core.adapted import by_layer
 from lowdim.adapters.core.files.bounds import BoundedAllocation
 from lowdim.adapters.core.files.layout import Header, Layer
 from lowdim.adapters.core.fingerprints import layer_difference
 from lowdim.adapters.core.guards import error_context, pristine_matrix, refuse_missing
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.adapters.core.method import Method, registered_methods
+from lowdim.adapters.core.tensors import by_layer
 from lowdim.adapters.core.update import WeightUpdate
 from lowdim.adapters.core.whole import WholeMethod
 from lowdim.errors import CheckpointError, LowdimError, nearest

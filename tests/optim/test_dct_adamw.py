@@ -4,6 +4,7 @@ import formulas
 import pytest
 import torch
 from torch import nn
+from trajectories import relative_to_update, roundings_apart
 
 import vectors
 from lowdim.linalg import dct_matrix, stream
@@ -162,10 +163,6 @@ def follow(case, **options):
     return optimizer, p, torch.stack(weights), torch.stack(indices)
 
 
-def relative_to_update(got, want, start):
-    return max(float((g - w).norm() / (w - start).norm()) for g, w in zip(got, want, strict=True))
-
-
 @pytest.mark.parametrize("name", vectors.cases("dct"))
 def test_vectors(name):
     case = vectors.load("dct", name)
@@ -186,10 +183,8 @@ def test_vectors_in_lower_precision(name, dtype):
     case = vectors.load("dct", name)
     case.tensors = {k: t if t.dtype == torch.int64 else t.to(dtype) for k, t in case.tensors.items()}
     _, _, weights, indices = follow(case)
-    want = case["weights_after"].double()
     assert torch.equal(indices, case["indices"])
-    rounding = torch.finfo(dtype).eps * float(want.abs().max())
-    assert float((weights.double() - want).abs().max()) <= 12 * rounding
+    assert roundings_apart(weights, case["weights_after"].double(), dtype) <= 12
 
 
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9)])

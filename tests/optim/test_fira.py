@@ -6,6 +6,7 @@ import formulas
 import pytest
 import torch
 from torch import nn
+from trajectories import relative_to_update, roundings_apart
 
 import vectors
 from lowdim.linalg import stream
@@ -109,10 +110,6 @@ def follow(case, cls=Fira, **options):
     return optimizer, p, torch.stack(weights), norms
 
 
-def relative_to_update(got, want, start):
-    return max(float((g - w).norm() / (w - start).norm()) for g, w in zip(got, want, strict=True))
-
-
 @pytest.mark.parametrize("cls", [Fira, PlainFira])
 @pytest.mark.parametrize("name", vectors.cases("fira"))
 def test_vectors(name, cls):
@@ -130,9 +127,7 @@ def test_vectors_in_lower_precision(name, dtype):
     case = vectors.load("fira", name)
     case.tensors = {k: t.to(dtype) for k, t in case.tensors.items()}
     _, _, weights, _ = follow(case)
-    want = case["weights_after"].double()
-    rounding = torch.finfo(dtype).eps * float(want.abs().max())
-    assert float((weights.double() - want).abs().max()) <= 12 * rounding
+    assert roundings_apart(weights, case["weights_after"].double(), dtype) <= 12
 
 
 def trajectory(cls, shape, grads, **options):

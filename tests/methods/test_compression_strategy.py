@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import TrainerCallback
 
 import tiny
+from killing import Kill
 from lowdim import models
 from lowdim.catalogue import Entry, Variant, variant
 from lowdim.catalogue.rows import ROWS
@@ -97,17 +97,6 @@ def text(tmp_path_factory):
 def recipe(out, text, **changes):
     how = {"steps": STEPS, "batch_size": 4, "max_length": 16, "limit": 48, "save_steps": 2, "seed": 3, **changes}
     return Recipe(model="stories260k", task="causal-lm", data=[text], method="fading", out=str(out), **how)
-
-
-class Kill(TrainerCallback):
-    """Ends the run after so many steps, as Ctrl-C does."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def zeros(weight, share=SHARE, seed=3):

@@ -5,6 +5,7 @@ import torch
 
 import lowdim
 import tiny
+from killing import Kill
 from lowdim.adapters import ATLAS, IncreLoRA, LoRA, SaRA, SoRA
 from lowdim.companion import Companion
 from lowdim.errors import CheckpointError
@@ -240,7 +241,7 @@ def test_companions_act_and_are_kept_in_checkpoints(tmp_path):
     penalties = [entry["penalty"] for entry in whole.state.log_history if "loss" in entry]
     assert penalties[0] == 0.0
     assert penalties[3] > 0.0
-    killed, _, _ = made(tmp_path / "killed", callbacks=[_stop(2)])
+    killed, _, _ = made(tmp_path / "killed", callbacks=[Kill(3)])
     with pytest.raises(KeyboardInterrupt):
         killed.train()
     again, got, pull = made(tmp_path / "killed")
@@ -250,15 +251,6 @@ def test_companions_act_and_are_kept_in_checkpoints(tmp_path):
     (tmp_path / "killed" / "checkpoint-4" / "companions.pt").unlink()
     with pytest.raises(CheckpointError, match=r"companions.pt is missing"):
         made(tmp_path / "killed")[0].train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-4"))
-
-
-def _stop(step):
-    class Stop(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == step + 1:
-                raise KeyboardInterrupt
-
-    return Stop()
 
 
 def test_what_does_not_go_together_is_refused(tmp_path):

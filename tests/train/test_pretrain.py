@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from killing import Kill
 from lowdim.catalogue import methods, variant
 from lowdim.errors import CheckpointError, DataError, UnknownNameError
 from lowdim.methods import strategy_for
@@ -57,18 +58,6 @@ def small(method, **more):
     if method in ("galore", "galore-8bit", "q-galore", "fira"):
         ranked["update_interval"] = 3
     return {**ranked, **more}
-
-
-class Kill:
-    def __new__(cls, step):
-        from transformers import TrainerCallback
-
-        class Callback(TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                if state.global_step == step:
-                    raise KeyboardInterrupt
-
-        return Callback()
 
 
 def trained(folder):

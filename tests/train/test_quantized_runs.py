@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import lowdim
+from killing import Kill
 from lowdim import models
 from lowdim.errors import CheckpointError
 from lowdim.modules import QuantizedLinear, quantized_scheme
@@ -67,16 +68,9 @@ def test_the_adapter_names_its_base_and_loads_over_it(scheme, made):
 
 @pytest.mark.parametrize("changes", [{"quantize": "int4"}, {"optimizer": "adamw8bit"}], ids=str)
 def test_killed_and_resumed_to_the_same_bits(changes, made, recipe, tmp_path):
-    from transformers import TrainerCallback
-
-    class Kill(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                raise KeyboardInterrupt
-
     folder, want = made(**changes)
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe(tmp_path, **changes), callbacks=(Kill(),))
+        run_recipe(recipe(tmp_path, **changes), callbacks=(Kill(3),))
     with pytest.raises(CheckpointError, match="different recipe"):
         run_recipe(recipe(tmp_path), resume=True)
     got = run_recipe(recipe(tmp_path, **changes), resume=True)

@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from killing import Kill
 from lowdim.adapters import Adapted
 from lowdim.adapters.diffora.search import search_steps
 from lowdim.catalogue import entries, variant
@@ -44,20 +45,6 @@ def _text(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOWDIM_TEST_TEXT", str(file))
         yield
-
-
-class Kill:
-    """Raises when so many steps are done, as if the user had pressed Ctrl-C."""
-
-    def __new__(cls, step):
-        from transformers import TrainerCallback
-
-        class Callback(TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                if state.global_step == step:
-                    raise KeyboardInterrupt
-
-        return Callback()
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_run_resume import Kill
 
+from killing import Kill
 from lowdim import models
 from lowdim.errors import CheckpointError
 from lowdim.train.checkpoints import newest_checkpoint

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from killing import Kill
 from lowdim.models import assets
 from lowdim.records import RunRecord, WatchRecord
 from lowdim.report import render_run
@@ -19,20 +20,6 @@ def recipe(out, **changes):
         "options": {"rank": 2}, "batch_size": 2, "max_length": 16, "limit": 16, "save_steps": 2, "watch": 2,
     }  # fmt: skip
     return Recipe(**{**keys, **changes}, out=str(out))
-
-
-class Kill:
-    """Raises when so many steps are done, as if the user had pressed Ctrl-C."""
-
-    def __new__(cls, step):
-        from transformers import TrainerCallback
-
-        class Callback(TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                if state.global_step == step:
-                    raise KeyboardInterrupt
-
-        return Callback()
 
 
 @pytest.fixture(scope="module")

@@ -236,7 +236,7 @@ BLOCKS = Toy(
     "tensors = {'weight': w, 'dense': d}",
     tests=(
         "tests/layers/test_block_diagonal.py", "tests/methods", "tests/jobs/test_capabilities.py", "tests/test_golden.py",
-        "tests/test_second_device.py", "tests/train/test_run_resume.py",
+        "tests/test_second_device_training.py", "tests/train/test_run_resume.py",
     ),
 )  # fmt: skip
 #: The adapter that the docs show, trained by name.
@@ -306,7 +306,7 @@ KRONA = Toy(
     "tensors = {'P': p, 'Q': q, 'dense': torch.kron(p, q)}",
     tests=(
         "tests/adapters/test_krona.py", "tests/adapters/test_distributed.py", "tests/methods",
-        "tests/jobs/test_capabilities.py", "tests/test_second_device.py", "tests/train/test_run_resume.py",
+        "tests/jobs/test_capabilities.py", "tests/test_second_device_training.py", "tests/train/test_run_resume.py",
     ),
 )  # fmt: skip
 #: Both are written by `make tables`.

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["map_tensors", "row_count", "to_device"]
+__all__ = ["given_batches", "is_one_batch", "map_tensors", "row_count", "to_device"]
+
+
+def given_batches(batches: Iterable[Any] | None, purpose: str) -> Iterable[Any]:
+    """The batches that a caller gave.
+
+    Args:
+        purpose: ends the message where there are none, such as "stage 1 needs sample data".
+
+    Raises:
+        ValueError: None. TypeError: one batch instead of an iterable of them.
+    """
+    if batches is None:
+        raise ValueError(f"batches is missing: {purpose}")
+    if is_one_batch(batches):
+        raise TypeError(f"batches must be an iterable of batches; got a single {type(batches).__name__}: put it in a list")
+    return batches
+
+
+def is_one_batch(batches: Any) -> bool:
+    """Whether this is a batch, where an iterable of them belongs."""
+    return isinstance(batches, (Mapping, Tensor, str))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

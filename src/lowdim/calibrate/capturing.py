@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowdim.calibrate.batches import given_batches
 from lowdim.calibrate.passes import as_it_was, call_model
 from lowdim.errors import nearest
 
@@ -105,11 +106,7 @@ def capture(
         [torch.Size([5, 3])]
     """
     wanted = list(names)
-    if batches is None:
-        raise ValueError("batches is missing: module outputs must be captured from sample data")
-    if isinstance(batches, (Mapping, Tensor, str)):
-        raise TypeError(f"batches must be an iterable of batches; got a single {type(batches).__name__}: put it in a list")
-    for batch in batches:
+    for batch in given_batches(batches, "module outputs must be captured from sample data"):
         with as_it_was(model, {}, want_gradient=False), capturing(model, wanted, inputs=inputs) as found, torch.no_grad():
             call_model(model, batch)
         yield dict(found)

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lowdim.calibrate.batches import given_batches
 from lowdim.calibrate.passes import as_it_was, call_model
 from lowdim.errors import warn_caller
 from lowdim.linalg import recall, wide, widest
@@ -56,10 +57,7 @@ def collect(
         raise ValueError("needs: covariance and context_covariance give the same entry; ask for one of them")
     if not kinds:
         return {name: {} for name in layers}
-    if batches is None:
-        raise ValueError(f"batches is missing: {', '.join(sorted(kinds))} must be collected from sample data")
-    if isinstance(batches, (Mapping, Tensor, str)):
-        raise TypeError(f"batches must be an iterable of batches; got a single {type(batches).__name__}: put it in a list")
+    batches = given_batches(batches, f"{', '.join(sorted(kinds))} must be collected from sample data")
     if "gradient" in kinds and loss_fn is None:
         raise ValueError("loss_fn is missing: gradients need loss_fn(model, batch) -> scalar; batches alone are not enough")
     question = ("collect", model.state_dict(), list(layers), sorted(kinds), batches, _identity(loss_fn))

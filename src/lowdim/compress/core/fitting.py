@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowdim.calibrate.batches import given_batches
 from lowdim.errors import LowdimError
 from lowdim.linalg import derive_seed
 from lowdim.surgery import freeze_statistics, release_statistics
@@ -61,10 +62,7 @@ def fit_parameters(
         >>> losses[-1] < losses[0], model.bias.grad
         (True, None)
     """
-    if batches is None:
-        raise ValueError(f"batches is missing: {steps} training steps need sample data")
-    if isinstance(batches, (Mapping, Tensor, str)):
-        raise TypeError(f"batches must be an iterable of batches; got a single {type(batches).__name__}: put it in a list")
+    batches = given_batches(batches, f"{steps} training steps need sample data")
     if loss_fn is None:
         raise ValueError(f"loss_fn is missing: {steps} training steps need loss_fn(model, batch) -> scalar")
     kept = list(batches)

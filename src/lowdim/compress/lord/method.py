@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from lowdim.calibrate.batches import given_batches
 from lowdim.compress.core.report import CompressedLayer, CompressionReport, attach_report
 from lowdim.compress.lord.config import LoRDConfig
 from lowdim.compress.lord.factors import decompose
@@ -72,8 +73,7 @@ def lord(
     """
     if max_bytes is not None:
         check_int("max_bytes", max_bytes, 1)
-    if batches is None:
-        raise ValueError("batches is missing: LoRD needs sample data (PELA's weight SVD does not)")
+    batches = given_batches(batches, "LoRD needs sample data (PELA's weight SVD does not)")
     table = rank_table(model, config.rank) if isinstance(config.rank, Mapping) else None
     layers, tied = select(model, config, table)
     ranks = {name: rank_of(name, layer, config, table) for name, layer in layers.items()}

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lowdim.calibrate.batches import is_one_batch
 from lowdim.compress.core.fitting import LossFn
 from lowdim.compress.core.report import CompressedLayer, CompressionReport, attach_report
 from lowdim.compress.lr2vq.coded import Coded
@@ -144,7 +145,7 @@ def lr2vq(
     """
     layers, tied = _select(model, config)
     _check_sizes(layers, config.subvector_size)
-    if config.trains and batches is not None and not isinstance(batches, (Mapping, Tensor, str)):
+    if config.trains and batches is not None and not is_one_batch(batches):
         batches = list(batches)
     dtype = float_dtype(model)
     first: dict[int, str] = {}

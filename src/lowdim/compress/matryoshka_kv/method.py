@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.calibrate import call_model, to_device
+from lowdim.calibrate.batches import given_batches
 from lowdim.calibrate.passes import as_it_was
 from lowdim.compress.core.report import CompressedLayer, CompressionReport, attach_report
 from lowdim.compress.matryoshka_kv.interface import keeping_ranks, kv_layers, projections, recording, turn_off, turn_on
@@ -124,10 +125,7 @@ def matryoshka_kv(model: nn.Module, config: MatryoshkaKVConfig, batches: Iterabl
 
     Source: Lin et al., "MatryoshkaKV: Adaptive KV Compression via Trainable Orthogonal Projection", arXiv 2410.14731.
     """
-    if batches is None:
-        raise ValueError("batches is missing: the bases come from the keys and values of sample data")
-    if isinstance(batches, (Mapping, Tensor, str)):
-        raise TypeError(f"batches must be an iterable of batches; got a single {type(batches).__name__}: put it in a list")
+    batches = given_batches(batches, "the bases come from the keys and values of sample data")
     layers = kv_layers(model)
     before = {name: layer._modules.get(NAME) for name, layer in layers.items()}
     turn_on(model)

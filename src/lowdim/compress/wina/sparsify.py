@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowdim.calibrate import capture
+from lowdim.calibrate.batches import given_batches
 from lowdim.compress.core.report import CompressedLayer, CompressionReport, attach_report
 from lowdim.compress.wina.linear import CRITERIA, RULES, WINALinear
 from lowdim.compress.wina.masks import check_sparsity, scores_of, wina_threshold
@@ -101,8 +102,7 @@ def wina(model: nn.Module, config: WINAConfig, batches: Iterable[Any] | None = N
     shares = _shares(model, config, layers)
     thresholds: dict[str, float] = {}
     if config.mask_by == "threshold":
-        if batches is None:
-            raise ValueError("batches is missing: mask_by='threshold' takes the thresholds from sample inputs")
+        batches = given_batches(batches, "mask_by='threshold' takes the thresholds from sample inputs")
         thresholds = _thresholds(model, layers, shares, config, batches)
 
     def make(name: str, layer: nn.Module) -> nn.Module:

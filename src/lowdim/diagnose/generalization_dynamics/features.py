@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowdim.calibrate import capture
+from lowdim.calibrate.batches import is_one_batch
 from lowdim.diagnose.generalization_dynamics.flow import LinearFlow, Modes
 from lowdim.diagnose.generalization_dynamics.theory import as_float64, marchenko_pastur_edges, plot_errors, read_times
 from lowdim.errors import check_float, check_int, nearest
@@ -195,7 +196,7 @@ def _over(times: Tensor, value: Any, flows: list[LinearFlow]) -> Tensor:
 
 def _features(model: nn.Module, layer: str, batches: Iterable[Any]) -> tuple[Tensor, Tensor | None]:
     """Features `(samples, features)` in float64, and the labels of dict batches, if all have some."""
-    kept = list(batches) if not isinstance(batches, (Mapping, Tensor, str)) else batches
+    kept = batches if is_one_batch(batches) else list(batches)
     parts, labels = [], []
     for found, batch in zip(capture(model, [layer], kept), kept):
         if layer not in found:

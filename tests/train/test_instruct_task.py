@@ -13,7 +13,8 @@ from lowdim.train.generating import generate
 from lowdim.train.metrics import METRICS
 from lowdim.train.recipes import Recipe
 from lowdim.train.tasks import load
-from lowdim.train.tasks.instruct import PadAnswers, instruction
+from lowdim.train.tasks.instruct import instruction
+from lowdim.train.tasks.labelled import PadLabels
 from lowdim.train.tokenizers import byte_tokenizer
 from tiny import llama
 
@@ -351,7 +352,7 @@ def test_the_perplexity_of_answers_is_that_of_all_their_tokens(stories, tmp_path
 
 
 def test_padding_is_on_the_right_and_not_trained_on():
-    batch = PadAnswers(9)([{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [3], "labels": [3]}])
+    batch = PadLabels(9, "right")([{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [3], "labels": [3]}])
     assert batch["input_ids"].tolist() == [[1, 2], [3, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
     assert batch["labels"].tolist() == [[-100, 2], [3, -100]]

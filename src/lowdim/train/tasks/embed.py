@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from lowdim.errors import DataError, cut
 from lowdim.methods.nesting import nested_sizes
-from lowdim.models.padding import padding_side
 from lowdim.train.metrics import METRICS, Metric
 from lowdim.train.number_scores import number_score
 from lowdim.train.parts import Rows, divide
 from lowdim.train.repeats import same_text
 from lowdim.train.tasks.base import Score, Task, check_finite, data_name
+from lowdim.train.tasks.labelled import Pad
 from lowdim.train.text_pairs import TextPairs, read_pairs
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def embedding(
         train=[rows[i] for i in train],
         validation=[rows[i] for i in divided.validation],
         test=[rows[i] for i in divided.test],
-        collate=_Collate(tokenizer.pad_token_id or 0, padding_side(tokenizer)),
+        collate=_Collate(Pad.of(tokenizer)),
         max_length=length,
         notes=tuple(notes),
         name=data_name(files),
@@ -263,18 +263,13 @@ def _rows(tokenizer: Any, read: Sequence[TextPairs], length: int) -> tuple[list[
 class _Collate:
     """All texts of a batch as one block, column after column, padded to the longest."""
 
-    def __init__(self, pad: int, side: str):
-        self.pad, self.side = pad, side
+    def __init__(self, pad: Pad):
+        self.pad = pad
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
         texts = [row["texts"][column] for column in range(len(rows[0]["texts"])) for row in rows]
-        longest = max(map(len, texts))
-        ids = torch.full((len(texts), longest), self.pad)
-        mask = torch.zeros_like(ids)
-        for i, text in enumerate(texts):
-            where = slice(longest - len(text), None) if self.side == "left" else slice(0, len(text))
-            ids[i, where], mask[i, where] = torch.tensor(text), 1
-        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["label"] for row in rows])}
+        block = self.pad([{"input_ids": text, "labels": 0} for text in texts])
+        return {**block, "labels": torch.tensor([row["label"] for row in rows])}
 
 
 def _columns(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowdim.errors import DataError, shown
 from lowdim.train.answers import (
@@ -31,8 +30,9 @@ from lowdim.train.repeats import first_of_each, same_text, same_tokens
 from lowdim.train.streams import datasets_module
 from lowdim.train.tasks.base import Baseline, Score, data_name
 from lowdim.train.tasks.causal_lm import LanguageModelling
+from lowdim.train.tasks.labelled import PadLabels
 
-__all__ = ["Instruction", "PadAnswers", "instruction"]
+__all__ = ["Instruction", "instruction"]
 
 #: Tokens that a model may write for an answer at most, and for a sample.
 _MOST_WRITTEN, _SAMPLE = 512, 128
@@ -166,7 +166,7 @@ def instruction(
         train=learn,
         validation=choose,
         test=report,
-        collate=PadAnswers(tokenizer.pad_token_id or 0),
+        collate=PadLabels(tokenizer.pad_token_id or 0, "right"),
         max_length=length,
         notes=tuple(notes),
         name=data_name(files),
@@ -317,22 +317,3 @@ def _example(tokenizer: Any, row: dict[str, Any]) -> str:
     texts = [(masked, text) for masked, text in texts if text.strip()]
     parts = [f"«{shown(text, 160)[1:-1]}»" if masked else shown(text, 160)[1:-1] for masked, text in texts]
     return f"{' '.join(parts)}{' ...' if len(runs) > 6 else ''} (what stands in « » is read, not trained on)"
-
-
-@dataclass(frozen=True)
-class PadAnswers:
-    """Pads conversations on the right to the longest of the batch; padding is not trained on."""
-
-    pad: int
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The rows as a batch."""
-        longest = max(len(row["input_ids"]) for row in rows)
-        filled = {"input_ids": self.pad, "attention_mask": 0, "labels": IGNORED}
-        batch = {name: torch.full((len(rows), longest), value) for name, value in filled.items()}
-        for place, row in enumerate(rows):
-            count = len(row["input_ids"])
-            batch["input_ids"][place, :count] = torch.tensor(row["input_ids"])
-            batch["attention_mask"][place, :count] = 1
-            batch["labels"][place, :count] = torch.tensor(row["labels"])
-        return batch

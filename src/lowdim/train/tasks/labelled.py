@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowdim.errors import DataError
 from lowdim.models.padding import padding_side
+from lowdim.train.answers import IGNORED
 from lowdim.train.data import Examples, Used, read_examples
 from lowdim.train.inputs import Inputs, encode
 from lowdim.train.repeats import same_text, same_tokens
@@ -20,7 +21,7 @@ from lowdim.train.splits import first_rows, places
 from lowdim.train.streams import datasets_module
 from lowdim.train.tasks.base import data_name, example_text
 
-__all__ = ["Pad", "Parts", "Reading", "labelled_parts"]
+__all__ = ["Pad", "PadLabels", "Parts", "Reading", "labelled_parts"]
 
 
 @dataclass(frozen=True)
@@ -247,3 +248,14 @@ class Pad:
         for row, own in zip(indicators, labels):
             row[own] = 1.0
         return indicators
+
+
+class PadLabels(Pad):
+    """Pads rows with a label for each token; padding has none that counts."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """The rows as a batch."""
+        batch = super().__call__([{**row, "labels": 0} for row in rows])
+        labels = torch.full_like(batch["input_ids"], IGNORED)
+        labels[batch["attention_mask"].bool()] = torch.tensor([label for row in rows for label in row["labels"]])
+        return {**batch, "labels": labels}

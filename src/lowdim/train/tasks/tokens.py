@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from lowdim.errors import DataError, cut, listed, nearest, shown
-from lowdim.models.padding import padding_side
+from lowdim.train.answers import IGNORED
 from lowdim.train.entities import Entity, entities_of
 from lowdim.train.jackknife import pseudo_values
 from lowdim.train.metrics import Metric
@@ -23,12 +22,11 @@ from lowdim.train.repeats import same_text
 from lowdim.train.streams import datasets_module
 from lowdim.train.tagged import Tagged, read_tagged, tag_order
 from lowdim.train.tasks.base import Baseline, Score, Task, check_finite, data_name
-from lowdim.train.tasks.classify import Pad
+from lowdim.train.tasks.labelled import PadLabels
 
-__all__ = ["PadTags", "TokenClassification", "token_classification"]
+__all__ = ["TokenClassification", "token_classification"]
 
 _BATCH = 512  # sentences per call of the tokenizer
-_IGNORED = -100  # a label that the loss leaves out
 
 
 @dataclass(kw_only=True)
@@ -42,7 +40,7 @@ class TokenClassification(Task):
         logits = model(**batch).logits
         check_finite(logits)
         answers, labels = logits.argmax(-1).cpu(), batch["labels"].cpu()
-        return [(own[own != _IGNORED].tolist(), found[own != _IGNORED].tolist()) for own, found in zip(labels, answers)]
+        return [(own[own != IGNORED].tolist(), found[own != IGNORED].tolist()) for own, found in zip(labels, answers)]
 
     def score_of(self, outcomes: Sequence[Any], metric: Metric) -> Score:
         """F1 of entities, or the share of words with the right tag; and a table by type of entity.
@@ -63,8 +61,8 @@ class TokenClassification(Task):
         """Always answering `O`, or the most frequent tag where there is no `O`."""
         if not len(part):
             return None
-        wanted = [[tag for tag in own if tag != _IGNORED] for own in part["labels"]]
-        tags = Counter(tag for own in self.train["labels"] for tag in own if tag != _IGNORED)
+        wanted = [[tag for tag in own if tag != IGNORED] for own in part["labels"]]
+        tags = Counter(tag for own in self.train["labels"] for tag in own if tag != IGNORED)
         constant = self.classes.index("O") if "O" in self.classes else tags.most_common(1)[0][0]
         answers = [(own, [constant] * len(own)) for own in wanted]
         scores = {each.name: self.score_of(answers, each).value for each in self.metrics()}
@@ -105,17 +103,6 @@ class TokenClassification(Task):
             }
             for kind in sorted({*held, *found})
         ]
-
-
-class PadTags(Pad):
-    """Pads rows, and their labels with what the loss leaves out."""
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The rows as a batch."""
-        batch = super().__call__([{**row, "labels": 0} for row in rows])
-        labels = torch.full_like(batch["input_ids"], _IGNORED)
-        labels[batch["attention_mask"].bool()] = torch.tensor([label for row in rows for label in row["labels"]])
-        return {**batch, "labels": labels}
 
 
 def load(recipe: Any, processor: Any, **keywords: Any) -> TokenClassification:
@@ -173,13 +160,13 @@ def token_classification(
     where = {"train": divided.train[:limit], "validation": divided.validation, "test": divided.test}
     rows = {part: encoder.rows([(words[i], tags[i]) for i in places]) for part, places in where.items()}
     for part in ("train", "validation", "test"):
-        if not any(classes[tag] != "O" for row in rows[part] for tag in row["labels"] if tag != _IGNORED):
+        if not any(classes[tag] != "O" for row in rows[part] for tag in row["labels"] if tag != IGNORED):
             raise DataError(f"no sentence of the {part} part has an entity (all tags are O), so there is nothing to find")
     notes = [note for each in found for note in each.notes] + list(divided.notes)
     notes += encoder.notes("--max-length" if length == max_length else "the model reads no more")
     return TokenClassification(
         **{part: datasets_module().Dataset.from_list(each) for part, each in rows.items()},
-        collate=PadTags(tokenizer.pad_token_id or 0, padding_side(tokenizer)),
+        collate=PadLabels.of(tokenizer),
         max_length=length,
         classes=classes,
         notes=tuple(notes),
@@ -211,10 +198,10 @@ class _Encoder:
                 labels, seen = [], set()
                 own: list[int | None] = encoded.word_ids(i)
                 for word in own:
-                    labels.append(_IGNORED if word is None or word in seen else self.index[tags[word]])
+                    labels.append(IGNORED if word is None or word in seen else self.index[tags[word]])
                     seen.add(word)
                 self.lost += len(set(range(len(words))) - seen)
-                if any(label != _IGNORED for label in labels):
+                if any(label != IGNORED for label in labels):
                     found.append({"input_ids": encoded["input_ids"][i], "labels": labels})
         return found
 
@@ -281,5 +268,5 @@ def _f1(counts: Any) -> Any:
 def _example(tokenizer: Any, row: dict[str, Any], classes: Sequence[str]) -> str:
     """The tokens of a row, those that count with their tags."""
     tokens = tokenizer.convert_ids_to_tokens(row["input_ids"])
-    marked = (token if label == _IGNORED else f"{token}/{classes[label]}" for token, label in zip(tokens, row["labels"]))
+    marked = (token if label == IGNORED else f"{token}/{classes[label]}" for token, label in zip(tokens, row["labels"]))
     return cut(" ".join(marked), 160)

@@ -210,6 +210,27 @@ def test_matrices(name):
     assert farms_eigs(case["weight"].bfloat16(), **how).dtype == torch.float32
 
 
+@pytest.mark.parametrize("shape", [(24, 24), (12, 40), (40, 12)])
+def test_small_singular_values_of_float32_keep_their_digits(shape):
+    """`σ²` down to 1e-10 of the largest, where singular values found in float32 have lost more than half of theirs."""
+    generator, k = torch.Generator().manual_seed(0), min(shape)
+    u, v = (torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64))[0] for n in shape)
+    weight = (u * torch.logspace(0, -5, k, dtype=torch.float64) @ v.T).float()
+    want = torch.linalg.svdvals(weight.double()).square().flip(0)
+    got = farms_eigs(weight, rows=shape[0], ratio=shape[1] / shape[0], windows=1)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+    assert float((torch.linalg.svdvals(weight).square().flip(0).double() / want - 1).abs().max()) > 1e-4
+
+
+def test_a_window_without_full_rank_has_no_negative_eigenvalue():
+    weight = torch.ones(16, 16) * torch.linspace(-1, 3, 16)
+    eigs = farms_eigs(weight, rows=8, windows=3)
+    assert bool((eigs >= 0).all())
+    want = weight.unfold(0, 8, 4).unfold(1, 8, 4).double().square().sum((-2, -1)).flatten()  # of rank 1: all in one
+    torch.testing.assert_close(eigs[-9:].double(), want.sort().values, rtol=1e-6, atol=0)
+    assert float(eigs[:-9].max()) < 1e-14 * float(want.min())
+
+
 def test_convolution():
     case = vectors.load("farms", "conv")
     (layer,) = farms({"w": case["weight"]}, **case.hyperparameters).layers

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowdim.diagnose.core.weights import weights_of
 from lowdim.diagnose.farms.fit import METHODS, PowerLawFit, fit_alpha
-from lowdim.diagnose.farms.windows import check_finite, check_windows, farms_eigs
+from lowdim.diagnose.farms.windows import check_finite, check_windows, farms_eigs, squared_singular_values
 from lowdim.errors import MissingExtraError, check_choice, check_float, check_int
 from lowdim.linalg import compute_dtype
 from lowdim.results import Result
@@ -254,7 +254,7 @@ def _kernel_eigs(kernel: Tensor, ratio: float, scale: float) -> list[Tensor]:
     r = short if ratio <= 1 else max(1, int(short // ratio))
     c = max(1, int(short // (1 / ratio))) if ratio <= 1 else short
     pieces = (matrices[:, d * r : (d + 1) * r, :c] for d in range(long // short))
-    return [torch.linalg.svdvals(piece).square().flatten().sort().values for piece in pieces]
+    return [squared_singular_values(piece).flatten().sort().values for piece in pieces]
 
 
 def _fits(spectra: list[Tensor], method: Any, xmin_pos: int, bins: int) -> list[PowerLawFit] | str:

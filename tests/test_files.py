@@ -11,9 +11,11 @@ from lowdim.files import (
     read_json,
     read_json_object,
     read_tensors,
+    syncing,
     whole_folder,
     write_bytes,
     write_json,
+    write_pieces,
     write_tensors,
     write_text,
 )
@@ -54,6 +56,44 @@ def test_an_interruption_leaves_the_old_file(tmp_path, monkeypatch):
         write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_large_data_are_written_a_megabyte_at_a_time(tmp_path):
+    data = os.urandom(5 * 2**19 + 3)
+    assert write_bytes(tmp_path / "x", data).read_bytes() == data
+
+    class Stream(list):
+        def write(self, piece):
+            self.append(len(piece))
+
+    write_pieces(stream := Stream(), data)
+    assert stream == [2**20, 2**20, 2**19 + 3]
+
+
+def test_what_could_not_be_synced_is_an_error_and_the_others_are_synced(tmp_path):
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "c").write_text("c")
+    with pytest.raises(FileNotFoundError, match="b"), syncing() as sync:  # noqa: PT012
+        for name in "abc":
+            sync(tmp_path / name)
+
+
+def test_files_are_synced_while_the_next_is_written(tmp_path, monkeypatch):
+    import threading
+
+    seen, written = [], threading.Event()
+
+    def fsync(number):
+        assert written.wait(10)
+        seen.append(threading.current_thread() is threading.main_thread())
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    (tmp_path / "a").write_text("a")
+    with syncing() as sync:
+        sync(tmp_path / "a")
+        assert seen == []
+        written.set()
+    assert seen == [False]
 
 
 def test_json_names_no_infinities(tmp_path):

@@ -221,6 +221,41 @@ def test_a_weight_that_its_dtype_cannot_hold_is_refused(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+@pytest.mark.parametrize("features", [(1024, 2049), (40000, 35), (3, 5), (64, 1)])
+@pytest.mark.parametrize("alpha", [6.0, 5.0])
+def test_blocks_of_rows_have_the_bits_of_the_whole_sum(features, alpha):
+    torch.manual_seed(0)
+    adapted = shake(lowdim.adapt(torch.nn.Sequential(torch.nn.Linear(*features)), LoRA(rank=3, alpha=alpha)))
+    weight, update = adapted.model[0].base.weight.detach(), adapted.model[0].update
+    blocks = [(rows, block.clone()) for rows, block in update.exact_rows(weight)]
+    assert len(blocks) > 1 or weight.numel() < 2**17
+    assert [rows.start for rows, _ in blocks] == [0, *(rows.stop for rows, _ in blocks[:-1])]
+    assert torch.equal(torch.cat([block for _, block in blocks]), weight + update.exact())
+
+
+def test_a_weight_that_was_not_finite_before_stays_so(tmp_path):
+    torch.manual_seed(0)
+    model = tiny.llama(1).half()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[3, 5] = torch.inf
+    with models.quiet():
+        model.save_pretrained(tmp_path / "base")
+        models.load_tokenizer("stories260k").save_pretrained(tmp_path / "base")
+    peft = pytest.importorskip("peft")  # lowdim itself attaches to no such weight
+    config = peft.LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    peft.get_peft_model(models.load_by_class(str(tmp_path / "base"), "LlamaForCausalLM"), config).save_pretrained(
+        tmp_path / "a"
+    )
+    assert merge_shards(tmp_path / "a", tmp_path / "out", models.resolve(str(tmp_path / "base")))
+    got, before = tensors(tmp_path / "out"), tensors(tmp_path / "base")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    factors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    A, B = (factors[f"base_model.model.{name.removesuffix('weight')}lora_{side}.weight"].float() for side in "AB")
+    want = before[name].float() + 4.0 * (B @ A)  # alpha 8 over rank 2
+    assert torch.equal(got[name], want.half())
+    assert got[name].isinf().nonzero().tolist() == [[3, 5]]
+
+
 @pytest.mark.parametrize("kind", ["missing", "short", "lacking", "outside"])
 def test_a_damaged_base_is_named(kind, base, tmp_path):
     import shutil

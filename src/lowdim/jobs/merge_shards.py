@@ -1,12 +1,11 @@
 """Merging without loading the model: its safetensors files are read tensor by tensor and written again, adapted layers merged.
 
-In memory there is one weight at a time, in float32, whatever the size of the model. The numbers are those of a merge of the
-whole model in float32, rounded once to the dtype that each tensor has in its file.
+In memory there is one weight at a time, also in float32, whatever the size of the model. The numbers are those of a merge of
+the whole model in float32, rounded once to the dtype that each tensor has in its file.
 """
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -172,7 +171,7 @@ def _holding(layer: nn.Module, weight: Tensor, space: _Space | None = None) -> n
     from lowdim.linalg import wide
     from lowdim.surgery import shallow_copy
 
-    exact = wide(weight) if space is None or weight.dtype.itemsize > 4 else space("weight", weight.shape).copy_(weight)
+    exact = wide(weight) if space is None else space(weight)
     held = shallow_copy(layer)
     held._parameters["weight"] = nn.Parameter(exact, requires_grad=False)
     if held._parameters.get("bias") is not None:
@@ -183,37 +182,36 @@ def _holding(layer: nn.Module, weight: Tensor, space: _Space | None = None) -> n
 def _merged(
     updates: SavedUpdates | PeftUpdates, name: str, space: _Space, zeros: list[LayerChange]
 ) -> Callable[[Tensor], Tensor]:
-    """What makes the merged weight of a layer from the weight in the file; `zeros` is given those of a sparse one."""
+    """What puts the merged weight of a layer in the place of the one in the file; `zeros` is given those of a sparse one."""
     from lowdim.adapters.core.merging import merged_weight, zeros_of
-    from lowdim.surgery import matrix_shape
 
     def change(weight: Tensor) -> Tensor:
         layer = _holding(updates.layers[name], weight, space)
         updates.check_base(name, layer)
-        merged = merged_weight(name, updates.adapted(name, layer), weight.dtype, space("sum", matrix_shape(layer)))
-        if (change := zeros_of(name, weight, merged)) is not None:
+        merged_weight(name, updates.adapted(name, layer), weight)
+        if (change := zeros_of(name, cast("Tensor", layer.weight), weight)) is not None:
             zeros.append(change)
-        return merged
+        return weight
 
     return change
 
 
 class _Space:
-    """Memory for matrices in float32 that is used again for each layer: fresh memory costs more time than the arithmetic."""
+    """Memory for one weight in float32 that is used again for each layer: fresh memory costs more time than the arithmetic."""
 
     def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
+        self._held: Tensor | None = None
 
-    def __call__(self, use: str, shape: Iterable[int]) -> Tensor:
-        """A matrix of this shape; it has whatever numbers the last one for the same use left."""
+    def __call__(self, weight: Tensor) -> Tensor:
+        """A copy of `weight` in float32 or better, in the memory of the last one where that is float32."""
         import torch
 
-        shape = tuple(shape)
-        count = math.prod(shape)
-        if use not in self._held or self._held[use].numel() < count:
-            self._held.pop(use, None)
-            self._held[use] = torch.empty(count)
-        return self._held[use][:count].view(shape)
+        if weight.dtype.itemsize > 4:
+            return weight.clone()
+        if self._held is None or self._held.numel() < weight.numel():
+            self._held = None  # freed before the new one is made
+            self._held = torch.empty(weight.numel())
+        return self._held[: weight.numel()].view(weight.shape).copy_(weight)
 
 
 def _replaced(value: Tensor) -> Callable[[Tensor], Tensor]:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from lowdim.errors import CheckpointError
-from lowdim.files import read_json_object
+from lowdim.files import read_json_object, syncing, write_pieces
 
 __all__ = ["SHARDS_INDEX", "SINGLE", "Entry", "Shards"]
 
 SINGLE, SHARDS_INDEX = "model.safetensors", "model.safetensors.index.json"
-_BLOCK = 2**22
+_BLOCK = 2**20
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -108,20 +108,25 @@ class Shards:
         """
         largest = max((self.entries[name].stop - self.entries[name].start for name in changes), default=0)
         space = torch.empty(largest, dtype=torch.uint8)  # one for all: fresh memory costs as much as the arithmetic
-        for file in self.files:
-            mine = {name: entry for name, entry in self.entries.items() if entry.file == file and name in changes}
-            if not mine:
-                shutil.copyfile(self.folder / file, folder / file)
-                continue
-            with (self.folder / file).open("rb") as old, (folder / file).open("xb") as new:
-                for name, entry in sorted(mine.items(), key=lambda item: item[1].start):
-                    _copy(old, new, entry.start - old.tell())
-                    weight = _read(old, entry, space)
-                    value = changes[name](weight)
-                    if value.shape != weight.shape:
-                        raise ValueError(f"tensor {name} has shape {entry.shape}; got {tuple(value.shape)} for it")
-                    new.write(_view(weight.copy_(value.detach())))
-                shutil.copyfileobj(old, new, _BLOCK)
+        with syncing() as sync:
+            for file in self.files:
+                self._copy_file(folder, file, changes, space)
+                sync(folder / file)
+
+    def _copy_file(self, folder: Path, file: str, changes: Mapping[str, Callable[[Tensor], Tensor]], space: Tensor) -> None:
+        mine = {name: entry for name, entry in self.entries.items() if entry.file == file and name in changes}
+        if not mine:
+            shutil.copyfile(self.folder / file, folder / file)
+            return
+        with (self.folder / file).open("rb") as old, (folder / file).open("xb") as new:
+            for name, entry in sorted(mine.items(), key=lambda item: item[1].start):
+                _copy(old, new, entry.start - old.tell())
+                weight = _read(old, entry, space)
+                value = changes[name](weight)
+                if value.shape != weight.shape:
+                    raise ValueError(f"tensor {name} has shape {entry.shape}; got {tuple(value.shape)} for it")
+                write_pieces(new, _view(weight if value is weight else weight.copy_(value.detach())))
+            shutil.copyfileobj(old, new, _BLOCK)
 
 
 def _entries(path: Path) -> dict[str, Entry]:

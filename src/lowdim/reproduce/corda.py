@@ -23,6 +23,7 @@ from lowdim.reproduce.settings.minilm_trec import TARGETS, Setting, best_rate, l
 from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 from lowdim.reproduce.settings.paired_timing import Pairs, four_layers, step_pairs
 from lowdim.surgery import find_layers, weight_matrix
+from lowdim.threads import one_thread
 
 __all__ = ["run"]
 
@@ -97,7 +98,7 @@ def _training(context: Context, outcome: Outcome) -> None:
 
 
 def _compare_with_peft(context: Context, outcome: Outcome) -> None:
-    rank, threads = 32, torch.get_num_threads()
+    rank = 32
     _, x, names = four_layers()
     ours, theirs = _both(lambda: four_layers()[0], x, names, rank)
     difference = _difference(ours, theirs)
@@ -108,12 +109,9 @@ def _compare_with_peft(context: Context, outcome: Outcome) -> None:
     ]
     kept = kept_bytes(ours.model, x), kept_bytes(theirs, x)
     count = 3 if context.quick else 100
-    try:
-        torch.set_num_threads(1)
+    with one_thread():
         pairs = step_pairs(ours.model, theirs, x, count)
         pairs += [(first, second) for second, first in step_pairs(theirs, ours.model, x, count)]  # and in the other order
-    finally:
-        torch.set_num_threads(threads)
     pairs = Pairs(pairs)
     times = pairs.milliseconds()
     for who, milliseconds, size in zip(("CorDA", "PEFT's corda"), times, kept):

@@ -16,6 +16,7 @@ from lowdim.layers import HouseholderProjector, LowRankLinear
 from lowdim.linalg import derive_seed
 from lowdim.reproduce.settings.digits import Digits, batches, digits
 from lowdim.reproduce.settings.outcome import Check, Context, Outcome
+from lowdim.threads import one_thread
 
 __all__ = ["run"]
 
@@ -99,19 +100,14 @@ def _pace(outcome: Outcome, pairs: int) -> float:
     )
     ours, theirs = HouseholderProjector(512, 512, rank=_RANK), nn.Sequential(first, second)
     x = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
 
     def spent(layer: nn.Module) -> float:
         start = time.process_time()
         layer(x).square().mean().backward()
         return time.process_time() - start
 
-    try:
-        with torch.enable_grad():
-            found = [(spent(ours), spent(theirs)) for _ in range(pairs + 3)][3:]
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), torch.enable_grad():
+        found = [(spent(ours), spent(theirs)) for _ in range(pairs + 3)][3:]
     ratio = statistics.median(a / b for a, b in found)
     outcome.rows.append({"arm": "time over torch's parametrization", "ratio": round(ratio, 3)})
     return ratio

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 
 from lowdim.errors import MissingExtraError
 from lowdim.linalg import derive_seed
 from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 from lowdim.solve import linf_lstsq, sketch_rows
+from lowdim.threads import one_thread
 
 EPS, DELTA = 0.5, 0.01
 DENSE = ("srht", "gaussian", "ams", "pooled")
@@ -180,10 +180,5 @@ def _one_thread() -> Iterator[None]:
         from threadpoolctl import threadpool_limits
     except ImportError as error:
         raise MissingExtraError("scikit-learn", "science", "a measurement on one thread") from error
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(before)
+    with one_thread(), threadpool_limits(1):
+        yield

@@ -14,6 +14,7 @@ from torch import Tensor
 from lowdim.diagnose import LoRALimits, lora_attention_gradient, lora_limits
 from lowdim.linalg import stream
 from lowdim.reproduce.settings.outcome import Check, Context, Outcome
+from lowdim.threads import one_thread
 
 ALPHA, RANK, WIDTH, HEAD = 2.0, 2, 8, 4
 RATIOS, DEGREES = (0.25, 0.5, 1.0, 2.0), (2, 4, 6)
@@ -80,11 +81,9 @@ def _errors(rows: list[dict[str, Any]], context: Context) -> list[Check]:
 
 def _growth(rows: list[dict[str, Any]], context: Context) -> list[Check]:
     lengths = (128, 256, 512) if context.quick else (512, 1024, 2048, 4096)
-    threads = torch.get_num_threads()
     seconds: dict[str, list[float]] = {"exact": [], "chained": []}
     counts: dict[str, list[int]] = {"exact": [], "chained": []}
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for length in lengths:
             given = _head(length, 0.5, 0)
             for method in seconds:
@@ -98,8 +97,6 @@ def _growth(rows: list[dict[str, Any]], context: Context) -> list[Check]:
                 counts[method].append(count)
             ms = {f"{method}, ms": round(1000 * values[-1], 2) for method, values in seconds.items()}
             rows.append({"part": 2, "length": length, **ms, **{f"{m}, products": c[-1] for m, c in counts.items()}})
-    finally:
-        torch.set_num_threads(threads)
     logs = np.log(lengths)
     slope = {m: float(np.polyfit(logs, np.log(seconds[m]), 1)[0]) for m in seconds}
     work = {m: float(np.polyfit(logs, np.log(counts[m]), 1)[0]) for m in counts}

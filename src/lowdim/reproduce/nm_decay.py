@@ -16,6 +16,7 @@ from lowdim.linalg import derive_seed, nm_mask, stream
 from lowdim.reproduce.settings.data import fashion_mnist
 from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 from lowdim.reproduce.settings.paired_timing import step_pairs
+from lowdim.threads import one_thread
 
 __all__ = ["run"]
 
@@ -95,10 +96,8 @@ def _check(outcome: Outcome, mean: dict[tuple[str, str], float], times: dict[str
 def _times(outcome: Outcome, pairs: int) -> dict[str, float]:
     """A step's time over that of the dense layer, and over that of torch's pruning with the same mask."""
     x = torch.randn(2048, 768, generator=torch.Generator().manual_seed(0))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     found: dict[str, float] = {}
-    try:
+    with one_thread():
         for name, first, second in (
             ("2:4", _thinned(2, 4), nn.Linear(768, 3072)),
             ("1:16", _thinned(1, 16), nn.Linear(768, 3072)),
@@ -109,8 +108,6 @@ def _times(outcome: Outcome, pairs: int) -> dict[str, float]:
             against = "torch.nn.utils.prune" if name == "pruned" else "dense"
             pattern = "2:4" if name == "pruned" else name
             outcome.rows.append({"pattern": pattern, "arm": f"step's time over {against}", "ratio": round(found[name], 3)})
-    finally:
-        torch.set_num_threads(threads)
     return found
 
 

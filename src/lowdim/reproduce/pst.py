@@ -17,6 +17,7 @@ from lowdim.reproduce.settings.data import fashion_mnist
 from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 from lowdim.reproduce.settings.paired_timing import step_pairs
 from lowdim.surgery import freeze, swap_layers
+from lowdim.threads import one_thread
 
 __all__ = ["run"]
 
@@ -91,10 +92,8 @@ def run(context: Context) -> Outcome:
 def _times(outcome: Outcome, pairs: int) -> dict[str, float]:
     """A step's time over that of a dense layer and of movement pruning, and the optimizer's state over that of the latter."""
     x = torch.randn(2048, 768, generator=torch.Generator().manual_seed(0))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     config, found = PSTConfig(total_steps=1, sparsity=_SPARSITY), {}
-    try:
+    with one_thread():
         for name in ("dense", "movement"):
             ours, theirs = PSTLinear(nn.Linear(768, 768), config), nn.Linear(768, 768, bias=False)
             other = _Movement(theirs, config) if name == "movement" else theirs
@@ -106,8 +105,6 @@ def _times(outcome: Outcome, pairs: int) -> dict[str, float]:
             outcome.rows.append(
                 {"arm": f"PST over {name}", "time of a step": round(found[name], 3), "state": round(state[0] / state[1], 4)}
             )
-    finally:
-        torch.set_num_threads(threads)
     return found
 
 

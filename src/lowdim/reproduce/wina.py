@@ -25,6 +25,7 @@ from lowdim.reproduce.settings.minilm import (
 )
 from lowdim.reproduce.settings.outcome import Check, Context, Outcome
 from lowdim.surgery import find_layers, is_linear
+from lowdim.threads import one_thread
 
 __all__ = ["run"]
 
@@ -118,9 +119,7 @@ def _embeddings(context: Context, model: nn.Module, tokenizer: Any, batches: lis
 @torch.no_grad()
 def _one_token(outcome: Outcome, context: Context) -> None:
     """Dense and sparse product by turns, on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         draw = stream(0, "wina", "token")
         linear = nn.Linear(_SIZE, _SIZE, bias=False)
         linear.weight.copy_(torch.randn(_SIZE, _SIZE, generator=draw))
@@ -133,8 +132,6 @@ def _one_token(outcome: Outcome, context: Context) -> None:
             outcome.rows.append({"what": what, "sparsity": share, "WINA": round(ratio, 2)})
             if share == 0.5:
                 outcome.checks.append(Check("time ratio of one token at 0.5", ratio, ">=", 1.5))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _seconds(layer: nn.Module, token: Tensor) -> float:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lowdim.adapters.core.layer import AdaptedLayer
 from lowdim.errors import listed, warn_caller
 from lowdim.results import Result
-from lowdim.surgery import is_quantized, replace_layers, submodule, weight_matrix
+from lowdim.surgery import is_quantized, replace_layers, shallow_copy, submodule, weight_matrix
+from lowdim.threads import one_thread
 
 __all__ = [
     "LayerChange",
@@ -145,22 +146,46 @@ def dequantized(layers: Mapping[str, AdaptedLayer], plain: Mapping[str, nn.Modul
 
 
 @torch.no_grad()
-def merged_weight(name: str, layer: AdaptedLayer, dtype: torch.dtype, space: Tensor) -> Tensor:
-    """The weight of a layer with `W_eff`, in the layer's own layout, in float32 or better, to be rounded to `dtype`.
+def merged_weight(name: str, layer: AdaptedLayer, stored: Tensor) -> None:
+    """Write a layer's weight with `W_eff` into `stored`, computed in float32 or better and rounded once.
 
     Args:
-        space: float32, of the shape of the layer's matrix `(out, in)`; overwritten where that spares new memory.
+        stored: contiguous, in the layer's own layout; shares no memory with the layer.
 
     Raises:
-        ValueError: as `check_held`.
+        ValueError: as `check_held`; `stored` is then of no use.
     """
     plain = type(layer) is AdaptedLayer and not layer.taken and layer.strength == 1.0
-    exact = space if plain and layer.update.exact_sum(weight_matrix(layer.base), space) else layer.effective_weight()
+    rows = layer.update.exact_rows(weight_matrix(layer.base)) if plain else None
+    if rows is not None and _rounded_rows(rows, _matrix_in(layer.plain, stored)):
+        return
+    exact = layer.effective_weight()
     merged = layer.merged(exact)
-    lowest, highest = torch.aminmax(exact) if exact.numel() else (exact.new_zeros(()), exact.new_zeros(()))
-    if not max(-float(lowest), float(highest)) <= torch.finfo(dtype).max:  # also if one is NaN
-        check_held(f"layer {name}", layer.pristine_weight().to(exact.dtype), exact, weight_matrix(merged).to(dtype))
-    return merged.weight.detach()  # type: ignore[operator,return-value,union-attr]
+    stored.copy_(merged.weight.detach())  # type: ignore[arg-type,operator,union-attr]
+    if not _surely_held(exact, stored.dtype):
+        check_held(f"layer {name}", layer.pristine_weight().to(exact.dtype), exact, _matrix_in(layer.plain, stored))
+
+
+def _rounded_rows(rows: Iterable[tuple[slice, Tensor]], matrix: Tensor) -> bool:
+    """Round each block of rows into its place; False, with some of them written, if one may be too large for the dtype."""
+    with one_thread():
+        for where, block in rows:
+            if not _surely_held(block, matrix.dtype):
+                return False
+            matrix[where] = block
+    return True
+
+
+def _surely_held(exact: Tensor, dtype: torch.dtype) -> bool:
+    """Whether even the norm of all entries is a number that `dtype` holds: then each of them is."""
+    return float(torch.linalg.vector_norm(exact)) <= torch.finfo(dtype).max / 2  # half: the norm itself is rounded
+
+
+def _matrix_in(layer: nn.Module, stored: Tensor) -> Tensor:
+    """`weight_matrix` of a layer like `layer` whose weight is `stored`, in the memory of `stored`."""
+    held = shallow_copy(layer)
+    held._parameters["weight"] = nn.Parameter(stored, requires_grad=False)
+    return weight_matrix(held).detach()
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,9 @@ from lowdim.adapters.core.update import WeightUpdate
 from lowdim.linalg import add_product, wide
 
 __all__ = ["ThinUpdate"]
+
+#: Entries of a block of rows: what a product and its sum work on stays in the cache of one core.
+_BLOCK = 2**17
 
 
 class ThinUpdate(WeightUpdate):
@@ -70,19 +75,17 @@ class ThinUpdate(WeightUpdate):
         return self.scaling * (self.up() @ self.inner(self.down().mT).mT)
 
     @torch.no_grad()
-    def exact_sum(self, weight: Tensor, space: Tensor) -> bool:
+    def exact_rows(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]] | None:
         """In float32, where neither `dense` nor `exact` are a subclass's own."""
         own = type(self)
         if own.dense is not ThinUpdate.dense or own.exact is not WeightUpdate.exact:
-            return False
+            return None
         if any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.parameters()):
-            return copy.deepcopy(self).float().exact_sum(weight, space)
+            return copy.deepcopy(self).float().exact_rows(weight)
         up, rest = self.up(), self.inner(self.down().mT).mT
-        if not up.dtype == rest.dtype == weight.dtype == space.dtype == torch.float32:
-            return False
-        torch.mm(up, rest, out=space)
-        space.mul_(self.scaling).add_(weight)
-        return True
+        if not up.dtype == rest.dtype == weight.dtype == torch.float32:
+            return None
+        return _sums(weight, up, rest, self.scaling)
 
     def rebase(self, weight: Tensor) -> Tensor | None:
         """`weight − start()`, from the factors as they are stored, so that the start is exact to rounding."""
@@ -107,3 +110,16 @@ class ThinUpdate(WeightUpdate):
         eye = torch.eye(down.shape[0], dtype=self.down().dtype, device=down.device)
         after = self.scaling * (up @ wide(self.inner(eye)).mT)
         return down, after if before is None else after - wide(before)
+
+
+@torch.no_grad()
+def _sums(weight: Tensor, up: Tensor, rest: Tensor, scaling: float) -> Iterator[tuple[slice, Tensor]]:
+    """`weight + scaling · up · rest` by blocks of rows, none of a few rows only: BLAS adds up those in another order."""
+    rows, columns = weight.shape
+    count = max(1, rows // max(16, _BLOCK // max(1, columns)))
+    bounds = [rows * i // count for i in range(count + 1)]
+    space = weight.new_empty(-(-rows // count), columns)
+    for start, stop in itertools.pairwise(bounds):
+        part = space[: stop - start]
+        torch.mm(up[start:stop], rest, out=part)
+        yield slice(start, stop), part.mul_(scaling).add_(weight[start:stop])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -64,9 +64,9 @@ class WeightUpdate(nn.Module):
         narrow = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.parameters())
         return wide((copy.deepcopy(self).float() if narrow else self).dense())
 
-    def exact_sum(self, weight: Tensor, space: Tensor) -> bool:
-        """Write `weight + exact()` into `space`, with the same bits and no other matrix of that size; False if it cannot."""
-        return False
+    def exact_rows(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]] | None:
+        """`weight + exact()` by blocks of rows, with the same bits, each in the memory of the last; None if it cannot."""
+        return None
 
     @torch.no_grad()
     def delta(self) -> Tensor:

@@ -8,10 +8,11 @@ from torch.nn import functional as F
 
 from lowdim.errors import check_choice, check_int
 
-__all__ = ["FILLS", "Filler", "checkerboard", "fill_masked"]
+__all__ = ["FILLS", "Spread", "checkerboard", "fill_masked"]
 
 FILLS = ("neighbour", "zero", "maxpool")
 VARIANTS = ("paper", "official")
+_FOUR = ((0, 1), (2, 1), (1, 0), (1, 2))  # row and column of a cell's neighbours, from the cell up and left of it
 
 
 def checkerboard(height: int, width: int, *, variant: str = "paper") -> tuple[Tensor, Tensor]:
@@ -44,58 +45,6 @@ def checkerboard(height: int, width: int, *, variant: str = "paper") -> tuple[Te
     return left, ~left
 
 
-class Filler:
-    """What a branch sees of kept pixels: a deterministic map of them, which cannot hurt the certificate.
-
-    Args:
-        samples_last: images are laid out `(C, H, W, B)` and not `(B, C, H, W)`: neighbours are then sums of whole rows.
-    """
-
-    def __init__(
-        self,
-        mask: Tensor,  # (H, W) bool
-        fill: str,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        samples_last: bool = False,
-    ):
-        check_choice("fill", fill, FILLS)
-        self.fill, self.keep, self.samples_last = fill, mask.to(device=device, dtype=dtype), samples_last
-        self.padding = int(fill == "neighbour")  # cells of zeros around the images that are given
-        if fill == "neighbour":
-            count = _neighbours(F.pad(self.keep, (1, 1, 1, 1)), -2)
-            share = (1 - self.keep) / count.clamp_min(1)  # a pixel without kept neighbours stays 0
-            self.share = share[..., None] if samples_last else share
-
-    def __call__(
-        self,
-        kept: Tensor,  # (B, C, H + 2 padding, W + 2 padding), zero where nothing is kept
-    ) -> Tensor:
-        """The filled images `(B, C, H, W)`: a new tensor, or `kept` itself for the fill with zeros."""
-        if self.fill == "neighbour":
-            axis = -3 if self.samples_last else -2
-            return _neighbours(kept, axis).mul_(self.share).add_(_inner(kept, axis, 1, 1))
-        if self.fill == "maxpool":
-            images = kept.movedim(-1, 0) if self.samples_last else kept
-            peaks = F.max_pool2d(images, 2, ceil_mode=True).repeat_interleave(2, -2).repeat_interleave(2, -1)
-            filled = torch.addcmul(images, peaks[..., : images.shape[-2], : images.shape[-1]], self.keep)
-            return filled.movedim(0, -1) if self.samples_last else filled
-        return kept
-
-
-def _neighbours(padded: Tensor, axis: int) -> Tensor:
-    """Sum over the four neighbours of each cell but those at the border; rows of the images run along `axis`."""
-    out = _inner(padded, axis, 0, 1) + _inner(padded, axis, 2, 1)
-    return out.add_(_inner(padded, axis, 1, 0)).add_(_inner(padded, axis, 1, 2))
-
-
-def _inner(padded: Tensor, axis: int, row: int, column: int) -> Tensor:
-    """A view without the border, moved by up to one cell."""
-    height, width = padded.shape[axis] - 2, padded.shape[axis + 1] - 2
-    return padded.narrow(axis, row, height).narrow(axis + 1, column, width)
-
-
 def fill_masked(
     x: Tensor,  # (B, C, H, W)
     mask: Tensor,  # (H, W) bool
@@ -125,8 +74,69 @@ def fill_masked(
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"x must be (B, C, H, W) of floating point numbers; got {tuple(x.shape)}, {x.dtype}")
     check_mask("mask", mask, x.shape[2], x.shape[3])
-    filler = Filler(mask, fill, x.device, x.dtype)
-    return filler(F.pad(x * filler.keep, [filler.padding] * 4))
+    check_choice("fill", fill, FILLS)
+    keep = mask.to(x)
+    kept = x * keep
+    if fill == "neighbour":
+        sums, count = (_four_neighbours(F.pad(each, (1, 1, 1, 1))) for each in (kept, keep))
+        return sums.mul_((1 - keep) / count.clamp_min(1)).add_(kept)  # a pixel without kept neighbours stays 0
+    return _with_peaks(kept, keep) if fill == "maxpool" else kept
+
+
+class Spread:
+    """`fill_masked` for many samples of which only the kept pixels exist: the same numbers, and no pass over a whole image.
+
+    Args:
+        mask: (H, W) bool.
+    """
+
+    def __init__(self, mask: Tensor, fill: str, device: torch.device, dtype: torch.dtype):
+        check_choice("fill", fill, FILLS)
+        flat = mask.reshape(-1)
+        self.kept = flat.nonzero()[:, 0].to(device)  # pixels in the order of their numbers
+        self._mask = mask.to(device, dtype)
+        self._fill = fill
+        number = torch.where(flat, flat.cumsum(0) - 1, -1).view(mask.shape)
+        sources = number.view(-1, 1)
+        if fill == "neighbour":  # summed in the order of `_four_neighbours`
+            around = F.pad(number, (1, 1, 1, 1), value=-1)
+            four = [_inner(around, row, column).reshape(-1) for row, column in _FOUR]
+            sources = torch.cat([sources, torch.where(flat, -1, torch.stack(four)).T], 1)
+        found = sources >= 0
+        counts = found.sum(1)
+        self._rows, self._ends = sources[found].to(device), F.pad(counts.cumsum(0), (1, 0)).to(device)
+        self._share = counts.clamp_min(1).to(device, dtype).reciprocal()[:, None]
+
+    def __call__(
+        self,
+        noisy: Tensor,  # (C, kept, S)
+        out: Tensor,  # (S, C, H, W)
+    ) -> None:
+        """Write the filled images: each pixel is a sum of rows, as an embedding bag takes it."""
+        for channel, rows in enumerate(noisy):  # one at a time stays in a core's cache
+            whole = F.embedding_bag(self._rows, rows, self._ends, mode="sum", include_last_offset=True)
+            if self._fill == "neighbour":
+                whole.mul_(self._share)
+            images = whole.view(*self._mask.shape, -1).movedim(-1, 0)
+            out[:, channel] = _with_peaks(images[:, None], self._mask)[:, 0] if self._fill == "maxpool" else images
+
+
+def _with_peaks(kept: Tensor, keep: Tensor) -> Tensor:
+    """Kept pixels with the maximum of their 2 x 2 block added."""
+    peaks = F.max_pool2d(kept, 2, ceil_mode=True).repeat_interleave(2, -2).repeat_interleave(2, -1)
+    return torch.addcmul(kept, peaks[..., : kept.shape[-2], : kept.shape[-1]], keep)
+
+
+def _four_neighbours(padded: Tensor) -> Tensor:
+    """Sum over the four neighbours of each cell but those at the border."""
+    up, down, left, right = (_inner(padded, row, column) for row, column in _FOUR)
+    return (up + down).add_(left).add_(right)
+
+
+def _inner(padded: Tensor, row: int, column: int) -> Tensor:
+    """A view without the border, moved by up to one cell."""
+    height, width = padded.shape[-2] - 2, padded.shape[-1] - 2
+    return padded[..., row : row + height, column : column + width]
 
 
 def check_mask(name: str, mask: Tensor, height: int, width: int) -> None:

@@ -5,24 +5,25 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lowdim.errors import MissingExtraError, check_choice, check_float, check_int
 from lowdim.linalg import stream_on
 from lowdim.represent.drs.bounds import ABSTAIN, RULES, dual_smoothing_radius, smallest_n, smoothing_radius
 from lowdim.represent.drs.certificates import Certificate, Certificates
-from lowdim.represent.drs.halves import FILLS, Filler, check_mask, checkerboard
+from lowdim.represent.drs.halves import FILLS, Spread, check_mask, checkerboard
 from lowdim.surgery import evaluating
 
 __all__ = ["DualRandomizedSmoothing", "RandomizedSmoothing"]
 
 _DRAW = 100  # samples whose noise is drawn at once, so that the numbers do not depend on the batch size
 Model = Callable[[Tensor], Any]
+Write = Callable[[Tensor, Tensor], Any]  # (numbers of noise, images (_DRAW, C, H, W) to write)
 
 
 class _Smoothed(ABC):
@@ -38,11 +39,8 @@ class _Smoothed(ABC):
         self._models = models
 
     @abstractmethod
-    def _noisy(self, branch: int, x: Tensor) -> tuple[int, Callable[[Tensor], Tensor]]:
-        """Numbers of noise in a sample of the branch, and what makes images of `_DRAW` times as many, as rows `(_DRAW, C H W)`.
-
-        The images are copied before the next are made.
-        """
+    def _noisy(self, branch: int, x: Tensor) -> tuple[int, Write]:
+        """Numbers of noise in a sample of the branch, and what writes images of `_DRAW` times as many."""
 
     @abstractmethod
     def _radius(self, counts: list[int], n: int, alpha: float) -> float: ...
@@ -127,19 +125,20 @@ class _Smoothed(ABC):
         )
 
     def _certify(self, x: Tensor, n0: int, n: int, alpha: float, batch_size: int, generator: Any) -> Certificate:
-        branches = range(len(self._models))
-        chosen = sum(self._counts(branch, x, n0, batch_size, generator) for branch in branches)
+        branches = [(model, *self._noisy(branch, x)) for branch, model in enumerate(self._models)]
+        chosen = sum(self._counts(*branch, x, n0, batch_size, generator) for branch in branches)
         assert isinstance(chosen, Tensor)
         best = int(chosen.argmax())
-        counts = [int(self._counts(branch, x, n, batch_size, generator)[best]) for branch in branches]
+        counts = [int(self._counts(*branch, x, n, batch_size, generator)[best]) for branch in branches]
         radius = self._radius(counts, n, alpha)
         return Certificate(best, radius) if radius > 0.0 else Certificate(ABSTAIN, 0.0)
 
-    def _counts(self, branch: int, x: Tensor, n: int, batch_size: int, generator: Any) -> Tensor:
-        """How often each class came out of n noisy images `(num_classes,)`, int64."""
+    def _counts(
+        self, model: Model, size: int, write: Write, x: Tensor, n: int, batch_size: int, generator: Any
+    ) -> Tensor:
+        """How often each class came out of n noisy images `(num_classes,)`, int64; size and write are those of `_noisy`."""
         counts = torch.zeros(self.num_classes, dtype=torch.int64)
-        model = self._models[branch]
-        for inputs in _batches(x, n, batch_size, generator, *self._noisy(branch, x)):
+        for inputs in _batches(x, n, batch_size, generator, size, write):
             out = model(inputs)
             logits = getattr(out, "logits", out)
             if tuple(logits.shape) != (len(inputs), self.num_classes):
@@ -147,6 +146,7 @@ class _Smoothed(ABC):
             if bool(logits.isnan().any()):
                 raise ValueError("the model gave NaN")
             counts += torch.bincount(logits.argmax(1), minlength=self.num_classes).cpu()
+            del inputs, out, logits  # so that the next batch takes their memory
         return counts
 
     def _check(self, n0: int, n: int, alpha: float, batch_size: int) -> None:
@@ -218,12 +218,12 @@ class RandomizedSmoothing(_Smoothed):
         check_float("alpha", alpha, 0.0, 1.0, low_open=True, high_open=True)
         self._check_image(x)
         with evaluating(*self._models):
-            top = self._counts(0, x, n, batch_size, generator).topk(2)
+            top = self._counts(self._models[0], *self._noisy(0, x), x, n, batch_size, generator).topk(2)
         first, second = top.values.tolist()
         return ABSTAIN if binomtest(first, first + second, 0.5).pvalue > alpha else int(top.indices[0])
 
-    def _noisy(self, branch: int, x: Tensor) -> tuple[int, Callable[[Tensor], Tensor]]:
-        return x.numel(), lambda drawn: drawn.mul_(self.sigma).view(_DRAW, -1).add_(x.flatten())
+    def _noisy(self, branch: int, x: Tensor) -> tuple[int, Write]:
+        return x.numel(), lambda drawn, out: torch.add(drawn.mul_(self.sigma).view(out.shape), x, out=out)
 
     def _radius(self, counts: list[int], n: int, alpha: float) -> float:
         return smoothing_radius(counts[0], n, alpha, self.sigma)
@@ -302,20 +302,12 @@ class DualRandomizedSmoothing(_Smoothed):
             if not bool(mask.any()):
                 raise ValueError(f"an image of {x.shape[1]} x {x.shape[2]} pixels has no second half")
 
-    def _noisy(self, branch: int, x: Tensor) -> tuple[int, Callable[[Tensor], Tensor]]:
-        mask, dtype = self._halves(x)[branch], torch.promote_types(x.dtype, torch.float32)
-        kept = x.flatten(1)[:, mask.reshape(-1).nonzero()[:, 0].to(x.device), None]
-        filler = Filler(mask, self.fill, x.device, dtype, samples_last=True)
-        around = F.pad(mask, [filler.padding] * 4)
-        at = around.reshape(-1).nonzero()[:, 0].to(x.device)
-        whole = torch.zeros(len(x), around.numel(), _DRAW, dtype=dtype, device=x.device)
-
-        def images(drawn: Tensor) -> Tensor:
-            noisy = drawn.mul_(self.sigma).view(len(x), -1, _DRAW).add_(kept)
-            filled = filler(whole.index_copy_(1, at, noisy).view(len(x), *around.shape, _DRAW))
-            return filled.reshape(-1, _DRAW).T
-
-        return kept.numel(), images
+    def _noisy(self, branch: int, x: Tensor) -> tuple[int, Write]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        pixels = self._halves(x)[branch].cpu().numpy()
+        spread = _spread(pixels.tobytes(), pixels.shape, self.fill, x.device, dtype)
+        kept = x.flatten(1)[:, spread.kept, None]
+        return kept.numel(), lambda drawn, out: spread(drawn.mul_(self.sigma).view(len(x), -1, _DRAW).add_(kept), out)
 
     def _radius(self, counts: list[int], n: int, alpha: float) -> float:
         return dual_smoothing_radius(counts[0], counts[1], n, alpha, self.sigma, rule=self.rule)
@@ -324,21 +316,33 @@ class DualRandomizedSmoothing(_Smoothed):
         return smallest_n(alpha, dual=self.rule == "sound")
 
 
-def _batches(
-    x: Tensor, n: int, batch_size: int, generator: torch.Generator | None, size: int, images: Callable[[Tensor], Tensor]
-) -> Iterator[Tensor]:
+@lru_cache(maxsize=8)
+def _spread(mask: bytes, shape: tuple[int, int], fill: str, device: torch.device, dtype: torch.dtype) -> Spread:
+    """`Spread`, which all images of a size share."""
+    return Spread(torch.frombuffer(bytearray(mask), dtype=torch.bool).view(shape), fill, device, dtype)
+
+
+def _batches(x: Tensor, n: int, batch_size: int, generator: torch.Generator | None, size: int, write: Write) -> Iterator[Tensor]:
     """Batches of noisy images, n in all, each a fresh tensor; made in pieces that stay in a core's cache."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    device = x.device if generator is None else generator.device
-    made = torch.empty(0, x.numel(), dtype=dtype, device=x.device)
+    how: Any = {"generator": generator, "dtype": torch.promote_types(x.dtype, torch.float32)}
+    how["device"] = x.device if generator is None else generator.device
+    over = x.new_empty(0, *x.shape)  # drawn for a batch that was full
+
+    def batch(count: int) -> Tensor:
+        nonlocal over
+        images = x.new_empty(count, *x.shape)
+        filled = min(count, len(over))
+        images[:filled], over = over[:filled], over[filled:]
+        while filled < count:
+            room = images[filled : filled + _DRAW]
+            piece = room if len(room) == _DRAW else x.new_empty(_DRAW, *x.shape)
+            write(torch.randn(_DRAW * size, **how).to(x.device), piece)
+            if piece is not room:
+                room[:], over = piece[: len(room)], piece[len(room) :]
+            filled += len(room)
+        return images
+
     while n > 0:
-        batch = x.new_empty(min(batch_size, n), *x.shape)
-        rows, filled = batch.view(len(batch), -1), 0
-        while filled < len(batch):
-            if not len(made):
-                made = images(torch.randn(_DRAW * size, generator=generator, dtype=dtype, device=device).to(x.device))
-            part = made[: len(batch) - filled]
-            rows[filled : filled + len(part)] = part
-            filled, made = filled + len(part), made[len(part) :]
-        n -= len(batch)
-        yield batch
+        count = min(batch_size, n)
+        n -= count
+        yield batch(count)  # not held here, so that the next takes the same memory

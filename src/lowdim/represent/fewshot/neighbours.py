@@ -45,28 +45,30 @@ def _in_float32(X: Tensor, count: int) -> tuple[Tensor, Tensor]:
     centred = X - X.mean(0)
     lengths = centred.norm(dim=1)
     largest = lengths.max().clamp_min(torch.finfo(X.dtype).tiny)
-    centred, lengths = centred / largest, lengths / largest  # nothing overflows, and the bound below is simple
+    centred, lengths = centred.div_(largest), lengths / largest  # nothing overflows, and the bound below is simple
     groups = -(-N // _GROUP)
-    half = torch.full((groups * _GROUP,), _FAR)
-    half[:N] = lengths.square() / 2
-    points = torch.zeros(groups * _GROUP, D)
-    points[:N] = centred
-    error = torch.finfo(torch.float32).eps * ((D + 6) * lengths + 2)  # of a score: D products of rounded numbers, and a sum
-    keep, rows = count + _SPARE, max(16, _BLOCK // len(half))
+    # The last coordinate is half the squared length, so that scores come out of the product with nothing to add to them.
+    right = torch.zeros(D + 1, groups * _GROUP)
+    right[:D, :N], right[D, :N], right[D, N:] = centred.float().T.contiguous(), lengths.square() / 2, _FAR
+    error = torch.finfo(torch.float32).eps * ((D + 6) * lengths + (D + 8) / 2)  # of a score: D + 1 products, and their sum
+    keep, rows = count + _SPARE, max(16, _BLOCK // right.shape[1])
     found, proved = torch.empty(N, count, dtype=torch.int64), torch.empty(N, dtype=torch.bool)
-    scores, members = torch.empty(rows, len(half)), torch.arange(_GROUP) * groups
+    scores, members = torch.empty(rows, right.shape[1]), torch.arange(_GROUP) * groups
     for i in range(0, N, rows):
-        these = torch.arange(i, min(i + rows, N))
-        S = torch.addmm(half, points[i : i + len(these)], points.T, alpha=-1, out=scores[: len(these)])
-        S[these - i, these] = _FAR  # never its own neighbour
-        first = S.view(len(these), _GROUP, groups).amin(1).topk(keep + 1, largest=False)  # group j: columns j, j + groups, ...
+        block = slice(i, min(i + rows, N))
+        left = right[:, block].T.neg()
+        left[:, D] = 1
+        S = torch.mm(left, right, out=scores[: len(left)])
+        S[:, block].fill_diagonal_(_FAR)  # never its own neighbour
+        first = S.view(len(S), _GROUP, groups).amin(1).topk(keep + 1, largest=False)  # group j: columns j, j + groups, ...
         columns = (first.indices[:, :keep, None] + members).flatten(1)
         second = S.gather(1, columns).topk(keep + 1, largest=False)
         near = columns.gather(1, second.indices[:, :keep]).clamp_max(N - 1)
-        exact = ((centred[near] - centred[these, None]).square().sum(2) - lengths[these, None].square()) / 2
-        exact[near == these[:, None]] = torch.inf  # the padding stands at the last point
+        away = centred.index_select(0, near.flatten()).view(*near.shape, D) - centred[block, None]
+        exact = (away.square().sum(2) - lengths[block, None].square()) / 2
+        exact.masked_fill_(near == torch.arange(i, block.stop)[:, None], torch.inf)  # the padding stands at the last point
         last = exact.topk(count, largest=False)
-        found[these] = near.gather(1, last.indices)
+        found[block] = near.gather(1, last.indices)
         left_out = torch.minimum(first.values[:, keep], second.values[:, keep])
-        proved[these] = last.values[:, -1] <= left_out - error[these]
+        proved[block] = last.values[:, -1] <= left_out - error[block]
     return found, proved

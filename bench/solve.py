@@ -83,7 +83,7 @@ def smoothing(quick: bool) -> list[dict[str, Any]]:
         for fill in ("neighbour", "zero"):
             halves, whole = DualRandomizedSmoothing(net, net, 10, 0.5, fill=fill), RandomizedSmoothing(net, 10, 0.5)
             taken = in_turns(
-                4 if quick else 12,
+                4 if quick else 24,
                 time.process_time,
                 drs=lambda halves=halves, x=x: halves.certify(x, n0=100, n=n),
                 cohen=lambda whole=whole, x=x: whole.certify(x, n0=200, n=2 * n),

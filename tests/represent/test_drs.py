@@ -20,6 +20,7 @@ from lowdim.represent import (
     smoothing_radius,
 )
 from lowdim.represent.drs import smoothing
+from lowdim.represent.drs.halves import Spread
 from lowdim.testing.agreement import refuses
 from lowdim.testing.result_case import ResultCase
 
@@ -340,3 +341,14 @@ def test_modules_are_put_back_and_outputs_may_have_logits():
     assert net.training
     assert not net.drop.training
     assert smoothing._DRAW == 100  # n0's default is one draw
+
+
+@pytest.mark.parametrize("fill", ["neighbour", "zero", "maxpool"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_samples_of_kept_pixels_are_filled_to_the_bit_as_whole_images_are(fill, dtype):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 2, 5, 7, generator=generator, dtype=dtype)
+    for mask in (checkerboard(5, 7)[1], torch.rand(5, 7, generator=generator) < 0.3):
+        spread, out = Spread(mask, fill, images.device, dtype), torch.empty_like(images)
+        spread(images.flatten(2)[:, :, spread.kept].permute(1, 2, 0).contiguous(), out)
+        assert torch.equal(out, fill_masked(images, mask, fill=fill))

@@ -15,6 +15,7 @@ from lowdim.represent import (
     sinkhorn_projection,
 )
 from lowdim.represent.mlc import rates
+from lowdim.represent.mlc.memberships import balanced
 from lowdim.testing.represent_case import RepresentCase
 from lowdim.testing.result_case import ValueCase
 
@@ -240,6 +241,47 @@ def test_the_gradient_flows_through_every_iteration():
     (want,) = torch.autograd.grad(value(C), C)
     (got,) = torch.autograd.grad((weight * membership(C, 0.3)).sum(), C)
     assert torch.allclose(got, want, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5])
+def test_gradients_of_memberships_are_those_of_differences(iterations):
+    S = torch.from_numpy(unit(4, 3) @ unit(4, 3, seed=5).T).requires_grad_()
+
+    def gamma(S):
+        return sinkhorn_projection(S, 0.3, iterations=iterations)
+
+    assert torch.autograd.gradcheck(gamma, S)
+    assert torch.autograd.gradgradcheck(gamma, S)
+    wide = (100 * S).detach().requires_grad_()  # by logarithms
+    assert torch.autograd.gradcheck(gamma, wide)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (12, 9), (34, 33)])
+def test_gradients_of_rates_are_those_of_differences(shape):
+    """Sizes below and above those at which matrices are cut into blocks."""
+    Z, gamma = torch.from_numpy(unit(*shape)).requires_grad_(), torch.from_numpy(weights(shape[0])).requires_grad_()
+    how = {"fast_mode": shape[0] > 12}
+    assert torch.autograd.gradcheck(clustered_coding_rate, (Z, gamma), **how)
+    assert torch.autograd.gradcheck(coding_rate, (Z,), **how)
+    one = torch.autograd.grad(clustered_coding_rate(Z, gamma.detach()), Z)[0]
+    other = torch.autograd.grad(clustered_coding_rate(Z.detach(), gamma), gamma)[0]
+    both = torch.autograd.grad(clustered_coding_rate(Z, gamma), (Z, gamma))
+    assert torch.equal(one, both[0])
+    assert torch.equal(other, both[1])
+    if shape[0] < 12:
+        assert torch.autograd.gradgradcheck(clustered_coding_rate, (Z, gamma))
+        assert torch.autograd.gradgradcheck(coding_rate, (Z,))
+
+
+@pytest.mark.parametrize("kernel", ["abs", "inner"])
+@pytest.mark.parametrize("eta", [0.175, 0.004])
+def test_balancing_ends_where_sinkhorn_does(kernel, eta):
+    C = torch.from_numpy(unit(8, 3))
+    K, scale = balanced(C, eta, kernel=kernel)
+    gamma = scale[:, None] * K * scale
+    for axis in (0, 1):
+        assert (gamma.sum(axis) - 1).abs().max() < 1e-9
+    assert torch.allclose(gamma, membership(C, eta, kernel=kernel, iterations=10_000, tol=1e-13), atol=1e-9)
 
 
 def test_rates_of_what_is_no_membership_are_nan():

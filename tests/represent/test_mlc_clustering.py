@@ -113,6 +113,17 @@ def test_labels_are_those_of_the_memberships_of_all_samples():
     assert np.allclose(np.linalg.norm(fitted.transform(X), axis=1), 1)
 
 
+@pytest.mark.parametrize("count", [24, 60])
+def test_labels_are_scikit_learns_for_few_samples_and_for_many(count):
+    """Few: all eigenvectors. Many: the leading ones. The same numbers for the same clusters, from the same seed."""
+    X, _ = blobs(count)
+    fitted = ManifoldLinearizingClustering(3, n_components=4, hidden=16, epochs=3, random_state=0).fit(X)
+    gamma = fitted.membership(X)
+    seed = clustering.seed_from(0)
+    peer = SpectralClustering(3, affinity="precomputed", random_state=seed).fit_predict((gamma + gamma.T) / 2)
+    assert np.array_equal(fitted.labels_, peer)
+
+
 def test_a_constant_column_is_not_blown_up():
     """The deviation of a column of 0.1 comes out as 1e-17 or so; its scale is 1."""
     X, _ = blobs()

@@ -133,9 +133,7 @@ class _Smoothed(ABC):
         radius = self._radius(counts, n, alpha)
         return Certificate(best, radius) if radius > 0.0 else Certificate(ABSTAIN, 0.0)
 
-    def _counts(
-        self, model: Model, size: int, write: Write, x: Tensor, n: int, batch_size: int, generator: Any
-    ) -> Tensor:
+    def _counts(self, model: Model, size: int, write: Write, x: Tensor, n: int, batch_size: int, generator: Any) -> Tensor:
         """How often each class came out of n noisy images `(num_classes,)`, int64; size and write are those of `_noisy`."""
         counts = torch.zeros(self.num_classes, dtype=torch.int64)
         for inputs in _batches(x, n, batch_size, generator, size, write):
@@ -322,7 +320,9 @@ def _spread(mask: bytes, shape: tuple[int, int], fill: str, device: torch.device
     return Spread(torch.frombuffer(bytearray(mask), dtype=torch.bool).view(shape), fill, device, dtype)
 
 
-def _batches(x: Tensor, n: int, batch_size: int, generator: torch.Generator | None, size: int, write: Write) -> Iterator[Tensor]:
+def _batches(
+    x: Tensor, n: int, batch_size: int, generator: torch.Generator | None, size: int, write: Write
+) -> Iterator[Tensor]:
     """Batches of noisy images, n in all, each a fresh tensor; made in pieces that stay in a core's cache."""
     how: Any = {"generator": generator, "dtype": torch.promote_types(x.dtype, torch.float32)}
     how["device"] = x.device if generator is None else generator.device

@@ -9,8 +9,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from scipy.linalg import eigh
+from scipy.sparse.linalg import eigsh
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
-from sklearn.cluster import SpectralClustering
+from sklearn.cluster import k_means
+from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
@@ -19,12 +22,13 @@ from torch.nn.functional import normalize
 from lowdim.errors import warn_caller
 from lowdim.linalg import derive_seed, stream
 from lowdim.represent.core.fitting import as_input, batches, build, outputs, seed_from, train
-from lowdim.represent.mlc.memberships import KERNELS, membership
+from lowdim.represent.mlc.memberships import KERNELS, balanced, membership
 from lowdim.represent.mlc.rates import MLCLoss, TotalCodingRateLoss
 
 __all__ = ["ManifoldLinearizingClustering"]
 
 _MANY = 10_000  # rows above which a matrix of memberships is announced
+_FEW = 10  # samples a cluster up to which all eigenvectors are taken
 _DECAY, _DECAY_CLUSTER, _MOMENTUM = 1e-4, 5e-3, 0.9  # the authors'
 
 
@@ -135,9 +139,7 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
         # The deviation of a constant column need not come out as 0: that of 0.1 is 1e-17.
         self._scale = np.where((scale > 0) & (np.ptp(X, axis=0) > 0), scale, 1.0)
         self.network_ = self._trained(self._standardised(X), seed)
-        gamma = self._membership(X)
-        spectral = SpectralClustering(self.n_clusters, affinity="precomputed", random_state=seed)
-        self.labels_ = spectral.fit((gamma + gamma.T) / 2).labels_ if self.n_clusters > 1 else np.zeros(len(X), dtype=np.int32)
+        self.labels_ = self._labels(X, seed) if self.n_clusters > 1 else np.zeros(len(X), dtype=np.int32)
         return self
 
     def transform(self, X):
@@ -166,9 +168,33 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
         return outputs(nn.Sequential(net.backbone, net.get_submodule(name), _Unit()), self._standardised(X))
 
     def _membership(self, X: np.ndarray) -> np.ndarray:
+        kernel, scale = self._balanced(X)
+        return kernel.mul_(scale[:, None]).mul_(scale).numpy()
+
+    def _balanced(self, X: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The kernel of the samples and the scale s with which `diag(s) kernel diag(s)` is their membership."""
         if len(X) > _MANY:
             warn_caller(f"memberships of {len(X):,} samples are {8 * len(X) ** 2 / 1e9:.1f} GB, several times")
-        return membership(self._head(X, "cluster"), self.eta, kernel=self.kernel, iterations=10_000, tol=1e-9)
+        return balanced(torch.from_numpy(self._head(X, "cluster")), self.eta, kernel=self.kernel)
+
+    def _labels(self, X: np.ndarray, seed: int) -> np.ndarray:
+        """Those of scikit-learn's `SpectralClustering` on the memberships, by the few eigenvectors that it needs."""
+        kernel, scale = self._balanced(X)
+        affinity, draws = kernel.mul_(scale[:, None]).mul_(scale).numpy(), check_random_state(seed)
+        np.fill_diagonal(affinity, 0)  # a sample is no neighbour of its own
+        degree = np.sqrt(affinity.sum(0))
+        degree[degree == 0] = 1
+        affinity /= degree
+        affinity /= degree[:, None]
+        start = draws.uniform(-1, 1, len(X))
+        if len(X) > _FEW * self.n_clusters:
+            how: Any = {"which": "LA", "ncv": max(20, 3 * self.n_clusters), "tol": 1e-8, "v0": start}
+            vectors = eigsh(affinity, self.n_clusters, **how)[1]
+        else:
+            vectors = eigh(affinity, subset_by_index=[len(X) - self.n_clusters, len(X) - 1])[1]
+        options: Any = {"random_state": draws, "n_init": 10}
+        found: Any = k_means(vectors[:, ::-1] / degree[:, None], self.n_clusters, **options)
+        return found[1]
 
     def _trained(self, X: np.ndarray, seed: int) -> nn.Module:
         network: Any = build(lambda: _TwoHeads(X.shape[1], self.hidden, self.n_components), seed)
@@ -183,7 +209,7 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
         )
 
         def start(batch: Tensor) -> Tensor:
-            return spread(*(network(view)[0] for view in views(batch)))
+            return spread(*(normalize(features(view)) for view in views(batch)))
 
         def both(batch: Tensor) -> Tensor:
             Z, C = zip(*(network(view) for view in views(batch)))
@@ -193,13 +219,13 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
 
         def part(loss: Callable[[Tensor], Tensor], epochs: int, name: str, *heads: tuple[nn.Module, float, float]) -> None:
             optimizers = [
-                torch.optim.SGD(module.parameters(), lr=lr, momentum=_MOMENTUM, weight_decay=decay)
+                torch.optim.SGD(module.parameters(), lr=lr, momentum=_MOMENTUM, weight_decay=decay, fused=True)
                 for module, lr, decay in heads
             ]
             part_seed = derive_seed(seed, name)
             train(network, loss, batches(len(X), self.batch_size, epochs, part_seed), optimizers, part_seed)
 
-        features = nn.ModuleList([network.backbone, network.feature])
+        features = nn.Sequential(network.backbone, network.feature)
         part(start, self.warmup_epochs, "warmup", (features, self.lr, _DECAY))
         network.cluster.load_state_dict(copy.deepcopy(network.feature.state_dict()))
         heads = (features, self.lr, _DECAY), (network.cluster, self.lr_cluster, _DECAY_CLUSTER)

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from lowdim.errors import check_float
 from lowdim.linalg import as_given, as_tensor, compute_dtype
+from lowdim.represent.mlc.blocks import cholesky, inverse, symmetric, through_products, upper, upper_products
 
 __all__ = ["MLCLoss", "TotalCodingRateLoss", "clustered_coding_rate", "coding_rate"]
 
 _BLOCK = 1 << 22  # numbers in the matrices whose determinants are taken at once
+_LEAST = 1e-8  # members of a cluster, at least, where they divide
 
 
 def coding_rate(
@@ -89,20 +91,8 @@ def clustered_coding_rate(
     if weights.shape != (n, n):
         raise ValueError(f"gamma must be ({n}, {n}), for the rows of Z; got {tuple(weights.shape)}")
     with torch.autocast(features.device.type, enabled=False):
-        size = weights.sum(0)
-        scale = d / (size.clamp_min(1e-8) * eps_sq)  # a cluster without members has rate 0
-        total = features.new_zeros(())
-        products = (features[:, :, None] * features[:, None, :]).flatten(1) if d <= n else features @ features.T
-        columns = max(1, _BLOCK // min(d, n) ** 2)
-        for part in torch.arange(n, device=features.device).split(columns):
-            if d <= n:
-                moments = (weights[:, part].T @ products).unflatten(1, (d, d))
-                rates = _logdet(scale[part, None, None] * moments)
-            else:
-                inner = (scale[part] * weights[:, part]).T[:, :, None] * products
-                rates = torch.linalg.slogdet(inner + torch.eye(n, dtype=inner.dtype, device=inner.device)).logabsdet
-            total = total + (size[part] * rates).sum()
-        rate = total / n
+        recorded = torch.is_grad_enabled() and (features.requires_grad or weights.requires_grad)
+        rate: Tensor = _InBlocks.apply(features, weights, eps_sq) if recorded and d <= n else _rate(features, weights, eps_sq)  # pyright: ignore[reportAssignmentType]
     return rate if isinstance(Z, Tensor) else as_given(rate, Z)
 
 
@@ -210,7 +200,94 @@ def _features(Z: Any) -> Tensor:
     return features.to(compute_dtype(features.dtype))
 
 
+def _rate(features: Tensor, weights: Tensor, eps_sq: float) -> Tensor:
+    """R_c by operations that can be differentiated as often as one likes."""
+    n, d = features.shape
+    size, scale = _sizes(weights, d, eps_sq)
+    total = features.new_zeros(())
+    products = (features[:, :, None] * features[:, None, :]).flatten(1) if d <= n else features @ features.T
+    for part in _parts(n, min(d, n)):
+        if d <= n:
+            moments = (weights[:, part].T @ products).unflatten(1, (d, d))
+            rates = _logdet(scale[part, None, None] * moments)
+        else:
+            inner = (scale[part] * weights[:, part]).T[:, :, None] * products
+            rates = torch.linalg.slogdet(inner + torch.eye(n, dtype=inner.dtype, device=inner.device)).logabsdet
+        total = total + (size[part] * rates).sum()
+    return total / n
+
+
+class _InBlocks(torch.autograd.Function):
+    """R_c with its gradient in closed form, from the upper blocks of symmetric matrices only.
+
+    With `B_j = (I + s_j M_j)⁻¹`, `M_j = Zᵀ diag(Γ_:j) Z` and `s_j = d / (w_j ε²)`, the gradient of `n R_c` by Γ_ij is
+    `logdet(I + s_j M_j) - d + tr B_j + w_j s_j z_iᵀ B_j z_i`, that by z_i is `2 Σ_j Γ_ij w_j s_j B_j z_i`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weights: Tensor, eps_sq: float) -> Tensor:
+        n, d = features.shape
+        size, scale = _sizes(weights, d, eps_sq)
+        products, total = upper_products(features), features.new_zeros(())
+        inverses, shifts = torch.empty_like(products), torch.empty_like(size)
+        for part in _parts(n, d):
+            moments = symmetric((weights[:, part].T @ products).mul_(scale[part, None]), d)
+            moments.diagonal(dim1=-2, dim2=-1).add_(1)
+            whole, rates = inverse(moments)
+            total = total + (size[part] * rates).sum()
+            held = whole.diagonal(dim1=-2, dim2=-1).sum(-1) - d
+            shifts[part] = rates + held * (size[part] > _LEAST)
+            torch.mul(upper(whole), (size * scale)[part, None], out=inverses[part])
+        ctx.save_for_backward(features, weights, products, inverses, shifts)
+        ctx.eps_sq = eps_sq
+        return total / n
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        features, weights, products, inverses, shifts = ctx.saved_tensors
+        (grad,) = grads
+        if torch.is_grad_enabled():  # a gradient that is to be differentiated
+            inputs = [each for each, needed in zip((features, weights), ctx.needs_input_grad) if needed]
+            found = iter(torch.autograd.grad(_rate(features, weights, ctx.eps_sq), inputs, grad, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None
+        share, of_features, of_weights = grad / len(features), None, None
+        if ctx.needs_input_grad[0]:
+            of_features = through_products(weights @ inverses, features).mul_(share)
+        if ctx.needs_input_grad[1]:
+            of_weights = torch.addmm(shifts, products, inverses.T).mul_(share)
+        return of_features, of_weights, None
+
+
+def _sizes(weights: Tensor, d: int, eps_sq: float) -> tuple[Tensor, Tensor]:
+    """`w_j` and `d / (w_j ε²)`; a cluster without members has rate 0."""
+    size = weights.sum(0)
+    return size, d / (size.clamp_min(_LEAST) * eps_sq)
+
+
+def _parts(n: int, side: int) -> list[slice]:
+    """Clusters whose matrices of this side are held at once."""
+    step = max(1, _BLOCK // side**2)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
 def _logdet(gram: Tensor) -> Tensor:
     """`logdet(I + gram)` of symmetric positive semi-definite matrices `(..., m, m)`; NaN of others."""
-    lower, failed = torch.linalg.cholesky_ex(gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
-    return torch.where(failed == 0, 2 * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1), torch.nan)
+    logdet: Any = _LogDet.apply(gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
+    return logdet
+
+
+class _LogDet(torch.autograd.Function):
+    """logdet by Cholesky's factor, its gradient the inverse by the same factor."""
+
+    @staticmethod
+    def forward(ctx: Any, matrices: Tensor) -> Tensor:
+        lower, logdet = cholesky(matrices)
+        ctx.save_for_backward(matrices, lower)
+        return logdet
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        matrices, lower = ctx.saved_tensors
+        again = torch.is_grad_enabled()  # a gradient that is to be differentiated
+        found = torch.linalg.inv_ex(matrices).inverse if again else torch.cholesky_inverse(lower)
+        return grads[0][..., None, None] * found

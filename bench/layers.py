@@ -53,6 +53,7 @@ CROSSOVER: dict[str, Callable[[int, int], nn.Module]] = {
     "Monarch": lambda n, m: Monarch(n, m, nblocks=4),
     "SLTrain": lambda n, m: SLTrainLinear(n, m, rank=min(n, m) // 4, density=0.03, alpha=16.0),
 }
+PRODUCTS = "products"
 TOKENS, WIDTHS = (1, 4, 16, 64, 256, 1024), ((256, 1024), (1024, 256), (768, 3072), (3072, 768))
 SPARSITY = 0.9  # of PST and movement pruning
 
@@ -274,6 +275,18 @@ def sparse(turns: int) -> list[dict]:
     return rows
 
 
+def products_of(layer: nn.Module) -> Step:
+    """The two batched products of a Monarch layer, without its last permutation and its bias."""
+    w1, w2 = layer.blkdiag1, layer.blkdiag2
+    (k, _, p), (l, s, r) = w1.shape, w2.shape
+
+    def step(x: Tensor) -> Tensor:
+        hidden = torch.bmm(w1, x.view(-1, k, p).transpose(0, 1).mT)
+        return torch.bmm(hidden.view(l, r, -1).mT, w2.mT).view(-1, l * s)
+
+    return step
+
+
 def crossovers(turns: int) -> list[dict]:
     """From how many tokens in a call each layer is faster than the dense one, at that size and at all larger ones.
 
@@ -285,22 +298,28 @@ def crossovers(turns: int) -> list[dict]:
         variants: dict[str, Step] = {"dense": nn.Linear(n_in, n_out)}
         variants |= {name: make(n_in, n_out) for name, make in CROSSOVER.items()}
         for backward in (False, True):
-            ratios: dict[str, dict[str, float]] = {name: {} for name in CROSSOVER}
+            if not backward:
+                variants[PRODUCTS] = products_of(variants["Monarch"])
+            else:
+                del variants[PRODUCTS]
+            ratios: dict[str, dict[str, float]] = {name: {} for name in variants}
             dense = {}
             for tokens in TOKENS:
                 calls = turns * (3 if tokens <= 64 else 1)
                 times = compare(variants, (tokens, n_in, n_out), calls, backward, time.thread_time)
                 best = {name: min(seconds) for name, seconds in times.items()}
                 dense[str(tokens)] = round(best["dense"] * 1e3, 2)
-                for name in CROSSOVER:
+                for name in variants:
                     ratios[name][str(tokens)] = round(best[name] / best["dense"], 3)
             for name, layer in variants.items():
-                if name != "dense":
+                if name in CROSSOVER:
                     row = {"layer": name, "shape": (n_in, n_out), "pass": "forward + backward" if backward else "forward"}
                     row["flops / dense"] = round(layer.cost(TOKENS[-1]).flops_forward / (2 * n_in * n_out * TOKENS[-1]), 3)
                     slow = [tokens for tokens in TOKENS if ratios[name][str(tokens)] > 1]
                     later = [tokens for tokens in TOKENS if not slow or tokens > slow[-1]]
                     row |= {"faster from": later[0] if later else None, "time / dense": ratios[name], "dense ms": dense}
+                    if not backward and name in ("Monarch", "BlockShuffle"):
+                        row["products alone / dense"] = ratios[PRODUCTS]
                     rows.append(row)
     return rows
 

@@ -72,6 +72,32 @@ def test_function_transforms():
     torch.testing.assert_close(members, monarch_multiply(x, w1, w2) + biases[:, None])
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("shape1", "shape2", "rows"), [((4, 3, 5), (2, 300, 6), 700), ((2, 4, 3), (8, 250, 1), 130)])
+def test_many_rows_are_done_in_blocks(shape1, shape2, rows, bias):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (rows, shape1[0] * shape1[2]), shape1, shape2, (shape2[0] * shape2[1],)
+    x, w1, w2, b = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
+    inputs = (x, w1, w2, b) if bias else (x, w1, w2)
+    y = monarch_multiply(*inputs)
+    want = x @ monarch_dense(w1, w2).mT + (b if bias else 0)
+    assert rows * shapes[3][0] >= 2**17
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, want)
+    grad = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(want, inputs, grad))
+    with torch.no_grad():
+        assert torch.equal(monarch_multiply(*inputs), y)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_one_class_is_contiguous_too(rows):
+    x, w1, w2 = torch.randn(rows, 6), torch.randn(2, 4, 3), torch.randn(1, 5, 8)
+    y = monarch_multiply(x, w1, w2)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, x @ monarch_dense(w1, w2).mT)
+
+
 def test_frozen_factors_keep_nothing_for_their_gradient():
     x, (w1, w2) = torch.randn(7, 20, dtype=torch.float64, requires_grad=True), factors(*SHAPES[0])
     kept = []

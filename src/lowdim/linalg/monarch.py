@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowdim.linalg.monarch_blocks import in_blocks, second, second_backward
 from lowdim.linalg.svd import svd
 
 __all__ = ["monarch_dense", "monarch_multiply", "monarch_project"]
+
+_FEW = 16
 
 
 def monarch_multiply(
@@ -150,11 +153,14 @@ class _First(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (grad,), (x, w1) = grads, ctx.saved_tensors
+        k, _, p = ctx.shape[1]
         grad_x = grad_w1 = None
-        if w1 is not None:
+        if w1 is not None and in_blocks(ctx.shape[0].numel(), grad, w1):
+            grad_x = grad.new_empty(ctx.shape[0])
+            torch.bmm(grad.mT, w1, out=grad_x.view(-1, k, p).transpose(0, 1))
+        elif w1 is not None:
             grad_x = torch.bmm(grad.mT, w1.conj()).transpose(0, 1).reshape(ctx.shape[0])
         if x is not None:
-            k, _, p = ctx.shape[1]
             grad_w1 = torch.bmm(grad, x.reshape(-1, k, p).transpose(0, 1).conj())
         return grad_x, grad_w1
 
@@ -166,8 +172,12 @@ class _Second(torch.autograd.Function):
 
     @staticmethod
     def forward(hidden: Tensor, w2: Tensor, bias: Tensor | None) -> Tensor:
-        by_class = torch.bmm(hidden.mT, w2.mT)  # (l, T, s)
-        y = by_class.permute(1, 2, 0).reshape(hidden.shape[2], w2.shape[0] * w2.shape[1])
+        rows, features = hidden.shape[2], w2.shape[0] * w2.shape[1]
+        if in_blocks(rows * features, hidden, w2, bias):
+            return second(hidden, w2, bias)
+        # BLAS is slow where the first matrix has few rows.
+        by_class = torch.bmm(w2, hidden).mT if rows <= _FEW else torch.bmm(hidden.mT, w2.mT)  # (l, T, s)
+        y = by_class.permute(1, 2, 0).reshape(rows, features).contiguous()
         return y if bias is None else y.add_(bias)  # y is new, or a view of what is
 
     @staticmethod
@@ -179,11 +189,13 @@ class _Second(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        hidden, w2 = ctx.saved_tensors
-        by_class = grads[0].reshape(ctx.shape).mT.contiguous().transpose(0, 1)  # (l, T, s), sorted within each row
+        (grad,), (hidden, w2) = grads, ctx.saved_tensors
+        if in_blocks(grad.numel(), grad, hidden, w2):
+            return second_backward(grad, hidden, w2, ctx.shape[2], ctx.wants_bias)
+        by_class = grad.reshape(ctx.shape).mT.contiguous().transpose(0, 1)  # (l, T, s), sorted within each row
         grad_hidden = None if w2 is None else torch.bmm(w2.mT.conj(), by_class.mT)
         grad_w2 = None if hidden is None else torch.bmm(by_class.mT, hidden.mT.conj())
-        return grad_hidden, grad_w2, grads[0].sum(0) if ctx.wants_bias else None
+        return grad_hidden, grad_w2, grad.sum(0) if ctx.wants_bias else None
 
 
 def _pieces(x: Tensor, w1: Tensor) -> Tensor:

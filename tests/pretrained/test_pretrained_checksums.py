@@ -46,6 +46,31 @@ def test_damage_is_found(tmp_path):
         verify([tmp_path / "m.safetensors"], {"layer": {"rank": 5}})
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8]
+    + [torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64],
+)
+def test_checksums_of_a_file_are_those_of_its_tensors(tmp_path, dtype):
+    tensors = {"a": torch.arange(6).view(2, 3), "scalar": torch.tensor(1), "empty": torch.ones(0, 3)}
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    path = tmp_path / "m.safetensors"
+    save_file(tensors, path, metadata=header(tensors, {}))
+    verify([path], {})
+    meta = json.loads(header(tensors, {})["lowdim"])
+    for name in tensors:
+        wrong = {"lowdim": json.dumps({**meta, "checksums": {**meta["checksums"], name: "xxh3:6:0"}})}
+        save_file(tensors, path, metadata=wrong)
+        with pytest.raises(CheckpointError, match=f"tensor {name} differs"):
+            verify([path], {})
+
+
+def test_a_file_of_empty_tensors(tmp_path):
+    tensors = {"empty": torch.ones(0, 3)}
+    save_file(tensors, tmp_path / "m.safetensors", metadata=header(tensors, {}))
+    verify([tmp_path / "m.safetensors"], {})
+
+
 def _blake(tensor):
     """Of the first version: eight bytes of BLAKE2b over dtype, shape and bytes."""
     kind, raw = _kind_and_bytes(tensor)

@@ -1,12 +1,11 @@
 """The safetensors files of a model's folder, tensor by tensor: where each one is, and copies with some of them changed.
 
-A file is a length (8 bytes), a header of that length in JSON, and the tensors' bytes. A copy in which no tensor changes its
-shape or dtype has the same header, so it is written from one end to the other with one tensor in memory at a time.
+A copy in which no tensor changes its shape or dtype has the same header, so it is written from one end to the other with one
+tensor in memory at a time.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,35 +17,12 @@ from torch import Tensor
 
 from lowdim.errors import CheckpointError
 from lowdim.files import read_json_object, syncing, write_pieces
+from lowdim.safetensors_header import Entry, read_entries
 
-__all__ = ["SHARDS_INDEX", "SINGLE", "Entry", "Shards"]
+__all__ = ["SHARDS_INDEX", "SINGLE", "Shards"]
 
 SINGLE, SHARDS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _BLOCK = 2**20
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor is.
-
-    Attributes:
-        file: the file's name.
-        kind: its dtype in the header, such as `"BF16"`.
-        shape: its shape.
-        start, stop: its bytes in the file.
-    """
-
-    file: str
-    kind: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The dtype, if it is one that a weight can be merged in."""
-        return _DTYPES.get(self.kind)
 
 
 @dataclass(frozen=True)
@@ -69,7 +45,7 @@ class Shards:
             CheckpointError: a file is missing, damaged, or lacks a tensor that the index names.
         """
         if (folder / SINGLE).is_file():
-            return cls(folder, _entries(folder / SINGLE))
+            return cls(folder, read_entries(folder / SINGLE))
         index = folder / SHARDS_INDEX
         if not index.is_file():
             return None
@@ -78,7 +54,7 @@ class Shards:
             raise CheckpointError(f"{index} is damaged: its weight_map must give a file of the folder for each tensor")
         entries: dict[str, Entry] = {}
         for file in dict.fromkeys(placed.values()):
-            entries.update(_entries(folder / file))
+            entries.update(read_entries(folder / file))
         lost = next((name for name, file in placed.items() if name not in entries or entries[name].file != file), None)
         if lost is not None:
             raise CheckpointError(f"{folder / placed[lost]} lacks the tensor {lost}, which {index} says is in it")
@@ -127,28 +103,6 @@ class Shards:
                     raise ValueError(f"tensor {name} has shape {entry.shape}; got {tuple(value.shape)} for it")
                 write_pieces(new, _view(weight if value is weight else weight.copy_(value.detach())))
             shutil.copyfileobj(old, new, _BLOCK)
-
-
-def _entries(path: Path) -> dict[str, Entry]:
-    """The tensors of one file, whose header safetensors has checked."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    try:
-        with safe_open(path, "pt"):
-            pass
-        with path.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size))
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file ({str(error)[:300]})") from error
-    return {name: _entry(path.name, about, 8 + size) for name, about in header.items() if name != "__metadata__"}
-
-
-def _entry(file: str, about: Mapping[str, object], first: int) -> Entry:
-    start, stop = about["data_offsets"]  # type: ignore[misc]
-    return Entry(file, str(about["dtype"]), tuple(about["shape"]), first + start, first + stop)  # type: ignore[arg-type]
 
 
 def _is_name(file: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -100,7 +101,7 @@ def layer_class(name: str) -> type[Rebuildable]:
         CheckpointError: lowdim has no such class, and no imported module has defined one.
     """
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        return _own_class(name)
     if name in _DEFINED:
         return _DEFINED[name]
     close = ", ".join(nearest(name, [*_HOMES, *_DEFINED]))
@@ -108,6 +109,11 @@ def layer_class(name: str) -> type[Rebuildable]:
         f"the file names a layer class {name!r}, which this version of lowdim does not have (nearest: {close}); "
         "update lowdim, or import the module that defines it first"
     )
+
+
+@functools.cache
+def _own_class(name: str) -> type[Rebuildable]:
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def known_classes() -> Iterator[type[Rebuildable]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import xxhash
 from torch import Tensor
 
 from lowdim.errors import CheckpointError
+from lowdim.safetensors_header import Entry, read_entries
 from lowdim.surgery import holder
 
 __all__ = ["checksums", "header", "verify"]
@@ -24,11 +26,13 @@ _KEY = "lowdim"
 #: loaded: XXH3 in 64 bits is about as fast as memory is read. Earlier files have CRC-32, and those of the first version
 #: BLAKE2b, without a beginning.
 _FAST, _CRC = "xxh3:", "crc32:"
+_Bytes = bytes | memoryview
+_Maker = Callable[[bytes, _Bytes], str]
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Name -> checksum of dtype, shape and bytes; tensors that are incomplete here (meta, sharded) have none."""
-    return {name: _checksum(tensor) for name, tensor in tensors.items() if _is_whole(tensor)}
+    return {name: _xxh3(*_parts(tensor)) for name, tensor in tensors.items() if _is_whole(tensor)}
 
 
 def header(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str, str]:
@@ -83,48 +87,62 @@ def _read(path: Path) -> tuple[str | None, dict[str, str], dict[str, str]]:
                 return None, {}, {}
             content: Any = json.loads(record)
             named = {str(name): str(value) for name, value in content["checksums"].items()}
-            make = _maker(named.values())
-            return str(content["layers"]), named, {name: make(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            make, places = _maker(named.values()), read_entries(path)
+            rare = {name: file.get_tensor(name) for name, place in places.items() if place.dtype_name is None}
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file ({str(error)[:300]})") from error
+    found = _of_places(path, {name: place for name, place in places.items() if name not in rare}, make)
+    return str(content["layers"]), named, found | {name: make(*_parts(tensor)) for name, tensor in rare.items()}
+
+
+def _of_places(path: Path, places: Mapping[str, Entry], make: _Maker) -> dict[str, str]:
+    """From the bytes in the file. As tensors, of which there are many, they would take a third longer."""
+    if not any(place.stop > place.start for place in places.values()):
+        return {name: make(_kind(f"torch.{place.dtype_name}", place.shape), b"") for name, place in places.items()}
+    with path.open("rb") as stream:
+        raw = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+    return {
+        name: make(_kind(f"torch.{place.dtype_name}", place.shape), raw[place.start : place.stop])
+        for name, place in places.items()
+    }
 
 
 def _of_json(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def _maker(named: Iterable[str]) -> Callable[[Tensor], str]:
+def _maker(named: Iterable[str]) -> _Maker:
     """What took these checksums; in a file that mixes them, the tensors of the others differ and are damaged."""
     first = next(iter(named), _FAST)
-    return _checksum if first.startswith(_FAST) else _crc_checksum if first.startswith(_CRC) else _first_checksum
+    return _xxh3 if first.startswith(_FAST) else _crc if first.startswith(_CRC) else _blake
 
 
-def _checksum(tensor: Tensor) -> str:
-    plain = tensor.detach().to("cpu").contiguous()
-    found = xxhash.xxh3_64(_kind(plain))
-    found.update(_bytes(plain))
-    return f"{_FAST}{plain.nbytes:x}:{found.hexdigest()}"
+def _xxh3(kind: bytes, raw: _Bytes) -> str:
+    found = xxhash.xxh3_64(kind)
+    found.update(raw)
+    return f"{_FAST}{len(raw):x}:{found.hexdigest()}"
 
 
-def _crc_checksum(tensor: Tensor) -> str:
-    plain = tensor.detach().to("cpu").contiguous()
-    return f"{_CRC}{plain.nbytes:x}:{zlib.crc32(_bytes(plain), zlib.crc32(_kind(plain))):08x}"
+def _crc(kind: bytes, raw: _Bytes) -> str:
+    return f"{_CRC}{len(raw):x}:{zlib.crc32(raw, zlib.crc32(kind)):08x}"
 
 
-def _first_checksum(tensor: Tensor) -> str:
+def _blake(kind: bytes, raw: _Bytes) -> str:
     """As files of the first version have it."""
-    plain = tensor.detach().to("cpu").contiguous()
-    found = hashlib.blake2b(_kind(plain), digest_size=8)
-    found.update(_bytes(plain))
+    found = hashlib.blake2b(kind, digest_size=8)
+    found.update(raw)
     return found.hexdigest()
 
 
-def _bytes(plain: Tensor) -> memoryview | bytes:
-    return plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b""
+def _parts(tensor: Tensor) -> tuple[bytes, _Bytes]:
+    """What is summed up: dtype and shape, and the bytes."""
+    plain = tensor.detach().to("cpu").contiguous()
+    raw = plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b""
+    return _kind(str(plain.dtype), tuple(plain.shape)), raw
 
 
-def _kind(plain: Tensor) -> bytes:
-    return f"{plain.dtype}{tuple(plain.shape)}".encode()
+def _kind(dtype: str, shape: tuple[int, ...]) -> bytes:
+    return f"{dtype}{shape}".encode()
 
 
 def _is_whole(tensor: Tensor) -> bool:

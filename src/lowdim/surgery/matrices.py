@@ -93,7 +93,7 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
         return layer.out_features, layer.in_features  # type: ignore[return-value]
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.ndim >= 2:
-        sides = weight.shape[0], weight[0].numel()
+        sides = weight.shape[0], weight.shape[1:].numel()
         return (sides[1], sides[0]) if isinstance(layer, nn.Embedding) or is_conv1d(layer) else sides
     out_features, in_features = weight_matrix(layer).shape
     return out_features, in_features

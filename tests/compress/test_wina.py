@@ -2,6 +2,7 @@ import copy
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -157,13 +158,48 @@ def test_one_token_reads_the_chosen_rows_and_gives_the_masked_product(rule, shap
 
 @pytest.mark.parametrize(("dtype", "bag"), [(torch.float32, 3), (torch.float32, 4), (torch.float64, 16)])
 def test_rows_are_summed_in_bags(dtype, bag, monkeypatch):
-    monkeypatch.setattr(sys.modules["lowdim.compress.wina.linear"], "_BAG", bag)
+    monkeypatch.setattr(sys.modules["lowdim.compress.wina.rows"], "_BAG", bag)
     torch.manual_seed(0)
     layer = WINALinear.from_linear(nn.Linear(16, 9, dtype=dtype), 0.5).eval()
     x = torch.randn(1, 16, dtype=dtype)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), nn.functional.linear(x * layer.mask(x), layer.weight, layer.bias))
     assert layer.copied_bytes() == 16 * 9 * dtype.itemsize
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(5, 3), (77, 9), (700, 1024)])  # the last fills more than one page of 2 MiB
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_any_number_of_rows(inputs, outputs, count):
+    rows = sys.modules["lowdim.compress.wina.rows"]
+    draw = stream(0, "rows")
+    matrix, token = torch.randn(outputs, inputs, generator=draw), torch.randn(inputs, generator=draw)
+    copied = rows.transposed(matrix)
+    assert torch.equal(copied, matrix.T)
+    assert copied.is_contiguous()
+    chosen = rows.largest(token.abs().numpy(), inputs // 5 * count)
+    want = matrix[:, chosen] @ token[chosen]
+    torch.testing.assert_close(rows.sum_of_rows(copied, token.numpy(), chosen), want[None], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_largest_of_equal_and_undefined_scores(dtype):
+    largest = sys.modules["lowdim.compress.wina.rows"].largest
+    assert largest(np.array([0.5, 3, 1, 2], dtype), 2).tolist() == [1, 3]
+    assert largest(np.array([0.5, 3, 1, 2], dtype), 0).tolist() == []
+    assert len(largest(np.zeros(6, dtype), 3)) == 3
+    equal = largest(np.array([1, 2, 0, 1, 1], dtype), 2)
+    assert 1 in equal
+    assert len(equal) == 2
+    assert 2 not in equal
+    assert sorted(largest(np.array([1, math.nan, 2, 0], dtype), 2)) == [1, 2]
+
+
+def test_a_token_with_a_gradient_under_no_grad():
+    layer, x = WINALinear.from_linear(linear(), 0.5).eval(), torch.ones(1, 32, requires_grad=True)
+    with torch.no_grad():
+        got = layer(x)
+    assert layer.copied_bytes() > 0
+    torch.testing.assert_close(got, F.linear(x * layer.mask(x), layer.weight, layer.bias).detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_follow_the_weight():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, Self, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowdim.compress.wina.masks import check_sparsity, kept, scores_of, wina_mask
+from lowdim.compress.wina.rows import above, largest, sum_of_rows, transposed
 from lowdim.errors import check_choice, check_float, warn_caller
 from lowdim.linalg import compute_dtype, gather, wide
 from lowdim.modules import MaskedLinear
@@ -18,7 +20,6 @@ __all__ = ["CRITERIA", "RULES", "WINALinear"]
 CRITERIA = ("wina", "teal")
 RULES = ("topk", "threshold")
 _GATHERED = (torch.float32, torch.float64)  # dtypes in which rows are summed faster than the dense product
-_BAG = 64  # rows that are summed at a time
 _WORTH = 0.5  # sparsity from which they are, on every processor that was tried
 
 
@@ -121,12 +122,15 @@ class WINALinear(MaskedLinear):
         x: Tensor,  # (..., in_features)
     ) -> Tensor:
         """`(..., out_features)`."""
-        if self._is_stale():
-            self._warned = True
-            warn_caller(f"the weight of {self} has changed since its column norms were taken; call refresh()")
-        if self._gathers(x):
-            return self._gathered(x)
-        return F.linear(x * self.mask(x), self.matrix, self.bias)
+        weight = cast(Tensor, self._parameters["weight"])  # for a small layer the search by __getattr__ takes long
+        if torch.compiler.is_compiling() or not self._gathers(x, weight):
+            self._warn_if_stale()
+            return F.linear(x * self.mask(x), self.matrix, self.bias)
+        now = (weight.data_ptr(), weight._version)
+        if self._rows is None or self._rows[1] != now:
+            self._warn_if_stale()
+            self._rows = (transposed(self.matrix.detach()), now)
+        return self._gathered(x, self._rows[0])
 
     def train(self, mode: bool = True) -> Self:
         """Training mode drops the transposed copy of the weight."""
@@ -157,6 +161,11 @@ class WINALinear(MaskedLinear):
         """Sizes and sparsity, for `print(model)`."""
         return f"{super().extra_repr()}, sparsity={self.sparsity:g}, criterion={self.criterion!r}"
 
+    def _warn_if_stale(self) -> None:
+        if self._is_stale():
+            self._warned = True
+            warn_caller(f"the weight of {self} has changed since its column norms were taken; call refresh()")
+
     def _is_stale(self) -> bool:
         """Whether this very weight has been written to since; a copy of the layer has another one, and its norms."""
         if self._warned or self.criterion == "teal" or torch.compiler.is_compiling():
@@ -185,50 +194,33 @@ class WINALinear(MaskedLinear):
     def _norms_are_fresh(self) -> None:
         self._seen, self._rows = (id(self.weight), self.weight._version), None
 
-    def _gathers(self, x: Tensor) -> bool:
+    def _gathers(self, x: Tensor, weight: Any) -> bool:
         """Whether this call reads only the rows that it uses: one token, where that is exact and faster."""
         return (
             x.numel() == self.in_features
             and not self.training
             and self.sparsity >= _WORTH
             and type(x) is Tensor
-            and x.device.type == "cpu"
-            and x.dtype == self.weight.dtype
+            and x.is_cpu
+            and x.dtype == weight.dtype
             and x.dtype in _GATHERED
-            and type(self.weight.data) is Tensor
-            and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
+            and type(weight) is nn.Parameter  # with plain data
+            and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
             and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
         )
 
-    def _gathered(self, x: Tensor) -> Tensor:
-        token = x.reshape(-1)
+    def _gathered(
+        self,
+        x: Tensor,  # one token
+        rows: Tensor,  # (in, out)
+    ) -> Tensor:
+        token = x.detach().numpy().reshape(-1)
+        scores = np.abs(token) * cast(Tensor, self._buffers["column_norms"]).numpy()
         if self.mask_by == "topk":
-            chosen = scores_of(token, self.column_norms).topk(self.kept(), sorted=False).indices
+            chosen = largest(scores, kept(self.in_features, self.sparsity))
         else:
-            chosen = (scores_of(token, self.column_norms) > cast(float, self.threshold)).nonzero()[:, 0]
-        if not len(chosen):
-            found = token.new_zeros(1, self.out_features)
-        else:
-            found = _sum_of_rows(self._transposed(), chosen, token[chosen])
+            chosen = above(scores, cast(float, self.threshold))
+        found = sum_of_rows(rows, token, chosen)
         if self.bias is not None:
             found = found + self.bias
-        return found.reshape(*x.shape[:-1], self.out_features)
-
-    def _transposed(self) -> Tensor:
-        """`Wᵀ (in, out)`, contiguous; made again after the weight has changed."""
-        now = (self.weight.data_ptr(), self.weight._version)
-        if self._rows is None or self._rows[1] != now:
-            self._rows = (cast(Tensor, self.matrix.detach()).mT.contiguous(), now)
-        return self._rows[0]
-
-
-def _sum_of_rows(
-    rows: Tensor,  # (in, out)
-    chosen: Tensor,  # (k,)
-    weights: Tensor,  # (k,)
-) -> Tensor:
-    """`Σ_j weights_j rows[chosen_j]`, `(1, out)`, without a copy of the rows."""
-    starts = torch.arange(0, len(chosen), _BAG)  # one long bag is slower than many short ones
-    # What F.embedding_bag calls, without its checks:
-    return torch.embedding_bag(rows, chosen, starts, False, 0, False, weights)[0].sum(0, keepdim=True)
+        return found.view(*x.shape[:-1], self.out_features)

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam
+from torch.optim import SGD, Adam, RMSprop
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 from lowdim.diagnose import TuneSGD, heavy_ball, tune_sgd
@@ -16,7 +16,7 @@ CURVATURES = torch.tensor([4.0, 1.0, 0.5, 1e-5, -3.0])
 def quadratic():
     """A loss with these curvatures, and SGD over two groups."""
     a, b = nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor([1.0, 1.0, 0.5]))
-    optimizer = SGD([{"params": [a], "lr": 0.3}, {"params": [b]}], lr=0.1, momentum=0.9, nesterov=True)
+    optimizer = SGD([{"params": [a], "lr": 0.3}, {"params": [b]}], lr=0.1, momentum=0.9)
     return optimizer, lambda: 0.5 * (CURVATURES * torch.cat([a, b]) ** 2).sum(), (a, b)
 
 
@@ -61,16 +61,53 @@ class TestTuneSGD(ValueCase):
         optimizer, loss, params = quadratic()
         one = nn.Parameter(torch.ones(1))
         hill = SGD([one], lr=0.1, momentum=0.5)
+        ahead, damped = (SGD(params, momentum=0.9, **how) for how in ({"nesterov": True}, {"dampening": 0.5}))
+        climber = SGD(params, momentum=0.9, maximize=True)
         down = lambda: -(one**2).sum()  # noqa: E731
         return [
             (ValueError, "rule must be one of heavy_ball, gradient", lambda: tune_sgd(optimizer, loss, rule="polyak")),
             (ValueError, "steps", lambda: tune_sgd(optimizer, loss, steps=0)),
             (ValueError, "floor", lambda: tune_sgd(optimizer, loss, floor=-0.1)),
             (TypeError, "with a momentum, such as torch.optim.SGD; got Adam", lambda: tune_sgd(Adam(params), loss)),
+            (TypeError, "plain gradient steps, such as torch.optim.SGD's; RMSprop", lambda: tune_sgd(RMSprop(params), loss)),
+            (ValueError, "nesterov must be False for rule='heavy_ball'", lambda: tune_sgd(ahead, loss)),
+            (ValueError, "dampening must be 0.0 for rule='heavy_ball'", lambda: tune_sgd(damped, loss)),
+            (ValueError, "maximize must be False for rule='gradient'", lambda: tune_sgd(climber, loss, rule="gradient")),
             (TypeError, "got StepLR", lambda: tune_sgd(optimizer, loss, scheduler=StepLR(optimizer, 3))),
             (ValueError, "no positive node", lambda: tune_sgd(hill, down)),
             (ValueError, "g'Hg = -8", lambda: tune_sgd(hill, down, rule="gradient")),
         ]
+
+
+def test_weight_decay_is_part_of_the_curvature():
+    """Of `½ Σ c w²` SGD's steps with decay d see `c + d`; by group."""
+    optimizer, loss, (a, b) = quadratic()
+    for group, decay in zip(optimizer.param_groups, (2.0, 0.25)):
+        group["weight_decay"] = decay
+    want = heavy_ball(CURVATURES + torch.tensor([2.0, 2.0, 0.25, 0.25, 0.25]))
+    assert tune_sgd(optimizer, loss) == pytest.approx(want, rel=1e-5)
+    assert tune_sgd(optimizer, loss, rule="gradient")[0] == pytest.approx(TestTuneSGD().expected()[1][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("how", [{}, {"weight_decay": 0.5}])
+def test_the_steps_converge_as_fast_as_the_momentum_says(how):
+    """Polyak's rate: `‖w_k‖` falls like `(√β)^k`, and with `nesterov` at the same numbers it would grow."""
+    curvatures = torch.tensor([20.0, 3.0, 0.5], dtype=torch.float64)
+
+    def after(steps, **more):
+        w = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        optimizer = SGD([w], lr=0.1, momentum=0.9, **how)
+        _, momentum = tune_sgd(optimizer, lambda: 0.5 * (curvatures * w**2).sum())
+        optimizer.param_groups[0].update(more)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (0.5 * (curvatures * w**2).sum()).backward()
+            optimizer.step()
+        return float(w.detach().norm()), momentum
+
+    size, momentum = after(100)
+    assert size < 200 * momentum**50
+    assert after(100, nesterov=True)[0] > 1e3
 
 
 def test_only_the_groups_are_changed():

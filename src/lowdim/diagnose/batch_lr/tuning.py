@@ -13,7 +13,7 @@ from lowdim.companion import Companion
 from lowdim.diagnose.core.curvature import gradient_and_hessian
 from lowdim.diagnose.core.quadrature import lanczos_quadrature
 from lowdim.errors import check_choice, check_float, check_int, refuse_strange
-from lowdim.linalg import stream
+from lowdim.linalg import Operator, stream
 
 __all__ = ["RULES", "TuneSGD", "heavy_ball", "tune_sgd"]
 
@@ -69,8 +69,9 @@ def tune_sgd(
 ) -> tuple[float, float]:
     """Set learning rate and momentum of SGD from the curvature of a batch; call it once an epoch.
 
-    Formula: `rule="heavy_ball"`: `heavy_ball` of the nodes of the batch's Hessian, `steps` products. `rule="gradient"`:
-    `lr = gᵀg / gᵀHg` with the batch's gradient `g`, one product; momentum stays.
+    Formula: `rule="heavy_ball"`: `heavy_ball` of the nodes of the batch's Hessian, plus `weight_decay` on its diagonal, which
+    SGD's steps add to it, `steps` products. `rule="gradient"`: `lr = gᵀg / gᵀHg` with the batch's gradient `g` of the loss
+    alone, one product; momentum stays.
 
     Args:
         optimizer: one whose groups have a `momentum` (torch's SGD), or accelerate's wrapper of one.
@@ -86,8 +87,9 @@ def tune_sgd(
         `(lr, momentum)`, set in every group. Parameters, their `.grad` and the optimizer's buffers are untouched.
 
     Raises:
-        TypeError: an optimizer without a momentum, a scheduler of another kind.
-        ValueError: an option out of range, no positive curvature, a loss that cannot be differentiated twice.
+        TypeError: an optimizer without a momentum, or another of torch's that has one; a scheduler of another kind.
+        ValueError: `rule="heavy_ball"` for groups with `nesterov` or `dampening`, whose steps are not Polyak's; `maximize`; an
+            option out of range, no positive curvature, a loss that cannot be differentiated twice.
 
     Example:
         >>> import torch
@@ -124,7 +126,7 @@ def tune_sgd(
         lr = square / curvature
     else:
         start = torch.randn(hessian.n, generator=stream(seed, "tune_sgd"), dtype=torch.float32)
-        nodes = lanczos_quadrature(hessian, start.to(gradient), steps=steps).nodes
+        nodes = lanczos_quadrature(_with_decay(hessian, groups), start.to(gradient), steps=steps).nodes
         lr, momentum = heavy_ball(nodes, floor=floor)
     for group in groups:
         group["momentum"] = momentum if rule == "heavy_ball" else group["momentum"]
@@ -231,7 +233,24 @@ def _checked(
     plain, schedule = getattr(optimizer, "optimizer", optimizer), _plain_schedule(scheduler)
     if any("momentum" not in group for group in plain.param_groups):
         raise TypeError(f"tune_sgd needs an optimizer with a momentum, such as torch.optim.SGD; got {type(plain).__name__}")
+    if isinstance(plain, (torch.optim.RMSprop, torch.optim.Muon)):
+        raise TypeError(f"tune_sgd needs plain gradient steps, such as torch.optim.SGD's; {type(plain).__name__} changes them")
+    for name in ("maximize", *(("nesterov", "dampening") if rule == "heavy_ball" else ())):
+        strange = next((group[name] for group in plain.param_groups if group.get(name)), None)
+        if strange is not None:
+            raise ValueError(
+                f"{name} must be {type(strange)(0)} for rule={rule!r}, whose rate is for other steps; got {strange!r}"
+            )
     return plain.param_groups, schedule
+
+
+def _with_decay(hessian: Operator, groups: list[dict[str, Any]]) -> Operator:
+    """The Hessian of the loss plus `weight_decay / 2 · ‖θ‖²`."""
+    rates = [(p, float(group.get("weight_decay") or 0.0)) for group in groups for p in group["params"] if p.requires_grad]
+    if not any(rate for _, rate in rates):
+        return hessian
+    decay = torch.cat([torch.full((p.numel(),), rate, dtype=hessian.dtype, device=hessian.device) for p, rate in rates])
+    return Operator(lambda v: hessian(v) + decay * v, hessian.n, dtype=hessian.dtype, device=hessian.device)
 
 
 def _set_rate(group: dict[str, Any], lr: float) -> None:

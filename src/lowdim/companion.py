@@ -47,6 +47,10 @@ class Companion:
         """
         return 0.0
 
+    def smooth_loss(self, forward: Callable[[], Any], logits: Any) -> torch.Tensor | float:
+        """`loss` without terms that have a kink, such as norms: what curvature is measured of. All of `loss` by default."""
+        return self.loss(forward, logits)
+
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Runs once after each step of the optimizer."""
 

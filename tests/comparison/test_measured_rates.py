@@ -1,5 +1,6 @@
 """`--rates curvature`: one measured rate beside the usual ones, kept over a kill, and what the record says of it."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -24,7 +25,7 @@ from lowdim.comparison.runs import Run, prepared
 from lowdim.errors import CheckpointError
 from lowdim.records import ComparisonRecord, MeasuredRate, RatesRecord
 
-NAMES = ("lora", "galore")
+NAMES = ("lora", "q-galore")
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,8 @@ def test_a_measured_rate_stands_beside_the_usual_search(measured, make, tmp_path
     found = {rate["method"]: rate for rate in result["rates"]["rates"]}
     assert tuple(found) == NAMES
     assert {(m, r["lr"], r.get("size")) for m, r in found.items() if "lr" in r} == set(candidates(result, "curvature"))
-    assert set(found) - {method for method, _, _ in candidates(result, "curvature")} == {"galore"}
-    assert "optimizer of its own" in found["galore"]["reason"]
+    assert set(found) - {method for method, _, _ in candidates(result, "curvature")} == {"q-galore"}
+    assert "Q-GaLore keeps weights in few bits" in found["q-galore"]["reason"]
     for rate in found.values():
         if "lr" in rate:
             assert rate["lr"] == pytest.approx(0.5 * 38 / rate["eigenvalue"])
@@ -86,7 +87,7 @@ def test_page_terminal_and_record_say_it(measured):
     folder, result, said = measured
     sentence = result["rates"]["sentence"]
     assert sentence.startswith("The measured rate was best for ")
-    assert "No rate was measured for GaLore." in sentence
+    assert "No rate was measured for Q-GaLore." in sentence
     page = (folder / "report.html").read_text()
     flat = " ".join(said.split())
     assert sentence in page
@@ -97,7 +98,7 @@ def test_page_terminal_and_record_say_it(measured):
             assert f"lr {rate['lr']:g} (curvature)" in said, "a line for its run"
             assert f"{rate['label']}: rate {rate['lr']:.3g} from curvature" in flat
             assert f"{rate['eigenvalue']:.4g} ± " in page
-    assert "not measured: it has an optimizer of its own" in page
+    assert "not measured: the limit holds for Adam" in page
     assert '"origin":"curvature"' in page.replace(" ", ""), "the tree knows it"
     read = ComparisonRecord.read(folder)
     assert read.to_dict() == json.loads(json.dumps(result))
@@ -141,7 +142,7 @@ def test_killed_while_measuring(measured, make, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(settings, tmp_path / "out")
     again, _ = run(settings, tmp_path / "out", resume=True)
-    assert seen == ["lora", "galore", "galore"], "what was measured is kept"
+    assert seen == ["lora", "q-galore", "q-galore"], "what was measured is kept"
     assert numbers(again) == numbers(result)
 
 
@@ -186,6 +187,36 @@ def test_lora_is_measured_after_a_warm_up(bench):
     assert later.idle < of_a
     assert later.limit < start.limit, "A and B together are sharper than B alone"
     assert measure(bench, chosen, 4, 0) == later, "seeded"
+
+
+def test_galore_is_measured_in_its_subspace(bench):
+    """At full rank the subspace is everything, and a scale of 1/4 allows four times the rate of plain Adam."""
+    chosen = catalogue.variant("galore")
+    narrow, wide = (measure(bench, sized(chosen, rank), rank, 0) for rank in (2, 8))
+    assert narrow.reason == wide.reason == ""
+    for found in (narrow, wide):
+        assert found.limit == pytest.approx(38 / found.eigenvalue)
+    assert narrow.limit > wide.limit, "fewer directions, and the sharpest are not all among them"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("fira", "the limit holds for Adam's steps; Fira also moves weights outside of its subspace"),
+        ("q-galore", "the limit holds for Adam's steps in floating point; Q-GaLore keeps weights in few bits"),
+    ],
+)
+def test_an_optimizer_whose_steps_are_not_adams_says_why(name, reason, bench):
+    rate = measure(bench, sized(catalogue.variant(name), 4), 4, 0)
+    assert (rate.lr, rate.reason) == (None, reason)
+
+
+def test_the_kink_of_maestros_penalty_does_not_limit_its_rate(bench):
+    """Without it `lasso / ‖tail‖` of the last component of each layer decides, and the rate is far too low."""
+    chosen = catalogue.variant("maestro")
+    rate = measure(bench, chosen, None, 0, warm=1)
+    none = measure(bench, dataclasses.replace(chosen, options={**chosen.options, "lasso": 0.0}), None, 0, warm=1)
+    assert rate.limit > 0.5 * none.limit
 
 
 def test_a_method_that_grows_while_it_trains_is_measured(bench):

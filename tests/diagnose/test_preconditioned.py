@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from lowdim.comparison.measured_rates import adam_groups
 from lowdim.diagnose.core.preconditioned import AdamGroup, adam_limit
+from lowdim.optim import GaLore
 
 N = 12
 
@@ -72,6 +74,73 @@ def test_groups_with_rates_of_their_own(quadratic):
     found = adam_limit([loss], [AdamGroup([first]), AdamGroup([second], scale=16.0)], steps=N)
     lr, _ = expected(hessian, (hessian @ w.detach())[None], 0.9, 1e-8, scale)
     assert found.lr == pytest.approx(lr, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def in_a_subspace():
+    """A quadratic in a matrix, whose sharpest direction GaLore's subspace cannot reach, and its optimizer after a step."""
+    draw = torch.Generator().manual_seed(3)
+    m, n, rank = 6, 4, 2
+    basis = torch.linalg.qr(torch.randn(m * n, m * n, generator=draw, dtype=torch.float64)).Q
+    hessian = basis @ torch.diag(torch.logspace(-1, 3, m * n, dtype=torch.float64)) @ basis.T
+    W = torch.nn.Parameter(torch.randn(m, n, generator=draw, dtype=torch.float64))
+    bias = torch.nn.Parameter(torch.randn(3, generator=draw, dtype=torch.float64))
+
+    def loss():
+        return 0.5 * W.flatten() @ hessian @ W.flatten() + 0.5 * (bias**2).sum()
+
+    optimizer = GaLore([{"params": [W], "rank": rank}, {"params": [bias], "rank": None}], lr=1e-6, scale=0.25)
+    loss().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    R = optimizer.state[W]["right_basis"]
+    P = torch.block_diag(torch.kron(torch.eye(m, dtype=torch.float64), R), torch.eye(3, dtype=torch.float64))
+    return optimizer, loss, torch.block_diag(hessian, torch.eye(3, dtype=torch.float64)), P
+
+
+def test_a_projected_optimizer_has_the_limit_of_its_subspace(in_a_subspace):
+    """`λ` of `D^-½ Pᵀ H P D^-½`, `D = (√v + eps) / scale`, with dense matrices; the bias is not projected and has scale 1."""
+    optimizer, loss, hessian, P = in_a_subspace
+    W, bias = (group["params"][0] for group in optimizer.param_groups)
+    low = P.T @ (hessian @ torch.cat([W.detach().flatten(), bias.detach()]))
+    assert P.shape == (27, 15)
+    scale = torch.cat([torch.full((12,), 0.25), torch.ones(3)]).double()
+    want, top = expected(P.T @ hessian @ P, low[None], 0.9, 1e-6, scale)
+    found = adam_limit([loss], adam_groups(optimizer, 1e-6), steps=15)
+    assert found.lr == pytest.approx(want, rel=1e-6)
+    assert found.eigenvalue == pytest.approx(top, rel=1e-6)
+    everywhere = adam_limit([loss], [AdamGroup([W], scale=0.25, eps=1e-6), AdamGroup([bias], eps=1e-6)], steps=27)
+    assert found.lr > 1.2 * everywhere.lr, "what is outside limits nothing"
+
+
+@pytest.mark.parametrize(("part", "grows"), [(0.98, False), (1.02, True)])
+def test_steps_in_a_subspace_below_the_limit_shrink_and_above_it_grow(part, grows, in_a_subspace):
+    """GaLore with subspace and preconditioner held fixed, in the coordinates of the weights, around the minimum there."""
+    optimizer, loss, hessian, P = in_a_subspace
+    W, bias = (group["params"][0] for group in optimizer.param_groups)
+    lr = part * adam_limit([loss], adam_groups(optimizer, 1e-6), steps=15).lr
+    low = P.T @ (hessian @ torch.cat([W.detach().flatten(), bias.detach()]))
+    step = torch.cat([torch.full((12,), 0.25), torch.ones(3)]).double() / (low.abs() + 1e-6)
+    x, momentum = P @ torch.ones(15, dtype=torch.float64), torch.zeros(15, dtype=torch.float64)
+    sizes = []
+    for _ in range(1500):
+        momentum = 0.9 * momentum + 0.1 * (P.T @ (hessian @ x))
+        x = x - lr * P @ (step * momentum)
+        sizes.append(float(x.norm()))
+    assert (max(sizes[1300:]) > 10 * max(sizes[300:500])) is grows
+    assert (max(sizes[1300:]) < max(sizes[300:500])) is not grows
+
+
+def test_a_term_with_a_kink_is_in_the_gradients_and_not_in_the_curvature():
+    """`½ a w² + c ‖u‖`: beside 0 the norm has the curvature `c / ‖u‖` across `u`, and its gradient is never above `c`."""
+    w, u = torch.nn.Parameter(torch.tensor([3.0])), torch.nn.Parameter(torch.tensor([2e-6, 1e-6]))
+    whole = lambda: 2.0 * (w**2).sum() + 0.5 * u.norm()  # noqa: E731
+    smooth = lambda: 2.0 * (w**2).sum()  # noqa: E731
+    groups = [AdamGroup([w, u])]
+    assert adam_limit([whole], groups, steps=3).eigenvalue > 1e5
+    found = adam_limit([whole], groups, smooth=smooth, steps=3)
+    assert found.eigenvalue == pytest.approx(4.0 / 12.0, rel=1e-5)
+    assert found.idle == 0
 
 
 def test_parameters_without_a_gradient_are_left_out():

@@ -81,8 +81,8 @@ class TestTuneSGD(ValueCase):
 
 def test_weight_decay_is_part_of_the_curvature():
     """Of `½ Σ c w²` SGD's steps with decay d see `c + d`; by group."""
-    optimizer, loss, (a, b) = quadratic()
-    for group, decay in zip(optimizer.param_groups, (2.0, 0.25)):
+    optimizer, loss, _ = quadratic()
+    for group, decay in zip(optimizer.param_groups, (2.0, 0.25), strict=True):
         group["weight_decay"] = decay
     want = heavy_ball(CURVATURES + torch.tensor([2.0, 2.0, 0.25, 0.25, 0.25]))
     assert tune_sgd(optimizer, loss) == pytest.approx(want, rel=1e-5)

@@ -10,8 +10,13 @@ trained through a warm-up and is thrown away: at the very start most adapters ha
 has curvature and no gradient, and `D` says nothing about it. Half of that rate is tried: batches differ, few Lanczos steps find
 a little less than the largest eigenvalue, and the curvature grows while a model trains.
 
-Source: Cohen and others, "Adaptive gradient methods at the edge of stability", arXiv 2207.14484, 2022; the warm-up, the half
-and the range are ours.
+A projected optimizer (GaLore) moves a matrix by `scale P d`, `d` Adam's direction for `Pᵀ g`. With the subspace held fixed,
+too, its limit is that of `Pᵀ H P` with `D = (√v + eps) / scale`, `v` of the projected gradients. Terms of the loss that have a
+kink (the group lasso of Maestro) are part of the gradients and not of `H`: beside the kink their curvature has no bound, but
+their gradient has one, so steps do not grow along them.
+
+Source: Cohen and others, "Adaptive gradient methods at the edge of stability", arXiv 2207.14484, 2022; the subspace, the kinks,
+the warm-up, the half and the range are ours.
 """
 
 from __future__ import annotations
@@ -26,17 +31,20 @@ from torch import Tensor, nn
 
 from lowdim.calibrate import evaluating
 from lowdim.catalogue import Variant
+from lowdim.companion import Companion
 from lowdim.comparison.clock import Clock
 from lowdim.comparison.ladder import sized
 from lowdim.comparison.runs import Contest, Run, prepared
 from lowdim.diagnose.core.curvature import twice_differentiable
-from lowdim.diagnose.core.preconditioned import AdamGroup, AdamLimit, adam_limit
+from lowdim.diagnose.core.preconditioned import AdamGroup, AdamLimit, Subspace, adam_limit
 from lowdim.errors import is_machine_failure
 from lowdim.garbage import isolated_gc
 from lowdim.linalg import derive_seed
 from lowdim.methods import Applied
 from lowdim.methods.setup import WARMUP
-from lowdim.optim import AdamW
+from lowdim.optim import AdamW, ProjectedOptimizer
+from lowdim.optim.core.inner import AdamWRule
+from lowdim.optim.core.projectors import Identity
 from lowdim.records import MeasuredRate, MeasuredRates
 from lowdim.train.settings import FitSettings
 from lowdim.units import format_seconds
@@ -51,8 +59,6 @@ _BATCHES = 4  # whose squared gradients are averaged
 _WARM = (4, 32)  # steps of the copy: those of the training's warm-up, at least and at most
 _LANCZOS = 16
 _SHARE = 0.1  # of a time limit may go to the measurements
-
-_PROJECTED = "it has an optimizer of its own, and the limit holds for Adam's steps in the weights"
 
 HOW = (
     "Each method tries one more rate: half of the limit up to which the curvature of its loss keeps Adam's steps stable, "
@@ -104,8 +110,6 @@ def measure(bench: Contest, chosen: Variant, size: int | None, seed: int, *, war
     """
     what: dict[str, Any] = {"method": chosen.name, "label": chosen.label, "size": size}
     rates = chosen.rates_for(bench.scratch)
-    if chosen.kind == "optimizer":
-        return MeasuredRate(**what, reason=_PROJECTED)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices=devices):
@@ -157,14 +161,17 @@ def _limit(bench: Contest, chosen: Variant, size: int | None, lr: float, seed: i
     batches = list(bench.task.sample_batches(_BATCHES + steps, bench.batch_size, device))
     loss = functools.partial(_loss, bench, applied)
     optimizer = applied.start(lr)
+    _check(optimizer)
     _warm_up(applied, optimizer, loss, [batches[(_BATCHES + i) % len(batches)] for i in range(steps)], strategy.clips_itself())
     losses = [functools.partial(loss, batch) for batch in batches[:_BATCHES]]
+    kinks = any(type(each).smooth_loss is not Companion.smooth_loss for each in applied.companions)
+    smooth = functools.partial(_loss, bench, applied, batches[0], smooth=True) if kinks else None
     with evaluating(applied.model), twice_differentiable(applied.model):
-        return adam_limit(losses, _groups(optimizer, lr), steps=_LANCZOS, seed=derive_seed(seed, "rate"))
+        return adam_limit(losses, adam_groups(optimizer, lr), smooth=smooth, steps=_LANCZOS, seed=derive_seed(seed, "rate"))
 
 
-def _loss(bench: Contest, applied: Applied, batch: Any) -> Tensor:
-    return applied.loss(batch, bench.task.loss_for(applied.variant)).total
+def _loss(bench: Contest, applied: Applied, batch: Any, *, smooth: bool = False) -> Tensor:
+    return applied.loss(batch, bench.task.loss_for(applied.variant), smooth=smooth).total
 
 
 def _warm_up(applied: Applied, optimizer: Any, loss: Callable[[Any], Tensor], batches: Sequence[Any], clipped: bool) -> None:
@@ -182,18 +189,47 @@ def _warm_up(applied: Applied, optimizer: Any, loss: Callable[[Any], Tensor], ba
         optimizer.zero_grad(set_to_none=True)
 
 
-def _groups(optimizer: Any, lr: float) -> list[AdamGroup]:
-    """What the optimizer trains, and how.
+def _check(optimizer: Any) -> None:
+    """Refuse an optimizer whose steps are not Adam's.
 
     Raises:
-        TypeError: it is not Adam's.
+        TypeError: they are not; the message says why.
     """
-    if not isinstance(optimizer, (torch.optim.AdamW, AdamW)):
-        raise TypeError(f"the limit holds for Adam's steps; the method's optimizer is {type(optimizer).__name__}")
-    return [
-        AdamGroup([p for p in group["params"] if p.requires_grad], float(group["lr"]) / lr, group["betas"][0], group["eps"])
-        for group in optimizer.param_groups
-    ]
+    if not isinstance(optimizer, ProjectedOptimizer):
+        if not isinstance(optimizer, (torch.optim.AdamW, AdamW)):
+            raise TypeError(f"the limit holds for Adam's steps; the method's optimizer is {type(optimizer).__name__}")
+        return
+    if optimizer.hides_gradients:
+        raise TypeError(f"the limit holds for Adam's steps in floating point; {optimizer.method} keeps weights in few bits")
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            parts = optimizer.parts_of(p, group)
+            if parts.residual.full_size:
+                raise TypeError(
+                    f"the limit holds for Adam's steps; {optimizer.method} also moves weights outside of its subspace"
+                )
+            if not isinstance(parts.inner, AdamWRule):
+                raise TypeError(f"the limit holds for Adam's steps; the method's rule is {type(parts.inner).__name__}")
+
+
+def adam_groups(optimizer: Any, lr: float) -> list[AdamGroup]:
+    """What the optimizer trains, and how; of a projected one each matrix in the subspace that it holds now."""
+    found = []
+    for group in optimizer.param_groups:
+        params, scale = [p for p in group["params"] if p.requires_grad], float(group["lr"]) / lr
+        if not isinstance(optimizer, ProjectedOptimizer):
+            found.append(AdamGroup(params, scale, group["betas"][0], group["eps"]))
+            continue
+        for p in params:
+            parts, state = optimizer.parts_of(p, group), optimizer.state.get(p, {})
+            if "step" not in state:  # no gradient has reached it
+                continue
+            projector, inner = parts.projector, parts.inner
+            assert isinstance(inner, AdamWRule)
+            projected = not isinstance(projector, Identity)
+            subspace = Subspace(functools.partial(projector.down, state=state), functools.partial(projector.up, state=state))
+            found.append(AdamGroup([p], scale * projector.scale, inner.betas[0], inner.eps, subspace if projected else None))
+    return found
 
 
 def _first_sentence(error: Exception) -> str:

@@ -86,14 +86,15 @@ class Applied:
         self.companion = None if self.make_companion is None else self.make_companion(optimizer)
         return optimizer
 
-    def loss(self, batch: Any, loss_fn: LossFn, model: nn.Module | None = None) -> Losses:
+    def loss(self, batch: Any, loss_fn: LossFn, model: nn.Module | None = None, *, smooth: bool = False) -> Losses:
         """The task loss of a batch, and the term that the method adds.
 
         Args:
             loss_fn: `loss_fn(model, batch) -> scalar`; it must call the model, whose output (or its `logits`) companions see.
             model: a wrapper of `self.model` (DDP), if there is one.
+            smooth: without terms that have a kink (`Companion.smooth_loss`).
         """
-        return add_penalties(self.companions, self.model if model is None else model, batch, loss_fn)
+        return add_penalties(self.companions, self.model if model is None else model, batch, loss_fn, smooth=smooth)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Call once after each step of the optimizer: schedules, allocation of ranks, pruning."""
@@ -119,11 +120,14 @@ class Applied:
             each.finish()
 
 
-def add_penalties(companions: Iterable[Companion], model: nn.Module, batch: Any, loss_fn: LossFn) -> Losses:
+def add_penalties(
+    companions: Iterable[Companion], model: nn.Module, batch: Any, loss_fn: LossFn, *, smooth: bool = False
+) -> Losses:
     """The task loss of a batch, and the sum of the terms that companions add.
 
     Args:
         loss_fn: `loss_fn(model, batch) -> scalar`; it must call the model, whose output (or its `logits`) companions see.
+        smooth: without terms that have a kink (`Companion.smooth_loss`).
     """
     companions = tuple(companions)
     if not companions:
@@ -139,7 +143,7 @@ def add_penalties(companions: Iterable[Companion], model: nn.Module, batch: Any,
     try:
         task = loss_fn(model, batch)
         logits = seen.pop() if seen else None
-        penalties = [each.loss(again, logits) for each in companions]
+        penalties = [(each.smooth_loss if smooth else each.loss)(again, logits) for each in companions]
     finally:
         handle.remove()
     penalty = sum(penalties[1:], start=penalties[0])

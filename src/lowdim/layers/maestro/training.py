@@ -229,6 +229,11 @@ class MaestroTraining(Companion):
         """`extra_loss`, as training loops that know a `Companion` call it."""
         return self.extra_loss(forward, logits)
 
+    def smooth_loss(self, forward: Callable[[], Tensor], logits: Tensor) -> Tensor | float:
+        """The sampled pass's term: the group lasso has a kink where a tail is 0, beside it the curvature `lasso / ‖tail‖`."""
+        sampled = self._sampled_loss(forward, logits)
+        return 0.0 if sampled is None else sampled
+
     def extra_loss(self, forward: Callable[[], Tensor], logits: Tensor) -> Tensor:
         """The term to add to the loss, a scalar.
 
@@ -236,19 +241,24 @@ class MaestroTraining(Companion):
             forward: runs the model again on the same batch and returns its logits.
             logits: `(..., classes)` of the plain pass; used as a target, without gradient. Every row counts alike.
         """
+        penalty = self.penalty().to(logits.device)
+        sampled = self._sampled_loss(forward, logits)
+        return penalty if sampled is None else sampled + penalty
+
+    def _sampled_loss(self, forward: Callable[[], Tensor], logits: Tensor) -> Tensor | None:
+        """The cross entropy between the full pass and a sampled one; None without a second pass."""
         if logits.ndim < 2 or logits.shape[-1] < 2:
             raise ValueError(f"logits must be (..., classes) with at least 2 classes; got shape {tuple(logits.shape)}")
-        penalty = self.penalty().to(logits.device)
         self._replay(logits, {} if self.full_pass else self.drawn)
         if not self.full_pass or not self.drawn:
-            return penalty
+            return None
         classes = logits.shape[-1]
         wide = torch.promote_types(logits.dtype, torch.float32)
         target = logits.detach().reshape(-1, classes).to(wide).softmax(-1)
         with self.sampler.sampled(self.drawn):
             small = forward()
         self._replay(small, self.drawn)
-        return F.cross_entropy(small.reshape(-1, classes).to(wide), target) + penalty
+        return F.cross_entropy(small.reshape(-1, classes).to(wide), target)
 
     def _replay(self, logits: Tensor, ranks: Mapping[str, int]) -> None:
         """Make layers that are recomputed in the backward pass (activation checkpointing) use the ranks of their pass.

@@ -75,6 +75,10 @@ def compare(
         str | None, typer.Option("--quantize", help="Keep the base's linear weights in few bits: int8, int4 or nf4.")
     ] = None,
     optimizer: Annotated[str | None, typer.Option("--optimizer", help="adamw, or adamw8bit with moments in 8 bits.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16 by autocast; the weights keep their dtype.")] = False,
+    group_by_length: Annotated[
+        bool, typer.Option("--group-by-length", help="Put texts of like length into a batch: less padding.")
+    ] = False,
     ranks: Annotated[
         str | None,
         typer.Option("--ranks", help="farms: a second row for each adapter, with ranks by layer from FARMS. Default: uniform."),
@@ -100,7 +104,7 @@ def compare(
         given |= {"--label-separator": label_separator, "--answer-pattern": answer_pattern, "--keep": keep, "--sizes": sizes}
         given |= {"--equal": equal, "--search": search, "--prefer": prefer, "--time-limit": time_limit, "--ray": ray}
         given |= {"--report-to": report_to, "--quantize": quantize, "--optimizer": optimizer, "--workers": workers}
-        given |= {"--ranks": ranks}
+        given |= {"--ranks": ranks, "--bf16": bf16 or None, "--group-by-length": group_by_length or None}
         strange = [name for name, value in given.items() if value is not None]
         if strange:
             raise ValueError(f"{', '.join(strange)} cannot be used with --compress")
@@ -121,7 +125,7 @@ def compare(
         methods=",".join(methods).split(",") if methods else (),
         budget=None if budget is None else parse_bytes(budget), metric=metric,
         answer_pattern=answer_pattern, keep=keep, rates=rates_of(rates), sizes=sizes, equal=equal, search=search, seeds=seeds,
-        prefer=prefer, quantize=quantize, optimizer=optimizer, ranks=ranks,
+        prefer=prefer, quantize=quantize, optimizer=optimizer, ranks=ranks, bf16=bf16, group_by_length=group_by_length,
         steps=steps, batch_size=batch_size, max_length=max_length, seed=seed, report_to=report_to,
         time_limit=None if time_limit is None else parse_seconds(time_limit), workers=workers, threads=threads, ray=ray,
     )  # fmt: skip

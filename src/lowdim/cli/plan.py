@@ -46,6 +46,7 @@ def plan(
         str | None, typer.Option("--quantize", help="With the base's linear weights in few bits: int8, int4 or nf4.")
     ] = None,
     optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, or adamw8bit with moments in 8 bits.")] = "adamw",
+    bf16: Annotated[bool, typer.Option("--bf16", help="Computing in bfloat16 by autocast.")] = False,
     ranks: Annotated[
         str, typer.Option("--ranks", help="farms: ranks by layer from FARMS, which needs the weights; or uniform.")
     ] = "uniform",
@@ -79,7 +80,7 @@ def plan(
     settings = PlanSettings(
         model=model, methods=",".join(methods or ["all"]), task=task, batch_size=batch_size, length=length, dtype=dtype,
         gradient_checkpointing=checkpointing, rank=rank, layerwise=layerwise, accumulate=accumulate, tokenizer=tokenizer,
-        classes=classes, master_weights=master_weights, quantize=quantize, optimizer=optimizer, ranks=ranks,
+        classes=classes, master_weights=master_weights, quantize=quantize, optimizer=optimizer, bf16=bf16, ranks=ranks,
         ffn=ffn, mixer=mixer, devices=devices, budget=limit,
     )  # fmt: skip
     console = Console()

@@ -104,6 +104,8 @@ def run_comparison(
         bench = workbench(
             settings, model=model, task=task, say=lambda line: console.print(line, highlight=False, markup=False)
         )  # fmt: skip
+        if settings.group_by_length:
+            bench.task.lengths()  # raises where rows have none
         entered = choose_methods(settings, bench)
         for kind, line in bench.task.remarks():
             say(kind, line)

@@ -90,6 +90,8 @@ class Contest:
     parts: dict[str, str] = field(default_factory=dict)  # of it, by name: the base model, tokenizer and data
     scratch: bool = False
     optimizer: str = "adamw"  # of methods without one of their own
+    bf16: bool = False  # train by autocast
+    group_by_length: bool = False  # rows of like length in a batch
     untouched: Score | None = None  # of the model on the test part before any training, where it can answer
     untouched_samples: list[dict[str, str]] = field(default_factory=list)
     kept: Kept | None = None  # a text that must not be forgotten
@@ -193,6 +195,8 @@ def _train(bench: Contest, run: Run, strategy: Strategy, applied: Applied, on_st
         lr=run.lr,
         seed=run.seed,
         clips_itself=strategy.clips_itself(),
+        bf16=bench.bf16,
+        group_by_length=bench.group_by_length,
         pause_at=run.steps if run.phase == "trial" else None,
     )
     with _place(bench, run) as place:

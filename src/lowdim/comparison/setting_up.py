@@ -158,6 +158,8 @@ def make_contest(settings: CompareSettings, bench: Workbench, folder: Path, say:
         parts=parts,
         scratch=bench.scratch,
         optimizer=settings.optimizer,
+        bf16=settings.bf16,
+        group_by_length=settings.group_by_length,
         untouched=untouched,
         untouched_samples=samples,
         kept=kept,

@@ -26,7 +26,7 @@ SEARCH = ("halving", "grid")
 #: What decides between methods that may all be the best.
 PREFER = ("memory", "time", "size", "score")
 #: What a setting was before it could be set.
-_LATER = {"optimizer": "adamw", "ranks": "uniform"}
+_LATER = {"optimizer": "adamw", "ranks": "uniform", "bf16": False, "group_by_length": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,8 @@ class CompareSettings:
         quantize: `"int8"`, `"int4"` or `"nf4"`: the base's linear weights are kept in few bits, and methods that train them are
             left out.
         optimizer: `"adamw"` or `"adamw8bit"`, of methods without an optimizer of their own.
+        bf16: train in bfloat16 by autocast; the weights keep their dtype, in which they are scored.
+        group_by_length: put rows of like length into a batch.
         ranks: `"uniform"`, or `"farms"`: every adapter with ranks by layer has a second row, `NAME+farms`, whose ranks follow
             from the layers' tail exponents.
         threads: of each training, on which the last digits of its numbers depend; None: all of this process's, an equal share
@@ -96,6 +98,8 @@ class CompareSettings:
     threads: int | None = None
     quantize: str | None = None
     optimizer: str = "adamw"
+    bf16: bool = False
+    group_by_length: bool = False
     ranks: str = "uniform"
     workers: int | None = None
     ray: str | None = None

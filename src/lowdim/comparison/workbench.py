@@ -176,6 +176,7 @@ class _Named(Workbench):
             batch=_largest_batch(self.task, batch_size),
             quantize=self.settings.quantize,
             optimizer=_optimizer(self.settings, variant),
+            bf16=self.settings.bf16,
         )
 
 
@@ -239,6 +240,7 @@ class _Own(Workbench):
             batch=_largest_batch(self.task, batch_size),
             loss_fn=self.task.loss_for(variant),
             optimizer=_optimizer(self.settings, variant),
+            bf16=self.settings.bf16,
         )
 
 

@@ -145,6 +145,8 @@ def compare(
     quantize: str | None = None,
     optimizer: str | None = None,
     ranks: str | None = None,
+    bf16: bool = False,
+    group_by_length: bool = False,
 ) -> Comparison:
     """Which method is best for this model, this data and this memory? Search, train fairly, judge, hand over.
 
@@ -171,6 +173,8 @@ def compare(
         optimizer: `"adamw"`, or `"adamw8bit"` with moments in 8 bits.
         ranks: `"farms"` gives every adapter with ranks by layer a second row, `NAME+farms`, with ranks from the layers' tail
             exponents at the same number of trained parameters, and says whether it helped.
+        bf16: train in bfloat16 by autocast; the weights keep their dtype, in which they are scored.
+        group_by_length: put rows of like length into a batch, so that less of it is padding.
 
     Returns:
         A `Comparison`: `rows()`, `to_dataframe()`, `summary`, `page`, `winner`, `load_winner()`.
@@ -227,6 +231,8 @@ def compare(
         quantize=quantize,
         optimizer=optimizer,
         ranks=ranks,
+        bf16=bf16,
+        group_by_length=group_by_length,
     )
     shown = console or RichConsole(quiet=True)
     record, contest = run_comparison(settings, Path(out), resume=resume, console=shown, model=own_model, task=own_task)

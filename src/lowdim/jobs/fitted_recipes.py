@@ -83,6 +83,7 @@ def _values(settings: PlanSettings, found: Any, data: list[str]) -> dict[str, An
         "dtype": found.forecast.dtype,
         "master_weights": settings.master_weights,
         "quantize": found.forecast.quantize,
+        "bf16": found.forecast.bf16,
         "optimizer": None if found.forecast.optimizer == "adamw" else found.forecast.optimizer,
         "out": f"lowdim-run-{found.method}",
     }

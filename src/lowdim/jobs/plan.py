@@ -40,6 +40,7 @@ class PlanSettings:
         master_weights: keep float32 copies of trained 16-bit weights.
         quantize: `"int8"`, `"int4"` or `"nf4"`: the base's linear weights are kept in few bits.
         optimizer: `"adamw"` or `"adamw8bit"`, of methods without an optimizer of their own.
+        bf16: compute in bfloat16 by autocast; the weights keep their dtype.
         ranks: `"uniform"`, or `"farms"`: ranks by layer from the tail exponents of the weights, which are loaded for it.
         ffn, mixer: other parts of the blocks, as in `lowdim.train.Recipe`; for `pretrain`.
         devices: spread the model over so many by FSDP2; the batch and all bytes are those of one of them.
@@ -61,6 +62,7 @@ class PlanSettings:
     master_weights: bool = False
     quantize: str | None = None
     optimizer: str = "adamw"
+    bf16: bool = False
     ranks: str = "uniform"
     ffn: str | None = None
     mixer: str | None = None
@@ -78,6 +80,10 @@ class PlanSettings:
             check_choice("--quantize", self.quantize, SCHEMES)
             if self.task == "pretrain":
                 raise ValueError(f"--quantize {self.quantize} is for a pre-trained base; --task pretrain trains all weights")
+        if self.bf16 and self.dtype != "float32":
+            raise ValueError(f"--bf16 is for float32 weights, which it computes with in bfloat16; got --dtype {self.dtype}")
+        if self.bf16 and self.devices > 1:
+            raise ValueError(f"--bf16 is forecast on one device: FSDP2 casts in its own way; got --devices {self.devices}")
         if self.master_weights and self.dtype == "float32":
             raise ValueError("--master-weights is for 16-bit weights; got --dtype float32, of which no copy is needed")
         check_int("--batch-size", self.batch_size, 1)
@@ -317,6 +323,7 @@ def _how(settings: PlanSettings, variant: Variant) -> dict[str, Any]:
         "quantize": settings.quantize,
         "optimizer": "adamw" if variant.kind == "optimizer" else settings.optimizer,
         "devices": settings.devices,
+        "bf16": settings.bf16,
     }
 
 

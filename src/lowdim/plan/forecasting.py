@@ -50,7 +50,7 @@ class Forecast(Result):
         batch_size, sequence_length, accumulate: of one forward pass, and the number of them in an optimizer step.
         budget_bytes, fits: the budget that was given, and whether `total` is within it.
         depths: the rehearsed depths, if the model's own depth was extrapolated from them.
-        dtype, gradient_checkpointing, layerwise, quantize, optimizer: as given.
+        dtype, gradient_checkpointing, layerwise, quantize, optimizer, bf16: as given.
         kind: of the method, as in its catalogue row.
         vocabulary: the number of words of the model, where its configuration says.
         devices: the number of devices over which FSDP2 spreads the model. All bytes are those of one of them (but for the
@@ -88,6 +88,7 @@ class Forecast(Result):
     quantize: str | None = None
     optimizer: str = "adamw"
     devices: int = 1
+    bf16: bool = False
     parts: tuple[dict[str, Any], ...] = ()
 
     @property
@@ -135,6 +136,7 @@ def forecast(
     quantize: str | None = None,
     optimizer: str = "adamw",
     devices: int = 1,
+    bf16: bool = False,
 ) -> Forecast:
     """Memory and time of training `model` by `method`, from shapes alone: nothing of the model is allocated.
 
@@ -171,9 +173,11 @@ def forecast(
         optimizer: `"adamw"`, or `"adamw8bit"` with moments in 8 bits; for methods without an optimizer of their own.
         devices: spread the model over so many by FSDP2, as `lowdim.surgery.shard` does; `batch_size` is for each of them, and
             gradients are reduced after each pass.
+        bf16: the forward pass runs in bfloat16 by autocast, and the weights keep their dtype.
 
     Raises:
         UnknownNameError: no such model, method, kind of quantization or optimizer.
+        ValueError: `bf16` with several devices, where FSDP2 casts in its own way.
         ValueError: the method cannot train this model (the message is its own), such as a quantized base.
         TypeError: `batch` or `loss_fn` is not a function, or the model does not accept the batch.
 
@@ -191,6 +195,8 @@ def forecast(
     check_int("steps", steps, 1)
     check_choice("optimizer", optimizer, OPTIMIZERS)
     check_int("devices", devices, 1)
+    if bf16 and devices > 1:
+        raise ValueError(f"bf16 is forecast on one device: FSDP2 casts in its own way; got devices={devices}")
     _check_functions(batch, loss_fn)
     chosen = method if isinstance(method, Variant) else variant(method)
     strategy_for(chosen).check_quantize(quantize)
@@ -215,6 +221,7 @@ def forecast(
         head=None if head is None else tuple(head),
         optimizer=optimizer,
         devices=devices,
+        bf16=bf16,
     )
     try:
         rehearsal, depths = rehearse_deep(subject, plan)
@@ -261,6 +268,7 @@ def forecast(
         quantize=quantize,
         optimizer=optimizer,
         devices=devices,
+        bf16=bf16,
         parts=tuple({"step": key[0], "phase": key[1], **part.by_kind} for key, part in rehearsal.peaks.items()),
     )
 

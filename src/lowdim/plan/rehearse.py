@@ -50,6 +50,7 @@ class Plan:
     head: tuple[str, ...] | None = None
     optimizer: str = "adamw"
     devices: int = 1
+    bf16: bool = False
 
     @property
     def passes(self) -> int:
@@ -83,7 +84,7 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
     """
     variant, steps = _variant(plan)
     device = subject.device.type
-    work = Work(speed(subject.dtype, device, torch.get_num_threads()))
+    work = Work(speed(torch.bfloat16 if plan.bf16 else subject.dtype, device, torch.get_num_threads()))
     cuda = device == "cuda"
     tracker = Tracker(granularity=512 if cuda else 1, hidden=None if cuda else hidden_bytes, work=work.count)
     with isolated_gc(), as_one_of(plan.devices, device, tracker) as spread, fake_mode():
@@ -110,6 +111,8 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
         if plan.gradient_checkpointing:
             _checkpoint(applied.model)
         spread(applied.model)
+        if plan.bf16:
+            _autocast(applied.model, device)
         tracker.add([*applied.model.parameters(), *applied.model.buffers()], "weights")
         hooks = [
             p.register_post_accumulate_grad_hook(lambda p: tracker.add([p.grad], "gradients"))
@@ -136,6 +139,13 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
         }
     peaks = {key: peak for key, peak in tracker.peaks.items() if isinstance(key, tuple)}
     return Rehearsal(peaks, amounts, len(stack))
+
+
+def _autocast(model: nn.Module, device: str) -> None:
+    """Compute in bfloat16 as accelerate does: the forward pass is autocast, its outputs are float32."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    model.forward = convert_outputs_to_fp32(torch.autocast(device, torch.bfloat16)(model.forward))
 
 
 class _Steps:

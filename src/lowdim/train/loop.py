@@ -98,6 +98,7 @@ def _fit(
         settings.lr,
         watch=settings.watch,
         count_items=task.count_items,
+        lengths=task.lengths() if settings.group_by_length else None,
         loss_fn=task.loss_for(applied.variant),
         fingerprint=fingerprint,
         args=trainers.arguments(settings, max(1, settings.steps - applied.spent), folder),

@@ -93,6 +93,7 @@ class Recipe(BaseModel):
         False, description="Keep a float32 copy of each trained bfloat16 weight; false: they are rounded stochastically"
     )
     bf16: bool = Field(False, description="Compute in bfloat16 by autocast")
+    group_by_length: bool = Field(False, description="Put rows of like length into a batch, so that less of it is padding")
     seed: int = Field(0, ge=0, description="Of all random numbers")
     eval_steps: int = Field(0, ge=0, description="Steps between scores on the validation part; 0: at the end (pretrain)")
     save_steps: int = Field(0, ge=0, description="Steps between checkpoints; 0: no checkpoints")

@@ -387,6 +387,7 @@ def fit_settings(recipe: Recipe, lr: float) -> FitSettings:
         gradient_accumulation=recipe.gradient_accumulation,
         gradient_checkpointing=recipe.gradient_checkpointing,
         bf16=recipe.bf16,
+        group_by_length=recipe.group_by_length,
         seed=recipe.seed,
         save_steps=recipe.save_steps,
         eval_steps=recipe.eval_steps,

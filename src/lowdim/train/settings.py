@@ -30,6 +30,7 @@ class FitSettings(Options):
     gradient_checkpointing: bool = False
     clips_itself: bool = False  # the optimizer clips itself: it frees gradients before the trainer could clip them
     bf16: bool = False  # autocast; the weights keep their dtype
+    group_by_length: bool = False  # batches of rows of like length
     seed: int = 0
     save_steps: int = 0  # 0: no checkpoints
     pause_at: int | None = None  # the step after which the training pauses, to go on from a small checkpoint

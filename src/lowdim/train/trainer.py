@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lowdim.calibrate import LossFn, row_count
 from lowdim.methods import Applied
 from lowdim.optim import ProjectedOptimizer
 from lowdim.pretrained.guard import writes_checkpoints
+from lowdim.train.by_length import GroupedByLength
 from lowdim.train.checkpoints import MANIFEST, checkpoint_errors, complete, discard, newest_checkpoint, rotate, step_of
 from lowdim.train.mixin import PenaltyLog
 from lowdim.train.settings import SUBSPACE, FitSettings
@@ -40,6 +41,7 @@ class MethodTrainer(PenaltyLog, Trainer):
         lr: the peak rate.
         watch: log a projected optimizer's numbers about the gradients.
         count_items: batch -> the items over which its loss is a mean; None: one in each batch.
+        lengths: of the training rows, to put rows of like length into a batch; None: in any order.
         loss_fn: `loss_fn(model, batch)`, the mean loss; None: that of `transformers.Trainer`.
         fingerprint: what the run builds on, kept in each checkpoint.
         others: options of `transformers.Trainer`.
@@ -58,6 +60,7 @@ class MethodTrainer(PenaltyLog, Trainer):
         *,
         watch: bool = False,
         count_items: Callable[[Any], int] | None = None,
+        lengths: Sequence[int] | None = None,
         loss_fn: LossFn | None = None,
         fingerprint: Mapping[str, str] | None = None,
         **others: Any,
@@ -65,7 +68,7 @@ class MethodTrainer(PenaltyLog, Trainer):
         self.applied, self.applied_lr, self.watch = applied, lr, watch
         self.fingerprint = fingerprint or {}
         self.count_items = count_items or (lambda batch: 1)
-        self.loss_fn = loss_fn
+        self.lengths, self.loss_fn = lengths, loss_fn
         self._step_items, self._step_rows = 1, 1  # of all micro-batches of the step, on all processes
         super().__init__(model=applied.model, **others)
         self.remove_callback(PrinterCallback)
@@ -73,6 +76,11 @@ class MethodTrainer(PenaltyLog, Trainer):
         # divide by the items of all accumulated batches, but do not.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        return GroupedByLength(self.lengths, self.args.per_device_train_batch_size, self.args.seed)
 
     @property
     def last_step(self) -> int:

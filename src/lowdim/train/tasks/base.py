@@ -213,6 +213,19 @@ class Task:
         """A length by which rows are sorted before they are batched for scoring."""
         return len(row["input_ids"]) if isinstance(row, dict) and "input_ids" in row else 0
 
+    def lengths(self) -> list[int]:
+        """The `row_length` of each training row, by which rows are grouped into batches.
+
+        Raises:
+            ValueError: rows have none, or are read as a stream.
+        """
+        if not isinstance(self.train, Sized):
+            raise ValueError("group_by_length needs all rows at once; a stream gives them one by one")
+        found = [self.row_length(row) for row in self.train]
+        if not any(found):
+            raise ValueError(f"group_by_length groups texts by their length; rows of {self.kind} are all of one size")
+        return found
+
     def longest(self) -> int:
         """The largest `row_length` of the training and validation parts, at least 1: the length that a forecast counts on."""
         return max((self.row_length(row) for part in (self.train, self.validation) for row in part), default=1) or 1

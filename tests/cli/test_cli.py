@@ -18,14 +18,14 @@ COMMANDS = {
         "--model", "--budget", "--methods", "--task", "--batch-size", "--length", "--dtype", "--gradient-checkpointing",
         "--rank", "--layerwise", "--accumulate", "--tokenizer", "--classes", "--layers", "--json", "--master-weights",
         "--quantize", "--optimizer", "--devices", "--fit", "--write-recipes", "--data", "--ffn", "--mixer", "--rates",
-        "--ranks",
+        "--ranks", "--bf16",
     },
     "compare": {
         "--model", "--data", "--eval", "--task", "--tokenizer", "--text", "--label", "--methods", "--budget", "--metric",
         "--label-separator", "--seeds",
         "--rates", "--sizes", "--equal", "--search", "--prefer", "--validation", "--answer-pattern", "--keep", "--report-to",
         "--steps", "--batch-size", "--max-length", "--time-limit", "--seed", "--out", "--resume",
-        "--workers", "--threads", "--ray", "--quantize", "--optimizer", "--compress", "--ranks",
+        "--workers", "--threads", "--ray", "--quantize", "--optimizer", "--compress", "--ranks", "--bf16", "--group-by-length",
     },
     "run": {
         "recipe", "--out", "--resume", "--steps", "--check", "--master-weights", "--quantize", "--optimizer",

@@ -6,7 +6,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lowdim.linalg import Memory
 from lowdim.methods import Applied, Setup, Strategy, strategy_for
 from lowdim.models import Source
 from lowdim.records import ComparedRun
+from lowdim.surgery import in_bfloat16, model_device
 from lowdim.train.environment import environment
 from lowdim.train.keeping import Kept
 from lowdim.train.loop import FitResult, FitSettings, fit
@@ -270,7 +271,9 @@ def _score(record: ComparedRun, model: nn.Module, bench: Contest, run: Run) -> N
     task = bench.task
     if run.phase == "trial" or _is_first(bench, run):
         metric = bench.search_metric if run.phase == "trial" else bench.metric
-        score = task.score(model, rows_of(task.validation, run.rows), metric)
+        ranked_only = bench.bf16 and run.phase == "trial"  # what is handed over is scored in its own dtype
+        with in_bfloat16(model, model_device(model).type) if ranked_only else nullcontext():
+            score = task.score(model, rows_of(task.validation, run.rows), metric)
         record.validation = score.value
         if run.phase == "trial":
             record.validation_values = list(score.values) or None

@@ -55,7 +55,8 @@ class CompareSettings:
         quantize: `"int8"`, `"int4"` or `"nf4"`: the base's linear weights are kept in few bits, and methods that train them are
             left out.
         optimizer: `"adamw"` or `"adamw8bit"`, of methods without an optimizer of their own.
-        bf16: train in bfloat16 by autocast; the weights keep their dtype, in which they are scored.
+        bf16: train in bfloat16 by autocast, in which the search scores, too; the weights keep their dtype, in which the final
+            scores.
         group_by_length: put rows of like length into a batch.
         ranks: `"uniform"`, or `"farms"`: every adapter with ranks by layer has a second row, `NAME+farms`, whose ranks follow
             from the layers' tail exponents.

@@ -173,7 +173,8 @@ def compare(
         optimizer: `"adamw"`, or `"adamw8bit"` with moments in 8 bits.
         ranks: `"farms"` gives every adapter with ranks by layer a second row, `NAME+farms`, with ranks from the layers' tail
             exponents at the same number of trained parameters, and says whether it helped.
-        bf16: train in bfloat16 by autocast; the weights keep their dtype, in which they are scored.
+        bf16: train in bfloat16 by autocast, in which the search scores, too; the weights keep their dtype, in which the final
+            scores.
         group_by_length: put rows of like length into a batch, so that less of it is padding.
 
     Returns:

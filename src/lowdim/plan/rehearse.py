@@ -28,6 +28,7 @@ from lowdim.plan.kernels import hidden_bytes
 from lowdim.plan.measuring import optimizer_tensors
 from lowdim.plan.tracker import Peak, Tracker, unique_bytes
 from lowdim.plan.work import Work, speed
+from lowdim.surgery import in_bfloat16
 
 __all__ = ["Plan", "Rehearsal", "rehearse"]
 
@@ -111,8 +112,6 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
         if plan.gradient_checkpointing:
             _checkpoint(applied.model)
         spread(applied.model)
-        if plan.bf16:
-            _autocast(applied.model, device)
         tracker.add([*applied.model.parameters(), *applied.model.buffers()], "weights")
         hooks = [
             p.register_post_accumulate_grad_hook(lambda p: tracker.add([p.grad], "gradients"))
@@ -126,7 +125,8 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
         map_tensors(batch, lambda tensor: tracker.add([tensor], "activations"))
         stack = _stack(applied.model, depth if depth is not None else subject.depth)
         marks = _Marks(tracker, stack)
-        with tracker, counting_pieces(work):
+        computing = in_bfloat16(applied.model, device) if plan.bf16 else nullcontext()
+        with tracker, counting_pieces(work), computing:
             _Steps(applied, optimizer, batch, plan, tracker, marks, work).run(steps)
         for handle in (*hooks, *marks.handles):
             handle.remove()
@@ -139,13 +139,6 @@ def rehearse(subject: Subject, plan: Plan, depth: int | None = None) -> Rehearsa
         }
     peaks = {key: peak for key, peak in tracker.peaks.items() if isinstance(key, tuple)}
     return Rehearsal(peaks, amounts, len(stack))
-
-
-def _autocast(model: nn.Module, device: str) -> None:
-    """Compute in bfloat16 as accelerate does: the forward pass is autocast, its outputs are float32."""
-    from accelerate.utils import convert_outputs_to_fp32
-
-    model.forward = convert_outputs_to_fp32(torch.autocast(device, torch.bfloat16)(model.forward))
 
 
 class _Steps:

@@ -9,7 +9,7 @@ list, a regular expression as a string), and tied weights stay tied.
 | `behaviour` | whether a layer acts like its class: plain, scaled, or something else |
 | `blocks` | the blocks of a transformer |
 | `callers` | which layers are read by their parent and never called |
-| `modes` | evaluation mode for a while |
+| `modes` | evaluation mode, or bfloat16, for a while |
 | `statistics` | running statistics of frozen normalisation layers |
 | `quantized` | weights in few bits, and their values |
 | `placement` | accelerate's hooks, offloaded weights, forward methods set on the instance |
@@ -39,7 +39,7 @@ from lowdim.surgery.matrices import (
     weight_matrix,
     with_matrix,
 )
-from lowdim.surgery.modes import evaluating
+from lowdim.surgery.modes import evaluating, in_bfloat16
 from lowdim.surgery.placement import OFFLOADED, carry_hook, is_offloaded, refuse_offloaded
 from lowdim.surgery.quantized import is_quantized, known_dtype, layer_dtype, stores_codes
 from lowdim.surgery.replace import (
@@ -81,6 +81,7 @@ __all__ = [
     "freeze_statistics",
     "has_stored_weight",
     "holder",
+    "in_bfloat16",
     "is_compiled",
     "is_conv1d",
     "is_linear",

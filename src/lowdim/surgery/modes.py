@@ -1,4 +1,4 @@
-"""Evaluation mode for a while, and every module back in the mode that it had."""
+"""A model in another mode for a while: in evaluation, or computing in bfloat16."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["evaluating"]
+__all__ = ["evaluating", "in_bfloat16"]
 
 
 @contextmanager
@@ -36,3 +36,31 @@ def evaluating(*models: Any) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def in_bfloat16(model: nn.Module, device: str) -> Iterator[None]:
+    """A model whose forward pass is in bfloat16 by autocast, with float32 outputs, as accelerate trains it.
+
+    Example:
+        >>> import torch
+        >>> from lowdim.surgery import in_bfloat16
+        >>> model, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 2**-10]])
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> with in_bfloat16(model, "cpu"):
+        ...     print(model(x).item(), model(x).dtype)
+        1.0 torch.float32
+        >>> model(x).item()
+        1.0009765625
+    """
+    from accelerate.utils import convert_outputs_to_fp32
+
+    own = vars(model).get("forward")
+    model.forward = convert_outputs_to_fp32(torch.autocast(device, torch.bfloat16)(model.forward))
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own

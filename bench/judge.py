@@ -4,6 +4,8 @@
     python bench/judge.py halving       19 adapters, 3 rates, 2 sizes, up to 3 seeds: about five minutes on two cores
     python bench/judge.py halving --workers 2
     python bench/judge.py exhaustive    the same with every candidate trained to its end: about half an hour
+    python bench/judge.py halving --fast --workers 2
+                                        with --bf16 --group-by-length; also for exhaustive, as an entry of its own
     python bench/judge.py rates         whether rates from curvature help, on the shipped text and sentences: about ten minutes;
                                         in results/measured-rates.json
     python bench/judge.py ranks         whether ranks and pruning ratios from FARMS help: half an hour; in
@@ -30,6 +32,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "bench-judge.json"
 DEMO = ["compare", "--task", "classify", "--rates", "3", "--sizes", "2", "--seeds", "3", "--steps", "20", "--time-limit", "10h"]
+FAST = ["--bf16", "--group-by-length"]
 OVERHEAD = ["lora", "full", "lamda", "galore"]
 RATES = RESULTS.with_name("measured-rates.json")
 LAYER_RANKS = RATES.with_name("layer-ranks.json")
@@ -163,6 +166,8 @@ def compared(options: argparse.Namespace, search: str) -> dict[str, Any]:
     command = [*DEMO, "--methods", "adapters", "--search", search, "--out", str(folder)]
     if options.workers is not None:
         command += ["--workers", str(options.workers)]
+    if options.fast:
+        command += FAST
     before, begun = os.times(), time.monotonic()
     resume = ["--resume"] if options.resume else []
     subprocess.run([sys.executable, "-m", "lowdim", *command, *resume], check=True)
@@ -293,17 +298,35 @@ def ranks(options: argparse.Namespace) -> dict[str, Any]:
     return {"command": "python bench/judge.py ranks", **found}
 
 
-def agreement(record: dict[str, Any]) -> dict[str, Any] | None:
+def product_speed() -> dict[str, float]:
+    """Billions of operations a second of one core, in products of the sizes of MiniLM's feed-forward layers."""
+    import torch
+
+    found = {}
+    torch.set_num_threads(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.ones(512, 384, dtype=dtype), torch.ones(1536, 384, dtype=dtype)
+        times = []
+        for _ in range(200):
+            begun = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            times.append(time.perf_counter() - begun)
+        found[str(dtype).removeprefix("torch.")] = round(2 * 512 * 384 * 1536 / statistics.median(times) / 1e9, 1)
+    return found
+
+
+def agreement(record: dict[str, Any], suffix: str = "") -> dict[str, Any] | None:
     """How the two confidence sets compare."""
-    if not {"halving", "exhaustive"} <= set(record):
+    names = [f"{search}{suffix}" for search in ("halving", "exhaustive")]
+    if not set(names) <= set(record):
         return None
-    halving, grid = (set(record[name]["may_be_best"]) for name in ("halving", "exhaustive"))
+    halving, grid = (set(record[name]["may_be_best"]) for name in names)
     return {
         "in_both": sorted(halving & grid),
         "halving_only": sorted(halving - grid),
         "exhaustive_only": sorted(grid - halving),
-        "share_of_the_exhaustive_steps": round(record["halving"]["search_steps"] / record["exhaustive"]["search_steps"], 3),
-        "share_of_the_exhaustive_time": _share(record["halving"].get("seconds"), record["exhaustive"].get("seconds")),
+        "share_of_the_exhaustive_steps": round(record[names[0]]["search_steps"] / record[names[1]]["search_steps"], 3),
+        "share_of_the_exhaustive_time": _share(*(record[name].get("seconds") for name in names)),
     }
 
 
@@ -320,6 +343,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the comparison")
     parser.add_argument("--resume", action="store_true", help="continue the comparison in --out")
     parser.add_argument("--workers", type=int, help="processes of the comparison (halving, exhaustive)")
+    parser.add_argument("--fast", action="store_true", help="with --bf16 --group-by-length (halving, exhaustive)")
     parser.add_argument("--method", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part == "child":
@@ -339,15 +363,17 @@ def main() -> None:
         found = overhead(options)
     else:
         found = compared(options, "halving" if options.part == "halving" else "grid")
+        found["product_speed"] = product_speed()
     from lowdim.train.environment import environment
 
     record = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     load = round(os.getloadavg()[0], 1)  # of other programs, too: wall times mean little on a busy machine
-    record[options.part] = {**found, "load_average": load, "environment": environment()}  # parts may be of several machines
+    part = f"{options.part}-fast" if options.fast and options.part != "overhead" else options.part
+    record[part] = {**found, "load_average": load, "environment": environment()}  # parts may be of several machines
     record.setdefault("environment", environment())
-    record.pop("agreement", None)
-    if (both := agreement(record)) is not None:
-        record["agreement"] = both
+    for suffix in ("", "-fast"):
+        if (both := agreement(record, suffix)) is not None:
+            record[f"agreement{suffix}"] = both
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 

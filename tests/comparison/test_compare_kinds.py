@@ -17,6 +17,7 @@ from lowdim.errors import CheckpointError
 from lowdim.records import ComparedRun, MethodRecord
 from lowdim.train.metrics import METRICS
 from lowdim.train.tasks import language_modelling
+from lowdim.train.tasks.classify import Classification
 
 
 def test_language_models(tmp_path):
@@ -47,6 +48,46 @@ def test_a_classifier_of_transformers(bert_folder, make, tmp_path):
     assert result["metric"]["name"] == "f1"
     assert result["winner"]["largest_difference"] < 1e-5
     assert any("not known from one seed" in reason for reason in result["judgement"]["reasons"])
+
+
+def test_in_bfloat16_and_grouped_by_length(make, whole, tmp_path, monkeypatch):
+    """The search ranks by scores in bfloat16, and the final's are those of the model that is handed over."""
+    trained, scored, fit, score = [], [], runs.fit, Classification.score
+
+    def watched_fit(applied, task, settings, *args, **how):
+        trained.append((settings.bf16, settings.group_by_length))
+        return fit(applied, task, settings, *args, **how)
+
+    def watched_score(self, model, part, metric):
+        scored.append((part is self.test, "forward" in vars(model)))
+        return score(self, model, part, metric)
+
+    monkeypatch.setattr(runs, "fit", watched_fit)
+    monkeypatch.setattr(Classification, "score", watched_score)
+    settings = make(methods=("lora",), bf16=True, group_by_length=True)
+    result, _ = run(settings, tmp_path / "out")
+    assert set(trained) == {(True, True)}
+    assert (False, True) in scored, "the search"
+    assert (True, False) in scored
+    assert (True, True) not in scored
+    assert result["settings"]["bf16"]
+    assert result["settings"]["group_by_length"]
+    assert result["winner"]["largest_difference"] < 1e-5
+    forecast, plain = (by_name(each)["lora"]["forecast_peak_bytes"] for each in (result, whole[1]))
+    assert forecast != plain, "autocast takes other memory"
+    with pytest.raises(ValueError, match="--resume: .* --bf16 was True"):
+        run(make(methods=("lora",)), tmp_path / "out", resume=True)
+
+
+def test_texts_of_one_length_are_not_grouped(tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text((models.assets() / "shakespeare" / "sample.txt").read_text()[:3000])
+    settings = CompareSettings(
+        model="stories260k", data=(str(text),), task="causal-lm", methods=("lora",), max_length=16, group_by_length=True
+    )
+    with pytest.raises(ValueError, match="rows of causal-lm are all of one size"):
+        run(settings, tmp_path / "out")
+    assert not (tmp_path / "out" / "settings.json").exists()
 
 
 def row(name, scores, memory, hits=(), status="ok", forecast=None):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.nn import functional as F
 
 from lowdim.catalogue import Variant, variants
@@ -66,9 +68,10 @@ def train(
     checkpointing: bool = False,
     dtype: torch.dtype = torch.float32,
     accumulate: int = 1,
+    bf16: bool = False,
     **setup,
 ):
-    """Really train for a few steps of `accumulate` batches each; returns what it took."""
+    """Really train for a few steps of `accumulate` batches each, under accelerate's autocast if asked; returns what it took."""
     task = task_of(config)
     model = build(config, task).to(dtype).train()
     if checkpointing:
@@ -78,6 +81,9 @@ def train(
     setup |= {"lr": 1e-3, "steps": 100, "head": head, "accumulate": accumulate}
     applied = apply(chosen, model, batches=iter(batches), loss_fn=loss_of, **setup)
     applied.model.train()
+    if bf16:
+        Accelerator(mixed_precision="bf16", cpu=True).prepare_model(applied.model)
+        AcceleratorState._reset_state(True)
     optimizer = applied.start(1e-3)  # hooks for layerwise updates come with it
     applied.model.zero_grad(set_to_none=True)
     batch = batches[0]

@@ -83,6 +83,18 @@ def test_layerwise_updates_are_seen(method):
     assert thrifty.total < plain.total
 
 
+@pytest.mark.parametrize("method", ["lora", "full", *(pytest.param(m, marks=pytest.mark.slow) for m in ("galore", "sora"))])
+@pytest.mark.parametrize("config", [bert(), llama()], ids=["bert", "llama"])
+def test_bfloat16_by_autocast(config, method):
+    """accelerate casts every weight for a pass, and keeps activations in 16 bits and the outputs in 32."""
+    got, plain = predict(config, method, bf16=True), predict(config, method)
+    real = train(config, variant(method), bf16=True)[0]
+    assert got.total == pytest.approx(real.bytes, rel=HIDDEN)
+    assert abs(got.total - plain.total) > 0.02 * plain.total, "a forecast without autocast would not pass"
+    assert got.weights == plain.weights
+    assert got.bf16
+
+
 def test_bfloat16_weights():
     got = predict(llama(), "full", dtype=torch.bfloat16)
     assert got.weights == pytest.approx(predict(llama(), "full").weights / 2, rel=0.01)
@@ -337,6 +349,7 @@ def test_a_model_of_another_kind_without_a_batch_says_what_it_wants():
         ({"steps": 0}, "steps"),
         ({"task": "translate"}, "task must be one of classify, regress"),
         ({"dtype": torch.int8}, "floating"),
+        ({"bf16": True, "devices": 2}, r"bf16 is forecast on one device: .*; got devices=2"),
         ({"budget_bytes": "much"}, "a size must be a number and a unit"),
     ],
 )

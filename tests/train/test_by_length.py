@@ -3,7 +3,12 @@
 import pytest
 import torch
 
+import tiny
+from lowdim import methods
+from lowdim.catalogue import variant
 from lowdim.train.by_length import GroupedByLength
+from lowdim.train.loop import FitSettings, fit
+from lowdim.train.tasks import LanguageModelling
 from lowdim.train.tasks.base import Task
 
 
@@ -60,18 +65,56 @@ def test_refused():
         GroupedByLength([1], 0)
 
 
-class Rows(Task):
-    def outcomes(self, model, batch, metric):
-        raise NotImplementedError
-
-
 def task_of(train):
-    return Rows(kind="own", name="rows", processor=None, train=train, validation=[], test=[])
+    return Task(train=train, validation=[], test=[], collate=list)
 
 
 def test_a_task_names_its_lengths():
     assert task_of([{"input_ids": [1] * n} for n in (3, 5, 2)]).lengths() == [3, 5, 2]
-    with pytest.raises(ValueError, match="rows of own are all of one size"):
+    with pytest.raises(ValueError, match="group_by_length groups texts by their length; rows of .* are all of one size"):
         task_of([[1, 2], [3, 4]]).lengths()
     with pytest.raises(ValueError, match="a stream gives them one by one"):
         task_of(iter([])).lengths()
+
+
+def unlike_rows(count):
+    """Rows of 4 to 24 tokens."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = [4 + i % 21 for i in torch.randperm(count, generator=draw).tolist()]
+    return [{"input_ids": (ids := torch.randint(0, 48, (n,), generator=draw).tolist()), "labels": ids} for n in sizes]
+
+
+def widths_of(tmp_path, pauses=(None,), count=42, batch_size=2, **settings):
+    """The padded length of each batch that a training sees, in legs, and its losses."""
+    widths, rows = [], unlike_rows(count)
+
+    def collate(chosen):
+        longest = max(len(row["input_ids"]) for row in chosen)
+        widths.append(longest)
+        pad = [longest - len(row["input_ids"]) for row in chosen]
+        ids = torch.tensor([row["input_ids"] + [0] * n for row, n in zip(chosen, pad)])
+        return {"input_ids": ids, "labels": ids}
+
+    task = LanguageModelling(train=rows, validation=rows, test=rows, collate=collate, max_length=24)
+    for pause in pauses:
+        torch.manual_seed(3)
+        applied = methods.apply(variant("lora"), tiny.llama(), lr=1e-2, steps=24)
+        how = FitSettings(steps=24, batch_size=batch_size, lr=1e-2, seed=2, pause_at=pause, **settings)
+        found = fit(applied, task, how, tmp_path, resume=True)
+    return widths, found.losses
+
+
+def test_a_training_sees_batches_of_like_length(tmp_path):
+    grouped, _ = widths_of(tmp_path / "grouped", count=210, batch_size=8, group_by_length=True)
+    plain, _ = widths_of(tmp_path / "plain", count=210, batch_size=8)
+    assert len(grouped) >= 24
+    assert sum(grouped) / len(grouped) < 0.8 * sum(plain) / len(plain)
+
+
+@pytest.mark.parametrize("more", [{}, {"bf16": True}], ids=["float32", "bf16"])
+def test_a_training_in_legs_sees_the_same_batches(tmp_path, more):
+    """With a pause in the middle of the first epoch, and one in the second."""
+    _, whole = widths_of(tmp_path / "whole", group_by_length=True, **more)
+    _, legs = widths_of(tmp_path / "legs", (3, 22, 24), group_by_length=True, **more)
+    assert legs == whole
+    assert len(legs) == 24

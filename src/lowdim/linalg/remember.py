@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+import xxhash
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -106,7 +106,7 @@ def recall(question: Any, answer: Callable[[], R]) -> R:
     """
     global _active
     memory = _active
-    digest = hashlib.blake2b(digest_size=16)
+    digest = xxhash.xxh3_128()  # for a few hundred MB at every attaching; nobody chooses weights that collide
     if memory is None or not _feed(digest, question):
         return answer()
     result = memory.find(digest.digest())

@@ -217,13 +217,16 @@ class Task:
         """The `row_length` of each training row, by which rows are grouped into batches.
 
         Raises:
-            ValueError: rows have none, or are read as a stream.
+            ValueError: all rows have one length, or are read as a stream.
         """
         if not isinstance(self.train, Sized):
             raise ValueError("group_by_length needs all rows at once; a stream gives them one by one")
-        found = [self.row_length(row) for row in self.train]
-        if not any(found):
-            raise ValueError(f"group_by_length groups texts by their length; rows of {self.kind} are all of one size")
+        rows: Any = self.train
+        found = [self.row_length(row) for row in rows]
+        if len(set(found)) < 2:
+            raise ValueError(
+                f"group_by_length groups texts by their length; rows of {self.kind or 'this task'} are all of one size"
+            )
         return found
 
     def longest(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from torch.nn import functional as F
 
 from lowdim.catalogue import Variant, variants
@@ -82,8 +82,7 @@ def train(
     applied = apply(chosen, model, batches=iter(batches), loss_fn=loss_of, **setup)
     applied.model.train()
     if bf16:
-        Accelerator(mixed_precision="bf16", cpu=True).prepare_model(applied.model)
-        AcceleratorState._reset_state(True)
+        _autocast(applied.model)
     optimizer = applied.start(1e-3)  # hooks for layerwise updates come with it
     applied.model.zero_grad(set_to_none=True)
     batch = batches[0]
@@ -97,6 +96,16 @@ def train(
             optimizer.zero_grad()
 
     return measure(run, model=applied.model, optimizer=optimizer, tensors=batch.values()), applied
+
+
+def _autocast(model) -> None:
+    """Give a model the forward pass that accelerate trains in bfloat16; the process keeps the state that it had."""
+    kept = {state: dict(state._shared_state) for state in (PartialState, AcceleratorState)}
+    AcceleratorState._reset_state(True)
+    Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    for state, values in kept.items():
+        state._shared_state.clear()
+        state._shared_state.update(values)
 
 
 class Convolutions(torch.nn.Module):

@@ -75,7 +75,7 @@ def test_in_bfloat16_and_grouped_by_length(make, whole, tmp_path, monkeypatch):
     assert result["winner"]["largest_difference"] < 1e-5
     forecast, plain = (by_name(each)["lora"]["forecast_peak_bytes"] for each in (result, whole[1]))
     assert forecast != plain, "autocast takes other memory"
-    with pytest.raises(ValueError, match="--resume: .* --bf16 was True"):
+    with pytest.raises(ValueError, match=r"--resume: .* --bf16 was True"):
         run(make(methods=("lora",)), tmp_path / "out", resume=True)
 
 

@@ -71,7 +71,7 @@ def task_of(train):
 
 def test_a_task_names_its_lengths():
     assert task_of([{"input_ids": [1] * n} for n in (3, 5, 2)]).lengths() == [3, 5, 2]
-    with pytest.raises(ValueError, match="group_by_length groups texts by their length; rows of .* are all of one size"):
+    with pytest.raises(ValueError, match=r"group_by_length groups texts by their length; rows of .* are all of one size"):
         task_of([[1, 2], [3, 4]]).lengths()
     with pytest.raises(ValueError, match="a stream gives them one by one"):
         task_of(iter([])).lengths()

@@ -58,6 +58,9 @@ def _record(entry: Entry) -> dict[str, Any]:
 
 
 def _show_table(rows: list[Entry], baselines: list[Variant]) -> None:
+    from lowdim.catalogue import BY_FARMS
+    from lowdim.catalogue.entry import NESTED
+
     console = Console()
     table = Table(box=None, pad_edge=False, header_style="bold")
     cells = [
@@ -79,6 +82,9 @@ def _show_table(rows: list[Entry], baselines: list[Variant]) -> None:
     ready = sum(e.available for e in rows)
     names = ", ".join(v.name for v in baselines) or "none"
     console.print(f"\n{ready} of {len(rows)} work today; baselines: {names}", highlight=False)
+    nested = " or ".join(f"+{each}" for each in NESTED)
+    line = f"after a method's name: {BY_FARMS} for ranks by layer, {nested} for embeddings of several sizes"
+    console.print(line, highlight=False)
 
 
 def _show_system(name: str, as_json: bool) -> None:

@@ -59,7 +59,7 @@ def second_backward(
     for start in range(0, rows, size):
         part = grad[start : start + size].contiguous()
         by_class = _shuffled(part, s).view(-1, classes, s).transpose(0, 1)  # (l, T, s)
-        if w2 is not None:
+        if w2 is not None and grad_hidden is not None:
             torch.bmm(w2.mT, by_class.mT, out=grad_hidden[:, :, start : start + size])
         if hidden is not None:
             some = hidden[:, :, start : start + size]

@@ -157,6 +157,15 @@ def test_what_is_missing_is_the_smallest_need_less_the_budget():
     assert found.to_dict()["fits"] is False
 
 
+def test_weights_in_bfloat16_need_no_autocast():
+    how = {"task": "causal-lm", "sequence_length": 16, "batch_size": 2, "bf16": True}
+    whole = forecast(llama(), "full", **how).total
+    kept, cut = fit(llama(), "full", whole, **how), fit(llama(), "full", whole // 2, **how)
+    assert kept.forecast.bf16
+    assert cut.forecast.dtype == "bfloat16"
+    assert not cut.forecast.bf16
+
+
 def test_wrong_arguments_of_a_fit():
     with pytest.raises(ValueError, match="batch_size must be an int >= 1; got 0"):
         fit(llama(), "lora", "1GiB", batch_size=0)

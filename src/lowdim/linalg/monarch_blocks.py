@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["in_blocks", "second", "second_backward"]
 
@@ -11,6 +12,8 @@ __all__ = ["in_blocks", "second", "second_backward"]
 _ENTRIES, _ROWS = 2**17, 128
 #: Sums over blocks would be rounded too often in 16 bits.
 _DTYPES = (torch.float32, torch.float64)
+#: The last one stands for a plain tensor in forecasts, which count what is done here.
+_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def in_blocks(entries: int, *tensors: Tensor | None) -> bool:
@@ -19,7 +22,7 @@ def in_blocks(entries: int, *tensors: Tensor | None) -> bool:
         return False
     given = [tensor for tensor in tensors if tensor is not None]
     return (
-        all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in given)
+        all(type(tensor) in _PLAIN for tensor in given)
         and given[0].device.type == "cpu"
         and given[0].dtype in _DTYPES
         and all(tensor.dtype == given[0].dtype for tensor in given)

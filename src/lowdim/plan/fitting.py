@@ -108,7 +108,7 @@ def fit(
         model, method: as for `forecast`.
         budget: bytes, or a text such as `"24GiB"`.
         batch_size, accumulate, dtype, gradient_checkpointing, layerwise: the settings to change as little as possible.
-        more: other arguments of `forecast`, which stay.
+        more: other arguments of `forecast`, which stay; but `bf16` falls away where the weights become bfloat16.
 
     Raises:
         UnknownNameError, ValueError, TypeError: from `forecast`, for the settings as they were given.
@@ -132,9 +132,12 @@ def fit(
         "quantize": more.pop("quantize", None),
     }
 
+    autocast = more.pop("bf16", False)
+
     def predict(settings: dict[str, Any]) -> Forecast:
         weights = getattr(torch, settings["dtype"])
-        return forecast(model, chosen, budget_bytes=limit, **{**settings, "dtype": weights}, **more)
+        casts = autocast and settings["dtype"] == _FULL  # weights in bfloat16 need no cast
+        return forecast(model, chosen, budget_bytes=limit, **{**settings, "dtype": weights}, bf16=casts, **more)
 
     search = _Search(predict, given, limit, chosen.kind)
     changes, found = search.run()

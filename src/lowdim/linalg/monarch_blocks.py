@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lowdim.linalg.eager import is_eager
+
 __all__ = ["in_blocks", "second", "second_backward"]
 
-#: Entries of a block, which is sorted in the cache, and half its rows at least in the backward pass, for the products.
-_ENTRIES, _ROWS = 2**17, 128
+#: Entries of a block: it is sorted in the cache of one core.
+_ENTRIES = 2**17
+#: Rows of a block in the backward pass, at least: products of fewer are slow.
+_ROWS = 256
 #: Sums over blocks would be rounded too often in 16 bits.
 _DTYPES = (torch.float32, torch.float64)
 #: The last one stands for a plain tensor in forecasts, which count what is done here.
@@ -26,8 +30,7 @@ def in_blocks(entries: int, *tensors: Tensor | None) -> bool:
         and given[0].device.type == "cpu"
         and given[0].dtype in _DTYPES
         and all(tensor.dtype == given[0].dtype for tensor in given)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and is_eager()
     )
 
 
@@ -55,10 +58,9 @@ def second_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of `hidden` (where there is `w2`), of `w2` (where there is `hidden`), and of the bias."""
     rows, s = grad.shape[0], grad.shape[1] // classes
-    size = 2 * max(_ROWS, _ENTRIES // grad.shape[1])
-    grad_hidden = grad_w2 = grad_bias = None
-    if w2 is not None:
-        grad_hidden = grad.new_empty(w2.shape[2], classes, rows).transpose(0, 1)
+    size = max(_ROWS, 2 * _ENTRIES // grad.shape[1])
+    grad_hidden = None if w2 is None else grad.new_empty(w2.shape[2], classes, rows).transpose(0, 1)
+    grad_w2 = grad_bias = None
     for start in range(0, rows, size):
         part = grad[start : start + size].contiguous()
         by_class = _shuffled(part, s).view(-1, classes, s).transpose(0, 1)  # (l, T, s)

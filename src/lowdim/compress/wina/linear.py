@@ -13,6 +13,7 @@ from lowdim.compress.wina.masks import check_sparsity, kept, scores_of, wina_mas
 from lowdim.compress.wina.rows import above, largest, sum_of_rows, transposed
 from lowdim.errors import check_choice, check_float, warn_caller
 from lowdim.linalg import compute_dtype, gather, wide
+from lowdim.linalg.eager import is_eager
 from lowdim.modules import MaskedLinear
 
 __all__ = ["CRITERIA", "RULES", "WINALinear"]
@@ -122,10 +123,10 @@ class WINALinear(MaskedLinear):
         x: Tensor,  # (..., in_features)
     ) -> Tensor:
         """`(..., out_features)`."""
-        weight = cast(Tensor, self._parameters["weight"])  # for a small layer the search by __getattr__ takes long
-        if torch.compiler.is_compiling() or not self._gathers(x, weight):
+        if not is_eager() or not self._gathers(x):
             self._warn_if_stale()
             return F.linear(x * self.mask(x), self.matrix, self.bias)
+        weight = cast(Tensor, self._parameters["weight"])  # for a small layer the search by __getattr__ takes long
         now = (weight.data_ptr(), weight._version)
         if self._rows is None or self._rows[1] != now:
             self._warn_if_stale()
@@ -161,6 +162,10 @@ class WINALinear(MaskedLinear):
         """Sizes and sparsity, for `print(model)`."""
         return f"{super().extra_repr()}, sparsity={self.sparsity:g}, criterion={self.criterion!r}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files are without the transposed copy of the weight."""
+        return {**self.__dict__, "_rows": None}
+
     def _warn_if_stale(self) -> None:
         if self._is_stale():
             self._warned = True
@@ -194,17 +199,19 @@ class WINALinear(MaskedLinear):
     def _norms_are_fresh(self) -> None:
         self._seen, self._rows = (id(self.weight), self.weight._version), None
 
-    def _gathers(self, x: Tensor, weight: Any) -> bool:
+    def _gathers(self, x: Tensor) -> bool:
         """Whether this call reads only the rows that it uses: one token, where that is exact and faster."""
+        weight = self._parameters.get("weight")  # None if it is computed, or a replica's
         return (
-            x.numel() == self.in_features
+            type(weight) is nn.Parameter  # with plain data
+            and weight.is_cpu
+            and x.numel() == self.in_features
             and not self.training
             and self.sparsity >= _WORTH
             and type(x) is Tensor
             and x.is_cpu
             and x.dtype == weight.dtype
             and x.dtype in _GATHERED
-            and type(weight) is nn.Parameter  # with plain data
             and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
             and not torch.is_autocast_enabled("cpu")
         )

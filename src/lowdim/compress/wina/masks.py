@@ -63,7 +63,7 @@ def wina_mask(
     if count == x.shape[-1]:
         return torch.ones_like(x, dtype=torch.bool)
     chosen = scores_of(x, column_norms).topk(count, dim=-1, sorted=False).indices
-    return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, chosen, True)
+    return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, chosen, 1)  # True cannot be traced
 
 
 def wina_threshold(scores: Tensor, sparsity: float) -> float:

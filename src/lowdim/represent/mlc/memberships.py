@@ -9,12 +9,13 @@ from torch import Tensor
 
 from lowdim.errors import check_choice, check_float, check_int
 from lowdim.linalg import as_given, as_tensor, compute_dtype
+from lowdim.linalg.eager import is_eager
 
 __all__ = ["KERNELS", "membership", "sinkhorn_projection"]
 
 KERNELS = ("abs", "inner")
+_BALANCE = 10_000  # steps of `balanced` at most
 #: Largest difference of scores whose exponentials keep their digits.
-_BALANCE = 10_000  # steps at most
 _SPREAD = {torch.float32: 30.0, torch.float64: 200.0}
 
 
@@ -148,10 +149,8 @@ def balanced(
 
 
 def _narrow(scores: Tensor) -> bool:
-    """Whether exponentials of all differences keep their digits. A compiler does not look at numbers."""
-    if torch.compiler.is_compiling():
-        return False
-    return float(scores.detach().max() - scores.detach().min()) <= _SPREAD[scores.dtype]
+    """Whether exponentials of all differences keep their digits, where numbers can be looked at."""
+    return is_eager() and float(scores.detach().max() - scores.detach().min()) <= _SPREAD[scores.dtype]
 
 
 def _by_logarithms(scores: Tensor, iterations: int, tol: float | None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lowdim.errors import check_float
 from lowdim.linalg import as_given, as_tensor, compute_dtype
+from lowdim.linalg.eager import is_eager
 from lowdim.represent.mlc.blocks import cholesky, inverse, symmetric, through_products, upper, upper_products
 
 __all__ = ["MLCLoss", "TotalCodingRateLoss", "clustered_coding_rate", "coding_rate"]
@@ -91,7 +92,7 @@ def clustered_coding_rate(
     if weights.shape != (n, n):
         raise ValueError(f"gamma must be ({n}, {n}), for the rows of Z; got {tuple(weights.shape)}")
     with torch.autocast(features.device.type, enabled=False):
-        recorded = torch.is_grad_enabled() and (features.requires_grad or weights.requires_grad)
+        recorded = torch.is_grad_enabled() and (features.requires_grad or weights.requires_grad) and is_eager()
         rate: Tensor = _InBlocks.apply(features, weights, eps_sq) if recorded and d <= n else _rate(features, weights, eps_sq)  # pyright: ignore[reportAssignmentType]
     return rate if isinstance(Z, Tensor) else as_given(rate, Z)
 
@@ -272,7 +273,8 @@ def _parts(n: int, side: int) -> list[slice]:
 
 def _logdet(gram: Tensor) -> Tensor:
     """`logdet(I + gram)` of symmetric positive semi-definite matrices `(..., m, m)`; NaN of others."""
-    logdet: Any = _LogDet.apply(gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
+    matrices: Any = gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    logdet: Any = _LogDet.apply(matrices) if is_eager() else cholesky(matrices)[1]
     return logdet
 
 

@@ -134,6 +134,15 @@ def test_a_constant_column_is_not_blown_up():
     assert np.allclose(fitted.transform(moved), fitted.transform(X), atol=1e-4)
 
 
+def test_a_network_that_gives_nan_has_no_memberships():
+    """Sinkhorn would never end on them."""
+    X, _ = blobs()
+    fitted = ManifoldLinearizingClustering(3, n_components=4, hidden=8, epochs=1, warmup_epochs=1, random_state=0).fit(X)
+    torch.nn.init.constant_(fitted.network_.cluster.bias, torch.nan)
+    with pytest.raises(ValueError, match="outputs are not finite"):
+        fitted.membership(X)
+
+
 def test_before_a_classifier_in_a_search():
     X, y = blobs(noise=0.3)
     mlc = ManifoldLinearizingClustering(3, hidden=16, epochs=4, warmup_epochs=2, random_state=0)

@@ -59,7 +59,8 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
     labels are of all samples at once. `fit` and `membership` hold `(n, n)` in float64, and warn above 10,000 rows.
 
     Raises:
-        ValueError: options out of range, more clusters than samples, NaN in X. NotFittedError: used before `fit`.
+        ValueError: options out of range, more clusters than samples, NaN in X or in the network's outputs.
+        NotFittedError: used before `fit`.
 
     Example:
         >>> import numpy as np
@@ -175,7 +176,12 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
         """The kernel of the samples and the scale s with which `diag(s) kernel diag(s)` is their membership."""
         if len(X) > _MANY:
             warn_caller(f"memberships of {len(X):,} samples are {8 * len(X) ** 2 / 1e9:.1f} GB, several times")
-        return balanced(torch.from_numpy(self._head(X, "cluster")), self.eta, kernel=self.kernel)
+        C = torch.from_numpy(self._head(X, "cluster"))
+        if not bool(torch.isfinite(C).all()):
+            raise ValueError(
+                "the network's outputs are not finite: fit it with a smaller lr_cluster, and scale the columns of X"
+            )
+        return balanced(C, self.eta, kernel=self.kernel)
 
     def _labels(self, X: np.ndarray, seed: int) -> np.ndarray:
         """Those of scikit-learn's `SpectralClustering` on the memberships, by the few eigenvectors that it needs."""

@@ -70,12 +70,15 @@ def test_large_data_are_written_a_megabyte_at_a_time(tmp_path):
     assert stream == [2**20, 2**20, 2**19 + 3]
 
 
-def test_what_could_not_be_synced_is_an_error_and_the_others_are_synced(tmp_path):
+def test_what_could_not_be_synced_is_an_error_and_the_others_are_synced(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("a")
     (tmp_path / "c").write_text("c")
+    seen = []
+    monkeypatch.setattr(files.os, "fsync", lambda number: seen.append(os.fstat(number).st_ino))
     with pytest.raises(FileNotFoundError, match="b"), syncing() as sync:  # noqa: PT012
         for name in "abc":
             sync(tmp_path / name)
+    assert seen == [(tmp_path / name).stat().st_ino for name in "ac"]
 
 
 def test_files_are_synced_while_the_next_is_written(tmp_path, monkeypatch):

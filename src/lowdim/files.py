@@ -47,7 +47,7 @@ def write_pieces(stream: IO[bytes], data: bytes | memoryview) -> None:
         >>> stream.tell()
         3145728
     """
-    view = memoryview(data)
+    view = memoryview(data).cast("B")
     for start in range(0, len(view), _PIECE):
         stream.write(view[start : start + _PIECE])
 

@@ -121,7 +121,7 @@ def _read(stream: IO[bytes], entry: Entry, space: Tensor) -> Tensor:
 
 def _view(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(bytearray())
 
 
 def _copy(old: IO[bytes], new: IO[bytes], count: int) -> None:

@@ -123,15 +123,26 @@ def test_a_configuration_alone_is_a_model(call, refused, bert_folder, tmp_path):
 
 
 def test_rates_from_curvature_stand_beside_the_memory(call):
-    common = ["plan", "--model", "stories260k", "--data", "lowdim:shakespeare", "--methods", "lora,galore", "--length", "16"]
+    common = [
+        "plan",
+        "--model",
+        "stories260k",
+        "--data",
+        "lowdim:shakespeare",
+        "--methods",
+        "lora,galore,q-galore",
+        "--length",
+        "16",
+    ]
     common += ["--batch-size", "2", "--accumulate", "2", "--rates", "curvature"]
     code, out, err = call(*common, "--json")
     assert code == 0, err
-    lora, galore = (row["measured_rate"] for row in json.loads(out))
+    lora, galore, q_galore = (row["measured_rate"] for row in json.loads(out))
     assert lora["lr"] == pytest.approx(19 / lora["eigenvalue"])
-    assert "lr" not in galore
+    assert galore["lr"] == pytest.approx(galore["limit"] / 2)
+    assert "lr" not in q_galore
     assert f"LoRA: rate {lora['lr']:.3g} from curvature, half of the limit" in err
-    assert "GaLore: no rate from curvature: it has an optimizer of its own" in err
+    assert "Q-GaLore: no rate from curvature: " in err
     code, out, err = call(*common)
     assert code == 0, err
     (row,) = (line for line in out.splitlines() if line.startswith("LoRA "))

@@ -79,12 +79,13 @@ def _show_table(rows: list[Entry], baselines: list[Variant]) -> None:
         works = f"[green]{today}[/]" if entry.available else f"[dim]{today}[/]"
         table.add_row(number, slug, family, works, names, *([escape(f"{entry.name}: {entry.claim}")] if wide else []))
     console.print(table)
+    nested = " or ".join(f"+{each}" for each in NESTED)
+    console.print(
+        f"\nafter a method's name: {BY_FARMS} for ranks by layer, {nested} for embeddings of several sizes", highlight=False
+    )
     ready = sum(e.available for e in rows)
     names = ", ".join(v.name for v in baselines) or "none"
-    console.print(f"\n{ready} of {len(rows)} work today; baselines: {names}", highlight=False)
-    nested = " or ".join(f"+{each}" for each in NESTED)
-    line = f"after a method's name: {BY_FARMS} for ranks by layer, {nested} for embeddings of several sizes"
-    console.print(line, highlight=False)
+    console.print(f"{ready} of {len(rows)} work today; baselines: {names}", highlight=False)
 
 
 def _show_system(name: str, as_json: bool) -> None:

@@ -155,7 +155,7 @@ class _First(torch.autograd.Function):
         (grad,), (x, w1) = grads, ctx.saved_tensors
         k, _, p = ctx.shape[1]
         grad_x = grad_w1 = None
-        if w1 is not None and in_blocks(ctx.shape[0].numel(), grad, w1):
+        if w1 is not None and in_blocks(grad.shape[2], k * p, grad, w1, backward=True):
             grad_x = grad.new_empty(ctx.shape[0])
             torch.bmm(grad.mT, w1, out=grad_x.view(-1, k, p).transpose(0, 1))
         elif w1 is not None:
@@ -173,7 +173,7 @@ class _Second(torch.autograd.Function):
     @staticmethod
     def forward(hidden: Tensor, w2: Tensor, bias: Tensor | None) -> Tensor:
         rows, features = hidden.shape[2], w2.shape[0] * w2.shape[1]
-        if in_blocks(rows * features, hidden, w2, bias):
+        if in_blocks(rows, features, hidden, w2, bias):
             return second(hidden, w2, bias)
         # BLAS is slow where the first matrix has few rows.
         by_class = torch.bmm(w2, hidden).mT if rows <= _FEW else torch.bmm(hidden.mT, w2.mT)  # (l, T, s)
@@ -190,7 +190,7 @@ class _Second(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (grad,), (hidden, w2) = grads, ctx.saved_tensors
-        if in_blocks(grad.numel(), grad, hidden, w2):
+        if in_blocks(len(grad), grad.shape[1], grad, hidden, w2, backward=True):
             return second_backward(grad, hidden, w2, ctx.shape[2], ctx.wants_bias)
         by_class = grad.reshape(ctx.shape).mT.contiguous().transpose(0, 1)  # (l, T, s), sorted within each row
         grad_hidden = None if w2 is None else torch.bmm(w2.mT.conj(), by_class.mT)

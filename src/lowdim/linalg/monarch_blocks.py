@@ -14,15 +14,18 @@ __all__ = ["in_blocks", "second", "second_backward"]
 _ENTRIES = 2**17
 #: Rows of a block in the backward pass, at least: products of fewer are slow.
 _ROWS = 256
+#: Entries of a result from which blocks are faster in the forward pass, and rows from which they are in the backward pass.
+_LARGE, _MANY = 2**20, 512
 #: Sums over blocks would be rounded too often in 16 bits.
 _DTYPES = (torch.float32, torch.float64)
 #: The last one stands for a plain tensor in forecasts, which count what is done here.
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 
 
-def in_blocks(entries: int, *tensors: Tensor | None) -> bool:
-    """Whether a result of so many entries is worth it, these are plain tensors of a CPU, and nothing records what is done."""
-    if entries < _ENTRIES or torch.is_grad_enabled():
+def in_blocks(rows: int, columns: int, *tensors: Tensor | None, backward: bool = False) -> bool:
+    """Whether a result of this size is worth it, these are plain tensors of a CPU, and nothing records what is done."""
+    least = max(_ENTRIES, _MANY * columns) if backward else _LARGE
+    if rows * columns < least or torch.is_grad_enabled():
         return False
     given = [tensor for tensor in tensors if tensor is not None]
     return (

@@ -276,6 +276,7 @@ def test_every_setting_of_the_loop_comes_from_the_recipe(tmp_path):
     changed = {
         "steps": 9, "batch_size": 3, "warmup": 0.3, "schedule": "cosine", "max_grad_norm": 0.5, "gradient_accumulation": 2,
         "gradient_checkpointing": True, "bf16": True, "seed": 11, "save_steps": 4, "report_to": "tensorboard", "eval_steps": 5,
+        "group_by_length": True,
     }  # fmt: skip
     settings = fit_settings(recipe(tmp_path, **changed), 0.125)
     assert {key: getattr(settings, key) for key in changed} == changed

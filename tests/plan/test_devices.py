@@ -92,8 +92,17 @@ def test_a_process_of_several_is_refused():
     assert "devices must be 1 inside a process group" in in_processes(inside)
 
 
-def trained(rank, world, config, method, checkpointing, accumulate):
-    """The peak of two steps in this process."""
+def trained(rank, *case):
+    """The least and the largest peak of several trainings in this process.
+
+    A thread of gloo frees what it has sent when it comes to it, sooner or later, and the profiler does not see that it did.
+    """
+    found = [trained_once(rank, *case) for _ in range(2)]
+    return min(least for least, _ in found), max(most for _, most in found)
+
+
+def trained_once(rank, config, method, checkpointing, accumulate):
+    """The peak of a first step, which creates the optimizer's state, or of a later one: the least of these, and the largest."""
     torch.manual_seed(0)
     task = task_of(config)
     model = build(config, task).train()
@@ -115,9 +124,8 @@ def trained(rank, world, config, method, checkpointing, accumulate):
         optimizer.zero_grad()
 
     held = {"model": applied.model, "optimizer": optimizer, "tensors": batches[0].values()}
-    first = measure(step, **held).bytes
-    # The profiler does not see what a thread of gloo frees, and counts it as held: the least of several steps is taken.
-    return max(first, min(measure(step, **held).bytes for _ in range(3)))
+    first, *later = (measure(step, **held).bytes for _ in range(4))
+    return max(first, min(later)), max(first, *later)
 
 
 CASES = [
@@ -130,14 +138,16 @@ CASES = [
 
 
 def all_trained(rank, world):
-    return [trained(rank, world, *case) for case in CASES]
+    return [trained(rank, *case) for case in CASES]
 
 
 @pytest.mark.slow
 def test_forecasts_are_what_two_processes_need():
-    for (config, method, checkpointing, accumulate), taken in zip(CASES, in_processes(all_trained), strict=True):
+    for (config, method, checkpointing, accumulate), (least, most) in zip(CASES, in_processes(all_trained), strict=True):
         got = predict(config, method, 2, gradient_checkpointing=checkpointing, accumulate=accumulate)
-        assert got.total == pytest.approx(taken, rel=0.01), (config.model_type, method, checkpointing, accumulate)
+        case = config.model_type, method, checkpointing, accumulate
+        assert 0.99 * least <= got.total <= 1.01 * most, (case, least, most)
+        assert most < 1.2 * least, (case, least, most)
 
 
 def test_units_are_blocks_and_an_embedding_of_its_own():

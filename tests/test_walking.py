@@ -19,30 +19,52 @@ IDS = [torch.randint(3, 30, (2, 7), generator=torch.Generator().manual_seed(i)) 
 MASKED = [{"input_ids": ids, "attention_mask": torch.arange(7).expand(2, 7) < torch.tensor([[7], [5]])} for ids in IDS]
 
 
+class Block(nn.Sequential):
+    """Layers, and at the end one of another part of the model where there is one."""
+
+    last = ()
+
+    def forward(self, x, extra=None):
+        x = super().forward(x)
+        for layer in self.last:
+            x = layer(x)
+        return x
+
+
 class Net(nn.Module):
-    """Blocks in a list; `how` says what is odd about them."""
+    """Blocks in a list; `how` says what is odd about them. Of the `samples`, the last alone begins with more than -1.1."""
 
     def __init__(self, how="", blocks=3, width=6):
         super().__init__()
         torch.manual_seed(0)
         self.how = how
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, width)) for _ in range(blocks))
+        self.blocks = nn.ModuleList(Block(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, width)) for _ in range(blocks))
         self.head = nn.Linear(width, 9)
+        if how == "an outer layer inside":
+            self.outer = nn.Linear(width, width)
+            for block in self.blocks:
+                block.last = (self.outer,)
 
     def forward(self, x):
-        if self.how == "in place":
+        if "in place" in self.how:
             x = x.clone()
-        for block in self.blocks:
-            x = block(x)
+        begin, same = x, torch.zeros(())
+        for block in reversed(self.blocks) if self.how == "order of the data" and x[0, 0] > -1.1 else self.blocks:
+            if self.how == "same input":
+                same = same + block(begin)
+                continue
+            x = block(x, object()) if self.how == "object" else block(x)
             if self.how == "twice":
                 x = block(x)
             if self.how == "in place":
                 x.mul_(2.0)
             if self.how == "between":
                 x = x * 2.0
+        if self.how == "input in place":
+            begin.mul_(2.0)
         if self.how == "from outside":
             x = self.blocks[1][2](self.blocks[1][0](x))
-        return self.head(x)
+        return self.head(same + x)
 
 
 def linears(model):
@@ -82,7 +104,8 @@ def check_same(model, batches):
 
 def test_each_block_sees_what_the_original_model_computes():
     check_same(Net(), samples())
-    check_same(Net("between"), samples())  # what each block gets is then kept
+    for how in ("between", "same input"):  # what each block gets is then kept
+        check_same(Net(how), samples())
 
 
 @pytest.mark.parametrize("batches", [IDS, MASKED], ids=["tensors", "masked"])
@@ -98,7 +121,26 @@ def test_models_of_transformers(name):
     check_same(model, [batch, batch])
 
 
-@pytest.mark.parametrize("how", ["twice", "in place", "from outside"])
+def test_a_block_that_is_skipped_runs_in_evaluation_mode():
+    model = Net()
+    model.blocks[0].append(nn.Dropout(0.5))
+    layers = {name: layer for name, layer in linears(model).items() if name.startswith("blocks.1.")}
+    want = collect(model, layers, NEEDS, samples())
+    walk = walk_blocks(model, layers, samples(), max_bytes=2**20)
+    walk.skip("blocks.0")
+    assert model.blocks[0].training
+    got = walk.collect("blocks.1", layers, NEEDS)
+    assert all(torch.equal(got[name][key], want[name][key]) for name in layers for key in ("covariance", "output_covariance"))
+
+
+def test_inputs_that_do_not_tell_when_they_change_are_not_kept():
+    with torch.inference_mode():
+        batches = samples()
+    model = Net()
+    assert walk_blocks(model, linears(model), batches, max_bytes=2**20) is None
+
+
+@pytest.mark.parametrize("how", ["twice", "in place", "input in place", "from outside", "order of the data", "object"])
 def test_what_cannot_be_walked(how):
     model, batches = Net(how), samples()
     before = copy.deepcopy(model.state_dict())
@@ -121,6 +163,14 @@ def test_what_is_kept_is_bounded():
     assert walk_blocks(model, linears(model), batches, max_bytes=3 * 4 * 5 * 6) is not None
     assert walk_blocks(model, linears(model), batches, max_bytes=3 * 4 * 5 * 6 - 1) is None
     assert walk_blocks(Net("between"), linears(model), batches, max_bytes=3 * 3 * 4 * 5 * 6 - 1) is None
+
+
+def test_what_is_kept_counts_once_and_with_all_of_its_storage():
+    wide = [torch.randn(5, 12, generator=torch.Generator().manual_seed(i))[:, :6] for i in range(3)]
+    for how, batches, bound in (("same input", samples(), 3 * 4 * 5 * 6), ("", wide, 3 * 4 * 5 * 12)):
+        model = Net(how)
+        assert walk_blocks(model, linears(model), batches, max_bytes=bound) is not None
+        assert walk_blocks(model, linears(model), batches, max_bytes=bound - 1) is None
 
 
 def test_layers_outside_of_blocks_are_no_walk():
@@ -173,6 +223,15 @@ def test_the_factors_are_the_same(batches, options, small_sums):
     state = got.state_dict()
     assert state.keys() == whole.state_dict().keys()
     assert all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:few calibration tokens")
+def test_a_layer_that_blocks_use_is_replaced_after_them():
+    model, config = Net("an outer layer inside"), LoRDConfig(rank=2, exclude=())
+    want = lord(copy.deepcopy(model), config, samples()).state_dict()
+    assert "outer.A" in want
+    got = lord(model, config, samples(), max_bytes=8 * 9**2).state_dict()  # a layer at a time
+    assert all(torch.equal(value, want[name]) for name, value in got.items())
 
 
 @pytest.mark.filterwarnings("ignore:few calibration tokens")

@@ -39,7 +39,7 @@ from lowdim.surgery.matrices import (
     weight_matrix,
     with_matrix,
 )
-from lowdim.surgery.modes import evaluating, in_bfloat16
+from lowdim.surgery.modes import evaluating, in_bfloat16, with_forward
 from lowdim.surgery.placement import OFFLOADED, carry_hook, is_offloaded, refuse_offloaded
 from lowdim.surgery.quantized import is_quantized, known_dtype, layer_dtype, stores_codes
 from lowdim.surgery.replace import (
@@ -120,6 +120,7 @@ __all__ = [
     "unreached_note",
     "unwrap",
     "weight_matrix",
+    "with_forward",
     "with_matrix",
     "without_tied",
 ]

@@ -1,15 +1,15 @@
-"""A model in another mode for a while: in evaluation, or computing in bfloat16."""
+"""A model in another mode for a while: in evaluation, with another forward pass, or computing in bfloat16."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["evaluating", "in_bfloat16"]
+__all__ = ["evaluating", "in_bfloat16", "with_forward"]
 
 
 @contextmanager
@@ -39,6 +39,31 @@ def evaluating(*models: Any) -> Iterator[None]:
 
 
 @contextmanager
+def with_forward(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A model with another forward pass; what it had, of its class or of its own, is put back.
+
+    Example:
+        >>> import torch
+        >>> from lowdim.surgery import with_forward
+        >>> model = torch.nn.Identity()
+        >>> with with_forward(model, lambda x: -x):
+        ...     print(model(1))
+        -1
+        >>> model(1)
+        1
+    """
+    own = vars(model).get("forward")
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
+
+
+@contextmanager
 def in_bfloat16(model: nn.Module, device: str) -> Iterator[None]:
     """A model whose forward pass is in bfloat16 by autocast, with float32 outputs, as accelerate trains it.
 
@@ -55,12 +80,5 @@ def in_bfloat16(model: nn.Module, device: str) -> Iterator[None]:
     """
     from accelerate.utils import convert_outputs_to_fp32
 
-    own = vars(model).get("forward")
-    model.forward = convert_outputs_to_fp32(torch.autocast(device, torch.bfloat16)(model.forward))
-    try:
+    with with_forward(model, convert_outputs_to_fp32(torch.autocast(device, torch.bfloat16)(model.forward))):
         yield
-    finally:
-        if own is None:
-            del model.forward
-        else:
-            model.forward = own

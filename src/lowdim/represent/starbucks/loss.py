@@ -14,6 +14,7 @@ from lowdim.errors import check_float
 from lowdim.linalg import wide
 from lowdim.represent.starbucks.encoder import encoder_of, layer_list, recorded_states, sentence_model, width_of
 from lowdim.represent.starbucks.pairs import PAIRS, check_pairs, default_pairs
+from lowdim.surgery import with_forward
 
 __all__ = ["StarbucksLoss"]
 
@@ -157,13 +158,6 @@ class _Cutter:
 
 @contextmanager
 def _cutting(model: Any):
-    own = vars(model).get("forward")
     cutter = _Cutter(model.forward)
-    model.forward = cutter
-    try:
+    with with_forward(model, cutter):
         yield cutter
-    finally:
-        if own is None:
-            del model.forward
-        else:
-            model.forward = own

@@ -21,6 +21,7 @@ from lowdim.represent.core.nested import check_dims
 from lowdim.represent.starbucks.encoder import encoder_of, layer_list, recorded_states, sentence_model, width_of
 from lowdim.represent.starbucks.shrink import shrink_encoder
 from lowdim.results import Result, save_result
+from lowdim.surgery import with_forward
 
 __all__ = ["SizeRow", "SizeTable", "size_table"]
 
@@ -233,7 +234,7 @@ def _embeddings(model: Any, texts: list[str], layers: Sequence[int], batch_size:
 @contextmanager
 def _all_layers(model: Any, recorder: Any, layers: Sequence[int]):
     """Inside, a pass gives the embeddings of all these layers, one beside the other."""
-    own, forward = vars(model).get("forward"), model.forward
+    forward = model.forward
 
     def joined(features: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
         recorder.layer = None
@@ -244,14 +245,8 @@ def _all_layers(model: Any, recorder: Any, layers: Sequence[int]):
             parts.append(forward(copy.copy(whole), **kwargs)["sentence_embedding"])
         return {**whole, "sentence_embedding": torch.cat(parts, dim=-1)}
 
-    model.forward = joined
-    try:
+    with with_forward(model, joined):
         yield
-    finally:
-        if own is None:
-            del model.forward
-        else:
-            model.forward = own
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

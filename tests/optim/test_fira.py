@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from trajectories import relative_to_update, roundings_apart
+from wrong_options import PROJECTED
 
 import vectors
 from lowdim.linalg import stream
@@ -334,20 +335,11 @@ def test_unprojected_group_is_galores(foreach):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"rank": 0}, "rank"),
-        ({"rank": 7}, "rank.*smaller side.*7"),
-        ({"rank": 2.5}, "rank"),
-        ({"rank": (2, 2)}, "rank"),
-        ({"update_interval": 0}, "update_interval"),
-        ({"lr": -1.0}, "lr"),
-        ({"betas": (1.0, 0.9)}, r"betas\[0\]"),
-        ({"eps": -1.0}, "eps"),
-        ({"weight_decay": -0.1}, "weight_decay"),
+        *PROJECTED,
         ({"scale": float("nan")}, "scale"),
         ({"limiter": 0.99}, r"limiter must be .*\[1, inf.*0.99"),
         ({"limiter": "on"}, "limiter"),
         ({"proj_type": "full"}, "proj_type"),  # D is r x r: no factor a row or column of W
-        ({"proj_type": "sdt"}, "proj_type.*nearest: std"),
         ({"svd": "fast"}, "svd"),
         ({"accumulate": 2}, "layerwise"),
         ({"accumulate": 2, "layerwise": True}, "accumulate=2.*full gradient"),

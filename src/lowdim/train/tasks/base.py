@@ -225,7 +225,8 @@ class Task:
         found = [self.row_length(row) for row in rows]
         if len(set(found)) < 2:
             raise ValueError(
-                f"group_by_length groups texts by their length; rows of {self.kind or 'this task'} are all of one size"
+                f"group_by_length groups texts by their length; rows of {self.kind or 'this task'} are all of one size: "
+                "leave it out"
             )
         return found
 

@@ -48,6 +48,14 @@ class AdamGroup:
     eps: float = 1e-8
     subspace: Subspace | None = None
 
+    def down(self, piece: Tensor) -> Tensor:
+        """`Pᵀ v` of one parameter."""
+        return self.subspace.down(piece) if self.subspace is not None else piece
+
+    def up(self, piece: Tensor) -> Tensor:
+        """`P v` of one parameter."""
+        return self.subspace.up(piece) if self.subspace is not None else piece
+
 
 @dataclass(frozen=True)
 class AdamLimit:
@@ -164,18 +172,17 @@ class _Low:
         self._parts: list[tuple[AdamGroup, torch.Size, torch.Size]] = []
         whole = [(group, p.shape) for group in groups for p in group.params]
         for own, shape, piece in self._pieces(whole, like):
-            small = piece if own.subspace is None else own.subspace.down(piece)
-            self._parts.append((own, shape, small.shape))
+            self._parts.append((own, shape, own.down(piece).shape))
 
     def down(self, vector: Tensor) -> Tensor:
         """`Pᵀ v`."""
         parts = self._pieces([(group, shape) for group, shape, _ in self._parts], vector)
-        return _flat((p if group.subspace is None else group.subspace.down(p) for group, _, p in parts), vector)
+        return _flat((group.down(p) for group, _, p in parts), vector)
 
     def up(self, vector: Tensor) -> Tensor:
         """`P v`."""
         parts = self._pieces([(group, low) for group, _, low in self._parts], vector)
-        return _flat((p if group.subspace is None else group.subspace.up(p) for group, _, p in parts), vector)
+        return _flat((group.up(p) for group, _, p in parts), vector)
 
     def spread(self, name: str) -> Tensor:
         """An attribute of the groups for each number that moves."""
